@@ -1,0 +1,73 @@
+"""Writing files so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slimming.errors import OutputError
+
+
+def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` to ``path``: afterwards the file is whole, or what was there before is untouched.
+
+    The bytes go to a temporary file in the same directory, are flushed to the disk and renamed into place.
+
+    Raises:
+        OutputError: the disk is full, or the place is not writable.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as indented JSON without NaN; see `atomic_write_bytes`."""
+    atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def new_directory(path: Path) -> Path:
+    """Make ``path`` an empty, writable directory and return it.
+
+    Raises:
+        OutputError: it holds something already, is a file, or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give a directory that is empty or does not exist yet.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise explain(error, path) from error
+    return path
+
+
+def explain(error: OSError, path: Path) -> OutputError:
+    """Return the `OutputError` that tells a user what the operating system said of ``path``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"The disk is full: {path} was not written. Free some space and run the command again.")
+    return OutputError(f"{path} cannot be written ({error.strerror or error}). Give a place that you may write to.")
