@@ -1,0 +1,93 @@
+"""What a family is: the reader of one kind of model, and the only code that names its host's classes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimming.groups import Anatomy
+from slimming.plan import Structure
+
+STRUCTURE = "slimming_structure"
+"""Attribute of a slim model that holds its structure as plain data."""
+
+Kept = Mapping[str, tuple[int, ...]]
+
+
+class Family(abc.ABC):
+    """Reads one kind of model into plain data, and rebuilds and resizes it."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def reads(self, model: nn.Module) -> bool:
+        """Whether the model is of this family."""
+
+    @abc.abstractmethod
+    def read(self, model: nn.Module) -> Anatomy:
+        """Read the model.
+
+        Raises:
+            UnsupportedModelError: a part has no reader.
+        """
+
+    @abc.abstractmethod
+    def base(self, model: nn.Module) -> dict[str, Any]:
+        """How the host makes this (dense) model again: names and arguments, plain data.
+
+        Raises:
+            UnsupportedModelError: no way was found that gives the same modules.
+        """
+
+    @abc.abstractmethod
+    def build(self, base: Mapping[str, Any]) -> nn.Module:
+        """Make the dense model on the meta device.
+
+        Raises:
+            CheckpointError: the host does not know the architecture or its arguments.
+        """
+
+    @abc.abstractmethod
+    def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
+        """The structure that is left when ``kept`` (complete, see `slimming.groups.resolve`) stays."""
+
+    @abc.abstractmethod
+    def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of the slim model, taken from that of the model that ``anatomy`` describes."""
+
+    @abc.abstractmethod
+    def resize_(self, model: nn.Module, structure: Structure) -> None:
+        """Give the modules the sizes of ``structure``; the contents of resized parameters are undefined."""
+
+
+def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:
+    """Select ``indices[dim]`` along each dimension; the tensor itself where nothing goes.
+
+    Args:
+        tensor: any shape.
+        indices: dimension -> places to keep.
+    """
+    for dim, index in indices.items():
+        if list(index) != list(range(tensor.shape[dim])):
+            tensor = tensor.index_select(dim, torch.tensor(list(index), device=tensor.device))
+    return tensor
+
+
+def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+    """A Linear of another size with the device, dtype, bias, mode and training flags of ``old``."""
+    new = nn.utils.skip_init(
+        nn.Linear,
+        in_features,
+        out_features,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    for name, parameter in old.named_parameters():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    new.train(old.training)
+    return new

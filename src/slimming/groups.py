@@ -1,0 +1,249 @@
+"""What can be cut, as plain data: units, groups, operations, and the anatomy of a whole model.
+
+A *unit* is the smallest thing that can be cut: one head dimension, one hidden unit, one token position, one
+head. A *group* is an ordered set of units of one kind in one place, with every tensor slice that goes with
+each unit. A family reads a model into an `Anatomy`; nothing above the families looks at a model's classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from slimming.errors import PlanError, nearest
+from slimming.plan import Structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """Where a group's units lie in one tensor: unit ``u`` owns ``index[u]`` along dimension ``dim``.
+
+    ``side`` says what the slice does for the unit: ``"in"`` makes its value, ``"out"`` reads it.
+    """
+
+    tensor: str
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+    side: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Where a group's soft mask multiplies: ``tensor`` at ``index[u]`` along ``dim`` by the factor of ``u``."""
+
+    tensor: str
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a plan must respect in one group.
+
+    Attributes:
+        minimum: fewest units that may stay, at least 1.
+        parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
+    """
+
+    minimum: int = 1
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSite:
+    """Where a token group acts.
+
+    Attributes:
+        depth: index of the block; a token that leaves here is gone in all deeper blocks.
+        block: name of the block in front of which tokens are selected.
+        attention: name of the attention module whose keys the factor biases.
+        norms: names of the norms whose outputs the paper's variant multiplies.
+        prefix: number of class, distillation and register tokens in front, which are never cut.
+        positions: the patch position of each unit in the dense model's grid, row by row.
+        mean_pool: name of the module whose output is averaged over tokens after the last block, if any.
+        mean_prefix: whether that average includes the prefix tokens.
+        attention_pool: name of the module that pools by attention after the last block, if any.
+    """
+
+    depth: int
+    block: str
+    attention: str
+    norms: tuple[str, ...]
+    prefix: int
+    positions: tuple[int, ...]
+    mean_pool: str | None = None
+    mean_prefix: bool = False
+    attention_pool: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """An ordered set of units of one kind in one place.
+
+    Attributes:
+        name: unique in the model, for example ``"blocks.0.attn.v"``.
+        kind: one of `slimming.plan.KINDS`.
+        size: number of units.
+        site: the module that the group belongs to; groups of one attention module share it.
+        role: ``"qk"``, ``"v"`` or ``"qkv"`` for head dimensions, else equal to the kind.
+        limits: what a plan must respect.
+        slices: every tensor slice that goes with each unit; empty for tokens.
+        scales: where the soft mask multiplies; empty for tokens.
+        token: where a token group acts; None for other kinds.
+    """
+
+    name: str
+    kind: str
+    size: int
+    site: str
+    role: str
+    limits: Limits = field(default_factory=Limits)
+    slices: tuple[Slices, ...] = ()
+    scales: tuple[Scale, ...] = ()
+    token: TokenSite | None = None
+
+    def __repr__(self) -> str:
+        parts = f", parts={self.limits.parts}" if self.limits.parts else ""
+        return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, minimum={self.limits.minimum}{parts})"
+
+    @property
+    def part_of_unit(self) -> tuple[int, ...]:
+        """Index of the head that each unit belongs to; all 0 for kinds without parts."""
+        if not self.limits.parts:
+            return (0,) * self.size
+        return tuple(part for part, size in enumerate(self.limits.parts) for _ in range(size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """One dimension of an operation: ``fixed`` plus, per named group, ``weight`` times its kept units."""
+
+    fixed: int = 0
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def value(self, kept: Mapping[str, int]) -> int:
+        """The dimension when group ``name`` keeps ``kept[name]`` units."""
+        return self.fixed + sum(weight * kept[name] for name, weight in self.groups)
+
+    def __add__(self, other: Dim) -> Dim:
+        return Dim(fixed=self.fixed + other.fixed, groups=self.groups + other.groups)
+
+
+Product = tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """The cost of one step of the forward pass at batch 1, as sums of products of dimensions.
+
+    Attributes:
+        name: the module, for reports.
+        macs: multiply-adds of matrix products and convolutions; element-wise work is not counted.
+        params: elements of the parameters that it owns.
+        live: elements of the tensors that are alive while it runs, its own output included and the input
+            image excluded.
+    """
+
+    name: str
+    macs: tuple[Product, ...] = ()
+    params: tuple[Product, ...] = ()
+    live: tuple[Product, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """Everything that the other stages need to know of a model, as plain data.
+
+    Attributes:
+        groups: every group the family can cut, the coupled alternatives (role ``"qkv"``) included.
+        operations: the forward pass, for the cost formulas.
+        structure: how to build the model again.
+        uncovered: parts that cannot be cut, each with the reason.
+        input_shape: channels, height and width of the image that the model takes.
+    """
+
+    groups: tuple[Group, ...]
+    operations: tuple[Operation, ...]
+    structure: Structure
+    uncovered: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+
+    def group(self, name: str) -> Group:
+        """The group called ``name``.
+
+        Raises:
+            PlanError: the model has no such group.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        names = [group.name for group in self.groups]
+        raise PlanError(f"The model has no group {name!r}.{nearest(name, names)}")
+
+
+def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
+    """The kept units per group when nothing is cut."""
+    return {group.name: tuple(range(group.size)) for group in groups}
+
+
+def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Complete a plan: the units that stay in *every* group, given those that some groups keep.
+
+    A unit goes when a tensor slice of it goes through another group (a head takes its dimensions along; a
+    coupled group its QK and V). A token goes when its position left in a shallower block.
+
+    Args:
+        groups: all groups of the model.
+        kept: kept units for some of them.
+
+    Raises:
+        PlanError: a group that the model does not have, or a unit outside its group.
+    """
+    check_kept(groups, kept)
+    dropped: dict[tuple[str, int], set[int]] = {}
+    for group in groups:
+        gone = set(range(group.size)) - set(kept.get(group.name, range(group.size)))
+        for slices in group.slices if gone else ():
+            target = dropped.setdefault((slices.tensor, slices.dim), set())
+            for unit in gone:
+                target.update(slices.index[unit])
+    result: dict[str, tuple[int, ...]] = {}
+    present: set[int] | None = None
+    for group in groups:
+        units = set(kept.get(group.name, range(group.size)))
+        if group.token is not None:
+            positions = group.token.positions
+            here = {positions[unit] for unit in units}
+            present = here if present is None else present & here
+            result[group.name] = tuple(unit for unit in range(group.size) if positions[unit] in present)
+            continue
+        relevant = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
+        units -= {unit for unit in units if any(not gone.isdisjoint(s.index[unit]) for s, gone in relevant)}
+        result[group.name] = tuple(sorted(units))
+    return result
+
+
+def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:
+    """Check that ``kept`` names groups of the model and units inside them, each once.
+
+    Raises:
+        PlanError: it does not.
+    """
+    sizes = {group.name: group.size for group in groups}
+    for name, units in kept.items():
+        if name not in sizes:
+            raise PlanError(
+                f"The plan names group {name!r}, which this model does not have: "
+                f"it was made for another model.{nearest(name, sizes)}"
+            )
+        if len(set(units)) != len(units) or any(not 0 <= unit < sizes[name] for unit in units):
+            raise PlanError(
+                f"The plan keeps units of {name!r} that are repeated or outside 0..{sizes[name] - 1}: "
+                "it is damaged or was made for another model."
+            )
+
+
+def evaluate(products: Iterable[Product], kept: Mapping[str, int]) -> int:
+    """Sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
+    return sum(math.prod(dim.value(kept) for dim in product) for product in products)

@@ -1,0 +1,219 @@
+"""Budgets, plans and structures: the plain data that decides what a slim model is, with their JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, nearest
+from slimming.io import atomic_json
+
+FORMAT = 1
+"""Version of the JSON formats below; a file with a larger number is refused."""
+
+KINDS = ("head_dim", "head", "mlp", "token")
+"""The kinds of unit, in the order in which they are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the slim model may cost, as shares of the dense model in (0, 1].
+
+    Give keep ratios per kind, or ``params``, or ``macs``, or both of the latter (then both hold).
+
+    Attributes:
+        keep: kind of unit -> share of its units that may stay, over the whole network (ViT-Slim, section 3.3).
+        params: share of the parameters.
+        macs: share of the multiply-adds of one image.
+
+    Raises:
+        BudgetError: nothing was given, or a share is not in (0, 1].
+
+    >>> Budget(macs=0.5).name
+    'macs-0.50'
+    """
+
+    keep: Mapping[str, float] | None = None
+    params: float | None = None
+    macs: float | None = None
+
+    def __post_init__(self) -> None:
+        shares = {"params": self.params, "macs": self.macs}
+        if self.keep is not None:
+            if not self.keep or any(value is not None for value in shares.values()):
+                raise BudgetError("A budget takes keep ratios alone (at least one), or params and macs.")
+            for kind in self.keep:
+                if kind not in KINDS:
+                    hint = nearest(kind, KINDS)
+                    raise BudgetError(f"There is no kind {kind!r}; kinds are {', '.join(KINDS)}.{hint}")
+            shares |= {f"keep[{kind!r}]": ratio for kind, ratio in self.keep.items()}
+        given = {name: value for name, value in shares.items() if value is not None}
+        if not given:
+            raise BudgetError('A budget needs a limit: Budget(macs=0.5), or params=…, or keep={"mlp": 0.7}.')
+        for name, value in given.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not 0 < value <= 1:
+                raise BudgetError(
+                    f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1."
+                )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The shares of ``params`` and ``macs`` that were given."""
+        return {k: v for k, v in (("params", self.params), ("macs", self.macs)) if v is not None}
+
+    @property
+    def name(self) -> str:
+        """A name for files and tables, such as ``"macs-0.50"``."""
+        shares = self.keep if self.keep is not None else self.limits
+        return "_".join(f"{key}-{shares[key]:.2f}" for key in sorted(shares))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The limits that were given, as JSON takes them."""
+        return {"keep": dict(self.keep)} if self.keep is not None else dict(self.limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which sizes a plan may give to the layers; sizes decide how fast the hardware runs.
+
+    Attributes:
+        equal_heads: all heads of a layer keep the same number of dimensions, QK and V alike, so that the
+            host's own attention module stays. Otherwise each head keeps what its scores say.
+        multiple: head dimensions (per head) and hidden units stay in multiples of this. It is halved where a
+            layer would otherwise have fewer than four sizes to choose from.
+
+    Raises:
+        ConfigError: ``multiple`` is below 1.
+    """
+
+    equal_heads: bool = True
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise ConfigError(f"layout.multiple={self.multiple}: give 1 (any size) or more, for example 8.")
+
+
+FREE = Layout(equal_heads=False, multiple=1)
+"""Every unit on its own, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What a model looks like without its weights: enough to build it again.
+
+    Attributes:
+        family: name of the family that reads and builds it.
+        base: how the host makes the dense architecture (names and arguments, plain data).
+        layers: what differs from it, layer by layer; empty for a dense model.
+    """
+
+    family: str
+    base: dict[str, Any]
+    layers: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structure as JSON takes it."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @staticmethod
+    def from_dict(value: Any, *, source: str = "structure") -> Structure:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: it is malformed or of a newer format.
+        """
+        _check_format(value, source)
+        try:
+            return Structure(family=value["family"], base=dict(value["base"]), layers=dict(value["layers"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source} is damaged: {error!r}. Take an intact copy.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which units stay, per group. Nothing else decides a cut.
+
+    Attributes:
+        kept: group name -> kept units, ascending.
+        sizes: group name -> number of units in the model that the plan was made for.
+        budget: the budget that it answers, as `Budget.to_dict` gives it.
+        fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
+            what stays 1, as the paper does.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    fold: bool = True
+
+    def __post_init__(self) -> None:
+        if set(self.kept) != set(self.sizes):
+            raise PlanError("A plan needs the size of each group that it names; the two sets of names differ.")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            OutputError: the place is not writable, or the disk is full.
+        """
+        atomic_json(Path(path), self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it."""
+        groups = {name: {"size": self.sizes[name], "kept": list(units)} for name, units in self.kept.items()}
+        return {"format": FORMAT, "budget": dict(self.budget), "fold": self.fold, "groups": groups}
+
+    @staticmethod
+    def from_dict(value: Any, *, source: str = "plan") -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: it is malformed or of a newer format.
+        """
+        _check_format(value, source)
+        try:
+            groups = value["groups"]
+            kept = {name: tuple(int(unit) for unit in entry["kept"]) for name, entry in groups.items()}
+            sizes = {name: int(entry["size"]) for name, entry in groups.items()}
+            return Plan(kept=kept, sizes=sizes, budget=value["budget"], fold=bool(value["fold"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{source} is damaged: {error!r}. Make the plan again.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of a newer format.
+        """
+        return Plan.from_dict(read_json(Path(path)), source=str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist. Give the path that slimming wrote.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not JSON ({error}). Take an intact copy.") from error
+
+
+def _check_format(value: Any, source: str) -> None:
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        raise CheckpointError(f"{source} is not a file of slimming: it has no format number.")
+    if value["format"] > FORMAT:
+        raise CheckpointError(
+            f"{source} has format {value['format']}, this version of slimming reads up to {FORMAT}. "
+            "Upgrade: pip install -U slimming."
+        )
