@@ -1,0 +1,49 @@
+# Everything a fresh machine needs is Python 3.11 or newer (with venv) and make.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup test test-slow lint format bench demo clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   install into .venv, with the versions of $(CONSTRAINTS)"
+	@echo "make demo    the whole job on real images: search, cut three budgets, retrain, report"
+	@echo "make test    the tests (CPU, no network); make test-slow adds the long ones"
+	@echo "make lint    ruff and pyright; make format mends what ruff can mend"
+	@echo "make bench   the benchmarks whose results lie in benchmarks/results (long)"
+	@echo "make clean   remove caches and build outputs; runs/ and .venv stay"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[dev]'
+	touch $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'not gpu and not network'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/search_overhead.py
+	$(BIN)/python benchmarks/realised_speed.py
+
+demo: $(STAMP)
+	$(BIN)/slimming demo
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +
