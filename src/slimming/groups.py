@@ -62,7 +62,7 @@ class TokenSite:
         prefix: number of class, distillation and register tokens in front, which are never cut.
         positions: the patch position of each unit in the dense model's grid, row by row.
         mean_pool: name of the module whose output is averaged over tokens after the last block, if any.
-        mean_prefix: whether that average includes the prefix tokens.
+        pool_prefix: whether pooling includes the prefix tokens.
         attention_pool: name of the module that pools by attention after the last block, if any.
     """
 
@@ -73,7 +73,7 @@ class TokenSite:
     prefix: int
     positions: tuple[int, ...]
     mean_pool: str | None = None
-    mean_prefix: bool = False
+    pool_prefix: bool = False
     attention_pool: str | None = None
 
 
@@ -190,8 +190,9 @@ def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
 def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Complete a plan: the units that stay in *every* group, given those that some groups keep.
 
-    A unit goes when a tensor slice of it goes through another group (a head takes its dimensions along; a
-    coupled group its QK and V). A token goes when its position left in a shallower block.
+    A unit goes when all of a tensor slice of it goes through another group: a head takes its dimensions along,
+    a coupled group its QK and V, and the last V dimension its head. A token goes when its position left in a
+    shallower block.
 
     Args:
         groups: all groups of the model.
@@ -218,8 +219,8 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
             present = here if present is None else present & here
             result[group.name] = tuple(unit for unit in range(group.size) if positions[unit] in present)
             continue
-        relevant = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
-        units -= {unit for unit in units if any(not gone.isdisjoint(s.index[unit]) for s, gone in relevant)}
+        touched = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
+        units -= {unit for unit in units if any(gone.issuperset(s.index[unit]) for s, gone in touched)}
         result[group.name] = tuple(sorted(units))
     return result
 

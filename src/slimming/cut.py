@@ -1,0 +1,67 @@
+"""Apply a plan: tensors get smaller, and an ordinary module is left."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from slimming.errors import PlanError
+from slimming.family import Family
+from slimming.groups import Anatomy, resolve
+from slimming.plan import Plan
+
+
+def cut_(model: nn.Module, family: Family, anatomy: Anatomy, plan: Plan) -> None:
+    """Cut ``model``, which has no masks, in place.
+
+    Args:
+        model: the model that ``anatomy`` describes.
+        family: the family that read it.
+        anatomy: what it read.
+        plan: which units stay.
+
+    Raises:
+        PlanError: the plan was made for another model, or leaves a group without a unit.
+    """
+    kept = complete(anatomy, plan)
+    structure = family.structure(anatomy, kept)
+    if structure == anatomy.structure:
+        return
+    state = family.select(anatomy, kept, model.state_dict())
+    family.resize_(model, structure)
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Check ``plan`` against the model and give the kept units of every group.
+
+    Raises:
+        PlanError: the plan was made for another model, or leaves a group without a unit.
+    """
+    sizes = {group.name: group.size for group in anatomy.groups}
+    for name, size in plan.sizes.items():
+        if name in sizes and sizes[name] != size:
+            raise PlanError(
+                f"The plan was made for another model: its group {name!r} has {size} units, here it has {sizes[name]}."
+            )
+    kept = resolve(anatomy.groups, plan.kept)
+    for group in anatomy.groups:
+        if group.role != "qkv" and len(kept[group.name]) < group.limits.minimum:
+            raise PlanError(
+                f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
+                f"at least {group.limits.minimum} must stay."
+            )
+    _check_heads(anatomy, kept)
+    return kept
+
+
+def _check_heads(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
+    """A head needs QK as long as it has V."""
+    for v in (group for group in anatomy.groups if group.role == "v"):
+        qk = next((g for g in anatomy.groups if g.site == v.site and g.role == "qk"), None)
+        if qk is None:
+            continue
+        heads_with_qk = {qk.part_of_unit[unit] for unit in kept[qk.name]}
+        for head in sorted({v.part_of_unit[unit] for unit in kept[v.name]} - heads_with_qk):
+            raise PlanError(
+                f"The plan leaves head {head} of {v.site} with V but without QK; keep at least one QK dimension of it."
+            )

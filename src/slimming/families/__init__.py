@@ -1,0 +1,55 @@
+"""Reading models: one family per kind of host model, and the only code that names host classes.
+
+Families are imported when the first model is read, so that ``import slimming`` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.family import STRUCTURE, Family
+
+__all__ = ["STRUCTURE", "Family", "all_families", "family_called", "family_of"]
+
+
+@cache
+def all_families() -> Mapping[str, Family]:
+    """Every family by name."""
+    from slimming.families.timm_vit import TimmViT
+
+    return {family.name: family for family in (TimmViT(),)}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that reads ``model``.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    for family in all_families().values():
+        if family.reads(model):
+            return family
+    raise UnsupportedModelError(
+        f"No family reads a {type(model).__module__}.{type(model).__name__}. Slimming reads timm's plain Vision "
+        "Transformers (vit_*, deit_*, deit3_*); docs/add-a-family.md shows how to add a reader."
+    )
+
+
+def family_called(name: Any) -> Family:
+    """The family with this name, as a structure gives it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return all_families()[name]
+    except (KeyError, TypeError) as error:
+        known = ", ".join(all_families())
+        raise CheckpointError(
+            f"The checkpoint is of family {name!r}; this version of slimming knows {known}. Upgrade slimming."
+        ) from error

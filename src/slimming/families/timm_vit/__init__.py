@@ -1,0 +1,155 @@
+"""timm's plain Vision Transformers: ``vit_*``, ``deit_*`` (with and without distillation token), ``deit3_*``.
+
+`sizes` reads the sizes of a model, `groups` turns them into groups, `cost` into operations; `base` knows how
+timm makes the dense model again and `resize` how to give modules other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from slimming.errors import UnsupportedModelError
+from slimming.family import STRUCTURE, Family, Kept, take
+from slimming.families.timm_vit.base import build, constructor
+from slimming.families.timm_vit.cost import operations
+from slimming.families.timm_vit.groups import block_groups, tokens_why_not
+from slimming.families.timm_vit.resize import place_token_selects_, query_factor, resize_block_
+from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
+from slimming.groups import Anatomy
+from slimming.plan import Structure
+
+
+class TimmViT(Family):
+    """Reader of timm's ``VisionTransformer`` and ``VisionTransformerDistilled``."""
+
+    name = "timm-vit"
+
+    def reads(self, model: nn.Module) -> bool:
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+
+    def read(self, model: nn.Module) -> Anatomy:
+        vit = _vit(model)
+        blocks = block_sizes(vit)
+        why_not = tokens_why_not(vit)
+        uncovered = [f"token positions: {why_not}"] if why_not is not None else []
+        groups = [
+            group
+            for depth, sizes in enumerate(blocks)
+            for group in block_groups(vit, depth, sizes, tokens=why_not is None, uncovered=uncovered)
+        ]
+        uncovered.append("patch embedding, positions, norms, classifier and embedding width stay whole")
+        return Anatomy(
+            groups=tuple(groups),
+            operations=operations(vit, blocks, {group.name for group in groups}),
+            structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks)),
+            uncovered=tuple(uncovered),
+            input_shape=(vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size),
+        )
+
+    def base(self, model: nn.Module) -> dict[str, Any]:
+        stored = model.__dict__.get(STRUCTURE)
+        return dict(stored.base) if stored is not None else constructor(_vit(model))
+
+    def build(self, base: Mapping[str, Any]) -> nn.Module:
+        return build(base)
+
+    def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
+        blocks = [_after(sizes, kept)[0] for sizes in _blocks(anatomy)]
+        return replace(anatomy.structure, layers=_layers(blocks))
+
+    def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = dict(state)
+        for sizes in _blocks(anatomy):
+            after, order = _after(sizes, kept)
+            _select_attention_(result, sizes, after, order)
+            hidden = f"{sizes.name}.mlp.hidden"
+            if hidden not in kept:
+                continue
+            for slices in anatomy.group(hidden).slices:
+                width = len(slices.index[0])
+                places = [slices.index[unit][part] for part in range(width) for unit in kept[hidden]]
+                result[slices.tensor] = take(result[slices.tensor], {slices.dim: places})
+        return result
+
+    def resize_(self, model: nn.Module, structure: Structure) -> None:
+        vit = _vit(model)
+        blocks = [BlockSizes.from_dict(name, entry) for name, entry in structure.layers.items()]
+        for sizes in blocks:
+            resize_block_(vit.get_submodule(sizes.name), sizes)
+        place_token_selects_(vit, blocks)
+        vit.__dict__[STRUCTURE] = structure
+
+
+def _vit(model: nn.Module) -> VisionTransformer:
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a timm VisionTransformer.")
+    return model
+
+
+def _blocks(anatomy: Anatomy) -> list[BlockSizes]:
+    return [BlockSizes.from_dict(name, entry) for name, entry in anatomy.structure.layers.items()]
+
+
+def _layers(blocks: list[BlockSizes]) -> dict[str, Any]:
+    return {sizes.name: {k: v for k, v in asdict(sizes).items() if k != "name"} for sizes in blocks}
+
+
+HeadOrder = list[tuple[list[int], list[int]]]
+"""Per kept head, in the order of the slim model: its QK places and its V places in the dense model."""
+
+
+def _after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
+    """The sizes of a block after the cut, and which head dimensions they are.
+
+    Heads of different sizes are ordered by size (stable), so that equal ones lie together.
+    """
+    site = f"{sizes.name}.attn"
+    order: HeadOrder = []
+    if f"{site}.v" in kept:
+        qk_kept = set(kept.get(f"{site}.qk", range(sizes.qk_total)))
+        v_kept = set(kept[f"{site}.v"])
+        at_qk = at_v = 0
+        for qk, v in sizes.heads:
+            qk_here = [place for place in range(at_qk, at_qk + qk) if place in qk_kept]
+            v_here = [place for place in range(at_v, at_v + v) if place in v_kept]
+            if v_here:
+                order.append((qk_here, v_here))
+            at_qk, at_v = at_qk + qk, at_v + v
+        order.sort(key=lambda head: (len(head[0]), len(head[1])))
+    positions = sizes.positions
+    if f"{sizes.name}.tokens" in kept:
+        positions = tuple(positions[unit] for unit in kept[f"{sizes.name}.tokens"])
+    after = replace(
+        sizes,
+        heads=tuple((len(qk), len(v)) for qk, v in order) if order else sizes.heads,
+        hidden=len(kept.get(f"{sizes.name}.mlp.hidden", range(sizes.hidden))),
+        positions=positions,
+    )
+    return after, order
+
+
+def _select_attention_(state: dict[str, Tensor], sizes: BlockSizes, after: BlockSizes, order: HeadOrder) -> None:
+    """Replace the attention tensors of one block in ``state`` by what stays of them."""
+    if after.heads == sizes.heads:
+        return
+    site = f"{sizes.name}.attn"
+    qk = [place for head in order for place in head[0]]
+    v = [place for head in order for place in head[1]]
+    total = sizes.qk_total
+    rows = [*qk, *(total + place for place in qk), *(2 * total + place for place in v)]
+    factor = query_factor(after)
+    for tensor in (f"{site}.qkv.weight", f"{site}.qkv.bias"):
+        if tensor in state:
+            chosen = take(state[tensor], {0: rows})
+            chosen[: len(qk)] *= factor
+            state[tensor] = chosen
+    for tensor in (f"{site}.gate.weight", f"{site}.gate.bias"):
+        if tensor in state:
+            state[tensor] = take(state[tensor], {0: v})
+    state[f"{site}.proj.weight"] = take(state[f"{site}.proj.weight"], {1: v})

@@ -1,0 +1,137 @@
+"""How timm makes a dense Vision Transformer again: an architecture name and what differs from its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import nn
+
+from slimming.errors import CheckpointError, UnsupportedModelError
+
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+
+
+def constructor(vit: VisionTransformer) -> dict[str, Any]:
+    """The base of ``vit``: class, architecture, the arguments that differ from its defaults, and input settings.
+
+    Raises:
+        UnsupportedModelError: timm makes other modules from what was read.
+    """
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    if name is not None and config.get("tag"):
+        name = f"{name}.{config['tag']}"
+    base: dict[str, Any] = {"class": type(vit).__name__, "architecture": name, "arguments": {}}
+    base["config"] = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+    default, wanted = _arguments(build(base)), _arguments(vit)
+    base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
+    difference = _difference(vit, build(base))
+    if difference is not None:
+        raise UnsupportedModelError(
+            f"timm cannot make this {type(vit).__name__} again: {difference}. Slimming needs a model made by "
+            "timm.create_model, or a VisionTransformer whose layers are of timm's default classes."
+        )
+    return base
+
+
+def build(base: Mapping[str, Any]) -> VisionTransformer:
+    """Make the dense model on the meta device.
+
+    Raises:
+        CheckpointError: timm does not know the architecture or an argument.
+    """
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in base["arguments"].items()}
+    try:
+        with torch.device("meta"):
+            if base["architecture"] is None:
+                model = CLASSES[base["class"]](**arguments)
+            else:
+                model = timm.create_model(base["architecture"], pretrained=False, **arguments)
+    except (KeyError, TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise CheckpointError(
+            f"timm {timm.__version__} cannot make {base.get('architecture') or base.get('class')!r} "
+            f"with {arguments}: {error}. Install the timm version named in provenance.json."
+        ) from error
+    if type(model).__name__ != base["class"]:
+        raise CheckpointError(
+            f"timm {timm.__version__} makes a {type(model).__name__} for {base['architecture']!r}, "
+            f"the checkpoint holds a {base['class']}. Install the timm version named in provenance.json."
+        )
+    if base["config"]:
+        config = dict(getattr(model, "pretrained_cfg", None) or {})
+        config |= {key: tuple(v) if isinstance(v, list) else v for key, v in base["config"].items()}
+        model.pretrained_cfg = model.default_cfg = config
+    return model
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+    """Read the arguments of timm's constructor off a model."""
+    block = vit.blocks[0]
+    attention = block.attn if isinstance(block.attn, Attention) else None
+    last = vit.blocks[-1].drop_path1
+    width = vit.embed_dim
+    return {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": list(vit.patch_embed.patch_size),
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+        "embed_dim": width,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        # A quarter unit more than the quotient, so that timm's truncation gives the same hidden size.
+        "mlp_ratio": (block.mlp.fc1.out_features + 0.25) / width,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": attention is not None and not isinstance(attention.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": None if isinstance(_scale(block), nn.Identity) else 1e-5,
+        "class_token": vit.has_class_token,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "no_embed_class": vit.no_embed_class,
+        "reg_tokens": vit.num_reg_tokens,
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "pool_include_prefix": vit.pool_include_prefix,
+        "dynamic_img_size": vit.dynamic_img_size,
+        "drop_rate": vit.head_drop.p,
+        "pos_drop_rate": vit.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "drop_path_rate": 0.0 if isinstance(last, nn.Identity) else last.drop_prob,
+    }
+
+
+def _scale(block: nn.Module) -> nn.Module:
+    return getattr(block, "ls1", nn.Identity())
+
+
+def _difference(wanted: nn.Module, made: nn.Module) -> str | None:
+    """The first way in which two models differ in modules or parameter shapes, in words."""
+    ours, theirs = dict(wanted.named_modules()), dict(made.named_modules())
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        return f"module {name!r} exists in only one of the two"
+    for name, module in ours.items():
+        if type(module) is not type(theirs[name]) or module.extra_repr() != theirs[name].extra_repr():
+            return f"module {name!r} is {_describe(module)}, timm makes {_describe(theirs[name])}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    for name, tensor in wanted.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            return f"{name} has shape {tuple(tensor.shape)}, timm makes {shapes.get(name)}"
+    return None
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"

@@ -1,0 +1,143 @@
+"""What the forward pass of a timm Vision Transformer costs, as operations over group sizes.
+
+MACs follow the matrix products; live tensors follow what eager PyTorch holds at batch 1 in inference: a
+module's caller keeps the module's input until the call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from timm.layers import GluMlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from slimming.families.timm_vit.sizes import BlockSizes
+from slimming.groups import Dim, Operation, Product
+
+
+def operations(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[Operation, ...]:
+    """The operations of the whole model.
+
+    Args:
+        vit: the model.
+        blocks: its sizes.
+        groups: names of the groups that exist; a size that no group names is fixed.
+    """
+    width = Dim(fixed=vit.embed_dim)
+    sequence = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
+    result = [_stem(vit, width, sequence)]
+    first, incoming = sequence, sequence
+    for sizes in blocks:
+        tokens = _tokens(vit, sizes, groups)
+        result += _block_operations(vit.get_submodule(sizes.name), sizes, groups, width, first, incoming, tokens)
+        incoming = tokens
+    return (*result, _head(vit, width, first, incoming))
+
+
+def _numel(*modules: nn.Module | None) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+
+def _tokens(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str]) -> Dim:
+    name = f"{sizes.name}.tokens"
+    if name in groups:
+        return Dim(fixed=vit.num_prefix_tokens, groups=((name, 1),))
+    return Dim(fixed=vit.num_prefix_tokens + len(sizes.positions))
+
+
+def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
+    patches = Dim(fixed=vit.patch_embed.num_patches)
+    kernel = Dim(fixed=vit.patch_embed.proj.weight[0].numel())
+    own = [vit.cls_token, vit.reg_token, vit.pos_embed, getattr(vit, "dist_token", None)]
+    params = _numel(vit.patch_embed, vit.norm_pre) + sum(p.numel() for p in own if p is not None)
+    copies = 1 if vit.pos_embed is None else 2
+    return Operation(
+        name="patch_embed",
+        macs=((patches, kernel, width),),
+        params=((Dim(fixed=params),),),
+        live=((patches, width), *((sequence, width),) * copies),
+    )
+
+
+def _block_operations(
+    block: nn.Module, sizes: BlockSizes, groups: Set[str], width: Dim, first: Dim, incoming: Dim, tokens: Dim
+) -> list[Operation]:
+    site = sizes.name
+    qk = _dim(f"{site}.attn.qk", sizes.qk_total, groups)
+    v = _dim(f"{site}.attn.v", sizes.v_total, groups)
+    hidden = _dim(f"{site}.mlp.hidden", sizes.hidden, groups)
+    attention, mlp = block.attn, block.mlp
+    projected = qk + qk + v
+    one = Dim(fixed=1)
+    # Eager PyTorch still holds the first block's input (its caller does) and, once tokens were selected, theirs.
+    held: tuple[Product, ...] = ((tokens, width),)
+    if sizes.name != "blocks.0":
+        held = ((first, width), *held)
+    qkv_params: list[Product] = [(width, projected), (v, width)]
+    qkv_params += [(projected, one)] if attention.qkv.bias is not None else []
+    qkv_params += [(width, one)] if attention.proj.bias is not None else []
+    attention_macs: list[Product] = [(tokens, width, projected), (tokens, tokens, qk + v), (tokens, v, width)]
+    attention_live = [*held, (tokens, width), (tokens, projected), (tokens, v), (tokens, width)]
+    if attention.gate is not None:
+        qkv_params += [(width, v)] + ([(v, one)] if attention.gate.bias is not None else [])
+        attention_macs.append((tokens, width, v))
+        attention_live += [(tokens, v), (tokens, v)]
+    norms = _numel(block.norm1, getattr(block, "ls1", None), attention.q_norm, attention.k_norm)
+    mlp_norms = _numel(block.norm2, getattr(block, "ls2", None), mlp.norm)
+    gated = isinstance(mlp, GluMlp)
+    rows = hidden + hidden if gated else hidden
+    mlp_params: list[Product] = [(width, rows), (hidden, width)]
+    mlp_params += [(rows, one)] if mlp.fc1.bias is not None else []
+    mlp_params += [(width, one)] if mlp.fc2.bias is not None else []
+    attended: Product = (tokens, width)
+    mlp_live = [*held, attended, (tokens, width), (tokens, rows), (tokens, hidden)]
+    return [
+        Operation(
+            name=f"{site}.tokens", live=((first, width), (incoming, width), (tokens, width))
+        ),
+        Operation(
+            name=f"{site}.attn",
+            macs=tuple(attention_macs),
+            params=(*qkv_params, (Dim(fixed=norms),)),
+            live=tuple(attention_live),
+        ),
+        Operation(
+            name=f"{site}.mlp",
+            macs=((tokens, width, rows), (tokens, hidden, width)),
+            params=(*mlp_params, (Dim(fixed=mlp_norms),)),
+            live=tuple(mlp_live + ([(tokens, hidden)] if gated else [])),
+        ),
+    ]
+
+
+def _dim(name: str, size: int, groups: Set[str]) -> Dim:
+    return Dim(groups=((name, 1),)) if name in groups else Dim(fixed=size)
+
+
+def _head(vit: VisionTransformer, width: Dim, first: Dim, tokens: Dim) -> Operation:
+    heads = [vit.head, getattr(vit, "head_dist", None)]
+    classes = sum(head.out_features for head in heads if isinstance(head, nn.Linear))
+    macs: list[Product] = [(Dim(fixed=classes), width)]
+    if vit.attn_pool is not None:
+        macs += _pool_macs(vit, width, tokens)
+    return Operation(
+        name="head",
+        macs=tuple(macs),
+        params=((Dim(fixed=_numel(vit.norm, vit.attn_pool, vit.fc_norm, *heads)),),),
+        live=((first, width), (tokens, width), (tokens, width)),
+    )
+
+
+def _pool_macs(vit: VisionTransformer, width: Dim, tokens: Dim) -> list[Product]:
+    """Attention pooling: keys and values of every token, one query per latent."""
+    pool = vit.attn_pool
+    prefix = 0 if vit.pool_include_prefix else -vit.num_prefix_tokens
+    pooled = tokens + Dim(fixed=prefix)
+    latents = Dim(fixed=pool.latent_len)
+    macs: list[Product] = [(latents, width, width), (pooled, width, width + width)]
+    macs += [(latents, pooled, width + width), (latents, width, width)]
+    if pool.mlp is not None:
+        hidden = Dim(fixed=pool.mlp.fc2.in_features)
+        macs += [(latents, width, hidden), (latents, hidden, width)]
+    return macs

@@ -1,0 +1,105 @@
+"""The sizes of a timm Vision Transformer, dense or slim, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import GluMlp, Mlp
+from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.layers import TokenSelect, UnevenAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Sizes of one block.
+
+    Attributes:
+        name: the block's module name.
+        heads: (QK, V) dimensions of each head, in order.
+        scale: factor of the attention logits.
+        hidden: hidden units of the MLP.
+        positions: patch positions that are present, as places in the dense grid, row by row.
+    """
+
+    name: str
+    heads: tuple[tuple[int, int], ...]
+    scale: float
+    hidden: int
+    positions: tuple[int, ...]
+
+    @property
+    def qk_total(self) -> int:
+        """QK dimensions of all heads."""
+        return sum(qk for qk, _ in self.heads)
+
+    @property
+    def v_total(self) -> int:
+        """V dimensions of all heads."""
+        return sum(v for _, v in self.heads)
+
+    @staticmethod
+    def from_dict(name: str, entry: Mapping[str, Any]) -> BlockSizes:
+        """Read an entry of `Structure.layers`.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            return BlockSizes(
+                name=name,
+                heads=tuple((int(qk), int(v)) for qk, v in entry["heads"]),
+                scale=float(entry["scale"]),
+                hidden=int(entry["hidden"]),
+                positions=tuple(int(position) for position in entry["positions"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"The structure of {name} is damaged: {error!r}. Take an intact copy.") from error
+
+
+def block_sizes(vit: VisionTransformer) -> list[BlockSizes]:
+    """Read the sizes of every block, following the tokens that leave on the way.
+
+    Raises:
+        UnsupportedModelError: a block, attention or MLP is of a class that is not read.
+    """
+    rows, columns = vit.patch_embed.grid_size
+    positions = tuple(range(rows * columns))
+    prefix = vit.num_prefix_tokens
+    result: list[BlockSizes] = []
+    for key, block in vit.blocks.named_children():
+        if isinstance(block, TokenSelect):
+            positions = tuple(positions[place - prefix] for place in block.index.tolist()[prefix:])
+            continue
+        name = f"blocks.{key}"
+        _check(name, block, Block, ResPostBlock)
+        _check(f"{name}.attn", block.attn, Attention, UnevenAttention)
+        _check(f"{name}.mlp", block.mlp, Mlp, GluMlp)
+        attention = block.attn
+        if isinstance(attention, UnevenAttention):
+            heads = tuple(attention.heads)
+        else:
+            heads = ((attention.head_dim, attention.head_dim),) * attention.num_heads
+        result.append(
+            BlockSizes(
+                name=name,
+                heads=heads,
+                scale=float(attention.scale),
+                hidden=block.mlp.fc2.in_features,
+                positions=positions,
+            )
+        )
+    return result
+
+
+def _check(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
+    if type(module) not in classes:
+        readable = " and ".join(c.__name__ for c in classes if c is not UnevenAttention)
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, which family timm-vit does not read (it reads {readable}). "
+            "docs/add-a-family.md shows how to add a reader."
+        )

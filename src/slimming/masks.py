@@ -1,0 +1,322 @@
+"""Soft masks: the learnable factors of groups, attached to a model for the search.
+
+Masks over head dimensions, heads and hidden units are parametrisations of the weights they scale, so that the
+host's forward is untouched and a mask folds into its weight exactly. Masks over tokens act where tokens mix:
+as an additive bias log(m) on the keys, which is the same as removal when m reaches 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimming.errors import ConfigError, PlanError
+from slimming.groups import Anatomy, Group, resolve
+from slimming.plan import Plan
+from slimming.token_gates import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
+
+ATTRIBUTE = "slimming_masks"
+"""Attribute of a masked model that holds its `SoftMasks`."""
+
+SCORES = ("taylor", "contribution", "mask")
+_DECAY = 0.99
+
+
+class Scaled(nn.Module):
+    """The parametrisation of one tensor by one group's mask: factors along one dimension.
+
+    Args:
+        mask: one factor per unit, float32.
+        dim: dimension of the tensor that is scaled.
+        index: places of each unit along it.
+        length: size of the tensor along it.
+    """
+
+    places: Tensor | None
+
+    def __init__(self, mask: nn.Parameter, dim: int, index: Sequence[Sequence[int]], length: int) -> None:
+        super().__init__()
+        self.mask = mask
+        self.dim = dim
+        places = torch.zeros(length, dtype=torch.int64)
+        for unit, spots in enumerate(index):
+            places[list(spots)] = unit + 1
+        whole = places.equal(torch.arange(1, mask.numel() + 1)) if length == mask.numel() else False
+        self.register_buffer("places", None if whole else places.to(mask.device), persistent=False)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Scale ``tensor`` (any shape) along `dim`."""
+        factor = self.mask
+        if self.places is not None:
+            factor = torch.cat([factor.new_ones(1), factor]).index_select(0, self.places)
+        shape = [1] * tensor.dim()
+        shape[self.dim] = -1
+        return tensor * factor.to(tensor.dtype).view(shape)
+
+
+class SoftMasks(Mapping[str, nn.Parameter]):
+    """The soft masks of a model: group name -> float32 parameter with one factor per unit.
+
+    The parameters belong to the model (its ``parameters()`` and ``state_dict()`` hold them); this object finds
+    them and knows what to do with them. Made by `slimming.attach`.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], tokens: str, penalty: Mapping[str, float]
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.groups = tuple(groups)
+        self.tokens = tokens
+        self.penalty_weights = dict(penalty)
+        self.penalty_sum = False
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._remove_gates: list[Callable[[], None]] = []
+        self._squares: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __repr__(self) -> str:
+        return f"SoftMasks({len(self)} groups, {sum(p.numel() for p in self.values())} units)"
+
+    # A mapping compares by content; masks are state, so two of them are the same only if they are one.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def of_kind(self, kind: str) -> list[Group]:
+        """The attached groups of one kind, in the model's order."""
+        return [group for group in self.groups if group.kind == kind]
+
+    def factor(self, group: Group) -> Tensor:
+        """The factor of each unit, shape (size,): the mask itself, or its tanh for the paper's token masks."""
+        mask = self[group.name]
+        return token_factor(mask, self.tokens) if group.token is not None else mask
+
+    def penalties(self) -> dict[str, Tensor]:
+        """The weighted l1 penalty of each attached kind, as scalars (ViT-Slim, eq. 4)."""
+        result: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(group.kind for group in self.groups):
+            factors = torch.cat([self.factor(group) for group in self.of_kind(kind)]).abs()
+            weight = self.penalty_weights.get(kind, 0.0)
+            result[kind] = weight * (factors.sum() if self.penalty_sum else factors.mean())
+        return result
+
+    def penalty(self) -> Tensor:
+        """The penalty to add to a loss, a scalar.
+
+        By default each kind's weight multiplies the *mean* of |factor| over its units, so that a weight means
+        the same for every model, batch and world size. The paper's preset takes sums.
+        """
+        return torch.stack(list(self.penalties().values())).sum()
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Note what the loss's gradient says of each unit; call it after backward, before the optimiser step.
+
+        Keeps an average of (factor x gradient of the task loss)^2: the first-order estimate of what cutting
+        the unit would change (Molchanov et al., CVPR 2019, eq. 8). The penalty's own gradient is taken out.
+        """
+        sizes = {kind: sum(group.size for group in self.of_kind(kind)) for kind in {g.kind for g in self.groups}}
+        for group in self.groups:
+            mask = self[group.name]
+            if mask.grad is None:
+                continue
+            weight = self.penalty_weights.get(group.kind, 0.0) / (1 if self.penalty_sum else sizes[group.kind])
+            if group.token is not None and self.tokens == MULTIPLY:
+                factor = torch.tanh(mask)
+                slope = 1 - factor.square()
+            else:
+                factor, slope = mask.detach(), torch.ones_like(mask)
+            # Relative to the factor: d loss / d factor = (d loss / d mask) / (d factor / d mask).
+            task = mask.grad / slope.clamp_min(1e-6) - weight * factor.sign()
+            square = (factor * task).square()
+            previous = self._squares.get(group.name)
+            self._squares[group.name] = square if previous is None else previous.lerp(square, 1 - _DECAY)
+        self._steps += 1
+
+    def collected(self) -> dict[str, Tensor]:
+        """What `collect` has gathered, for checkpoints: plain tensors."""
+        return {**self._squares, "steps": torch.tensor(self._steps)}
+
+    def restore(self, collected: Mapping[str, Tensor]) -> None:
+        """Take back what `collected` gave."""
+        self._steps = int(collected["steps"])
+        self._squares = {name: value.clone() for name, value in collected.items() if name != "steps"}
+
+    @torch.no_grad()
+    def scores(self, how: str | None = None) -> dict[str, Tensor]:
+        """One score per unit: what cutting it would cost. float32 on the CPU, shape (size,) per group.
+
+        Args:
+            how: ``"taylor"``, the average change of the loss that `collect` estimated; ``"contribution"``,
+                |factor| times the norms of the weights that make and read the unit; ``"mask"``, the signed
+                factor itself, as in the paper. Default: taylor if something was collected, else contribution.
+
+        Raises:
+            ConfigError: there is no such score, or nothing was collected for taylor.
+        """
+        how = how or ("taylor" if self._squares else "contribution")
+        if how not in SCORES:
+            raise ConfigError(f"There is no score {how!r}; scores are {', '.join(SCORES)}.")
+        if how == "taylor":
+            if not self._squares:
+                raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
+            return {name: square.sqrt().float().cpu() for name, square in self._squares.items()}
+        result = {}
+        for group in self.groups:
+            score = self.factor(group).float()
+            if how == "contribution":
+                score = score.abs() * self._weight_norms(group)
+            result[group.name] = score.detach().cpu().clone()
+        return result
+
+    def _weight_norms(self, group: Group) -> Tensor:
+        """Product over the sides of a unit of the norm of its slices; ones for tokens. Shape (size,)."""
+        squares: dict[str, Tensor] = {}
+        device = self[group.name].device
+        for slices in group.slices:
+            tensor = original(self.model, slices.tensor).float()
+            each = tensor.square().sum(dim=[d for d in range(tensor.dim()) if d != slices.dim])
+            owner = torch.zeros(each.numel(), dtype=torch.int64, device=device)
+            member = torch.zeros_like(each)
+            for unit, places in enumerate(slices.index):
+                owner[list(places)] = unit
+                member[list(places)] = 1.0
+            total = torch.zeros(group.size, device=device).index_add_(0, owner, each * member)
+            squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
+        result = torch.ones(group.size, device=device)
+        for side in ("in", "out"):
+            result = result * squares[side].sqrt() if side in squares else result
+        return result
+
+    @torch.no_grad()
+    def apply_(self, plan: Plan) -> None:
+        """Set what ``plan`` drops to exactly 0, so that the masked model equals the cut one.
+
+        Kept tokens become exactly 1: a token's factor cannot be folded into a weight. With ``plan.fold`` False
+        every kept unit becomes 1, as in the paper.
+
+        Raises:
+            PlanError: the plan cuts a group that has no mask here, or is of another model.
+        """
+        kept = resolve(self.anatomy.groups, plan.kept)
+        for name, units in plan.kept.items():
+            if name not in self and len(units) < plan.sizes[name]:
+                raise PlanError(f"The plan cuts {name!r}, which has no mask here. Attach that group too.")
+        for group in self.groups:
+            mask = self[group.name]
+            stays = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
+            stays[list(kept[group.name])] = True
+            one = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
+            if group.token is not None or not plan.fold:
+                mask[stays] = one
+            mask[~stays] = 0.0
+
+    def fold_(self) -> None:
+        """Multiply the masks into the weights and take them away; token masks, which no weight holds, stay."""
+        self._remove_scales(fold=True)
+        self._drop([group for group in self.groups if group.token is None])
+
+    def detach_(self) -> None:
+        """Take every mask away and give the weights back as they are without."""
+        self._remove_scales(fold=False)
+        for remove in self._remove_gates:
+            remove()
+        self._remove_gates = []
+        self._drop(list(self.groups))
+
+    def _drop(self, groups: list[Group]) -> None:
+        names = {group.name for group in groups}
+        self.groups = tuple(group for group in self.groups if group.name not in names)
+        for name in names:
+            self._parameters.pop(name, None)
+            self._squares.pop(name, None)
+        if not self.groups:
+            self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def _remove_scales(self, *, fold: bool) -> None:
+        tensors = {scale.tensor for group in self.groups for scale in group.scales}
+        for tensor in tensors:
+            module, _, name = tensor.rpartition(".")
+            parametrize.remove_parametrizations(self.model.get_submodule(module), name, leave_parametrized=fold)
+
+
+def attach(
+    model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], *, tokens: str = BIAS, penalty: Mapping[str, float]
+) -> SoftMasks:
+    """Attach a soft mask to each of ``groups``, in place. With ``tokens="bias"`` the outputs do not change.
+
+    Args:
+        model: the model that ``anatomy`` describes.
+        anatomy: what its family read.
+        groups: some of ``anatomy.groups``.
+        tokens: ``"bias"`` (a key bias, exact) or ``"multiply"`` (the paper's multiplication of norm outputs).
+        penalty: kind -> weight of its penalty.
+
+    Raises:
+        PlanError: masks are attached already, a group is not of this model, or two groups share units.
+        ConfigError: ``tokens`` is neither.
+    """
+    _check(model, anatomy, groups, tokens)
+    masks = SoftMasks(model, anatomy, groups, tokens, penalty)
+    device = next(model.parameters()).device
+    for group in groups:
+        init = RAW_INIT if group.token is not None and tokens == MULTIPLY else 1.0
+        masks._parameters[group.name] = nn.Parameter(torch.full((group.size,), init, device=device))
+    for group in groups:
+        for scale in group.scales:
+            module_name, _, name = scale.tensor.rpartition(".")
+            module = model.get_submodule(module_name)
+            length = original(model, scale.tensor).shape[scale.dim]
+            scaled = Scaled(masks[group.name], scale.dim, scale.index, length)
+            parametrize.register_parametrization(module, name, scaled)
+    sites = [group for group in anatomy.groups if group.token is not None]
+    masks._remove_gates = attach_token_gates(model, sites, masks, tokens)
+    model.__dict__[ATTRIBUTE] = masks
+    return masks
+
+
+def attached(model: nn.Module) -> SoftMasks | None:
+    """The masks that are attached to ``model``, if any."""
+    masks: Any = model.__dict__.get(ATTRIBUTE)
+    return masks
+
+
+def original(model: nn.Module, tensor: str) -> Tensor:
+    """The tensor called ``tensor`` without its masks."""
+    module_name, _, name = tensor.rpartition(".")
+    module = model.get_submodule(module_name)
+    if parametrize.is_parametrized(module, name):
+        parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
+        return parametrization.original
+    return module.get_parameter(name)
+
+
+def _check(model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], tokens: str) -> None:
+    if tokens not in (BIAS, MULTIPLY):
+        raise ConfigError(f"tokens={tokens!r}: give {BIAS!r} (exact) or {MULTIPLY!r} (as in the paper).")
+    if attached(model) is not None:
+        raise PlanError("The model has masks already; call masks.detach_() or masks.fold_() first.")
+    if not groups:
+        raise PlanError("No group was given; slimming.describe(model) lists those of the model.")
+    seen: dict[str, str] = {}
+    for group in groups:
+        if anatomy.group(group.name) != group:
+            raise PlanError(f"Group {group.name!r} has other sizes in this model; call slimming.describe(model) again.")
+        keys = {group.name} if group.role != "qkv" else {group.name, f"{group.site}.qk", f"{group.site}.v"}
+        for key in keys:
+            if key in seen:
+                raise PlanError(f"Groups {seen[key]!r} and {group.name!r} share units; attach one of them.")
+            seen[key] = group.name

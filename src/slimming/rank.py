@@ -1,0 +1,313 @@
+"""From scores, costs and a budget to a plan: pure functions.
+
+Everything that may go is put into one order, a sequence of *chunks*, that does not depend on the budget. A
+budget takes the shortest beginning of the sequence that is cheap enough, so a larger budget always keeps all
+that a smaller one keeps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimming.errors import BudgetError, PlanError
+from slimming.groups import Anatomy, Group, resolve
+from slimming.plan import KINDS, Budget, Layout, Plan
+
+Measure = Callable[[Mapping[str, int]], Mapping[str, int]]
+"""From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
+
+_FEWEST_SIZES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Units that go together, and the average score of one of them.
+
+    Chunks of one chain go in order: a later one never goes before an earlier one.
+    """
+
+    units: tuple[tuple[str, int], ...]
+    score: float
+    chain: tuple[str, int]
+
+
+def make_plan(
+    anatomy: Anatomy, scores: Mapping[str, Tensor], budget: Budget, layout: Layout, measure: Measure, *, fold: bool
+) -> Plan:
+    """The plan that keeps the most valuable units under ``budget``.
+
+    Args:
+        anatomy: the model.
+        scores: one score per unit for each group that may be cut, shape (size,).
+        budget: what the slim model may cost.
+        layout: which sizes the layers may get.
+        measure: what a choice costs.
+        fold: stored in the plan, see `Plan`.
+
+    Raises:
+        PlanError: scores of another model, or scores that are not finite.
+        BudgetError: the budget cannot be reached (the message says what can), or names a kind without scores.
+    """
+    groups = _scored_groups(anatomy, scores)
+    chunks = _all_chunks(groups, scores, layout)
+    if budget.keep is not None:
+        dropped = _for_keep_ratios(groups, chunks, budget)
+    else:
+        dropped = _for_limits(anatomy, chunks, budget, measure)
+    kept = {g.name: tuple(unit for unit in range(g.size) if unit not in dropped.get(g.name, ())) for g in groups}
+    complete = resolve(anatomy.groups, kept)
+    return Plan(
+        kept={group.name: complete[group.name] for group in groups},
+        sizes={group.name: group.size for group in groups},
+        budget=budget.to_dict(),
+        fold=fold,
+    )
+
+
+def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group]:
+    groups = [anatomy.group(name) for name in scores]
+    for group in groups:
+        score = scores[group.name]
+        if score.shape != (group.size,):
+            raise PlanError(
+                f"The scores of {group.name!r} are for {tuple(score.shape)} units, this model has {group.size}: "
+                "they are of another model."
+            )
+        if not bool(torch.isfinite(score).all()):
+            raise PlanError(f"The scores of {group.name!r} are not all finite: the search diverged. Lower its lr.")
+    if not groups:
+        raise PlanError("There are no scores to plan with; attach masks and search first.")
+    return sorted(groups, key=lambda group: [g.name for g in anatomy.groups].index(group.name))
+
+
+def _all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    by_site: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        by_site.setdefault(group.site, {})[group.role] = group
+    for roles in by_site.values():
+        chunks += _attention_chunks(roles, scores, layout)
+        if "mlp" in roles:
+            chunks += _plain_chunks(roles["mlp"], scores, _multiple(roles["mlp"].size, layout))
+        if "head" in roles:
+            chunks += _plain_chunks(roles["head"], scores, 1)
+    tokens = [group for group in groups if group.token is not None]
+    return chunks + _token_chunks(tokens, scores)
+
+
+def _multiple(size: int, layout: Layout) -> int:
+    """The multiple to use for ``size`` units: halved until it divides them into enough pieces."""
+    multiple = layout.multiple
+    while multiple > 1 and (size % multiple or size // multiple < _FEWEST_SIZES):
+        multiple //= 2
+    return multiple
+
+
+def _ascending(score: Tensor, units: Sequence[int]) -> list[int]:
+    values = score.tolist()
+    return sorted(units, key=lambda unit: (values[unit], unit))
+
+
+def _bundles(units: Sequence[int], multiple: int) -> list[list[int]]:
+    return [list(units[start : start + multiple]) for start in range(0, len(units), multiple)]
+
+
+def _chain(name: str, number: int, bundles: Iterable[Sequence[tuple[str, int]]], scores: Mapping[str, list[float]]) -> list[Chunk]:
+    """Chunks of one chain, their scores made non-decreasing so that sorting keeps their order."""
+    chunks: list[Chunk] = []
+    floor = -float("inf")
+    for bundle in bundles:
+        mean = sum(scores[group][unit] for group, unit in bundle) / len(bundle)
+        floor = max(floor, mean)
+        chunks.append(Chunk(units=tuple(bundle), score=floor, chain=(name, number)))
+    return chunks
+
+
+def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int) -> list[Chunk]:
+    """Bundles from the lowest score up; the best bundle always stays."""
+    order = _ascending(scores[group.name], range(group.size))
+    bundles = [[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)]
+    return _chain(group.name, 0, bundles[:-1], {group.name: scores[group.name].tolist()})
+
+
+def _attention_chunks(roles: Mapping[str, Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
+    members = [roles[role] for role in ("qkv", "qk", "v") if role in roles]
+    if not members:
+        return []
+    values = {group.name: scores[group.name].tolist() for group in members}
+    same = all(len(set(group.limits.parts)) == 1 for group in members)
+    if layout.equal_heads and same and len({group.limits.parts for group in members}) == 1:
+        per_head = members[0].limits.parts[0]
+        multiple = _multiple(per_head, layout)
+        heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple)]
+        steps = [[pair for bundles in heads for pair in bundles[step]] for step in range(per_head // multiple - 1)]
+        return _chain(members[0].site, 0, steps, values)
+    return _uneven_chunks(roles, scores, values, layout)
+
+
+def _head_bundles(group: Group, score: Tensor, multiple: int) -> list[list[list[tuple[str, int]]]]:
+    """Per head, its units from the lowest score up in bundles."""
+    owner = group.part_of_unit
+    heads = []
+    for head in range(len(group.limits.parts)):
+        order = _ascending(score, [unit for unit in range(group.size) if owner[unit] == head])
+        heads.append([[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)])
+    return heads
+
+
+def _uneven_chunks(
+    roles: Mapping[str, Group], scores: Mapping[str, Tensor], values: Mapping[str, list[float]], layout: Layout
+) -> list[Chunk]:
+    """Each head on its own. The last V of a head takes its QK along; one head always stays."""
+    bundles = {
+        role: _head_bundles(roles[role], scores[roles[role].name], _multiple(min(roles[role].limits.parts), layout))
+        for role in ("qkv", "qk", "v")
+        if role in roles
+    }
+    chunks: list[Chunk] = []
+    if "qk" in bundles:
+        for head, own in enumerate(bundles["qk"]):
+            chunks += _chain(roles["qk"].name, head, own[:-1], values)
+    carrier = "qkv" if "qkv" in bundles else "v"
+    if carrier not in bundles:
+        return chunks
+    name = roles[carrier].name
+    if "head" in roles:
+        last = int(scores[roles["head"].name].argmax())
+    else:
+        best = [max(values[name][unit] for _, unit in own[-1]) for own in bundles[carrier]]
+        last = best.index(max(best))
+    for head, own in enumerate(bundles[carrier]):
+        steps = [list(bundle) for bundle in own]
+        if head == last:
+            steps = steps[:-1]
+        elif "qk" in bundles:
+            steps[-1] = [*steps[-1], *bundles["qk"][head][-1]]
+        chain = _chain(name, head, steps, values)
+        if head != last and "qk" in bundles:
+            rest = tuple(pair for bundle in bundles["qk"][head][:-1] for pair in bundle)
+            final = chain[-1]
+            chain[-1] = Chunk(units=final.units + rest, score=final.score, chain=final.chain)
+        chunks += chain
+    return chunks
+
+
+def _token_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> list[Chunk]:
+    """One chain per position, from the deepest block up: a token that leaves a block is gone in all deeper ones.
+
+    A position's score in a block is at most what it is in shallower blocks, so that the chain is ascending.
+    """
+    at: dict[int, list[tuple[str, int, float]]] = {}
+    for group in groups:
+        assert group.token is not None
+        for unit, position in enumerate(group.token.positions):
+            at.setdefault(position, []).append((group.name, unit, float(scores[group.name][unit])))
+    protected = _last_positions(groups, at)
+    chunks: list[Chunk] = []
+    for position, visits in at.items():
+        if position == protected:
+            continue
+        low = float("inf")
+        capped = []
+        for name, unit, score in visits:
+            low = min(low, score)
+            capped.append((name, unit, low))
+        for name, unit, score in reversed(capped):
+            chunks.append(Chunk(units=((name, unit),), score=score, chain=("tokens", position)))
+    return chunks
+
+
+def _last_positions(groups: Sequence[Group], at: Mapping[int, list[tuple[str, int, float]]]) -> int | None:
+    """The position that always stays: the one present in every block with the best lowest score."""
+    candidates = {p: min(score for *_, score in visits) for p, visits in at.items() if len(visits) == len(groups)}
+    return max(candidates, key=lambda position: (candidates[position], -position)) if candidates else None
+
+
+def _sequence(chunks: Sequence[Chunk], price: Callable[[Chunk], float]) -> list[Chunk]:
+    """All chunks in the order in which they go: lowest score per price first, chains kept in order."""
+    floor: dict[tuple[str, int], float] = {}
+    keyed = []
+    for place, chunk in enumerate(chunks):
+        density = chunk.score * len(chunk.units) / max(price(chunk), 1e-30)
+        floor[chunk.chain] = density = max(density, floor.get(chunk.chain, -float("inf")))
+        keyed.append((density, place, chunk))
+    return [chunk for _, _, chunk in sorted(keyed, key=lambda item: item[:2])]
+
+
+def _dropped(chunks: Iterable[Chunk]) -> dict[str, set[int]]:
+    result: dict[str, set[int]] = {}
+    for chunk in chunks:
+        for name, unit in chunk.units:
+            result.setdefault(name, set()).add(unit)
+    return result
+
+
+def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure) -> dict[str, set[int]]:
+    full = {group.name: group.size for group in anatomy.groups}
+    dense = measure(full)
+    limits = {name: share * dense[name] for name, share in budget.limits.items()}
+    names = {name for chunk in chunks for name, _ in chunk.units}
+    price = {name: _unit_price(anatomy, name, full, dense, limits, measure) for name in names}
+    order = _sequence(chunks, lambda chunk: sum(price[name] for name, _ in chunk.units))
+
+    def cost_after(count: int) -> Mapping[str, int]:
+        gone = _dropped(order[:count])
+        kept = {name: [u for u in range(full[name]) if u not in units] for name, units in gone.items()}
+        return measure({name: len(units) for name, units in resolve(anatomy.groups, kept).items()})
+
+    def fits(count: int) -> bool:
+        cost = cost_after(count)
+        return all(cost[name] <= limit for name, limit in limits.items())
+
+    if not fits(len(order)):
+        least = cost_after(len(order))
+        reach = ", ".join(f"{name} {least[name] / dense[name]:.4f}" for name in limits)
+        wanted = ", ".join(f"{name} {share}" for name, share in budget.limits.items())
+        raise BudgetError(
+            f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
+            "of the dense model. Give a larger budget, attach more kinds, or allow smaller layout multiples."
+        )
+    count = bisect_left(range(len(order) + 1), True, key=fits)
+    return _dropped(order[:count])
+
+
+def _unit_price(
+    anatomy: Anatomy, name: str, full: Mapping[str, int], dense: Mapping[str, int], limits: Mapping[str, float], measure: Measure
+) -> float:
+    """What one unit of a group costs, as the sum of its shares of the limits."""
+    kept = {name: range(1, full[name])}
+    less = measure({n: len(units) for n, units in resolve(anatomy.groups, kept).items()}) if full[name] > 1 else dense
+    return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
+
+
+def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: Budget) -> dict[str, set[int]]:
+    """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
+    kind_of = {group.name: group.kind for group in groups}
+    dropped: dict[str, set[int]] = {}
+    assert budget.keep is not None
+    for kind in sorted(budget.keep, key=KINDS.index):
+        total = sum(group.size for group in groups if group.kind == kind)
+        if not total:
+            have = ", ".join(sorted(set(kind_of.values())))
+            raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
+        order = _sequence([c for c in chunks if kind_of[c.units[0][0]] == kind], lambda chunk: len(chunk.units))
+        allowed = budget.keep[kind] * total
+        counts = [0]
+        gone: set[tuple[str, int]] = set()
+        for chunk in order:
+            gone.update(chunk.units)
+            counts.append(len(gone))
+        count = next((i for i, number in enumerate(counts) if total - number <= allowed + 1e-9), None)
+        if count is None:
+            raise BudgetError(
+                f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
+                f"{(total - counts[-1]) / total:.4f}. Give a larger ratio, or allow smaller layout multiples."
+            )
+        for name, units in _dropped(order[:count]).items():
+            dropped[name] = units
+    return dropped

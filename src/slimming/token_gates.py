@@ -1,0 +1,161 @@
+"""Where token masks act: hooks on the attention modules, the pooling and, for the paper's variant, the norms.
+
+Shape suffixes: B batch, N tokens (prefix included), D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.groups import Group, TokenSite
+
+BIAS = "bias"
+MULTIPLY = "multiply"
+RAW_INIT = 3.0
+"""Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
+
+Source = tuple[nn.Parameter, Tensor | None]
+"""A mask and the places of the wanted positions in it (None: all of them, in order)."""
+
+
+def token_factor(mask: Tensor, tokens: str) -> Tensor:
+    """The factor of each token: its mask from 0 up, or tanh of it for the paper's variant."""
+    return torch.tanh(mask) if tokens == MULTIPLY else mask.clamp_min(0)
+
+
+class _Gate:
+    """What all gates share: the product of the masks on the way to here."""
+
+    def __init__(self, sources: list[Source], prefix: int) -> None:
+        self.sources = sources
+        self.prefix = prefix
+
+    def _stacked(self) -> Tensor:
+        """Factors of every mask so far, shape (masks, positions)."""
+        picked = [mask if places is None else mask[places.to(mask.device)] for mask, places in self.sources]
+        return torch.stack(picked).clamp_min(0)
+
+    def product(self) -> Tensor:
+        """Product over the masks, shape (positions,)."""
+        return self._stacked().prod(0)
+
+    def bias(self) -> Tensor:
+        """Logarithm of the product with a zero per prefix token, shape (N,); -inf where a factor is 0."""
+        stacked = self._stacked()
+        alive = stacked > 0
+        # The inner where keeps log away from 0, whose infinite slope would turn into NaN.
+        total = torch.where(alive, stacked, 1.0).log().sum(0)
+        total = torch.where(alive.all(0), total, -torch.inf)
+        return torch.cat([total.new_zeros(self.prefix), total])
+
+
+class KeyBias(_Gate):
+    """Forward pre-hook of an attention module: adds the bias to the keys of every head and query."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        bias = self.bias().to(args[0].dtype).view(1, 1, 1, -1)
+        positional = list(args)
+        given = positional[1] if len(positional) > 1 else kwargs.get("attn_mask")
+        if given is not None and given.dtype == torch.bool:
+            given = torch.zeros(given.shape, dtype=bias.dtype, device=given.device).masked_fill(~given, -torch.inf)
+        joined = bias if given is None else bias + given
+        if len(positional) > 1:
+            positional[1] = joined
+            return tuple(positional), kwargs
+        return args, {**kwargs, "attn_mask": joined}
+
+
+class MeanPoolWeight(_Gate):
+    """Forward hook of the module in front of average pooling: turns the mean into the weighted mean."""
+
+    def __init__(self, sources: list[Source], prefix: int, pool_prefix: bool) -> None:
+        super().__init__(sources, prefix)
+        self.pooled_prefix = prefix if pool_prefix else 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output_BND: Tensor) -> Tensor:
+        product = self.product()
+        count = product.numel() + self.pooled_prefix
+        share = count / (product.sum() + self.pooled_prefix)
+        ahead = share if self.pooled_prefix else torch.ones_like(share)
+        weights = torch.cat([ahead.expand(self.prefix), product * share])
+        return output_BND * weights.to(output_BND.dtype).view(1, -1, 1)
+
+
+class Multiply(_Gate):
+    """Forward hook of a norm: the paper's variant, which multiplies its output by tanh of this block's mask."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output_BND: Tensor) -> Tensor:
+        mask, _ = self.sources[-1]
+        factor = torch.cat([mask.new_ones(self.prefix), torch.tanh(mask)])
+        return output_BND * factor.to(output_BND.dtype).view(1, -1, 1)
+
+
+def attach_token_gates(
+    model: nn.Module, sites: Sequence[Group], masks: Mapping[str, nn.Parameter], tokens: str
+) -> list[Callable[[], None]]:
+    """Register each token mask on its block and the hooks that apply it, from its block to the pooling.
+
+    Args:
+        model: the model.
+        sites: every token group of the model, from shallow to deep.
+        masks: masks of some of them, by group name.
+        tokens: ``"bias"`` or ``"multiply"``.
+
+    Returns:
+        Functions that take everything away again.
+    """
+    removers: list[Callable[[], None]] = []
+    seen: list[tuple[TokenSite, nn.Parameter]] = []
+    for group in sites:
+        site = group.token
+        assert site is not None
+        mask = masks.get(group.name)
+        if mask is not None:
+            block = model.get_submodule(site.block)
+            block.register_parameter("token_mask", mask)
+            removers.append(_Unregister(block))
+            seen.append((site, mask))
+        sources = [_source(earlier, parameter, site) for earlier, parameter in seen]
+        if tokens == MULTIPLY and mask is not None:
+            gate = Multiply(sources, site.prefix)
+            removers += [model.get_submodule(name).register_forward_hook(gate).remove for name in site.norms]
+        elif tokens == BIAS and sources:
+            # A block without a mask of its own still sees the tokens that left before it.
+            hook = KeyBias(sources, site.prefix)
+            attention = model.get_submodule(site.attention)
+            removers.append(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if group is sites[-1]:
+                removers += _gate_pool(model, site, sources)
+    return removers
+
+
+def _gate_pool(model: nn.Module, last: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
+    """Gate the pooling by the product of all masks; nothing to do where the class token is read."""
+    removers: list[Callable[[], None]] = []
+    if last.mean_pool is not None:
+        weight = MeanPoolWeight(sources, last.prefix, last.pool_prefix)
+        removers.append(model.get_submodule(last.mean_pool).register_forward_hook(weight).remove)
+    if last.attention_pool is not None:
+        bias = KeyBias(sources, last.prefix if last.pool_prefix else 0)
+        pool = model.get_submodule(last.attention_pool)
+        removers.append(pool.register_forward_pre_hook(bias, with_kwargs=True).remove)
+    return removers
+
+
+def _source(earlier: TokenSite, mask: nn.Parameter, here: TokenSite) -> Source:
+    if earlier.positions == here.positions:
+        return mask, None
+    place_of = {position: place for place, position in enumerate(earlier.positions)}
+    return mask, torch.tensor([place_of[position] for position in here.positions])
+
+
+class _Unregister:
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self) -> None:
+        del self.block.token_mask

@@ -1,0 +1,144 @@
+"""The settings of training and of data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from slimming.errors import ConfigError, nearest
+
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
+AUGMENTATIONS = ("none", "light", "overhead", "deit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained; dense training, search and retraining share it.
+
+    Attributes:
+        epochs: passes over the training data; fractions are allowed.
+        steps: optimizer steps; takes the place of ``epochs`` where it is given.
+        batch_size: images per optimizer step, over all processes and accumulated parts together.
+        accumulate: parts that each process splits its share of a batch into, to save memory.
+        optimizer: a name of ``timm.optim``.
+        lr: learning rate at the end of warm-up, for the whole batch; nothing rescales it.
+        weight_decay: on weights with two or more dimensions.
+        schedule: ``"cosine"`` down to 1 % of ``lr``, or ``"constant"``.
+        warmup_epochs: linear rise at the start, within the epochs.
+        clip_grad: largest gradient norm, or None.
+        label_smoothing: share of the target spread over all classes.
+        mixup: alpha of timm's mixup; 0 is off.
+        cutmix: alpha of timm's cutmix; 0 is off.
+        ema: decay of the averaged weights per step, or None.
+        precision: autocast of the forward pass: ``"no"``, ``"bf16"`` or ``"fp16"``. Parameters stay float32.
+        compile: run the model through ``torch.compile``.
+        seed: with the settings and the data, decides the whole run.
+        workers: processes that read images; 0 reads in the training process. The result does not depend on it.
+        eval_every: epochs between two evaluations; 0 evaluates at the end only.
+        log_every: steps between two lines of the log.
+        checkpoint_seconds: time between two saved states; 0 saves after every step.
+        trackers: names of Accelerate's trackers, such as ``"tensorboard"`` or ``"wandb"``.
+    """
+
+    epochs: float = 10.0
+    steps: int | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    clip_grad: float | None = 1.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float | None = None
+    precision: str = "no"
+    compile: bool = False
+    seed: int = 0
+    workers: int = 0
+    eval_every: float = 1.0
+    log_every: int = 10
+    checkpoint_seconds: float = 60.0
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.steps is not None:
+            _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        for name in ("epochs", "lr"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        for name in (
+            "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers", "eval_every", "checkpoint_seconds", "seed"
+        ):  # fmt: skip
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        if self.clip_grad is not None:
+            _require(self.clip_grad > 0, "clip_grad", self.clip_grad, "above 0, or null for none")
+        if self.ema is not None:
+            _require(0 < self.ema < 1, "ema", self.ema, "between 0 and 1, or null for none")
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("precision", self.precision, PRECISIONS)
+        if self.steps is None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after warm-up."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they are read.
+
+    Attributes:
+        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"`` for a
+            data set of the ``datasets`` library.
+        val: the validation data, where it is not found inside ``source``; for ``hf:`` the name of its split.
+        split_fraction: share of the images of each class that is held out, where there is no validation data.
+        image_key: column of the images in Parquet and ``hf:`` data.
+        label_key: column of the labels in Parquet and ``hf:`` data.
+        max_unreadable: share of the images that may be unreadable before reading stops with an error.
+        train_limit: use only the first images of the training data.
+        val_limit: use only the first images of the validation data.
+        stream: read ``hf:`` data as a stream instead of downloading it first.
+        augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
+            90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
+    """
+
+    source: str
+    val: str | None = None
+    split_fraction: float | None = None
+    image_key: str = "image"
+    label_key: str = "label"
+    max_unreadable: float = 0.01
+    train_limit: int | None = None
+    val_limit: int | None = None
+    stream: bool = False
+    augment: str = "light"
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("data.source is empty; give a folder, a file, or hf:NAME.")
+        if self.split_fraction is not None:
+            _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
+            if self.val is not None:
+                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
+        _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
+        for name in ("train_limit", "val_limit"):
+            if getattr(self, name) is not None:
+                _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _choice("augment", self.augment, AUGMENTATIONS)
+        if self.stream and not self.source.startswith("hf:"):
+            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+
+
+def _require(holds: bool, name: str, value: object, must: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}; it must be {must}.")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.{nearest(value, choices)}")

@@ -1,0 +1,169 @@
+"""From the bytes of an image file to the tensor a model takes, with random numbers of its own for each sample."""
+
+from __future__ import annotations
+
+import io
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from slimming.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What a model takes: ``input_size`` is (channels, height, width) in pixels, ``mean`` and ``std`` per channel."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.input_size[0] not in (1, 3):
+            raise DataError(
+                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or 3 (RGB). "
+                "Pass DataLoaders of your own for others."
+            )
+
+    @staticmethod
+    def of_model(model: Any) -> ImageSpec:
+        """Read the spec from a timm model's own ``pretrained_cfg``."""
+        from timm.data import resolve_data_config
+
+        found = resolve_data_config({}, model=model)
+        channels = found["input_size"][0]
+        fit = {key: tuple(found[key]) for key in ("mean", "std")}
+        if len(fit["mean"]) != channels:  # a model for grey images keeps the three means of its ImageNet entry
+            fit = {key: (sum(value) / len(value),) * channels for key, value in fit.items()}
+        return ImageSpec(
+            input_size=tuple(found["input_size"]),
+            interpolation=found["interpolation"],
+            crop_pct=float(found["crop_pct"]),
+            **fit,
+        )
+
+
+class Unreadable(Exception):
+    """One image cannot be decoded; caught, counted and skipped by the readers of batches."""
+
+
+def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Image.Image:
+    """Decode one image upright, as grey or RGB.
+
+    Args:
+        data: an encoded image, the path of one, or a decoded one.
+        channels: 1 for grey, 3 for RGB.
+        largest: sides beyond this many pixels may be decoded at a reduced scale (JPEG only).
+
+    Raises:
+        Unreadable: truncated, no image, or too large to be decoded safely.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of images above 89 megapixels and refuses those above 179; the warning is no news here.
+            warnings.simplefilter("ignore")
+            image = data if isinstance(data, Image.Image) else _open(data)
+            image.draft("RGB" if channels == 3 else "L", (largest, largest))
+            image = ImageOps.exif_transpose(image)
+            return _convert(image, "RGB" if channels == 3 else "L")
+    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error, IndexError ...
+    except Exception as error:
+        raise Unreadable(str(error) or type(error).__name__) from error
+
+
+def _open(data: bytes | Path) -> Image.Image:
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits per pixel: Pillow would clip at 255
+        values = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if values.max(initial=0.0) > 255 else 1.0
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Image], Tensor]:
+    """Return the function from a decoded image to a normalised float32 tensor (C, H, W).
+
+    Args:
+        spec: the model's own input.
+        augment: one of ``AUGMENTATIONS``, or None for evaluation (resize and centre crop).
+    """
+    from timm.data import create_transform
+
+    common: dict[str, Any] = {
+        "input_size": spec.input_size, "interpolation": spec.interpolation, "mean": spec.mean, "std": spec.std
+    }  # fmt: skip
+    if augment is None or augment == "none":
+        return create_transform(**common, is_training=False, crop_pct=spec.crop_pct)
+    if augment == "deit":
+        return create_transform(
+            **common, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel"
+        )
+    light = create_transform(
+        **common, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.1,
+        vflip=0.5 if augment == "overhead" else 0.0,
+    )  # fmt: skip
+    return _Turned(light) if augment == "overhead" else light
+
+
+class _Turned:
+    """Rotate by a random multiple of 90 degrees, then go on with ``then``."""
+
+    def __init__(self, then: Callable[[Image.Image], Tensor]) -> None:
+        self.then = then
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+        turn = turns[random.randrange(4)]
+        return self.then(image if turn is None else image.transpose(turn))
+
+
+def mix(*numbers: int) -> int:
+    """Return one well-spread 63-bit seed for several whole numbers, the same on every machine.
+
+    >>> mix(0, 1) != mix(1, 0)
+    True
+    """
+    value = 0x9E3779B97F4A7C15
+    for number in numbers:  # splitmix64's finaliser, once per number
+        value = (value + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators: the libraries that augment draw from all three."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def restored_randomness() -> Iterator[None]:
+    """Give the global generators back as they were."""
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(pytorch)

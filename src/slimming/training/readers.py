@@ -1,0 +1,121 @@
+"""Where images lie: each reader gives records by index, without decoding them."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from slimming.errors import DataError, MissingExtraError, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image as it is stored: its encoded bytes, path or decoded form; its label; a name for messages."""
+
+    image: bytes | Path | Image.Image
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """Images by index. ``labels`` holds all labels; ``classes`` their names, or is empty where none are stored."""
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def read(self, index: int) -> Record:
+        """Return the record at ``index``."""
+        ...
+
+
+class FolderSource:
+    """Class folders: ``root/CLASS/**/image.jpg``; classes in alphabetical order."""
+
+    def __init__(self, root: Path) -> None:
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.classes = tuple(folder.name for folder in folders)
+        self.paths: list[Path] = []
+        labels: list[int] = []
+        for label, folder in enumerate(folders):
+            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DataError(f"The class folder {folder} holds no images; fill it or remove it.")
+            self.paths += found
+            labels += [label] * len(found)
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def read(self, index: int) -> Record:
+        path = self.paths[index]
+        return Record(path, int(self.labels[index]), str(path))
+
+
+class ParquetSource:
+    """Parquet in the Hugging Face image layout: a column of {bytes, path} and a column of whole-number labels.
+
+    The encoded images are held in memory; decoding happens when one is read.
+    """
+
+    def __init__(self, files: Sequence[Path], image_key: str, label_key: str) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        tables = []
+        for file in files:
+            try:
+                schema = pyarrow.parquet.read_schema(file)
+                _require_columns(file, schema.names, (image_key, label_key))
+                tables.append(pyarrow.parquet.read_table(file, columns=[image_key, label_key]))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{file} is no readable Parquet file ({error}); it may be truncated.") from error
+        images = pyarrow.chunked_array([chunk for table in tables for chunk in table[image_key].chunks])
+        if not (pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0):
+            raise DataError(
+                f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set image_key."
+            )
+        labels = [table[label_key].to_numpy() for table in tables]
+        if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
+            raise DataError(
+                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without gaps; "
+                "set label_key."
+            )
+        self.images = images
+        self.labels = np.concatenate(labels).astype(np.int64)
+        self.classes = _class_names(tables[0].schema.metadata, label_key)
+        self.ends = np.cumsum([table.num_rows for table in tables]).tolist()
+        self.files = [str(file) for file in files]
+
+    def read(self, index: int) -> Record:
+        value = self.images[index].as_py()
+        part = bisect.bisect_right(self.ends, index)
+        row = index - (self.ends[part - 1] if part else 0)
+        name = f"{self.files[part]} row {row}" + (f" ({value['path']})" if value and value.get("path") else "")
+        return Record((value and value["bytes"]) or b"", int(self.labels[index]), name)
+
+
+def _require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -> None:
+    for key in wanted:
+        if key not in names:
+            raise DataError(
+                f"{file} has no column {key!r}, only {', '.join(map(repr, names))}; set image_key and label_key."
+                f"{nearest(key, names)}"
+            )
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[str, ...]:
+    """Return the class names that the ``datasets`` library keeps in a Parquet schema, if they are there."""
+    try:
+        stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        feature = stored.get("info", {}).get("features", {}).get(label_key, {})
+        return tuple(str(name) for name in feature.get("names") or ())
+    except (ValueError, AttributeError):
+        return ()
