@@ -2,8 +2,8 @@
 
     python recipes/make_demo_data.py DIRECTORY
 
-DIRECTORY holds ``train.parquet`` and ``test.parquet`` in the Hugging Face image layout (``image`` {bytes, path},
-``label``; class names in the schema metadata). Of each class the first rows are taken, in the order they stand.
+DIRECTORY holds ``train.parquet`` and ``test.parquet`` in the Hugging Face layout: ``image`` {bytes, path},
+``label``, class names in the schema metadata. Of each class the first rows are taken, in their order.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def main() -> None:
         # JPEG does not compress any further; the row groups let a reader take a part.
         pq.write_table(table, path, compression="zstd", use_dictionary=["label"], row_group_size=500)
         total_bytes += path.stat().st_size
-        print(
-            f"{path.name}: {table.num_rows} images, {per_class} of each of {len(class_names(table.schema))} classes"
-        )
+        print(f"{path.name}: {table.num_rows} images, {per_class} of each class")
     print(f"{total_bytes:,} bytes together")
     if total_bytes > LIMIT_BYTES:
         raise SystemExit(

@@ -3,7 +3,7 @@
 import hypothesis
 import torch
 
-# Two cores are enough for the suite; more threads only make small tensors slower and timings of other jobs worse.
+# More threads only make small tensors slower and the timings of other jobs worse.
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
