@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -71,3 +72,20 @@ def explain(error: OSError, path: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"The disk is full: {path} was not written. Free some space and run the command again.")
     return OutputError(f"{path} cannot be written ({error.strerror or error}). Give a place that you may write to.")
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return ``value`` with the SHA-256 of its canonical JSON under ``"sha256"``."""
+    return {**value, "sha256": _digest(value)}
+
+
+def unseal(value: Any) -> tuple[Any, bool]:
+    """Return ``value`` without its ``"sha256"`` entry, and whether that entry is right or absent."""
+    if not isinstance(value, dict) or "sha256" not in value:
+        return value, True
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return rest, value["sha256"] == _digest(rest)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()

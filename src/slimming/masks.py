@@ -188,7 +188,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         device = self[group.name].device
         for slices in group.slices:
             tensor = original(self.model, slices.tensor).float()
-            each = tensor.square().sum(dim=[d for d in range(tensor.dim()) if d != slices.dim])
+            each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
             owner = torch.zeros(each.numel(), dtype=torch.int64, device=device)
             member = torch.zeros_like(each)
             for unit, places in enumerate(slices.index):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, nearest
-from slimming.io import atomic_json
+from slimming.io import atomic_json, seal, unseal
 
 FORMAT = 1
 """Version of the JSON formats below; a file with a larger number is refused."""
@@ -162,7 +162,7 @@ class Plan:
         Raises:
             OutputError: the place is not writable, or the disk is full.
         """
-        atomic_json(Path(path), self.to_dict())
+        atomic_json(Path(path), seal(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
@@ -192,7 +192,7 @@ class Plan:
         Raises:
             CheckpointError: the file is missing, damaged or of a newer format.
         """
-        return Plan.from_dict(read_json(Path(path)), source=str(path))
+        return Plan.from_dict(read_sealed(Path(path)), source=str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -207,6 +207,21 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} does not exist. Give the path that slimming wrote.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON ({error}). Take an intact copy.") from error
+
+
+def read_sealed(path: Path) -> Any:
+    """Read a JSON file that carries its own checksum.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or not as it was written.
+    """
+    value, intact = unseal(read_json(path))
+    if not intact:
+        raise CheckpointError(
+            f"{path} is not as it was written: its checksum differs. Take an intact copy, or, if you changed it on "
+            'purpose, remove its "sha256" entry.'
+        )
+    return value
 
 
 def _check_format(value: Any, source: str) -> None:

@@ -280,8 +280,12 @@ def _unit_price(
     anatomy: Anatomy, name: str, full: Mapping[str, int], dense: Mapping[str, int], limits: Mapping[str, float], measure: Measure
 ) -> float:
     """What one unit of a group costs, as the sum of its shares of the limits."""
-    kept = {name: range(1, full[name])}
-    less = measure({n: len(units) for n, units in resolve(anatomy.groups, kept).items()}) if full[name] > 1 else dense
+    if anatomy.group(name).token is not None:
+        # Tokens go from the deepest block up, so that one more token costs its own block only.
+        less = measure({**full, name: full[name] - 1})
+    else:
+        kept = resolve(anatomy.groups, {name: range(1, full[name])})
+        less = measure({group: len(units) for group, units in kept.items()})
     return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
 
 

@@ -54,7 +54,11 @@ class TimmViT(Family):
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         stored = model.__dict__.get(STRUCTURE)
-        return dict(stored.base) if stored is not None else constructor(_vit(model))
+        if stored is None:
+            return constructor(_vit(model))
+        # The classifier may have been replaced since the cut.
+        arguments = {**stored.base["arguments"], "num_classes": _vit(model).num_classes}
+        return {**stored.base, "arguments": arguments}
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return build(base)

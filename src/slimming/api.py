@@ -1,0 +1,205 @@
+"""The stages as functions of a model: describe, attach, plan, cut, cost."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from slimming import checkpoint, masks, rank
+from slimming.cost import Cost, per_group, total
+from slimming.cut import complete, cut_
+from slimming.errors import CheckpointError, ConfigError
+from slimming.families import family_of
+from slimming.groups import Anatomy, Group, keep_all
+from slimming.io import atomic_write_bytes
+from slimming.masks import SoftMasks
+from slimming.plan import FORMAT, Budget, Layout, Plan, Structure
+
+DEFAULT_PENALTY: Mapping[str, float] = {"head_dim": 1.0, "head": 1.0, "mlp": 1.0, "token": 0.25}
+"""Weights of the mean |mask| per kind; for DeiT-S they equal the paper's W1, W2, W3 on sums (joint search)."""
+
+SEARCH_KINDS = ("head_dim", "mlp", "token")
+"""Kinds that get a mask unless others are asked for; a head goes when its last V dimension does."""
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """What the model's family reads in it, with or without masks attached.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+    """
+    found = masks.attached(model)
+    return found.anatomy if found is not None else family_of(model).read(model)
+
+
+def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
+    """List what can go in ``model``, with sizes and limits. The model is not changed.
+
+    Args:
+        model: a model that a family reads, dense or slim.
+        coupled: True gives one group per attention for QK and V together, as in the paper; False gives two.
+
+    Raises:
+        UnsupportedModelError: no family reads the model, or one of its parts.
+
+    >>> import timm, slimming
+    >>> groups = slimming.describe(timm.create_model("test_vit"))
+    >>> groups[0]
+    Group('blocks.0.attn.qk', kind='head_dim', size=64, minimum=1, parts=(32, 32))
+    """
+    groups = anatomy_of(model).groups
+    joint = {group.site for group in groups if group.role == "qkv"}
+    if coupled:
+        return tuple(group for group in groups if not (group.site in joint and group.role in ("qk", "v")))
+    return tuple(group for group in groups if group.role != "qkv")
+
+
+def attach(
+    model: nn.Module,
+    groups: Sequence[Group] | None = None,
+    *,
+    tokens: str = "bias",
+    penalty: Mapping[str, float] | None = None,
+) -> SoftMasks:
+    """Attach soft masks to ``model`` in place; its outputs do not change until the masks do.
+
+    Args:
+        model: a model that a family reads.
+        groups: any of `describe`; by default all head dimensions, hidden units and tokens.
+        tokens: ``"bias"`` (exact removal) or ``"multiply"`` (the paper's variant, which starts at tanh(3)).
+        penalty: kind -> weight of its penalty, by default `DEFAULT_PENALTY`.
+
+    Returns:
+        A mapping from group name to the float32 parameter of its mask.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+        PlanError: masks are attached already, or the groups are of another model or share units.
+
+    >>> import timm, slimming
+    >>> model = timm.create_model("test_vit")
+    >>> masks = slimming.attach(model)
+    >>> masks["blocks.0.mlp.hidden"].shape
+    torch.Size([192])
+    """
+    if groups is None:
+        groups = [group for group in describe(model) if group.kind in SEARCH_KINDS]
+    return masks.attach(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY)
+
+
+def make_plan(
+    source: SoftMasks | str | Path | tuple[Anatomy, Mapping[str, Tensor]],
+    budget: Budget,
+    *,
+    layout: Layout | None = None,
+    score: str | None = None,
+    fold: bool = True,
+) -> Plan:
+    """Decide which units stay under ``budget``. Larger budgets keep all that smaller ones keep.
+
+    Args:
+        source: attached masks, a scores file, or anatomy and scores.
+        budget: what the slim model may cost.
+        layout: which sizes the layers may get; by default equal heads and multiples of 8.
+        score: which score of the masks to use, see `SoftMasks.scores`.
+        fold: False makes the masks of what stays 1 at the cut, as the paper does.
+
+    Raises:
+        BudgetError: the budget cannot be reached; the message says the smallest that can.
+        PlanError: the scores are of another model or not finite.
+        CheckpointError: the scores file is damaged.
+    """
+    if isinstance(source, SoftMasks):
+        anatomy, scores = source.anatomy, source.scores(score)
+    elif isinstance(source, (str, Path)):
+        anatomy, scores = load_scores(source)
+    else:
+        anatomy, scores = source
+    if score is not None and not isinstance(source, SoftMasks):
+        raise ConfigError("A score is chosen where there are masks; a scores file holds scores that were chosen.")
+    return rank.make_plan(anatomy, scores, budget, layout or Layout(), partial(_measure, anatomy), fold=fold)
+
+
+def _measure(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, int]:
+    found = total(anatomy, kept)
+    return {"params": found.params, "macs": found.macs}
+
+
+def cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make the slim model: a plain module with smaller tensors. The model given stays as it was.
+
+    Masks that are attached to the model are folded into the weights (or set to 1, if the plan says so).
+
+    Raises:
+        PlanError: the plan was made for another model, or leaves a group without a unit.
+
+    >>> import timm, slimming
+    >>> model = timm.create_model("test_vit")
+    >>> plan = slimming.plan(slimming.attach(model), slimming.Budget(macs=0.5))
+    >>> small = slimming.cut(model, plan)
+    >>> slimming.cost(small).macs <= 0.5 * slimming.cost(model).macs
+    True
+    """
+    anatomy, family = anatomy_of(model), family_of(model)
+    complete(anatomy, plan)
+    slim = copy.deepcopy(model)
+    found = masks.attached(slim)
+    if found is not None:
+        if plan.fold:
+            found.fold_()
+        found.detach_()
+    cut_(slim, family, anatomy, plan)
+    return slim
+
+
+def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
+    """What ``model`` costs, now or under ``plan``, by formula and without building anything.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+        PlanError: the plan was made for another model.
+
+    >>> import timm, slimming
+    >>> slimming.cost(timm.create_model("deit_small_patch16_224")).macs
+    4598882304
+    """
+    anatomy = anatomy_of(model)
+    kept = complete(anatomy, plan) if plan is not None else keep_all(anatomy.groups)
+    counts = {name: len(units) for name, units in kept.items()}
+    element_bytes = next(model.parameters()).element_size()
+    found = total(anatomy, counts, element_bytes=element_bytes)
+    groups = per_group(anatomy, counts)
+    return Cost(params=found.params, macs=found.macs, memory_bytes=found.memory_bytes, groups=groups)
+
+
+def save_scores(path: str | Path, anatomy: Anatomy, scores: Mapping[str, Tensor]) -> None:
+    """Write scores with the structure of the model they are of, so that plans can be made without the model.
+
+    Raises:
+        OutputError: the place is not writable, or the disk is full.
+    """
+    metadata = {"slimming": json.dumps({"format": FORMAT, "structure": anatomy.structure.to_dict()})}
+    atomic_write_bytes(Path(path), checkpoint.dump_tensors(scores, metadata))
+
+
+def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
+    """Read what `save_scores` wrote: the model's anatomy and its scores.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of a newer format.
+    """
+    path = Path(path)
+    data = checkpoint.read_bytes(path)
+    scores = checkpoint.parse_tensors(data, path)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        entry = json.loads(header["__metadata__"]["slimming"])["structure"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a scores file of slimming. Give one that slimming search wrote.") from error
+    model = checkpoint.build(Structure.from_dict(entry, source=str(path)))
+    return family_of(model).read(model), scores

@@ -1,0 +1,153 @@
+"""Slim models on the disk: a directory of safetensors, structure and provenance, without any pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor, nn
+
+from slimming.errors import CheckpointError, OutputError
+from slimming.families import family_called, family_of
+from slimming.io import atomic_json, atomic_write_bytes, explain, seal
+from slimming.plan import FORMAT, Structure, read_sealed
+
+WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
+
+
+def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write a dense or slim model to the directory ``path``, whole or not at all.
+
+    Args:
+        model: a model without masks.
+        path: a directory that is empty or does not exist yet.
+        provenance: where the model comes from: base model, data, settings, versions, metrics; JSON values.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+        OutputError: the place is occupied, not writable or full.
+
+    >>> import timm, tempfile, slimming
+    >>> model = timm.create_model("test_vit", num_classes=10)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     slimming.save(model, directory + "/dense")
+    ...     type(slimming.load(directory + "/dense")).__name__
+    'VisionTransformer'
+    """
+    path = Path(path)
+    structure = family_of(model).read(model).structure
+    weights = dump_tensors(model.state_dict())
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise explain(error, path) from error
+    try:
+        atomic_write_bytes(partial / WEIGHTS, weights)
+        digest = hashlib.sha256(weights).hexdigest()
+        atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": digest}))
+        atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **(provenance or {})}))
+        os.chmod(partial, 0o755)
+        os.replace(partial, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Rebuild the model that `save` wrote to the directory ``path``, in evaluation mode.
+
+    The dense weights are not needed, and nothing in the directory is executed or unpickled.
+
+    Raises:
+        CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file; slimming loads directories that slimming.save wrote. A pickle is never loaded; "
+            "for plain weights of a dense model use the dense start (model: NAME, checkpoint: FILE)."
+        )
+    structure_file = path / STRUCTURE
+    raw = read_sealed(structure_file)
+    structure = Structure.from_dict(raw, source=str(structure_file))
+    weights = read_bytes(path / WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != raw.get("weights_sha256"):
+        raise CheckpointError(f"{path / WEIGHTS} is not as it was written: its checksum differs. Take an intact copy.")
+    state = parse_tensors(weights, path / WEIGHTS)
+    model = build(structure)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"The weights in {path} do not fit its structure: {error}") from error
+    unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if unfilled:
+        raise CheckpointError(f"{path} does not fill {unfilled[0]!r}; it was made with another version of its host.")
+    return model.to(device).eval()
+
+
+def build(structure: Structure) -> nn.Module:
+    """Make the model that ``structure`` describes on the meta device, without weights.
+
+    Raises:
+        CheckpointError: this installation cannot make it.
+    """
+    family = family_called(structure.family)
+    model = family.build(structure.base)
+    family.resize_(model, structure)
+    return model
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What `save` was told about where the model comes from.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return read_sealed(Path(path) / PROVENANCE)
+
+
+def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors bytes of a state dict; tied tensors are written once per name."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    return dump_safetensors(plain, metadata=dict(metadata or {}))
+
+
+def parse_tensors(data: bytes, source: Path) -> dict[str, Tensor]:
+    """Read safetensors bytes.
+
+    Raises:
+        CheckpointError: they are truncated or not safetensors.
+    """
+    try:
+        return load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} is truncated or not a safetensors file ({error}). Take an intact copy.") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        CheckpointError: it is missing or not readable.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a directory that slimming wrote.") from error
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
