@@ -50,7 +50,7 @@ def total(anatomy: Anatomy, kept: Mapping[str, int], *, element_bytes: int = 4) 
     """
     params = sum(evaluate(operation.params, kept) for operation in anatomy.operations)
     macs = sum(evaluate(operation.macs, kept) for operation in anatomy.operations)
-    live = max(evaluate(operation.live, kept) for operation in anatomy.operations)
+    live = max(operation.live_elements(kept) for operation in anatomy.operations)
     return Cost(params=params, macs=macs, memory_bytes=(params + live) * element_bytes)
 
 

@@ -143,12 +143,19 @@ class Operation:
         params: elements of the parameters that it owns.
         live: elements of the tensors that are alive while it runs, its own output included and the input
             image excluded.
+        live_if_fewer: (group, units, product): a product that is also alive once the group keeps fewer units.
     """
 
     name: str
     macs: tuple[Product, ...] = ()
     params: tuple[Product, ...] = ()
     live: tuple[Product, ...] = ()
+    live_if_fewer: tuple[tuple[str, int, Product], ...] = ()
+
+    def live_elements(self, kept: Mapping[str, int]) -> int:
+        """Elements alive when group ``name`` keeps ``kept[name]`` units."""
+        conditional = [product for group, units, product in self.live_if_fewer if kept[group] < units]
+        return evaluate((*self.live, *conditional), kept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,9 +160,10 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """One score per unit: what cutting it would cost. float32 on the CPU, shape (size,) per group.
 
         Args:
-            how: ``"taylor"``, the average change of the loss that `collect` estimated; ``"contribution"``,
-                |factor| times the norms of the weights that make and read the unit; ``"mask"``, the signed
-                factor itself, as in the paper. Default: taylor if something was collected, else contribution.
+            how: ``"taylor"``, the average change of the loss that `collect` estimated, comparable over kinds;
+                ``"contribution"``, |factor| times the norms of the weights that make and read the unit, over
+                the mean of its kind; ``"mask"``, the signed factor itself, as in the paper. Default: taylor if
+                something was collected, else contribution.
 
         Raises:
             ConfigError: there is no such score, or nothing was collected for taylor.
@@ -174,13 +175,14 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             if not self._squares:
                 raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
             return {name: square.sqrt().float().cpu() for name, square in self._squares.items()}
-        result = {}
-        for group in self.groups:
-            score = self.factor(group).float()
-            if how == "contribution":
-                score = score.abs() * self._weight_norms(group)
-            result[group.name] = score.detach().cpu().clone()
-        return result
+        factors = {group.name: self.factor(group).float() for group in self.groups}
+        if how == "contribution":
+            factors = {g.name: factors[g.name].abs() * self._weight_norms(g) for g in self.groups}
+            for kind in {group.kind for group in self.groups}:
+                names = [group.name for group in self.of_kind(kind)]
+                mean = torch.cat([factors[name] for name in names]).mean().clamp_min(1e-12)
+                factors |= {name: factors[name] / mean for name in names}
+        return {name: factor.detach().cpu().clone() for name, factor in factors.items()}
 
     def _weight_norms(self, group: Group) -> Tensor:
         """Product over the sides of a unit of the norm of its slices; ones for tokens. Shape (size,)."""

@@ -70,10 +70,14 @@ def _block_operations(
     attention, mlp = block.attn, block.mlp
     projected = qk + qk + v
     one = Dim(fixed=1)
-    # Eager PyTorch still holds the first block's input (its caller does) and, once tokens were selected, theirs.
+    # The caller of the blocks holds the first block's input until the last one returns. It is one tensor with
+    # the input of block 0, unless tokens leave in front of that.
     held: tuple[Product, ...] = ((tokens, width),)
+    held_if_fewer: tuple[tuple[str, int, Product], ...] = ()
     if sizes.name != "blocks.0":
         held = ((first, width), *held)
+    elif tokens.groups:
+        held_if_fewer = ((tokens.groups[0][0], len(sizes.positions), (first, width)),)
     qkv_params: list[Product] = [(width, projected), (v, width)]
     qkv_params += [(projected, one)] if attention.qkv.bias is not None else []
     qkv_params += [(width, one)] if attention.proj.bias is not None else []
@@ -93,20 +97,20 @@ def _block_operations(
     attended: Product = (tokens, width)
     mlp_live = [*held, attended, (tokens, width), (tokens, rows), (tokens, hidden)]
     return [
-        Operation(
-            name=f"{site}.tokens", live=((first, width), (incoming, width), (tokens, width))
-        ),
+        Operation(name=f"{site}.tokens", live=((first, width), (incoming, width), (tokens, width))),
         Operation(
             name=f"{site}.attn",
             macs=tuple(attention_macs),
             params=(*qkv_params, (Dim(fixed=norms),)),
             live=tuple(attention_live),
+            live_if_fewer=held_if_fewer,
         ),
         Operation(
             name=f"{site}.mlp",
             macs=((tokens, width, rows), (tokens, hidden, width)),
             params=(*mlp_params, (Dim(fixed=mlp_norms),)),
             live=tuple(mlp_live + ([(tokens, hidden)] if gated else [])),
+            live_if_fewer=held_if_fewer,
         ),
     ]
 

@@ -1,0 +1,221 @@
+"""Measuring what a model really costs: counted operations, peak memory, latency."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+
+from slimming.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one forward pass.
+
+    Attributes:
+        median: milliseconds.
+        p25: milliseconds of the first quartile.
+        p75: milliseconds of the third quartile.
+        runs: number of timed blocks.
+    """
+
+    median: float
+    p25: float
+    p75: float
+    runs: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The numbers as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What a forward pass at batch 1 was seen to cost.
+
+    Attributes:
+        params: elements of all parameters.
+        macs: multiply-adds, from the shapes that the dispatcher saw.
+        memory_bytes: parameters plus the peak of living activations, the input excluded.
+    """
+
+    params: int
+    macs: int
+    memory_bytes: int
+
+
+@torch.no_grad()
+def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
+    """Run one image through ``model`` and count: the check of the formulas in `slimming.cost`.
+
+    Args:
+        model: any module, on the CPU or a GPU.
+        input_shape: channels, height and width.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    owned = [*model.parameters(), *model.buffers(), image]
+    counter = _Counter({tensor.untyped_storage()._cdata for tensor in owned})
+    with in_evaluation(model), counter:
+        model(image)
+    params = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Counted(params=params, macs=counter.macs, memory_bytes=weights + counter.peak)
+
+
+@torch.no_grad()
+def latency(
+    model: nn.Module, input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
+) -> Latency:
+    """Time forward passes of ``model`` in evaluation mode on its device.
+
+    Args:
+        model: any module.
+        input_shape: channels, height and width.
+        batch_size: images per pass.
+        runs: how many passes at the most.
+        seconds: about how long to measure; at least 5 passes are timed.
+    """
+    return compare({"model": model}, input_shape, batch_size, runs=runs, seconds=seconds)["model"]
+
+
+@torch.no_grad()
+def compare(
+    models: Mapping[str, nn.Module], input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
+) -> dict[str, Latency]:
+    """Time several models in turns, so that a drift of the machine meets all of them alike.
+
+    Args:
+        models: name -> module.
+        input_shape: channels, height and width.
+        batch_size: images per pass.
+        runs: how many passes of each model at the most.
+        seconds: about how long to measure each model; at least 5 passes are timed.
+    """
+    times = paired_times(models, input_shape, batch_size, runs=runs, seconds=seconds)
+    return {name: summary(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def paired_times(
+    models: Mapping[str, nn.Module], input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
+) -> dict[str, list[float]]:
+    """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i."""
+    timers = {}
+    for name, model in models.items():
+        parameter = next(model.parameters())
+        x = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
+        model.eval()
+        threads = torch.get_num_threads()
+        timers[name] = Timer("model(x)", globals={"model": model, "x": x}, num_threads=threads)
+    # torch's timer restores its own number of threads, and synchronises GPUs.
+    warm = {name: max(timer.timeit(1).mean, timer.timeit(1).mean) for name, timer in timers.items()}
+    rounds = max(5, min(runs, int(seconds * len(models) / max(sum(warm.values()), 1e-9))))
+    passes = {name: max(1, round(0.005 / one)) for name, one in warm.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(passes[name]).mean * 1e3)
+    return times
+
+
+def summary(values: Sequence[float]) -> Latency:
+    """Median and quartiles of times in milliseconds."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return Latency(median=statistics.median(values), p25=quartiles[0], p75=quartiles[2], runs=len(values))
+
+
+def speedup(dense: Sequence[float], slim: Sequence[float]) -> dict[str, float]:
+    """How many times faster: median and quartiles of the ratio round by round."""
+    ratios = [before / after for before, after in zip(dense, slim, strict=True)]
+    found = summary(ratios)
+    return {"median": found.median, "p25": found.p25, "p75": found.p75}
+
+
+def machine() -> dict[str, Any]:
+    """The machine at hand, as reports print it."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": f"{platform.system()} {platform.release()}",
+    }
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode and give every module its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class _Counter(TorchDispatchMode):
+    """Counts multiply-adds and follows which storages are alive."""
+
+    def __init__(self, owned: set[int]) -> None:
+        super().__init__()
+        self.owned = owned
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.macs += _macs(func._overloadpacket.__name__, args, tensors)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.owned and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+
+
+def _macs(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> int:
+    """Multiply-adds of one operation, from its shapes."""
+    if name in ("mm", "bmm"):
+        return args[0].numel() * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return args[1].numel() * args[2].shape[-1]
+    if name == "linear":
+        return args[0].numel() * args[1].shape[0]
+    if name == "convolution":
+        return results[0].numel() * args[1][0].numel()
+    if name.startswith("_scaled_dot_product"):
+        q, k, v = args[:3]
+        return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
+    if "matmul" in name or "einsum" in name or "conv" in name:
+        raise ConfigError(f"The counter has no formula for the operation {name}.")
+    return 0
