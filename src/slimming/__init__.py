@@ -1,12 +1,76 @@
-"""slimming: turn a pretrained vision model into a family of smaller, really faster ones."""
+"""slimming: turn a pretrained vision model into a family of smaller, really faster ones.
+
+    groups = slimming.describe(model)                          what can go
+    result = slimming.search(model, data)                      weights and soft masks train together, once
+    plan   = slimming.plan(result, slimming.Budget(macs=0.5))  any number of budgets from that search
+    small  = slimming.cut(result.model, plan)                  a plain module, physically smaller
+    slimming.train(small, data, teacher=model)                 distilled from the dense model
+    slimming.save(small, "small")                              no pickle; slimming.load("small") rebuilds it
+"""
 
 from __future__ import annotations
 
-from slimming.api import attach, cost, cut, describe
-from slimming.api import make_plan as plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from slimming.api import attach, cost, cut, describe, plan
 from slimming.checkpoint import load, save
 from slimming.plan import Budget, Layout, Plan
 
+if TYPE_CHECKING:
+    from slimming.pipeline import open_data, open_model
+    from slimming.retrain import DistilConfig, train
+    from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
+    from slimming.training.config import DataConfig, TrainConfig
+    from slimming.training.evaluate import evaluate
+
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Layout", "Plan", "attach", "cost", "cut", "describe", "load", "plan", "save"]
+__all__ = [
+    "Budget",
+    "DataConfig",
+    "DistilConfig",
+    "Layout",
+    "Plan",
+    "SearchConfig",
+    "SearchResult",
+    "TrainConfig",
+    "attach",
+    "cost",
+    "cut",
+    "describe",
+    "evaluate",
+    "load",
+    "load_search",
+    "open_data",
+    "open_model",
+    "plan",
+    "preset",
+    "save",
+    "search",
+    "train",
+]
+
+# What trains needs accelerate, timm and more; it is imported when it is first used.
+_LAZY = {
+    "DataConfig": "training.config",
+    "DistilConfig": "retrain",
+    "SearchConfig": "searching",
+    "SearchResult": "searching",
+    "TrainConfig": "training.config",
+    "evaluate": "training.evaluate",
+    "load_search": "searching",
+    "open_data": "pipeline",
+    "open_model": "pipeline",
+    "preset": "searching",
+    "search": "searching",
+    "train": "retrain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slimming' has no attribute {name!r}")
+    value = getattr(import_module(f"slimming.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

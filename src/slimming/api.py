@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -92,37 +94,70 @@ def attach(
     return masks.attach(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY)
 
 
-def make_plan(
-    source: SoftMasks | str | Path | tuple[Anatomy, Mapping[str, Tensor]],
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """Scores of a model's units, and how plans are made of them unless asked otherwise."""
+
+    anatomy: Anatomy
+    scores: Mapping[str, Tensor]
+    layout: Layout = field(default_factory=Layout)
+    fold: bool = True
+
+
+class Rated(abc.ABC):
+    """Something that plans can be made from, such as a search result."""
+
+    @property
+    @abc.abstractmethod
+    def rating(self) -> Rating:
+        """Its scores."""
+
+
+def plan(
+    source: Rated | SoftMasks | str | Path,
     budget: Budget,
     *,
     layout: Layout | None = None,
     score: str | None = None,
-    fold: bool = True,
+    fold: bool | None = None,
 ) -> Plan:
     """Decide which units stay under ``budget``. Larger budgets keep all that smaller ones keep.
 
     Args:
-        source: attached masks, a scores file, or anatomy and scores.
+        source: a search result, attached masks, or a scores file.
         budget: what the slim model may cost.
-        layout: which sizes the layers may get; by default equal heads and multiples of 8.
-        score: which score of the masks to use, see `SoftMasks.scores`.
-        fold: False makes the masks of what stays 1 at the cut, as the paper does.
+        layout: which sizes the layers may get; by default that of the search, else equal heads and multiples of 8.
+        score: which score of attached masks to use, see `SoftMasks.scores`; other sources have theirs.
+        fold: False makes the masks of what stays 1 at the cut, as in the paper; by default as the search says.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says the smallest that can.
         PlanError: the scores are of another model or not finite.
         CheckpointError: the scores file is damaged.
+
+    >>> import timm, slimming
+    >>> masks = slimming.attach(timm.create_model("test_vit"))
+    >>> plan = slimming.plan(masks, slimming.Budget(keep={"mlp": 0.5}))
+    >>> sum(len(units) for name, units in plan.kept.items() if name.endswith("hidden"))
+    576
     """
     if isinstance(source, SoftMasks):
-        anatomy, scores = source.anatomy, source.scores(score)
-    elif isinstance(source, (str, Path)):
-        anatomy, scores = load_scores(source)
+        rating = Rating(anatomy=source.anatomy, scores=source.scores(score))
+    elif score is not None:
+        raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
+    elif isinstance(source, Rated):
+        rating = source.rating
     else:
-        anatomy, scores = source
-    if score is not None and not isinstance(source, SoftMasks):
-        raise ConfigError("A score is chosen where there are masks; a scores file holds scores that were chosen.")
-    return rank.make_plan(anatomy, scores, budget, layout or Layout(), partial(_measure, anatomy), fold=fold)
+        anatomy, scores = load_scores(source)
+        rating = Rating(anatomy=anatomy, scores=scores)
+    return rank.make_plan(
+        rating.anatomy,
+        rating.scores,
+        budget,
+        layout or rating.layout,
+        partial(_measure, rating.anatomy),
+        fold=rating.fold if fold is None else fold,
+    )
 
 
 def _measure(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, int]:

@@ -76,8 +76,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self.penalty_sum = False
         self._parameters: dict[str, nn.Parameter] = {}
         self._remove_gates: list[Callable[[], None]] = []
-        self._squares: dict[str, Tensor] = {}
-        self._steps = 0
+        self.collected: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._parameters[name]
@@ -142,18 +141,18 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             # Relative to the factor: d loss / d factor = (d loss / d mask) / (d factor / d mask).
             task = mask.grad / slope.clamp_min(1e-6) - weight * factor.sign()
             square = (factor * task).square()
-            previous = self._squares.get(group.name)
-            self._squares[group.name] = square if previous is None else previous.lerp(square, 1 - _DECAY)
-        self._steps += 1
+            kept = self.collected[group.name].to(square.device)
+            # The first value as it is, then a moving average; in place, so that checkpoints see it.
+            share = 1.0 if self.collected["steps"] == 0 else 1 - _DECAY
+            self.collected[group.name] = kept.lerp_(square, share)
+        self.collected["steps"] += 1
 
-    def collected(self) -> dict[str, Tensor]:
-        """What `collect` has gathered, for checkpoints: plain tensors."""
-        return {**self._squares, "steps": torch.tensor(self._steps)}
-
-    def restore(self, collected: Mapping[str, Tensor]) -> None:
-        """Take back what `collected` gave."""
-        self._steps = int(collected["steps"])
-        self._squares = {name: value.clone() for name, value in collected.items() if name != "steps"}
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict as it would be without masks: plain names, masks left out."""
+        masks = {id(mask) for mask in self.values()}
+        state = self.model.state_dict(keep_vars=True)
+        plain = {name: tensor for name, tensor in state.items() if id(tensor) not in masks}
+        return {_plain_name(name): tensor.detach() for name, tensor in plain.items()}
 
     @torch.no_grad()
     def scores(self, how: str | None = None) -> dict[str, Tensor]:
@@ -168,13 +167,14 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         Raises:
             ConfigError: there is no such score, or nothing was collected for taylor.
         """
-        how = how or ("taylor" if self._squares else "contribution")
+        collected = bool(self.collected["steps"] > 0)
+        how = how or ("taylor" if collected else "contribution")
         if how not in SCORES:
             raise ConfigError(f"There is no score {how!r}; scores are {', '.join(SCORES)}.")
         if how == "taylor":
-            if not self._squares:
+            if not collected:
                 raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
-            return {name: square.sqrt().float().cpu() for name, square in self._squares.items()}
+            return {name: self.collected[name].sqrt().float().cpu() for name in self}
         factors = {group.name: self.factor(group).float() for group in self.groups}
         if how == "contribution":
             factors = {g.name: factors[g.name].abs() * self._weight_norms(g) for g in self.groups}
@@ -244,13 +244,15 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self.groups = tuple(group for group in self.groups if group.name not in names)
         for name in names:
             self._parameters.pop(name, None)
-            self._squares.pop(name, None)
+            self.collected.pop(name, None)
         if not self.groups:
             self.model.__dict__.pop(ATTRIBUTE, None)
 
     def _remove_scales(self, *, fold: bool) -> None:
         tensors = {scale.tensor for group in self.groups for scale in group.scales}
-        for tensor in tensors:
+        for module in {tensor.rpartition(".")[0] for tensor in tensors}:
+            _own_class_(self.model.get_submodule(module))
+        for tensor in sorted(tensors):
             module, _, name = tensor.rpartition(".")
             parametrize.remove_parametrizations(self.model.get_submodule(module), name, leave_parametrized=fold)
 
@@ -277,6 +279,8 @@ def attach(
     for group in groups:
         init = RAW_INIT if group.token is not None and tokens == MULTIPLY else 1.0
         masks._parameters[group.name] = nn.Parameter(torch.full((group.size,), init, device=device))
+        masks.collected[group.name] = torch.zeros(group.size, device=device)
+    masks.collected["steps"] = torch.zeros((), dtype=torch.int64)
     for group in groups:
         for scale in group.scales:
             module_name, _, name = scale.tensor.rpartition(".")
@@ -304,6 +308,23 @@ def original(model: nn.Module, tensor: str) -> Tensor:
         parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
         return parametrization.original
     return module.get_parameter(name)
+
+
+def _own_class_(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own.
+
+    torch makes one class per parametrised module, which a deep copy shares; removing the parametrisation changes
+    that class, and would break the other one.
+    """
+    old = type(module)
+    body = {name: entry for name, entry in vars(old).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(old.__name__, old.__bases__, body)
+
+
+def _plain_name(name: str) -> str:
+    """The name of a tensor before a parametrisation took it in."""
+    module, marker, rest = name.partition(".parametrizations.")
+    return f"{module}.{rest.removesuffix('.original')}" if marker else name
 
 
 def _check(model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], tokens: str) -> None:

@@ -34,7 +34,8 @@ class TrainConfig:
         precision: autocast of the forward pass: ``"no"``, ``"bf16"`` or ``"fp16"``. Parameters stay float32.
         compile: run the model through ``torch.compile``.
         seed: with the settings and the data, decides the whole run.
-        workers: processes that read images; 0 reads in the training process. The result does not depend on it.
+        workers: processes that read images; 0 reads in the training process. The result does not depend on
+            it.
         eval_every: epochs between two evaluations; 0 evaluates at the end only.
         log_every: steps between two lines of the log.
         checkpoint_seconds: time between two saved states; 0 saves after every step.
@@ -72,10 +73,13 @@ class TrainConfig:
         for name in ("epochs", "lr"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in (
-            "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers", "eval_every", "checkpoint_seconds", "seed"
+            "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers", "eval_every", "checkpoint_seconds",
+            "seed"
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        _require(
+            0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1"
+        )
         if self.clip_grad is not None:
             _require(self.clip_grad > 0, "clip_grad", self.clip_grad, "above 0, or null for none")
         if self.ema is not None:
@@ -84,7 +88,8 @@ class TrainConfig:
         _choice("precision", self.precision, PRECISIONS)
         if self.steps is None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
-                f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after warm-up."
+                f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after "
+                "warm-up."
             )
 
 
@@ -93,8 +98,8 @@ class DataConfig:
     """Where the images are and how they are read.
 
     Attributes:
-        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"`` for a
-            data set of the ``datasets`` library.
+        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"``
+            for a data set of the ``datasets`` library.
         val: the validation data, where it is not found inside ``source``; for ``hf:`` the name of its split.
         split_fraction: share of the images of each class that is held out, where there is no validation data.
         image_key: column of the images in Parquet and ``hf:`` data.
@@ -124,14 +129,18 @@ class DataConfig:
         if self.split_fraction is not None:
             _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
             if self.val is not None:
-                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
+                raise ConfigError(
+                    "val and split_fraction are both given; the one makes the other useless: drop one."
+                )
         _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
         for name in ("train_limit", "val_limit"):
             if getattr(self, name) is not None:
                 _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+            raise ConfigError(
+                "stream is for hf: data; folders, Parquet and tar shards are read in place anyway."
+            )
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:
@@ -141,4 +150,6 @@ def _require(holds: bool, name: str, value: object, must: str) -> None:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.{nearest(value, choices)}")
+        raise ConfigError(
+            f"{name} is {value!r}; choose one of {', '.join(choices)}.{nearest(value, choices)}"
+        )

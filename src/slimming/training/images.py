@@ -1,4 +1,5 @@
-"""From the bytes of an image file to the tensor a model takes, with random numbers of its own for each sample."""
+"""From the bytes of an image file to the tensor a model takes, with random numbers of its own for each
+sample."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from slimming.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What a model takes: ``input_size`` is (channels, height, width) in pixels, ``mean`` and ``std`` per channel."""
+    """What a model takes: ``input_size`` is (channels, height, width) in pixels, ``mean`` and ``std`` per
+    channel."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -32,7 +34,8 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if self.input_size[0] not in (1, 3):
             raise DataError(
-                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or 3 (RGB). "
+                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or 3 "
+                "(RGB). "
                 "Pass DataLoaders of your own for others."
             )
 
@@ -44,7 +47,9 @@ class ImageSpec:
         found = resolve_data_config({}, model=model)
         channels = found["input_size"][0]
         fit = {key: tuple(found[key]) for key in ("mean", "std")}
-        if len(fit["mean"]) != channels:  # a model for grey images keeps the three means of its ImageNet entry
+        if (
+            len(fit["mean"]) != channels
+        ):  # a model for grey images keeps the three means of its ImageNet entry
             fit = {key: (sum(value) / len(value),) * channels for key, value in fit.items()}
         return ImageSpec(
             input_size=tuple(found["input_size"]),
@@ -71,13 +76,15 @@ def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Ima
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of images above 89 megapixels and refuses those above 179; the warning is no news here.
+            # Pillow warns of images above 89 megapixels and refuses those above 179; the warning is no news
+            # here.
             warnings.simplefilter("ignore")
             image = data if isinstance(data, Image.Image) else _open(data)
             image.draft("RGB" if channels == 3 else "L", (largest, largest))
             image = ImageOps.exif_transpose(image)
             return _convert(image, "RGB" if channels == 3 else "L")
-    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error, IndexError ...
+    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error, IndexError
+    # ...
     except Exception as error:
         raise Unreadable(str(error) or type(error).__name__) from error
 

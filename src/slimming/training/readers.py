@@ -8,12 +8,12 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from slimming.errors import DataError, MissingExtraError, nearest
+from slimming.errors import DataError, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -28,7 +28,8 @@ class Record:
 
 
 class Source(Protocol):
-    """Images by index. ``labels`` holds all labels; ``classes`` their names, or is empty where none are stored."""
+    """Images by index. ``labels`` holds all labels; ``classes`` their names, or is empty where none are
+    stored."""
 
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -60,7 +61,8 @@ class FolderSource:
 
 
 class ParquetSource:
-    """Parquet in the Hugging Face image layout: a column of {bytes, path} and a column of whole-number labels.
+    """Parquet in the Hugging Face image layout: a column of {bytes, path} and a column of whole-number
+    labels.
 
     The encoded images are held in memory; decoding happens when one is read.
     """
@@ -76,16 +78,20 @@ class ParquetSource:
                 _require_columns(file, schema.names, (image_key, label_key))
                 tables.append(pyarrow.parquet.read_table(file, columns=[image_key, label_key]))
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{file} is no readable Parquet file ({error}); it may be truncated.") from error
+                raise DataError(
+                    f"{file} is no readable Parquet file ({error}); it may be truncated."
+                ) from error
         images = pyarrow.chunked_array([chunk for table in tables for chunk in table[image_key].chunks])
         if not (pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0):
             raise DataError(
-                f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set image_key."
+                f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set "
+                "image_key."
             )
         labels = [table[label_key].to_numpy() for table in tables]
         if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
             raise DataError(
-                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without gaps; "
+                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without "
+                "gaps; "
                 "set label_key."
             )
         self.images = images
@@ -98,7 +104,9 @@ class ParquetSource:
         value = self.images[index].as_py()
         part = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[part - 1] if part else 0)
-        name = f"{self.files[part]} row {row}" + (f" ({value['path']})" if value and value.get("path") else "")
+        name = f"{self.files[part]} row {row}" + (
+            f" ({value['path']})" if value and value.get("path") else ""
+        )
         return Record((value and value["bytes"]) or b"", int(self.labels[index]), name)
 
 
@@ -106,7 +114,8 @@ def _require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) 
     for key in wanted:
         if key not in names:
             raise DataError(
-                f"{file} has no column {key!r}, only {', '.join(map(repr, names))}; set image_key and label_key."
+                f"{file} has no column {key!r}, only {', '.join(map(repr, names))}; set image_key and "
+                "label_key."
                 f"{nearest(key, names)}"
             )
 
@@ -119,3 +128,83 @@ def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[s
         return tuple(str(name) for name in feature.get("names") or ())
     except (ValueError, AttributeError):
         return ()
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Where one sample lies in a shard."""
+
+    shard: int
+    offset: int
+    size: int
+    name: str
+
+
+class TarSource:
+    """WebDataset tar shards: files that share a name up to the first dot are one sample.
+
+    Each sample holds an image (``.jpg``, ``.png`` ...) and its class number (``.cls``), or a ``.json`` with a
+    ``label``. The shards' headers are read once, so that samples are read at random from the open shards and
+    no shuffle buffer is needed. A file ``classes.txt`` beside the shards (one name per line) names the
+    classes.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.shards = list(shards)
+        self.members: list[_Member] = []
+        labels: list[int] = []
+        for number, shard in enumerate(self.shards):
+            for member, label in _scan(number, shard):
+                self.members.append(member)
+                labels.append(label)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        names = self.shards[0].parent / "classes.txt"
+        self.classes = tuple(names.read_text("utf-8").split("\n")) if names.is_file() else ()
+        self.classes = tuple(name.strip() for name in self.classes if name.strip())
+
+    def read(self, index: int) -> Record:
+        member = self.members[index]
+        with open(self.shards[member.shard], "rb") as file:
+            file.seek(member.offset)
+            data = file.read(member.size)
+        return Record(data, int(self.labels[index]), f"{self.shards[member.shard]}:{member.name}")
+
+
+def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
+    """List the samples of one shard with their labels.
+
+    Raises:
+        DataError: it is no tar file, is cut short, or a sample lacks its image or label.
+    """
+    images: dict[str, _Member] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for entry in tar:
+                folder, _, base = entry.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key = f"{folder}/{stem}"
+                if not entry.isfile() or not extension:
+                    continue
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    images[key] = _Member(number, entry.offset_data, entry.size, entry.name)
+                elif extension in ("cls", "json"):
+                    content = tar.extractfile(entry)
+                    labels[key] = _tar_label(extension, content.read() if content else b"")
+        if shard.stat().st_size < max((m.offset + m.size for m in images.values()), default=0):
+            raise tarfile.ReadError("unexpected end of data")
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{shard} cannot be read as a WebDataset shard ({error}); it may be truncated or compressed."
+        ) from error
+    for key in images.keys() ^ labels.keys():
+        raise DataError(
+            f"Sample {key.strip('/')!r} of {shard} has no {'label' if key in images else 'image'}."
+        )
+    if not images:
+        raise DataError(f"{shard} holds no samples of an image with a .cls or .json label.")
+    return [(member, labels[key]) for key, member in images.items()]
+
+
+def _tar_label(extension: str, content: bytes) -> int:
+    return int(content) if extension == "cls" else int(json.loads(content)["label"])

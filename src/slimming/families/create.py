@@ -1,0 +1,137 @@
+"""Dense starts: a model by name, with weights from the hub or from a local file of plain tensors."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+
+WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
+"""Keys under which training scripts keep the state dict inside a file."""
+
+
+def create_dense(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    classes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Make a dense timm model with pretrained weights.
+
+    Args:
+        name: a timm model name, with or without tag, or ``hf-hub:owner/name``.
+        checkpoint: a ``.safetensors`` file, or a ``.pth`` of plain tensors; None takes timm's pretrained weights.
+        classes: number of classes wanted; the classifier is replaced if the weights have another number.
+        arguments: further arguments of timm's constructor.
+
+    Returns:
+        The model, and notes for the user on what was replaced.
+
+    Raises:
+        UnsupportedModelError: timm has no such model, or it does not take the arguments.
+        CheckpointError: the weights are missing, damaged, of another model, or more than plain tensors.
+    """
+    options = dict(arguments or {})
+    bare = name.partition(".")[0]
+    if not name.startswith("hf-hub:") and not timm.is_model(bare):
+        raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}.{nearest(bare, timm.list_models())}")
+    if checkpoint is None:
+        return _from_hub(name, classes, options)
+    state = read_state(Path(checkpoint))
+    if classes is not None:
+        options["num_classes"] = classes
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+    notes = _load_(model, state, checkpoint)
+    return model, notes
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict of plain tensors.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file. Give a .safetensors file or a .pth of plain tensors.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} is a pickle of more than plain tensors, which is never executed ({reason}). "
+            "Save model.state_dict() with safetensors instead."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of tensors.")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path} holds {key!r}, a {type(value).__name__}; only plain tensors are taken.")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    if classes is not None:
+        options["num_classes"] = classes
+    try:
+        model = timm.create_model(name, pretrained=True, **options)
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"The pretrained weights of {name} could not be loaded ({str(error).splitlines()[0]}). "
+            "Check the network, or give a local file of weights."
+        ) from error
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if classes is not None and known is not None and known != classes:
+        return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
+    return model, []
+
+
+def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> list[str]:
+    """Load ``state``, leaving a classifier of another number of classes as it was made."""
+    own = model.state_dict()
+    heads = tuple(f"{head}." for head in _classifiers(model))
+    replaced = [key for key in state if key.startswith(heads) and key in own and state[key].shape != own[key].shape]
+    rest = {key: tensor for key, tensor in state.items() if key not in replaced}
+    missing = [key for key in own if key not in rest and key not in replaced]
+    unexpected = [key for key in rest if key not in own]
+    shapes = [key for key in rest if key in own and rest[key].shape != own[key].shape]
+    if missing or unexpected or shapes:
+        first = (shapes or missing or unexpected)[0]
+        what = "has another shape" if shapes else "is missing" if missing else "is unknown to the model"
+        raise CheckpointError(
+            f"{source} is of another model: {first!r} {what} ({len(missing)} missing, {len(unexpected)} unknown, "
+            f"{len(shapes)} of another shape). Check the model name and its arguments (image size, patch size)."
+        )
+    model.load_state_dict(rest, strict=False)
+    if not replaced:
+        return []
+    had, has = state[replaced[0]].shape[0], own[replaced[0]].shape[0]
+    return [f"{source} has a classifier for {had} classes; it was replaced by an untrained one for {has}."]
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """Names of the classifier modules, as timm's own configuration gives them."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return [names] if isinstance(names, str) else list(names)

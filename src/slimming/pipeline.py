@@ -1,0 +1,275 @@
+"""The whole chain from one configuration: search, cut to each budget, retrain, measure, report.
+
+Every stage leaves a file when it is done and is skipped when that file is there, so that a chain that was
+stopped anywhere goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming import checkpoint
+from slimming.api import anatomy_of, cut, plan
+from slimming.errors import ConfigError
+from slimming.families.create import create_dense
+from slimming.io import atomic_json
+from slimming.plan import Budget, Plan, read_json
+from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
+from slimming.retrain import DistilConfig, train
+from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, search
+from slimming.training.config import DataConfig, TrainConfig
+from slimming.training.data import Data
+from slimming.training.data import open_data as open_images
+from slimming.training.evaluate import evaluate
+from slimming.training.images import ImageSpec
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense start.
+
+    Attributes:
+        name: a timm model name, ``hf-hub:owner/name``, or a directory that `slimming.save` wrote.
+        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes timm's pretrained ones.
+        arguments: further arguments of timm's constructor, such as ``img_size``.
+    """
+
+    name: str
+    checkpoint: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One whole run.
+
+    Attributes:
+        name: title of the report.
+        model: the dense start.
+        data: the images.
+        search: the search.
+        budgets: what is cut.
+        retrain: training of each cut model.
+        distil: how it learns from the dense model; null trains on labels only.
+        bench: how time is measured.
+        note: a sentence on the data or the purpose, for the report.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    budgets: tuple[Budget, ...]
+    name: str = "slimming"
+    search: SearchConfig = field(default_factory=SearchConfig)
+    retrain: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10.0, lr=5e-4))
+    distil: DistilConfig | None = field(default_factory=DistilConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        names = [budget.name for budget in self.budgets]
+        if not names:
+            raise ConfigError("budgets is empty; give at least one, for example: budgets: [{macs: 0.5}].")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"Budget {name} is given twice; take one of them out.")
+
+
+def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.Module, list[str]]:
+    """Open the dense start; also gives notes for the user on what was replaced.
+
+    Raises:
+        UnsupportedModelError: unknown model, or arguments that it does not take.
+        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than tensors.
+    """
+    path = Path(config.name)
+    if not path.is_dir():
+        return create_dense(
+            config.name, checkpoint=config.checkpoint, classes=classes, arguments=config.arguments
+        )
+    if config.checkpoint is not None or config.arguments:
+        raise ConfigError(f"{path} is a whole model: model.checkpoint and model.arguments have no effect; drop them.")
+    model = checkpoint.load(path)
+    notes = []
+    known = _classes_of(model)
+    if classes is not None and known != classes:
+        reset: Any = model.reset_classifier
+        reset(classes)
+        notes.append(f"{path} knows {known} classes; its classifier was replaced by an untrained one for {classes}.")
+    return model, notes
+
+
+def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
+    """Open images for ``model``: its own input size, normalisation, interpolation and crop.
+
+    Args:
+        config: where the images are.
+        model: a model that a family reads.
+        seed: decides the augmentation.
+
+    Raises:
+        DataError: no such data, an empty class, one class only, labels out of range, splits that differ.
+    """
+    spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
+    return open_images(config, spec, seed)
+
+
+def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:
+    """Do the whole chain in ``directory``, going on where an earlier call stopped, and write its report.
+
+    Args:
+        config: the run.
+        directory: where everything goes.
+        say: told each stage, one line at a time.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        SlimmingError: one of its kinds, for whatever is wrong with the configuration or the world.
+    """
+    from slimming.report import write_report
+
+    directory = Path(directory)
+    dense, data, notes = open_start(config)
+    for note in notes:
+        say(note)
+    judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
+    top1 = _dense_metrics(dense, judge, directory, say)
+    result, seconds = _search(dense, data, config, directory / "search", judge, say)
+    slims: dict[str, nn.Module] = {}
+    rows = []
+    for budget in config.budgets:
+        slims[budget.name], row = _one_budget(budget, dense, result, data, config, directory, judge, say)
+        rows.append(row)
+    say("measuring latency, dense and slim in turns")
+    timed = measure_all({"dense": dense, **slims}, anatomy_of(dense).input_shape, config.bench)
+    for row in rows:
+        row |= timed[row["name"]]
+    dense_row = dense_entry(dense, top1, timed["dense"])
+    results = results_of(config, dense, data, dense_row, rows, result, seconds)
+    atomic_json(directory / "results.json", results)
+    report = write_report(directory)
+    say(f"report: {report}")
+    return results
+
+
+def open_start(config: RunConfig) -> tuple[nn.Module, Data, list[str]]:
+    """Open model and data and make them fit: the classifier follows the data's classes.
+
+    Raises:
+        SlimmingError: see `open_model` and `open_data`.
+    """
+    model, notes = open_model(config.model)
+    data = open_data(config.data, model, config.search.train.seed)
+    if _classes_of(model) != len(data.classes):
+        model, notes = open_model(config.model, classes=len(data.classes))
+    name_classes(model, data.classes)
+    return model, data, notes
+
+
+def name_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
+    """Let the class names travel with the model, in timm's own field for them."""
+    settings: Any = getattr(model, "pretrained_cfg", None)
+    if settings is not None:
+        settings["label_names"] = list(classes)
+
+
+def _classes_of(model: nn.Module) -> int:
+    count: Any = getattr(model, "num_classes", 0)
+    return int(count)
+
+
+Judge = Callable[[nn.Module], dict[str, float]]
+
+
+def _dense_metrics(dense: nn.Module, judge: Judge, directory: Path, say: Say) -> float:
+    target = directory / "dense" / "metrics.json"
+    if not target.exists():
+        say("evaluating the dense model")
+        atomic_json(target, judge(dense))
+    return float(read_json(target)["top1"])
+
+
+def _search(
+    dense: nn.Module, data: Data, config: RunConfig, directory: Path, judge: Judge, say: Say
+) -> tuple[SearchResult, float]:
+    if (directory / RECORD).exists():
+        say("search: done before")
+        return load_search(directory), float(read_json(directory / "seconds.json")["seconds"])
+    say("search: weights and masks train together")
+    began = time.monotonic()
+    model = copy.deepcopy(dense)
+    result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
+    atomic_json(directory / "seconds.json", {"seconds": time.monotonic() - began})
+    result.save(directory)
+    return result, float(read_json(directory / "seconds.json")["seconds"])
+
+
+def _one_budget(
+    budget: Budget,
+    dense: nn.Module,
+    result: SearchResult,
+    data: Data,
+    config: RunConfig,
+    root: Path,
+    judge: Judge,
+    say: Say,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Cut to one budget, retrain, evaluate; everything is in files afterwards."""
+    directory = root / budget.name
+    row_file = directory / "row.json"
+    if row_file.exists():
+        say(f"{budget.name}: done before")
+        return checkpoint.load(directory / "slim"), read_json(row_file)
+    began = time.monotonic()
+    chosen = _plan(budget, result, directory)
+    small = cut(result.model, chosen).eval()
+    seconds = {"cut": time.monotonic() - began}
+    top1_cut = judge(small)["top1"]
+    if not (directory / "cut").exists():
+        checkpoint.save(small, directory / "cut", provenance(config, result, chosen, {"top1": top1_cut}))
+    say(f"{budget.name}: cut, top-1 {top1_cut:.4f} before retraining")
+    began = time.monotonic()
+    history = train(
+        small,
+        data,
+        config.retrain,
+        teacher=dense if config.distil is not None else None,
+        distil=config.distil,
+        directory=directory,
+        resume=True,
+        evaluate=judge,
+        title=budget.name,
+    )
+    small = history.averaged if history.averaged is not None else small
+    seconds["retrain"] = time.monotonic() - began
+    top1 = history.metrics["top1"]
+    if not (directory / "slim").exists():
+        checkpoint.save(small, directory / "slim", provenance(config, result, chosen, dict(history.metrics)))
+    row = row_entry(budget, small, anatomy_of(dense), chosen, top1_cut, top1, seconds)
+    atomic_json(row_file, row)
+    return small, row
+
+
+def _plan(budget: Budget, result: SearchResult, directory: Path) -> Plan:
+    target = directory / "plan.json"
+    if not target.exists():
+        plan(result, budget).save(target)
+    return Plan.load(target)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what makes random numbers outside the training loop: new classifiers."""
+    torch.manual_seed(seed)

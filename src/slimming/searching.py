@@ -1,0 +1,263 @@
+"""The search: weights and masks train together once; every budget is read off its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming import checkpoint
+from slimming.api import DEFAULT_PENALTY, SEARCH_KINDS, Rated, Rating, attach, describe, load_scores, save_scores
+from slimming.errors import CheckpointError, ConfigError, nearest
+from slimming.groups import Anatomy
+from slimming.io import atomic_json, atomic_write_bytes, seal
+from slimming.masks import SCORES, SoftMasks, attached
+from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
+from slimming.token_gates import BIAS, MULTIPLY
+from slimming.training.config import TrainConfig
+from slimming.training.data import Data
+from slimming.training.loop import History, fit
+from slimming.training.tasks import AddPenalty, ClassificationTask, Task
+
+WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a search is done. `preset` gives the two named ones.
+
+    Attributes:
+        kinds: kinds of unit that get a mask.
+        coupled: one mask for QK and V together, as in the paper.
+        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
+        penalty: kind -> weight of its l1 penalty.
+        penalty_sum: weights multiply sums over units, as in the paper, instead of means.
+        score: what units are ranked by, see `SoftMasks.scores`.
+        fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
+        mask_lr: learning rate of the masks as a multiple of that of the weights.
+        layout: which sizes plans give to the layers.
+        train: the training that carries the search.
+
+    Raises:
+        ConfigError: an unknown kind, score or token variant, or a negative weight.
+    """
+
+    kinds: tuple[str, ...] = SEARCH_KINDS
+    coupled: bool = False
+    tokens: str = BIAS
+    penalty: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PENALTY))
+    penalty_sum: bool = False
+    score: str = "taylor"
+    fold: bool = True
+    mask_lr: float = 1.0
+    layout: Layout = field(default_factory=Layout)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, lr=1e-4, schedule="constant"))
+
+    def __post_init__(self) -> None:
+        for name in (*self.kinds, *self.penalty):
+            if name not in KINDS:
+                raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
+        if not self.kinds:
+            raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
+        if self.score not in SCORES:
+            raise ConfigError(f"There is no score {self.score!r}; scores are {', '.join(SCORES)}.")
+        if self.tokens not in (BIAS, MULTIPLY):
+            raise ConfigError(f"search.tokens={self.tokens!r}: give {BIAS!r} or {MULTIPLY!r}.")
+        if any(weight < 0 for weight in self.penalty.values()) or self.mask_lr <= 0:
+            raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
+
+
+def preset(name: str) -> SearchConfig:
+    """The search called ``name``: ``"default"``, or ``"paper"`` for ViT-Slim to the letter (section 4.1).
+
+    Raises:
+        ConfigError: there is no such preset.
+
+    >>> preset("paper").train.batch_size
+    1024
+    """
+    presets = {
+        "default": SearchConfig(),
+        "paper": SearchConfig(
+            coupled=True,
+            tokens=MULTIPLY,
+            penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
+            penalty_sum=True,
+            score="mask",
+            fold=False,
+            layout=FREE,
+            train=TrainConfig(
+                epochs=50.0,
+                batch_size=1024,
+                lr=5e-4,
+                weight_decay=1e-3,
+                schedule="constant",
+                clip_grad=None,
+                label_smoothing=0.1,
+                mixup=0.8,
+                cutmix=1.0,
+            ),
+        ),
+    }
+    if name not in presets:
+        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
+    return presets[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult(Rated):
+    """What a search leaves: the masked model, one score per unit, and how it came about.
+
+    Attributes:
+        model: the trained model with its masks attached.
+        masks: those masks.
+        scores: group name -> score of each unit.
+        config: the settings.
+        metrics: the last evaluation of the masked model.
+        history: the log of the training.
+    """
+
+    model: nn.Module
+    masks: SoftMasks
+    scores: Mapping[str, Tensor]
+    config: SearchConfig
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    history: History | None = None
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the family read in the model."""
+        return self.masks.anatomy
+
+    @property
+    def rating(self) -> Rating:
+        """Scores, with the layout and the fold of the search."""
+        return Rating(anatomy=self.anatomy, scores=self.scores, layout=self.config.layout, fold=self.config.fold)
+
+    def save(self, directory: str | Path) -> None:
+        """Write weights, masks, scores and settings into ``directory``, each file whole or not at all.
+
+        Raises:
+            OutputError: the place is not writable, or the disk is full.
+        """
+        directory = Path(directory)
+        dump = checkpoint.dump_tensors
+        atomic_write_bytes(directory / WEIGHTS, dump(self.masks.weights()))
+        atomic_write_bytes(directory / MASKS, dump(dict(self.masks)))
+        save_scores(directory / SCORES_FILE, self.anatomy, self.scores)
+        record = {
+            "format": FORMAT,
+            "structure": self.anatomy.structure.to_dict(),
+            "config": dataclasses.asdict(self.config),
+            "metrics": dict(self.metrics),
+        }
+        atomic_json(directory / RECORD, seal(record))
+
+
+def search(
+    model: nn.Module,
+    data: Data,
+    config: SearchConfig | None = None,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    task: Task | None = None,
+) -> SearchResult:
+    """Train ``model`` together with soft masks, in place, and score every unit (ViT-Slim, section 3).
+
+    Args:
+        model: a pretrained model without masks. Afterwards its weights are trained and its masks attached.
+        data: training and validation images, see `slimming.open_data`; or loaders of your own.
+        config: the settings; by default `preset` ``"default"``.
+        directory: where the state and the log of the training go, so that a killed search can go on.
+        resume: go on from the state in ``directory`` if there is one.
+        evaluate: called now and then with the masked model; what it returns goes to the log.
+        task: the loss, where it is not the cross-entropy of the labels.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+        PlanError: the model has masks already.
+        ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
+            `slimming.training.loop.fit`.
+    """
+    config = config or SearchConfig()
+    groups = [group for group in describe(model, coupled=config.coupled) if group.kind in config.kinds]
+    missing = [kind for kind in config.kinds if not any(group.kind == kind for group in groups)]
+    if missing:
+        raise ConfigError(f"This model has no groups of kind {missing[0]!r}; take it out of search.kinds.")
+    masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty)
+    masks.penalty_sum = config.penalty_sum
+    inner = task or ClassificationTask(config.train.label_smoothing)
+    mask_names = {name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.values())}
+    history = fit(
+        model,
+        AddPenalty(inner, lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
+                   masks.collect, masks.collected),
+        data,
+        config.train,
+        directory=Path(directory) if directory is not None else None,
+        resume=resume,
+        evaluate=evaluate,
+        no_decay=mask_names.__contains__,
+        lr_scale=lambda name: config.mask_lr if name in mask_names else 1.0,
+        title="search",
+    )
+    if history.averaged is not None:
+        averaged = attached(history.averaged)
+        assert averaged is not None
+        averaged.collected = masks.collected
+        model, masks = history.averaged, averaged
+    scores = _agree(masks.scores(config.score))
+    return SearchResult(
+        model=model, masks=masks, scores=scores, config=config, metrics=history.metrics, history=history
+    )
+
+
+def _agree(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scores of the first process on every process, so that all make the same plan."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        return {name: torch.tensor(values) for name, values in shared[0].items()}
+    return scores
+
+
+def load_search(directory: str | Path) -> SearchResult:
+    """Read what `SearchResult.save` wrote: the masked model and its scores, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    directory = Path(directory)
+    record = read_sealed(directory / RECORD)
+    anatomy, scores = load_scores(directory / SCORES_FILE)
+    config = config_from_dict(record["config"])
+    model = checkpoint.build(anatomy.structure)
+    weights = checkpoint.parse_tensors(checkpoint.read_bytes(directory / WEIGHTS), directory / WEIGHTS)
+    values = checkpoint.parse_tensors(checkpoint.read_bytes(directory / MASKS), directory / MASKS)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+        groups = [anatomy.group(name) for name in values]
+        masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty)
+        for name, value in values.items():
+            masks[name].data.copy_(value)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"The files in {directory} do not fit together: {error}") from error
+    masks.penalty_sum = config.penalty_sum
+    return SearchResult(model=model.eval(), masks=masks, scores=scores, config=config, metrics=record["metrics"])
+
+
+def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
+    """A `SearchConfig` from what `dataclasses.asdict` and JSON made of one."""
+    nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
+    return SearchConfig(**{**_tuples(value), **nested})
+
+
+def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}

@@ -1,0 +1,295 @@
+"""The order of a run: which images each process sees at which step.
+
+Everything here is a function of the seed and the step. The order of an epoch is a permutation of (seed,
+epoch); a global batch is cut into contiguous shares, one per process, and each share into contiguous parts
+when gradients are accumulated. So a run that starts at step s sees what an undisturbed run sees, and two
+processes see together what one would see alone.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from slimming.errors import ConfigError, DataError
+from slimming.training.data import Data, ImageDataset, Loader, Sample, StreamDataset
+from slimming.training.images import Unreadable, mix
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W), labels (B,), the images' names, and the names of images that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of each global batch one process takes.
+
+    Raises:
+        ConfigError: the batch cannot be cut into equal parts.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.world * self.accumulate):
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be cut into {self.world} process(es) times "
+                f"{self.accumulate} "
+                f"accumulated parts; make it a multiple of {self.world * self.accumulate}."
+            )
+
+    def part(self, micro: int) -> slice:
+        """Return the places of part ``micro`` of this process within the global batch."""
+        size = self.batch_size // (self.world * self.accumulate)
+        first = (self.rank * self.accumulate + micro) * size
+        return slice(first, first + size)
+
+
+def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: int) -> int | None:
+    """Return the optimizer steps of one epoch, or None where the data does not know its length.
+
+    Raises:
+        ConfigError: there are fewer images than one batch takes.
+    """
+    if isinstance(train, StreamDataset):
+        images = train.length
+    elif isinstance(train, ImageDataset):
+        images = len(train)
+    else:
+        return len(train) if isinstance(train, DataLoader) else None
+    if images is not None and images < batch_size:
+        raise ConfigError(
+            f"batch_size {batch_size} is more than the {images} training images; make it smaller."
+        )
+    return None if images is None else images // batch_size
+
+
+def train_batches(data: Data, share: Share, seed: int, start: int, workers: int) -> Iterator[Batch]:
+    """Yield this process's parts of every batch from step ``start`` on, without end: ``accumulate`` per
+    step.""" if not isinstance(data.train, (ImageDataset, StreamDataset)):
+        yield from _own_loader(data, share, start)
+        return
+    kind = _Indexed if isinstance(data.train, ImageDataset) else _Streamed
+    order = _Order(kind(data.train, share, seed), start * share.accumulate)
+    yield from _loader(order, workers)
+
+
+def validation_batches(
+    val: ImageDataset | StreamDataset | Loader,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Yield every image of ``val`` once, each ``world``-th batch beginning with number ``rank``."""
+    if isinstance(val, ImageDataset):
+        yield from _loader(_Once(val, batch_size, rank, world), workers)
+    elif isinstance(val, StreamDataset):
+        records = enumerate(val.epochs(0))
+        for number in count():
+            chunk = list(islice(records, batch_size))
+            if not chunk:
+                return
+            if number % world == rank:
+                yield _collate(val, [(record, 0, index) for index, record in chunk], whole=False)
+    else:
+        for number, item in enumerate(val):
+            if number % world == rank:
+                yield _own_batch(item, number)
+
+
+class _Indexed:
+    """Numbered parts of batches of data that can be read in any order."""
+
+    def __init__(self, dataset: ImageDataset, share: Share, seed: int) -> None:
+        self.dataset, self.share, self.seed = dataset, share, seed
+        self.steps = len(dataset) // share.batch_size
+        self.epoch = -1
+        self.permutation = torch.empty(0, dtype=torch.int64)
+
+    def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
+        for number in numbers:
+            step, micro = divmod(number, self.share.accumulate)
+            epoch, place = divmod(step, self.steps)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                self.permutation = torch.randperm(len(self.dataset), generator=generator)
+                self.epoch = epoch
+            batch = self.permutation[place * self.share.batch_size :][: self.share.batch_size]
+            yield _read(self.dataset, batch[self.share.part(micro)].tolist(), epoch)
+
+
+class _Streamed:
+    """Numbered parts of batches of data that must be read in order: what is not wanted is passed over
+    undecoded."""
+
+    def __init__(self, dataset: StreamDataset, share: Share, seed: int) -> None:
+        self.dataset, self.share = dataset, share
+
+    def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
+        batches = self._global_batches()
+        at, batch = -1, []
+        for number in numbers:
+            step, micro = divmod(number, self.share.accumulate)
+            while at < step:
+                at, batch = at + 1, next(batches)
+            yield _collate(self.dataset, batch[self.share.part(micro)], whole=True)
+
+    def _global_batches(self) -> Iterator[list[tuple[Any, int, int]]]:
+        for epoch in count():
+            records, complete = enumerate(self.dataset.epochs(epoch)), 0
+            while True:
+                batch = [(record, epoch, index) for index, record in islice(records, self.share.batch_size)]
+                if len(batch) < self.share.batch_size:
+                    break
+                complete += 1
+                yield batch
+            if not complete:
+                raise DataError(f"The stream holds fewer images than one batch of {self.share.batch_size}.")
+
+
+class _Order(IterableDataset[Batch]):
+    """Parts number ``first``, ``first + 1`` ...; with several workers each makes every n-th, and torch's
+    loader takes from them in turn, so that the order is that of one.
+    """
+
+    def __init__(self, plan: _Indexed | _Streamed, first: int) -> None:
+        self.plan, self.first = plan, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        return self.plan.numbered(count(self.first + offset, stride))
+
+
+class _Once(torch.utils.data.Dataset[Batch]):
+    """Whole batches of a data set in its own order, by number."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+        self.starts = range(0, len(dataset), batch_size)[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = self.starts[number]
+        return _read(self.dataset, range(start, min(start + self.batch_size, len(self.dataset))), None)
+
+
+def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_quiet_worker if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader draws its workers' base seed from here, not from the run's
+        generator
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave Ctrl-C to the main process, which wants to finish its step and save; spare the other cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _read(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> Batch:
+    """Read images by index. In training (an ``epoch`` is given) the next readable image takes an unreadable
+    one's place, so that batches stay whole; in evaluation it is left out.
+    """
+    samples: list[Sample] = []
+    unreadable: list[str] = []
+    for wanted in indices:
+        for index in range(wanted, wanted + (1 if epoch is None else min(len(dataset), 100))):
+            try:
+                samples.append(dataset.sample(index % len(dataset), epoch or 0))
+                break
+            except Unreadable as error:
+                unreadable.append(str(error))
+    return _stack(samples, unreadable)
+
+
+def _collate(dataset: StreamDataset, batch: Sequence[tuple[Any, int, int]], whole: bool) -> Batch:
+    samples: list[Sample] = []
+    unreadable: list[str] = []
+    for record, epoch, index in batch:
+        try:
+            samples.append(dataset.reader(record, epoch, index))
+        except Unreadable as error:
+            unreadable.append(f"{record.name}: {error}")
+    if whole and samples:  # a stream cannot reach for another image, so readable ones of this part come twice
+        samples += [samples[i % len(samples)] for i in range(len(batch) - len(samples))]
+    return _stack(samples, unreadable)
+
+
+def _stack(samples: Sequence[Sample], unreadable: Sequence[str]) -> Batch:
+    if not samples:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), tuple(unreadable))
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.tensor([sample.label for sample in samples]),
+        tuple(sample.name for sample in samples),
+        tuple(unreadable),
+    )
+
+
+def _own_loader(data: Data, share: Share, start: int) -> Iterator[Batch]:
+    """Share out the batches of a user's own loader, passing over those before step ``start``."""
+    step = 0
+    while True:
+        before = step
+        for item in data.train:  # type: ignore[union-attr]
+            if step >= start:
+                yield from _own_parts(item, step, share, len(data.classes))
+            step += 1
+        if step == before:
+            raise DataError(
+                "The training loader gave no batch; give one that can be iterated anew for each epoch."
+            )
+
+
+def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Batch]:
+    images, labels, names, _ = _own_batch(item, step)
+    parts = share.world * share.accumulate
+    if len(images) % parts:
+        raise DataError(
+            f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
+    mine = Share(len(images), share.accumulate, share.rank, share.world)
+    for micro in range(share.accumulate):
+        part = mine.part(micro)
+        yield Batch(images[part], labels[part], names[part])
+
+
+def _own_batch(item: Any, number: int) -> Batch:
+    if not (
+        isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])
+    ):
+        raise DataError(
+            "A loader of your own must give (images, labels) tensors, or (images, labels, names)."
+        )
+    names = (
+        tuple(map(str, item[2]))
+        if len(item) > 2
+        else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
+    )
+    return Batch(item[0], item[1].long(), names)

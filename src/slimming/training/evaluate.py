@@ -1,0 +1,82 @@
+"""Top-1 and loss of a model, exact over all processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import nn
+
+from slimming.errors import DataError
+from slimming.training.batches import validation_batches
+from slimming.training.data import ImageDataset, Loader, StreamDataset, UnreadableCount
+from slimming.training.guards import memory_errors
+
+
+def evaluate(
+    model: nn.Module,
+    images: ImageDataset | StreamDataset | Loader,
+    *,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+    precision: str = "no",
+) -> dict[str, float]:
+    """Return ``{"top1": share correct, "loss": mean cross-entropy, "images": how many were counted}``.
+
+    Every image counts once, whatever the batch size and the number of processes. The model's mode is given
+    back as it was; it is not moved unless ``device`` is given.
+
+    Args:
+        model: gives logits (B, K).
+        images: the validation part of `Data`.
+        batch_size: images per forward pass.
+        device: where to compute; None means where the model's first parameter is.
+        workers: processes that read images.
+        precision: autocast, as in `TrainConfig`.
+
+    Raises:
+        DataError: more images are unreadable than the data allows, or none is left.
+        ConfigError: out of memory.
+    """
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    unreadable = unreadable_counter(images)
+    sums = torch.zeros(3, dtype=torch.float64, device=place)
+    training = model.training
+    model.to(place).eval()
+    try:
+        with torch.no_grad(), memory_errors(batch_size), autocast(place, precision):
+            for batch in validation_batches(images, batch_size, rank, world, workers):
+                unreadable.add(batch.unreadable)
+                if not len(batch.labels):
+                    continue
+                labels = batch.labels.to(place)
+                logits = model(batch.images.to(place)).float()
+                correct = (logits.argmax(1) == labels).sum()
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                sums += torch.stack([correct.double(), loss.double(), sums.new_tensor(len(labels))])
+    finally:
+        model.train(training)
+    if many:
+        torch.distributed.all_reduce(sums)
+    correct, loss, count = sums.tolist()
+    if not count:
+        raise DataError("No validation image could be read; there is nothing to evaluate on.")
+    return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision; ``"no"`` leaves everything in float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "no")
+
+
+def unreadable_counter(images: ImageDataset | StreamDataset | Loader) -> UnreadableCount:
+    """Return the counter of skipped images that a part of the data calls for."""
+    if isinstance(images, ImageDataset):
+        return UnreadableCount(len(images), images.max_unreadable)
+    if isinstance(images, StreamDataset):
+        return UnreadableCount(images.length, images.max_unreadable)
+    return UnreadableCount(None, 0.0)

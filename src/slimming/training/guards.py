@@ -1,0 +1,76 @@
+"""What may stop a run from outside: Ctrl-C and a full memory."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from slimming.errors import ConfigError
+
+
+class StopRequest:
+    """Remembers that Ctrl-C was pressed, so that the step under way can end first.
+
+    Pressing it again after a second or more stops at once, without saving. (Launchers pass the signal on, so
+    that it arrives twice within moments.)
+    """
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether it was pressed."""
+        return self.since is not None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal.
+
+        Raises:
+            KeyboardInterrupt: it came again.
+        """
+        if self.since is not None and time.monotonic() - self.since > 1.0:
+            raise KeyboardInterrupt
+        self.since = self.since or time.monotonic()
+
+
+@contextmanager
+def stop_on_request() -> Iterator[StopRequest]:
+    """Catch Ctrl-C while the block runs. Outside the main thread Python cannot, and nothing changes."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory into advice.
+
+    Raises:
+        ConfigError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+            error
+        )
+        if not lacking:
+            raise
+        raise ConfigError(
+            f"Out of memory at batch_size {batch_size}: make it smaller, or set accumulate to 2 or more, "
+            "which splits "
+            "each training batch without changing its gradient."
+        ) from error

@@ -1,0 +1,148 @@
+"""What a run tells: a JSON line per logged step, a progress bar, Accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from slimming.errors import ConfigError, MissingExtraError, nearest
+from slimming.io import atomic_write_text, explain
+
+LOG_FILE = "log.jsonl"
+
+
+def check_trackers(names: tuple[str, ...], directory: Path | None) -> None:
+    """Check that every tracker is known, installed, and has a place to write to.
+
+    Raises:
+        ConfigError: there is no such tracker, or no directory.
+        MissingExtraError: its library is not installed.
+    """
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"There is no tracker {name!r}; Accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
+                f"{nearest(name, LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in available:
+            raise MissingExtraError(f"The tracker {name!r} is not installed; run: pip install {name}.")
+    if names and directory is None:
+        raise ConfigError("Trackers write into the run's directory; give one.")
+
+
+class RunLog:
+    """The log of one run; only the main process writes.
+
+    Args:
+        accelerator: names the main process and holds the trackers.
+        directory: where ``log.jsonl`` lies, or None to keep the lines in memory only.
+        title: the bar's name, or None to show nothing.
+        start: the step that the run goes on from; later lines of an earlier attempt are dropped.
+        total: the step that it ends with.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, directory: Path | None, title: str | None, start: int, total: int
+    ) -> None:
+        self.accelerator = accelerator
+        self.path = directory / LOG_FILE if directory is not None else None
+        self.main = accelerator.is_main_process
+        self.lines = _kept_lines(self.path, start)
+        if self.main and self.path is not None:
+            atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.title, self.start, self.total = title, start, total
+        self.console = Console(stderr=True, quiet=title is None or not self.main)
+        self.bar: Progress | None = None
+        self.began = time.monotonic()
+
+    def __enter__(self) -> RunLog:
+        if self.title is not None and self.main and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[news]}"),
+            )  # fmt: skip
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, news="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line to the log and send it to the trackers.
+
+        Raises:
+            OutputError: the disk is full, or the place is not writable.
+        """
+        self.lines.append(dict(line))
+        if self.main and self.path is not None:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise explain(error, self.path) from error
+        if self.accelerator.trackers:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        if self.bar is not None:
+            self.bar.update(self.task, news=summary(line))
+
+    def say(self, line: Mapping[str, Any]) -> None:
+        """Print one line, where no bar shows the news anyway."""
+        if self.bar is None:
+            self.console.print(
+                f"{self.title}: step {line['step']} of {self.total}, {summary(line)}", highlight=False
+            )
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """Return the numbers of a log line that a person watches.
+
+    >>> summary({"step": 3, "loss": 1.23456, "lr": 0.0005, "val_top1": 0.9})
+    'loss 1.235, top-1 90.0 %'
+    """
+    parts = []
+    if "loss" in line:
+        parts.append(f"loss {line['loss']:.3f}")
+    if "val_top1" in line:
+        parts.append(f"top-1 {100 * line['val_top1']:.1f} %")
+    if "images_per_second" in line:
+        parts.append(f"{line['images_per_second']:.0f} images/s")
+    return ", ".join(parts)
+
+
+def _kept_lines(path: Path | None, start: int) -> list[dict[str, Any]]:
+    """Read the lines up to step ``start``; a last line that was cut off by a kill is dropped."""
+    lines: list[dict[str, Any]] = []
+    if path is None or start == 0 or not path.is_file():
+        return lines
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["step"] <= start:
+            lines.append(line)
+    return lines

@@ -1,0 +1,281 @@
+"""The loop: dense training, search and retraining are this one, with different tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from slimming.errors import ConfigError, Interrupted, NonFiniteLossError, OutputError
+from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
+from slimming.training.config import TrainConfig
+from slimming.training.data import Data
+from slimming.training.evaluate import autocast, unreadable_counter
+from slimming.training.guards import memory_errors, stop_on_request
+from slimming.training.images import mix, restored_randomness, seed_all
+from slimming.training.log import RunLog, check_trackers
+from slimming.training.optimisation import (
+    AveragedModel,
+    make_mixup,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
+from slimming.training.state import STATE_FILE, RunState
+from slimming.training.tasks import Task
+
+
+@dataclass(frozen=True)
+class History:
+    """What training leaves beside the trained model.
+
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        seconds: wall time of this call.
+        log: the lines of the log, those before a resume included.
+        metrics: the last evaluation, empty where there was none.
+        averaged: the averaged model, where the config asks for one; what was evaluated then.
+    """
+
+    steps: int
+    seconds: float
+    log: tuple[dict[str, Any], ...]
+    metrics: dict[str, float]
+    averaged: nn.Module | None
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    *,
+    directory: Path | None = None,
+    resume: bool = False,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    no_decay: Callable[[str], bool] = lambda name: False,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+    title: str | None = "training",
+) -> History:
+    """Train ``model`` in place, in one process or many (``accelerate launch``, ``torchrun``).
+
+    A run is a function of its settings, the data and the model it starts from: stopped anywhere and resumed,
+    it ends with the same weights, bit for bit on a CPU. The model ends in evaluation mode, on the device it
+    was trained on.
+
+    Args:
+        model: what is trained; every parameter that requires a gradient.
+        task: gives the loss.
+        data: training images and class names.
+        config: the settings.
+        directory: where ``state.pt`` and ``log.jsonl`` go; None keeps nothing.
+        resume: go on from the state in ``directory`` if there is one.
+        evaluate: called with the model, or the averaged one, on every process; its numbers go to the log.
+        no_decay: names further parameters without weight decay.
+        lr_scale: factor of the learning rate by the parameter's name.
+        title: name of the progress bar; None shows nothing.
+
+    Raises:
+        ConfigError: settings that do not fit the data, the model or the earlier run; out of memory.
+        DataError: too many unreadable images, or a loader that gives something else than images and labels.
+        NonFiniteLossError: the loss is NaN or infinite; the last state stays.
+        Interrupted: Ctrl-C was pressed; the state was saved first.
+        OutputError: ``directory`` holds a run and ``resume`` is off, or it cannot be written.
+        CheckpointError: the state is damaged or another model's.
+    """
+    check_trackers(config.trackers, directory)
+    if directory is not None and not resume and (directory / STATE_FILE).exists():
+        raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
+    )
+    with restored_randomness(), stop_on_request() as stop, memory_errors(config.batch_size):
+        run = _Run(accelerator, model, task, data, config, (no_decay, lr_scale))
+        if resume and directory is not None and (directory / STATE_FILE).exists():
+            run.state.load(directory, config, run.total)
+        if config.trackers:
+            accelerator.init_trackers("slimming", {k: str(v) for k, v in dataclasses.asdict(config).items()})
+        began, metrics = time.monotonic(), {}
+        try:
+            task.start(model, accelerator.device)
+            with RunLog(accelerator, directory, title, run.state.step, run.total) as log:
+                for line in run.steps(log, lambda: stop.made):
+                    step, ends = line["step"], run.state.step == run.total
+                    if evaluate is not None and (ends or step % run.evaluate_steps == 0):
+                        metrics = evaluate(model if run.state.averaged is None else run.state.averaged.module)
+                        log.write(
+                            {
+                                "step": step,
+                                "epoch": line["epoch"],
+                                **{f"val_{k}": v for k, v in metrics.items()},
+                            }
+                        )
+                        log.say({**line, **log.lines[-1]})
+                    run.save(directory, always=ends or line["stop"])
+                    if line["stop"] and not ends:
+                        saved = (
+                            f"its state is saved in {directory}: resume to go on"
+                            if directory
+                            else "nothing is saved"
+                        )
+                        raise Interrupted(f"Stopped after step {step} of {run.total}; {saved}.")
+        finally:
+            task.stop()
+            accelerator.end_training()
+    return History(
+        run.total,
+        time.monotonic() - began,
+        tuple(log.lines),
+        metrics or last_metrics(log.lines),
+        run.result(),
+    )
+
+
+class _Run:
+    """One run under way: what the loop needs from step to step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        task: Task,
+        data: Data,
+        config: TrainConfig,
+        naming: tuple[Callable[[str], bool], Callable[[str], float]],
+    ) -> None:
+        self.accelerator, self.data, self.config = accelerator, data, config
+        self.share = Share(
+            config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
+        )
+        per_epoch = steps_per_epoch(data.train, config.batch_size)
+        if per_epoch is None and config.steps is None:
+            raise ConfigError("This data does not know how many images it has; set steps in place of epochs.")
+        self.total = config.steps or max(1, round(config.epochs * (per_epoch or 0)))
+        self.per_epoch = per_epoch or self.total
+        self.evaluate_steps = (
+            max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
+        )
+        optimizer = make_optimizer(
+            parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config
+        )
+        part = self.share.part(0)
+        self.mixup = make_mixup(config, len(data.classes), part.stop - part.start)
+        self.schedule = make_schedule(
+            optimizer, config, self.total, round(config.warmup_epochs * self.per_epoch)
+        )
+        self.prepared = accelerator.prepare_model(model.train())
+        self.runner = torch.compile(self.prepared) if config.compile else self.prepared
+        averaged = None if config.ema is None else AveragedModel(model, config.ema)
+        scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+        self.state = RunState(model, optimizer, task, averaged, scaler)
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.unreadable = unreadable_counter(data.train)
+        self.saved_at = time.monotonic()
+
+    def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Make the remaining steps; after each yield its log line, with ``"stop"`` when Ctrl-C was
+        pressed.""" state, since, last = self.state, self.state.step, time.monotonic() batches =
+        train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers) while
+        state.step < self.total:
+            self.schedule.step_update(state.step)
+            losses, asked = self._step(batches, stop)
+            state.step += 1
+            log.step(state.step)
+            line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
+            if state.step % self.config.log_every == 0 or state.step == self.total:
+                now = time.monotonic()
+                line["images_per_second"] = (
+                    (state.step - since) * self.config.batch_size / max(now - last, 1e-9)
+                )
+                log.write(line)
+                since, last = state.step, now
+            yield {**line, "stop": asked}
+            self.prepared.train()
+
+    def _step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+        """Make one optimizer step; return the batch's mean losses and whether any process was asked to
+        stop.""" config, state, accelerator = self.config, self.state, self.accelerator
+        seed_all(mix(config.seed, 1, state.step, accelerator.process_index))
+        state.optimizer.zero_grad(set_to_none=True) sums, names, keys = torch.zeros(()), [], [] for micro in
+        range(config.accumulate):
+            batch = next(batches)
+            self.unreadable.add(batch.unreadable)
+            names += batch.names
+            images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            last = micro == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.prepared):
+                with autocast(accelerator.device, config.precision):
+                    losses = state.task.loss(self.runner, images, labels)
+                state.scaler.scale(losses["loss"] / config.accumulate).backward()
+            keys = list(losses)
+            values = torch.stack(
+                [losses[key].detach().float().reshape(()).to(accelerator.device) for key in keys]
+            )
+            sums = sums.to(values.device) + values / config.accumulate
+        # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
+        shared: Tensor = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
+        *means, asked = shared.tolist()
+        if not all(map(math.isfinite, means)):
+            self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
+        state.scaler.unscale_(state.optimizer)
+        state.task.before_step()
+        if config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, config.clip_grad)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.averaged is not None:
+            state.averaged.update(state.model)
+        return dict(zip(keys, means, strict=True)), asked > 0
+
+    def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
+        files = sorted(gather_object(names if here else []))
+        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        bad = ", ".join(f"{key} {value}" for key, value in losses.items() if not math.isfinite(value))
+        raise NonFiniteLossError(
+            f"{bad} at step {self.state.step + 1}, epoch {self.state.step / self.per_epoch:.2f}, lr "
+            f"{self._lr():.3g}. "
+            f"Try a lower lr, a longer warm-up, clip_grad 1 or precision no; look at the batch's images: "
+            f"{shown}. "
+            "The last saved state is kept."
+        )
+
+    def _lr(self) -> float:
+        group = self.state.optimizer.param_groups[0]
+        return group["lr"] / group["lr_scale"]
+
+    def save(self, directory: Path | None, always: bool) -> None:
+        """Save the state, when it is time."""
+        due = always or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+        if due and directory is not None and self.accelerator.is_main_process:
+            self.state.save(directory, self.config, self.total)
+            self.saved_at = time.monotonic()
+
+    def result(self) -> nn.Module | None:
+        """Put the model into evaluation mode and return the averaged one."""
+        self.state.model.eval()
+        return None if self.state.averaged is None else self.state.averaged.module
+
+
+def last_metrics(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last evaluation in a log.
+
+    >>> last_metrics([{"step": 1, "epoch": 1.0, "val_top1": 0.5}, {"step": 2, "loss": 1.0}])
+    {'top1': 0.5}
+    """
+    for line in reversed(lines):
+        found = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
+        if found:
+            return found
+    return {}

@@ -1,0 +1,117 @@
+"""What turns gradients into steps: parameter groups, the schedule, averaged weights; and timm's mixing of
+images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.step_lr import StepLRScheduler
+from torch import nn
+
+from slimming.errors import ConfigError, nearest
+from slimming.training.config import TrainConfig
+
+FINAL_LR_RATIO = 0.01
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, no_decay: Callable[[str], bool], lr_scale: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters by weight decay and learning rate.
+
+    Parameters of fewer than two dimensions get no weight decay, nor those whose name ``no_decay`` names. A
+    parameter that is registered in several places comes once, under its first name.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim < 2 or no_decay(name) else weight_decay
+            groups.setdefault((decay, float(lr_scale(name))), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return timm's optimizer of the name that the config gives.
+
+    Raises:
+        ConfigError: no optimizer has this name, or nothing is trainable.
+    """
+    if not groups:
+        raise ConfigError("The model has no parameter that requires a gradient; there is nothing to train.")
+    known = [str(name) for name in list_optimizers()]
+    if config.optimizer not in known:
+        raise ConfigError(
+            f"optimizer is {config.optimizer!r}, which timm.optim does not "
+            f"have.{nearest(config.optimizer, known)}"
+        )
+    return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, warmup: int
+) -> Scheduler:
+    """Return a schedule whose ``step_update(step)`` sets the learning rate of each group, from the step
+    alone.""" low = FINAL_LR_RATIO * config.lr
+    common: dict[str, Any] = {
+        "warmup_t": warmup,
+        "warmup_lr_init": low,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if config.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=max(1, total - warmup), lr_min=low, **common)
+    return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)
+
+
+def make_mixup(config: TrainConfig, classes: int, images: int) -> Mixup | None:
+    """Return timm's mixup/cutmix, which also smooths the labels, or None where both are off.
+
+    Args:
+        config: says how strongly.
+        classes: number of classes.
+        images: images that are mixed with one another: a process's part of a batch.
+
+    Raises:
+        ConfigError: that part has an odd number of images.
+    """
+    if not (config.mixup or config.cutmix):
+        return None
+    if images % 2:
+        raise ConfigError(f"mixup and cutmix pair images, but a part of a batch has {images}; make it even.")
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+
+
+class AveragedModel:
+    """An exponential moving average of a model's parameters and buffers.
+
+    timm's ``ModelEmaV3`` walks the state dict, where a parameter that is registered in several places would
+    be averaged once per place and step; here each tensor is averaged once.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards ``model``; whole-number buffers are copied."""
+        pairs = [*zip(self.module.parameters(), model.parameters(), strict=True)]
+        pairs += zip(self.module.buffers(), model.buffers(), strict=True)
+        averaged, current = [], []
+        for mine, theirs in pairs:
+            if mine.is_floating_point():
+                averaged.append(mine)
+                current.append(theirs)
+            else:
+                mine.copy_(theirs)
+        torch._foreach_lerp_(averaged, current, 1.0 - self.decay)

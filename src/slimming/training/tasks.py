@@ -1,0 +1,266 @@
+"""What is trained for: a task turns a model and a batch into a loss; the loop knows nothing else about it.
+
+Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from slimming.errors import ConfigError, nearest
+
+
+class Task(Protocol):
+    """A loss, and what belongs to it."""
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Prepare for training ``model`` on ``device``; called once before the first step."""
+        ...
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the scalar to minimise as ``"loss"``, with other scalars to be logged beside it.
+
+        Args:
+            model: the model as prepared for this process; call it, do not look into it.
+            images: (B, C, H, W).
+            labels: class numbers (B,), or soft targets (B, K).
+        """
+        ...
+
+    def before_step(self) -> None:
+        """Look at the gradients of a whole batch: summed over parts and processes, not yet clipped."""
+        ...
+
+    def stop(self) -> None:
+        """Leave the model as it was, hooks removed; called after the last step, also when training failed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs, as plain tensors and numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        ...
+
+
+def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean cross-entropy of logits (B, K); soft targets (B, K) are taken as they are,
+    unsmoothed.""" smoothing = label_smoothing if labels.ndim == 1 else 0.0 return
+    F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def both_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return (class logits, distillation logits or None) of a model's output in training."""
+    return output if isinstance(output, tuple) else (output, None)
+
+
+class ClassificationTask:
+    """Cross-entropy with label smoothing. A model with a distillation token learns the labels with both
+    heads."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing to prepare."""
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `Task.loss`."""
+        logits, second = both_heads(model(images))
+        loss = classification_loss(logits, labels, self.label_smoothing)
+        if second is not None:
+            loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2
+        return {"loss": loss}
+
+    def before_step(self) -> None:
+        """Nothing to collect."""
+
+    def stop(self) -> None:
+        """Nothing to undo."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+class DistilTask:
+    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), and from its features if
+    wanted.
+
+    The loss is ``(1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student)`` at temperature ``T``,
+    plus ``feature_weight`` times the mean squared error of the named modules' outputs. A model with a
+    distillation token learns the labels with its class head and the teacher with its distillation head
+    (Touvron et al. 2021).
+
+    Args:
+        teacher: a model of the same classes; put into evaluation mode and never trained.
+        alpha: share of the teacher in the loss, 0 to 1.
+        temperature: softens both distributions.
+        features: names of modules that teacher and student both have, such as ``"blocks.5"``.
+        feature_weight: weight of their error.
+        pool: what is compared of outputs (B, N, D): ``"first"`` token or the ``"mean"`` over tokens. A
+            student that lost tokens still has both.
+        label_smoothing: as in `ClassificationTask`.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        alpha: float = 0.5,
+        temperature: float = 2.0,
+        features: tuple[str, ...] = (),
+        feature_weight: float = 1.0,
+        pool: str = "first",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
+        if temperature <= 0:
+            raise ConfigError(f"temperature is {temperature}; it must be above 0.")
+        if pool not in ("first", "mean"):
+            raise ConfigError(
+                f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, ('first', 'mean'))}"
+            )
+        self.teacher = teacher
+        self.alpha, self.temperature = alpha, temperature
+        self.features, self.feature_weight, self.pool = features, feature_weight, pool
+        self.label_smoothing = label_smoothing
+        self.handles: list[RemovableHandle] = []
+        self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Move the teacher to ``device`` and watch the named modules of both models.
+
+        Raises:
+            ConfigError: one of the models has no module of that name.
+        """
+        self.teacher.to(device).eval()
+        for who, whole in (("teacher", self.teacher), ("student", model)):
+            modules = dict(whole.named_modules())
+            for name in self.features:
+                if name not in modules:
+                    self.stop()
+                    raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
+                self.handles.append(modules[name].register_forward_hook(self._watch(who, name)))
+
+    def _watch(self, who: str, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            tokens = output.float()
+            if tokens.ndim == 3:
+                tokens = tokens[:, 0] if self.pool == "first" else tokens.mean(1)
+            self.seen[who][name] = tokens
+
+        return hook
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `Task.loss`.
+
+        Raises:
+            ConfigError: teacher and student have different numbers of classes or widths of features.
+        """
+        with torch.no_grad():
+            wanted = self.teacher(images).float()
+        logits, second = both_heads(model(images))
+        learner = logits if second is None else second
+        if wanted.shape != learner.shape:
+            raise ConfigError(f"The teacher knows {wanted.shape[1]} classes, the student {learner.shape[1]}.")
+        labelled = classification_loss(logits, labels, self.label_smoothing)
+        softened = F.log_softmax(learner.float() / self.temperature, 1)
+        target = F.log_softmax(wanted / self.temperature, 1)
+        distilled = F.kl_div(softened, target, reduction="batchmean", log_target=True) * self.temperature**2
+        parts = {"labels": labelled, "teacher": distilled}
+        loss = (1 - self.alpha) * labelled + self.alpha * distilled
+        if self.features:
+            parts["features"] = torch.stack([self._error(name) for name in self.features]).mean()
+            loss = loss + self.feature_weight * parts["features"]
+        return {"loss": loss, **parts}
+
+    def _error(self, name: str) -> Tensor:
+        student, teacher = self.seen["student"].pop(name), self.seen["teacher"].pop(name)
+        if student.shape != teacher.shape:
+            raise ConfigError(
+                f"{name} gives {tuple(student.shape)} in the student, {tuple(teacher.shape)} in the teacher."
+            )
+        return F.mse_loss(student, teacher)
+
+    def before_step(self) -> None:
+        """Nothing to collect."""
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        while self.handles:
+            self.handles.pop().remove()
+        for seen in self.seen.values():
+            seen.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: the teacher does not change."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+class AddPenalty:
+    """Another task with extra terms in its loss, and a look at the gradients before each step.
+
+    Args:
+        task: the task that is added to.
+        penalty: gives named scalars; each is added to the loss and logged.
+        collect: called with the gradients of a whole batch in place.
+        state: what ``collect`` keeps, as tensors that it changes in place, so that it is saved and resumed.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        penalty: Callable[[], dict[str, Tensor]],
+        collect: Callable[[], None] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.task, self.penalty, self.collect = task, penalty, collect
+        self.state = {} if state is None else state
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """See `Task.start`."""
+        self.task.start(model, device)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `Task.loss`."""
+        losses = self.task.loss(model, images, labels)
+        terms = self.penalty()
+        total = losses["loss"]
+        for term in terms.values():
+            total = total + term.to(total.device)
+        return {**losses, "task": losses["loss"], **terms, "loss": total}
+
+    def before_step(self) -> None:
+        """See `Task.before_step`."""
+        self.task.before_step()
+        if self.collect is not None:
+            self.collect()
+
+    def stop(self) -> None:
+        """See `Task.stop`."""
+        self.task.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner task's state and the collected tensors."""
+        return {"task": self.task.state_dict(), "collected": dict(self.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, into the same tensors."""
+        self.task.load_state_dict(state["task"])
+        for name, tensor in self.state.items():
+            tensor.copy_(state["collected"][name])
