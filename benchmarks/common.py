@@ -9,13 +9,13 @@ import os
 import platform
 import statistics
 import sys
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import benchmark
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -93,18 +93,18 @@ def interleaved(
     Returns:
         Seconds per call, one entry per round, by name. Entries of one round belong together.
     """
-    timers = {
-        name: benchmark.Timer("run()", globals={"run": run}, num_threads=threads)
-        for name, run in cases.items()
-    }
+    # torch.utils.benchmark makes two unmeasured calls before each measurement, which triples the time of steps
+    # that take seconds. One warm-up per case is enough where every case is called again and again.
+    torch.set_num_threads(threads)
+    timers = {name: timeit.Timer(run) for name, run in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
-    for timer in timers.values():
-        timer.timeit(1)
+    for name, timer in timers.items():
+        print(f"warm-up: {name}, {timer.timeit(1):.2f} s", file=sys.stderr, flush=True)
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            seconds[name].append(timers[name].timeit(number).mean)
+            seconds[name].append(timers[name].timeit(number) / number)
         print(f"\rround {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return seconds

@@ -132,7 +132,6 @@ def main() -> None:
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     settings = arguments.parse_args()
-    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
 
     dense = timm.create_model(settings.model).eval()

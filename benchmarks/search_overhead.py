@@ -3,10 +3,9 @@
     python benchmarks/search_overhead.py
 
 Cases, timed in turn within one run: the plain step; slimming's masks on attention and MLP; the same with
-tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q, k, v
-after the projection; hidden units after the activation function; tokens after each norm), written here with
-hooks. A step is forward, cross-entropy, penalty, backward, the masks' score statistics, and AdamW. The input is
-random.
+tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q, k
+and v after the projection; hidden units after the activation; tokens after each norm), written here with hooks.
+A step is forward, cross-entropy, penalty, backward, the masks' score statistics, and AdamW. Input is random.
 """
 
 from __future__ import annotations
@@ -119,7 +118,6 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--classes", type=int, default=1000)
     settings = arguments.parse_args()
-    torch.set_num_threads(settings.threads)
 
     seconds = interleaved(cases(settings), rounds=settings.rounds, threads=settings.threads)
     rows = []
