@@ -93,8 +93,8 @@ def interleaved(
     Returns:
         Seconds per call, one entry per round, by name. Entries of one round belong together.
     """
-    # torch.utils.benchmark makes two unmeasured calls before each measurement, which triples the time of steps
-    # that take seconds. One warm-up per case is enough where every case is called again and again.
+    # torch.utils.benchmark makes two unmeasured calls before each measurement, which triples the time of
+    # long steps. One warm-up per case is enough where every case is called again and again.
     torch.set_num_threads(threads)
     timers = {name: timeit.Timer(run) for name, run in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}

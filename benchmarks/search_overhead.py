@@ -3,9 +3,10 @@
     python benchmarks/search_overhead.py
 
 Cases, timed in turn within one run: the plain step; slimming's masks on attention and MLP; the same with
-tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q, k
-and v after the projection; hidden units after the activation; tokens after each norm), written here with hooks.
-A step is forward, cross-entropy, penalty, backward, the masks' score statistics, and AdamW. Input is random.
+tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q,
+k and v after the projection; hidden units after the activation; tokens after each norm), written here with
+hooks. A step is forward, cross-entropy, penalty, backward, the masks' score statistics, and AdamW. The input
+is random.
 """
 
 from __future__ import annotations
