@@ -217,10 +217,9 @@ def _costs(model: nn.Module) -> dict[str, int]:
 def _histograms(result: SearchResult) -> dict[str, Any]:
     """Distribution of the mask factors per kind, and their values per group."""
     found: dict[str, Any] = {}
-    with torch.no_grad():
-        factors = {group: result.masks.factor(group).float().cpu() for group in result.masks.groups}
-    for kind in dict.fromkeys(group.kind for group in factors):
-        own = {group.name: factor for group, factor in factors.items() if group.kind == kind}
+    factors = {group.name: result.masks.factor(group).detach().float().cpu() for group in result.masks.groups}
+    for kind in dict.fromkeys(group.kind for group in result.masks.groups):
+        own = {group.name: factors[group.name] for group in result.masks.of_kind(kind)}
         values = torch.cat(list(own.values()))
         low, high = float(values.min()), float(values.max())
         if high - low < 1e-6:
