@@ -80,13 +80,15 @@ def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: in
 
 
 def train_batches(data: Data, share: Share, seed: int, start: int, workers: int) -> Iterator[Batch]:
-    """Yield this process's parts of every batch from step ``start`` on, without end: ``accumulate`` per
-    step.""" if not isinstance(data.train, (ImageDataset, StreamDataset)):
+    """Yield this process's parts of every batch from step ``start`` on, ``accumulate`` per step."""
+    if not isinstance(data.train, (ImageDataset, StreamDataset)):
         yield from _own_loader(data, share, start)
         return
-    kind = _Indexed if isinstance(data.train, ImageDataset) else _Streamed
-    order = _Order(kind(data.train, share, seed), start * share.accumulate)
-    yield from _loader(order, workers)
+    if isinstance(data.train, ImageDataset):
+        plan = _Indexed(data.train, share, seed)
+    else:
+        plan = _Streamed(data.train, share)
+    yield from _loader(_Order(plan, start * share.accumulate), workers)
 
 
 def validation_batches(
@@ -135,10 +137,9 @@ class _Indexed:
 
 
 class _Streamed:
-    """Numbered parts of batches of data that must be read in order: what is not wanted is passed over
-    undecoded."""
+    """Numbered parts of batches of data that must be read in order; what is not wanted is not decoded."""
 
-    def __init__(self, dataset: StreamDataset, share: Share, seed: int) -> None:
+    def __init__(self, dataset: StreamDataset, share: Share) -> None:
         self.dataset, self.share = dataset, share
 
     def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
@@ -164,8 +165,9 @@ class _Streamed:
 
 
 class _Order(IterableDataset[Batch]):
-    """Parts number ``first``, ``first + 1`` ...; with several workers each makes every n-th, and torch's
-    loader takes from them in turn, so that the order is that of one.
+    """Parts number ``first``, ``first + 1`` ...
+
+    With several workers each makes every n-th, and torch's loader takes from them in turn: the order stays.
     """
 
     def __init__(self, plan: _Indexed | _Streamed, first: int) -> None:
@@ -199,8 +201,7 @@ def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoade
         num_workers=workers,
         worker_init_fn=_quiet_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the loader draws its workers' base seed from here, not from the run's
-        generator
+        generator=torch.Generator(),  # for the workers' seed, which would come from the run's generator
     )
 
 
@@ -211,8 +212,10 @@ def _quiet_worker(_: int) -> None:
 
 
 def _read(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> Batch:
-    """Read images by index. In training (an ``epoch`` is given) the next readable image takes an unreadable
-    one's place, so that batches stay whole; in evaluation it is left out.
+    """Read images by index.
+
+    In training (``epoch`` is given) the next readable image takes an unreadable one's place, so that batches
+    stay whole; in evaluation it is left out.
     """
     samples: list[Sample] = []
     unreadable: list[str] = []

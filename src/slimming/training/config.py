@@ -73,8 +73,8 @@ class TrainConfig:
         for name in ("epochs", "lr"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in (
-            "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers", "eval_every", "checkpoint_seconds",
-            "seed"
+            "weight_decay", "warmup_epochs", "mixup", "cutmix",
+            "workers", "eval_every", "checkpoint_seconds", "seed",
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         _require(

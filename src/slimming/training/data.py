@@ -189,13 +189,13 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
 
         return open_hub(config, train_reader, val_reader, seed)
     train, val = _sources(config)
-    train_indices, val_indices = np.arange(len(train.labels)), None
+    train_indices, val_indices = _order(train), None
     if val is None:
-        train_indices, val_indices = _held_out(train.labels, _fraction(config))
+        train_indices, val_indices = held_out(train.labels, validation_fraction(config))
         val = train
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]
-    val_indices = (np.arange(len(val.labels)) if val_indices is None else val_indices)[: config.val_limit]
+    val_indices = (_order(val) if val_indices is None else val_indices)[: config.val_limit]
     check_labels(config.source, train.labels[train_indices], classes)
     return Data(
         ImageDataset(train, train_indices, train_reader, config.max_unreadable),
@@ -249,23 +249,28 @@ def check_labels(where: str, labels: np.ndarray, classes: Sequence[str]) -> None
     """
     seen = np.unique(labels)
     if len(seen) < 2:
+        which = ", ".join(classes[int(label)] for label in seen)
         raise DataError(
-            f"All {len(labels)} training images of {where} are of one class ({classes[int(seen[0])]}); "
+            f"All {len(labels)} training images of {where} are of one class ({which}); "
             "at least two are needed."
         )
 
 
-def _fraction(config: DataConfig) -> float:
+def validation_fraction(config: DataConfig) -> float:
+    """Return the share of the images to hold out.
+
+    Raises:
+        DataError: there is no validation part, and none is to be held out.
+    """
     if config.split_fraction is None:
         raise DataError(
             f"{config.source} has no validation part (looked for {', '.join(VALIDATION_NAMES)}); name one "
-            "with val, "
-            "or hold some images out with split_fraction, such as 0.1."
+            "with val, or hold some images out with split_fraction, such as 0.1."
         )
     return config.split_fraction
 
 
-def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Split indices into (training, validation), the same share of each class; always the same split.
 
     The split does not follow the seed of a run: runs with different seeds stay comparable.
@@ -283,6 +288,14 @@ def _held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarr
         train.append(members[count:])
     mixed = np.random.default_rng(1)
     return mixed.permutation(np.concatenate(train)), mixed.permutation(np.concatenate(val))
+
+
+def _order(source: Source) -> np.ndarray:
+    """Return the order in which a limit takes images: as stored, but class folders are mixed first."""
+    count = len(source.labels)
+    return (
+        np.random.default_rng(0).permutation(count) if isinstance(source, FolderSource) else np.arange(count)
+    )
 
 
 def _sources(config: DataConfig) -> tuple[Source, Source | None]:
@@ -303,8 +316,8 @@ def _sources(config: DataConfig) -> tuple[Source, Source | None]:
 
 
 def _part(root: Path, names: Sequence[str]) -> list[Path] | None:
-    """Find the part of ``root`` that one of ``names`` names, in their order: a folder, or files that begin
-    so.""" if root.is_file():
+    """Find the part of ``root`` that one of ``names`` names, in their order: a folder or files."""
+    if root.is_file():
         return None
     for name in names:
         if (root / name).is_dir():

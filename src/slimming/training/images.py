@@ -1,5 +1,4 @@
-"""From the bytes of an image file to the tensor a model takes, with random numbers of its own for each
-sample."""
+"""From the bytes of an image file to a model's tensor, with random numbers of its own for each sample."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from slimming.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What a model takes: ``input_size`` is (channels, height, width) in pixels, ``mean`` and ``std`` per
-    channel."""
+    """What a model takes: ``input_size`` (channels, height, width), ``mean`` and ``std`` by channel."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -42,7 +40,7 @@ class ImageSpec:
     @staticmethod
     def of_model(model: Any) -> ImageSpec:
         """Read the spec from a timm model's own ``pretrained_cfg``."""
-        from timm.data import resolve_data_config
+        from timm.data.config import resolve_data_config
 
         found = resolve_data_config({}, model=model)
         channels = found["input_size"][0]
@@ -112,18 +110,19 @@ def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Imag
         spec: the model's own input.
         augment: one of ``AUGMENTATIONS``, or None for evaluation (resize and centre crop).
     """
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
+    make: Callable[..., Any] = create_transform
     common: dict[str, Any] = {
         "input_size": spec.input_size, "interpolation": spec.interpolation, "mean": spec.mean, "std": spec.std
     }  # fmt: skip
     if augment is None or augment == "none":
-        return create_transform(**common, is_training=False, crop_pct=spec.crop_pct)
+        return make(**common, is_training=False, crop_pct=spec.crop_pct)
     if augment == "deit":
-        return create_transform(
+        return make(
             **common, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel"
         )
-    light = create_transform(
+    light = make(
         **common, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.1,
         vflip=0.5 if augment == "overhead" else 0.0,
     )  # fmt: skip

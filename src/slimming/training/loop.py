@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from slimming.errors import ConfigError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
@@ -169,12 +169,19 @@ class _Run:
             parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config
         )
         part = self.share.part(0)
+        warmup = round(config.warmup_epochs * self.per_epoch)
+        if warmup >= self.total:
+            raise ConfigError(
+                f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it."
+            )
         self.mixup = make_mixup(config, len(data.classes), part.stop - part.start)
         self.schedule = make_schedule(
             optimizer, config, self.total, round(config.warmup_epochs * self.per_epoch)
         )
-        self.prepared = accelerator.prepare_model(model.train())
-        self.runner = torch.compile(self.prepared) if config.compile else self.prepared
+        prepared: Any = accelerator.prepare_model(model.train())
+        self.prepared: nn.Module = prepared
+        runner: Any = torch.compile(prepared) if config.compile else prepared
+        self.runner: nn.Module = runner
         averaged = None if config.ema is None else AveragedModel(model, config.ema)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
         self.state = RunState(model, optimizer, task, averaged, scaler)
@@ -183,10 +190,10 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Make the remaining steps; after each yield its log line, with ``"stop"`` when Ctrl-C was
-        pressed.""" state, since, last = self.state, self.state.step, time.monotonic() batches =
-        train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers) while
-        state.step < self.total:
+        """Make the remaining steps; after each yield its log line, and ``"stop"``: Ctrl-C was pressed."""
+        state, since, last = self.state, self.state.step, time.monotonic()
+        batches = train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers)
+        while state.step < self.total:
             self.schedule.step_update(state.step)
             losses, asked = self._step(batches, stop)
             state.step += 1
@@ -203,11 +210,12 @@ class _Run:
             self.prepared.train()
 
     def _step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
-        """Make one optimizer step; return the batch's mean losses and whether any process was asked to
-        stop.""" config, state, accelerator = self.config, self.state, self.accelerator
+        """Make one optimizer step; return the batch's mean losses and whether to stop after it."""
+        config, state, accelerator = self.config, self.state, self.accelerator
         seed_all(mix(config.seed, 1, state.step, accelerator.process_index))
-        state.optimizer.zero_grad(set_to_none=True) sums, names, keys = torch.zeros(()), [], [] for micro in
-        range(config.accumulate):
+        state.optimizer.zero_grad(set_to_none=True)
+        sums, names, keys = torch.zeros(()), [], []
+        for micro in range(config.accumulate):
             batch = next(batches)
             self.unreadable.add(batch.unreadable)
             names += batch.names
@@ -225,7 +233,7 @@ class _Run:
             )
             sums = sums.to(values.device) + values / config.accumulate
         # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
-        shared: Tensor = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
+        shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
         *means, asked = shared.tolist()
         if not all(map(math.isfinite, means)):
             self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
@@ -246,7 +254,7 @@ class _Run:
         raise NonFiniteLossError(
             f"{bad} at step {self.state.step + 1}, epoch {self.state.step / self.per_epoch:.2f}, lr "
             f"{self._lr():.3g}. "
-            f"Try a lower lr, a longer warm-up, clip_grad 1 or precision no; look at the batch's images: "
+            "Try a lower lr, a longer warm-up, clip_grad 1 or precision no; look at the batch's images: "
             f"{shown}. "
             "The last saved state is kept."
         )

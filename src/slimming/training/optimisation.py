@@ -1,5 +1,4 @@
-"""What turns gradients into steps: parameter groups, the schedule, averaged weights; and timm's mixing of
-images."""
+"""What turns gradients into steps: parameter groups, schedule, averaged weights; and the mixing of images."""
 
 from __future__ import annotations
 
@@ -8,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
+from timm.data.mixup import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from torch import nn
@@ -60,8 +59,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, warmup: int
 ) -> Scheduler:
-    """Return a schedule whose ``step_update(step)`` sets the learning rate of each group, from the step
-    alone.""" low = FINAL_LR_RATIO * config.lr
+    """Return a schedule whose ``step_update(step)`` sets each group's learning rate from the step alone."""
+    low = FINAL_LR_RATIO * config.lr
     common: dict[str, Any] = {
         "warmup_t": warmup,
         "warmup_lr_init": low,
@@ -105,13 +104,10 @@ class AveragedModel:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards ``model``; whole-number buffers are copied."""
-        pairs = [*zip(self.module.parameters(), model.parameters(), strict=True)]
-        pairs += zip(self.module.buffers(), model.buffers(), strict=True)
-        averaged, current = [], []
-        for mine, theirs in pairs:
-            if mine.is_floating_point():
-                averaged.append(mine)
-                current.append(theirs)
+        mine = [*self.module.parameters(), *self.module.buffers()]
+        theirs = [*model.parameters(), *model.buffers()]
+        for average, current in zip(mine, theirs, strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, 1.0 - self.decay)
             else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averaged, current, 1.0 - self.decay)
+                average.copy_(current)

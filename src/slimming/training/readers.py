@@ -28,8 +28,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Images by index. ``labels`` holds all labels; ``classes`` their names, or is empty where none are
-    stored."""
+    """Images by index. ``labels`` holds all labels, ``classes`` their names, or nothing."""
 
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -61,8 +60,7 @@ class FolderSource:
 
 
 class ParquetSource:
-    """Parquet in the Hugging Face image layout: a column of {bytes, path} and a column of whole-number
-    labels.
+    """Parquet in the Hugging Face image layout: a column of {bytes, path} and one of whole-number labels.
 
     The encoded images are held in memory; decoding happens when one is read.
     """
@@ -75,7 +73,7 @@ class ParquetSource:
         for file in files:
             try:
                 schema = pyarrow.parquet.read_schema(file)
-                _require_columns(file, schema.names, (image_key, label_key))
+                require_columns(file, schema.names, (image_key, label_key))
                 tables.append(pyarrow.parquet.read_table(file, columns=[image_key, label_key]))
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(
@@ -110,7 +108,12 @@ class ParquetSource:
         return Record((value and value["bytes"]) or b"", int(self.labels[index]), name)
 
 
-def _require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -> None:
+def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Check that a table has the wanted columns.
+
+    Raises:
+        DataError: one is missing.
+    """
     for key in wanted:
         if key not in names:
             raise DataError(

@@ -51,9 +51,9 @@ class Task(Protocol):
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean cross-entropy of logits (B, K); soft targets (B, K) are taken as they are,
-    unsmoothed.""" smoothing = label_smoothing if labels.ndim == 1 else 0.0 return
-    F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    """Return the mean cross-entropy of logits (B, K); soft targets (B, K) are not smoothed again."""
+    smoothing = label_smoothing if labels.ndim == 1 else 0.0
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 def both_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -62,8 +62,7 @@ def both_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor |
 
 
 class ClassificationTask:
-    """Cross-entropy with label smoothing. A model with a distillation token learns the labels with both
-    heads."""
+    """Cross-entropy with label smoothing; with a distillation token both heads learn the labels."""
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
@@ -94,8 +93,7 @@ class ClassificationTask:
 
 
 class DistilTask:
-    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), and from its features if
-    wanted.
+    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), and from its features.
 
     The loss is ``(1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student)`` at temperature ``T``,
     plus ``feature_weight`` times the mean squared error of the named modules' outputs. A model with a

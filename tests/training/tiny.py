@@ -1,0 +1,109 @@
+"""A tiny model and tiny images, shared by the training tests; run as a script it is one training process.
+
+python tests/training/tiny.py DATA OUT KEY=VALUE ...
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from slimming.training.config import DataConfig, TrainConfig
+from slimming.training.data import Data, open_data
+from slimming.training.evaluate import evaluate
+from slimming.training.images import ImageSpec
+from slimming.training.loop import History, fit
+from slimming.training.tasks import ClassificationTask
+
+SPEC = ImageSpec(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+CLASSES = ("dark", "bright", "green")
+
+
+def picture(index: int, label: int, size: int = 20) -> Image.Image:
+    """Return an image that tells its class by brightness or colour."""
+    noise = np.random.default_rng(index).integers(0, 90, (size, size, 3))
+    base = np.array([(0, 0, 0), (160, 160, 160), (0, 160, 0)][label])
+    return Image.fromarray((noise + base).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_parquet(
+    path: Path, labels: list[int], first: int = 0, names: tuple[str, ...] | None = CLASSES
+) -> Path:
+    rows = [
+        {"bytes": encoded(picture(first + i, max(0, label) % 3)), "path": f"{i}.png"}
+        for i, label in enumerate(labels)
+    ]
+    table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+def write_data(folder: Path, train: int = 48, val: int = 18) -> Path:
+    """Write train.parquet and test.parquet."""
+    write_parquet(folder / "train.parquet", [i % 3 for i in range(train)])
+    write_parquet(folder / "test.parquet", [i % 3 for i in range(val)], first=1000)
+    return folder
+
+
+def make_model(seed: int = 0, **changes: object) -> nn.Module:
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **changes})
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    start = {"epochs": 2.0, "batch_size": 8, "lr": 3e-3, "log_every": 1, "eval_every": 1.0, "ema": 0.9}
+    return TrainConfig(**{**start, **changes})  # type: ignore[arg-type]
+
+
+def open_tiny(folder: Path, **changes: object) -> Data:
+    return open_data(DataConfig(source=str(folder), **changes), SPEC)  # type: ignore[arg-type]
+
+
+def train(data: Data, config: TrainConfig, out: Path | None, model: nn.Module, **more: object) -> History:
+    check = partial(evaluate, images=data.val)
+    return fit(
+        model, ClassificationTask(0.1), data, config, directory=out, evaluate=check, title=None, **more
+    )  # type: ignore[arg-type]
+
+
+def main() -> None:
+    folder, out, *settings = sys.argv[1:]
+    changes = {key: ast.literal_eval(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    torch.set_num_threads(1)
+    drop = changes.pop("drop", 0.0)
+    model = make_model(proj_drop_rate=drop)
+    augment = changes.pop("augment", "light")
+    history = train(
+        open_tiny(Path(folder), augment=augment), tiny_config(**changes), Path(out), model, resume=True
+    )
+    assert history.averaged is not None
+    torch.save(
+        {"model": model.state_dict(), "averaged": history.averaged.state_dict()}, Path(out) / "final.pt"
+    )
+
+
+if __name__ == "__main__":
+    main()
