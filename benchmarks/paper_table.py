@@ -21,10 +21,10 @@ from typing import Any
 
 import timm
 import torch
-from common import machine, parser, table, versions
 from safetensors.torch import load_file
 
 import slimming
+from common import machine, parser, table, versions
 from slimming.plan import Budget
 
 KINDS = {"attention": ("head_dim",), "MLP": ("mlp",), "attention + MLP": ("head_dim", "mlp")}

@@ -1,11 +1,11 @@
 """slimming: turn a pretrained vision model into a family of smaller, really faster ones.
 
-    groups = slimming.describe(model)                          what can go
-    result = slimming.search(model, data)                      weights and soft masks train together, once
-    plan   = slimming.plan(result, slimming.Budget(macs=0.5))  any number of budgets from that search
-    small  = slimming.cut(result.model, plan)                  a plain module, physically smaller
-    slimming.train(small, data, teacher=model)                 distilled from the dense model
-    slimming.save(small, "small")                              no pickle; slimming.load("small") rebuilds it
+groups = slimming.describe(model)                          what can go
+result = slimming.search(model, data)                      weights and soft masks train together, once
+plan   = slimming.plan(result, slimming.Budget(macs=0.5))  any number of budgets from that search
+small  = slimming.cut(result.model, plan)                  a plain module, physically smaller
+slimming.train(small, data, teacher=model)                 distilled from the dense model
+slimming.save(small, "small")                              no pickle; slimming.load("small") rebuilds it
 """
 
 from __future__ import annotations

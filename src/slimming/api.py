@@ -235,6 +235,8 @@ def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         entry = json.loads(header["__metadata__"]["slimming"])["structure"]
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a scores file of slimming. Give one that slimming search wrote.") from error
+        raise CheckpointError(
+            f"{path} is not a scores file of slimming. Give one that slimming search wrote."
+        ) from error
     model = checkpoint.build(Structure.from_dict(entry, source=str(path)))
     return family_of(model).read(model), scores

@@ -94,7 +94,12 @@ def latency(
 
 @torch.no_grad()
 def compare(
-    models: Mapping[str, nn.Module], input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
+    models: Mapping[str, nn.Module],
+    input_shape: Sequence[int],
+    batch_size: int,
+    *,
+    runs: int = 20,
+    seconds: float = 2.0,
 ) -> dict[str, Latency]:
     """Time several models in turns, so that a drift of the machine meets all of them alike.
 
@@ -111,7 +116,12 @@ def compare(
 
 @torch.no_grad()
 def paired_times(
-    models: Mapping[str, nn.Module], input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
+    models: Mapping[str, nn.Module],
+    input_shape: Sequence[int],
+    batch_size: int,
+    *,
+    runs: int = 20,
+    seconds: float = 2.0,
 ) -> dict[str, list[float]]:
     """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i."""
     timers = {}
@@ -199,8 +209,6 @@ class _Counter(TorchDispatchMode):
                 weakref.finalize(storage, self.alive.pop, key, None)
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
-
-
 
 
 def _macs(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> int:

@@ -134,7 +134,9 @@ def parse_tensors(data: bytes, source: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source} is truncated or not a safetensors file ({error}). Take an intact copy.") from error
+        raise CheckpointError(
+            f"{source} is truncated or not a safetensors file ({error}). Take an intact copy."
+        ) from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -146,7 +148,9 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a directory that slimming wrote.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}). Give a directory that slimming wrote."
+        ) from error
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

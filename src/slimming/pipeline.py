@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from torch import nn
 
 from slimming import checkpoint
@@ -42,7 +42,8 @@ class ModelConfig:
 
     Attributes:
         name: a timm model name, ``hf-hub:owner/name``, or a directory that `slimming.save` wrote.
-        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes timm's pretrained ones.
+        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes timm's
+            pretrained ones.
         arguments: further arguments of timm's constructor, such as ``img_size``.
     """
 
@@ -91,13 +92,12 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
 
     Raises:
         UnsupportedModelError: unknown model, or arguments that it does not take.
-        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than tensors.
+        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than
+            tensors.
     """
     path = Path(config.name)
     if not path.is_dir():
-        return create_dense(
-            config.name, checkpoint=config.checkpoint, classes=classes, arguments=config.arguments
-        )
+        return create_dense(config.name, checkpoint=config.checkpoint, classes=classes, arguments=config.arguments)
     if config.checkpoint is not None or config.arguments:
         raise ConfigError(f"{path} is a whole model: model.checkpoint and model.arguments have no effect; drop them.")
     model = checkpoint.load(path)
@@ -128,13 +128,15 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
 def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:
     """Do the whole chain in ``directory``, going on where an earlier call stopped, and write its report.
 
+    Under ``accelerate launch`` or ``torchrun`` every process takes part; the first one writes the files.
+
     Args:
         config: the run.
         directory: where everything goes.
         say: told each stage, one line at a time.
 
     Returns:
-        The content of ``results.json``.
+        The content of ``results.json``; nothing on processes other than the first.
 
     Raises:
         SlimmingError: one of its kinds, for whatever is wrong with the configuration or the world.
@@ -142,7 +144,11 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     from slimming.report import write_report
 
     directory = Path(directory)
+    world = PartialState()
+    if not world.is_main_process:
+        say = _silent
     dense, data, notes = open_start(config)
+    dense.to(world.device)
     for note in notes:
         say(note)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
@@ -153,8 +159,11 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     for budget in config.budgets:
         slims[budget.name], row = _one_budget(budget, dense, result, data, config, directory, judge, say)
         rows.append(row)
+    if not world.is_main_process:
+        return {}
     say("measuring latency, dense and slim in turns")
-    timed = measure_all({"dense": dense, **slims}, anatomy_of(dense).input_shape, config.bench)
+    models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
+    timed = measure_all(models, anatomy_of(dense).input_shape, config.bench)
     for row in rows:
         row |= timed[row["name"]]
     dense_row = dense_entry(dense, top1, timed["dense"])
@@ -212,9 +221,11 @@ def _search(
     began = time.monotonic()
     model = copy.deepcopy(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
-    atomic_json(directory / "seconds.json", {"seconds": time.monotonic() - began})
-    result.save(directory)
-    return result, float(read_json(directory / "seconds.json")["seconds"])
+    seconds = time.monotonic() - began
+    if PartialState().is_main_process:
+        atomic_json(directory / "seconds.json", {"seconds": seconds})
+        result.save(directory)
+    return result, seconds
 
 
 def _one_budget(
@@ -238,8 +249,7 @@ def _one_budget(
     small = cut(result.model, chosen).eval()
     seconds = {"cut": time.monotonic() - began}
     top1_cut = judge(small)["top1"]
-    if not (directory / "cut").exists():
-        checkpoint.save(small, directory / "cut", provenance(config, result, chosen, {"top1": top1_cut}))
+    _save(small, directory / "cut", provenance(config, result, chosen, {"top1": top1_cut}))
     say(f"{budget.name}: cut, top-1 {top1_cut:.4f} before retraining")
     began = time.monotonic()
     history = train(
@@ -256,11 +266,21 @@ def _one_budget(
     small = history.averaged if history.averaged is not None else small
     seconds["retrain"] = time.monotonic() - began
     top1 = history.metrics["top1"]
-    if not (directory / "slim").exists():
-        checkpoint.save(small, directory / "slim", provenance(config, result, chosen, dict(history.metrics)))
+    _save(small, directory / "slim", provenance(config, result, chosen, dict(history.metrics)))
     row = row_entry(budget, small, anatomy_of(dense), chosen, top1_cut, top1, seconds)
-    atomic_json(row_file, row)
+    if PartialState().is_main_process:
+        atomic_json(row_file, row)
     return small, row
+
+
+def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
+    """Save a checkpoint from the first process, unless an earlier call has done it."""
+    if PartialState().is_main_process and not directory.exists():
+        checkpoint.save(model, directory, record)
+
+
+def _silent(line: str) -> None:
+    """Say nothing: the first process speaks for all."""
 
 
 def _plan(budget: Budget, result: SearchResult, directory: Path) -> Plan:
@@ -268,8 +288,3 @@ def _plan(budget: Budget, result: SearchResult, directory: Path) -> Plan:
     if not target.exists():
         plan(result, budget).save(target)
     return Plan.load(target)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what makes random numbers outside the training loop: new classifiers."""
-    torch.manual_seed(seed)

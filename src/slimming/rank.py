@@ -117,7 +117,9 @@ def _bundles(units: Sequence[int], multiple: int) -> list[list[int]]:
     return [list(units[start : start + multiple]) for start in range(0, len(units), multiple)]
 
 
-def _chain(name: str, number: int, bundles: Iterable[Sequence[tuple[str, int]]], scores: Mapping[str, list[float]]) -> list[Chunk]:
+def _chain(
+    name: str, number: int, bundles: Iterable[Sequence[tuple[str, int]]], scores: Mapping[str, list[float]]
+) -> list[Chunk]:
     """Chunks of one chain, their scores made non-decreasing so that sorting keeps their order."""
     chunks: list[Chunk] = []
     floor = -float("inf")
@@ -277,7 +279,12 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
 
 
 def _unit_price(
-    anatomy: Anatomy, name: str, full: Mapping[str, int], dense: Mapping[str, int], limits: Mapping[str, float], measure: Measure
+    anatomy: Anatomy,
+    name: str,
+    full: Mapping[str, int],
+    dense: Mapping[str, int],
+    limits: Mapping[str, float],
+    measure: Measure,
 ) -> float:
     """What one unit of a group costs, as the sum of its shares of the limits."""
     if anatomy.group(name).token is not None:

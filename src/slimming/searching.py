@@ -197,8 +197,12 @@ def search(
     mask_names = {name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.values())}
     history = fit(
         model,
-        AddPenalty(inner, lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
-                   masks.collect, masks.collected),
+        AddPenalty(
+            inner,
+            lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
+            masks.collect,
+            masks.collected,
+        ),
         data,
         config.train,
         directory=Path(directory) if directory is not None else None,

@@ -44,7 +44,9 @@ def create_dense(
     options = dict(arguments or {})
     bare = name.partition(".")[0]
     if not name.startswith("hf-hub:") and not timm.is_model(bare):
-        raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}.{nearest(bare, timm.list_models())}")
+        raise UnsupportedModelError(
+            f"timm {timm.__version__} has no model {name!r}.{nearest(bare, timm.list_models())}"
+        )
     if checkpoint is None:
         return _from_hub(name, classes, options)
     state = read_state(Path(checkpoint))

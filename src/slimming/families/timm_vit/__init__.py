@@ -15,12 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
-from slimming.family import STRUCTURE, Family, Kept, take
 from slimming.families.timm_vit.base import build, constructor
 from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
 from slimming.families.timm_vit.resize import place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
+from slimming.family import STRUCTURE, Family, Kept, take
 from slimming.groups import Anatomy
 from slimming.plan import Structure
 

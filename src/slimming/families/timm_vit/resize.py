@@ -10,8 +10,8 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from slimming.family import linear_like
 from slimming.families.timm_vit.sizes import BlockSizes
+from slimming.family import linear_like
 from slimming.layers import Refusal, TokenSelect, UnevenAttention
 
 NEEDS_GRID = ("forward_intermediates", "prune_intermediate_layers", "get_intermediate_layers", "set_input_size")
@@ -48,7 +48,7 @@ def resize_block_(block: nn.Module, sizes: BlockSizes) -> None:
 
 
 def _even(old: nn.Module, sizes: BlockSizes) -> Attention:
-    """timm's own attention with fewer or smaller heads."""
+    """Timm's own attention with fewer or smaller heads."""
     count, (head_dim, _) = len(sizes.heads), sizes.heads[0]
     new = Attention(
         old.proj.in_features,
