@@ -56,9 +56,7 @@ def start(folder: Path, out: Path, *settings: str, processes: int = 1) -> subpro
         str(out),
         *settings,
     ]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -100,9 +98,7 @@ def test_leaves_the_global_generators_alone(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"workers": 2}, {"log_every": 3, "eval_every": 0.5}], ids=["workers", "watching"]
-)
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"log_every": 3, "eval_every": 0.5}], ids=["workers", "watching"])
 def test_how_a_run_is_watched_does_not_change_it(folder: Path, changes: dict[str, Any]) -> None:
     plain, other = make_model(proj_drop_rate=0.1), make_model(proj_drop_rate=0.1)
     data = open_tiny(folder, augment="deit")
@@ -131,10 +127,7 @@ def test_killed_and_resumed_is_bit_equal(folder: Path, tmp_path: Path) -> None:
     whole, killed = (torch.load(tmp_path / name / "final.pt") for name in ("whole", "killed"))
     assert same(whole["model"], killed["model"])
     assert same(whole["averaged"], killed["averaged"])
-    logs = [
-        map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        for name in ("whole", "killed")
-    ]
+    logs = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("whole", "killed")]
     assert losses(logs[0]) == losses(logs[1])
 
 
@@ -209,9 +202,7 @@ def test_tied_parameters_are_trained_averaged_and_saved_once(folder: Path, tmp_p
     groups = parameter_groups(model, 0.05, lambda name: False, lambda name: 1.0)
     assert sum(p is shared for group in groups for p in group["params"]) == 1
     task = AddPenalty(ClassificationTask(), lambda: {"pull": shared.square().sum()})
-    history = fit(
-        model, task, open_tiny(folder), tiny_config(steps=1, ema=0.5), directory=tmp_path, title=None
-    )
+    history = fit(model, task, open_tiny(folder), tiny_config(steps=1, ema=0.5), directory=tmp_path, title=None)
     assert history.averaged is not None
     averaged = dict(history.averaged.named_parameters(remove_duplicate=False))
     assert averaged["blocks.0.shared"] is averaged["blocks.1.shared"]
@@ -254,9 +245,7 @@ def test_collected_tensors_come_back(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(again, whole)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"compile": True}, {"schedule": "constant"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}, {"schedule": "constant"}], ids=str)
 def test_other_ways_to_run(folder: Path, changes: dict[str, Any]) -> None:
     if "compile" in changes:
         pytest.importorskip("torch._inductor")

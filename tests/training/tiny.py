@@ -44,12 +44,9 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def write_parquet(
-    path: Path, labels: list[int], first: int = 0, names: tuple[str, ...] | None = CLASSES
-) -> Path:
+def write_parquet(path: Path, labels: list[int], first: int = 0, names: tuple[str, ...] | None = CLASSES) -> Path:
     rows = [
-        {"bytes": encoded(picture(first + i, max(0, label) % 3)), "path": f"{i}.png"}
-        for i, label in enumerate(labels)
+        {"bytes": encoded(picture(first + i, max(0, label) % 3)), "path": f"{i}.png"} for i, label in enumerate(labels)
     ]
     table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
     if names is not None:
@@ -84,9 +81,7 @@ def open_tiny(folder: Path, **changes: object) -> Data:
 
 def train(data: Data, config: TrainConfig, out: Path | None, model: nn.Module, **more: object) -> History:
     check = partial(evaluate, images=data.val)
-    return fit(
-        model, ClassificationTask(0.1), data, config, directory=out, evaluate=check, title=None, **more
-    )  # type: ignore[arg-type]
+    return fit(model, ClassificationTask(0.1), data, config, directory=out, evaluate=check, title=None, **more)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -96,13 +91,9 @@ def main() -> None:
     drop = changes.pop("drop", 0.0)
     model = make_model(proj_drop_rate=drop)
     augment = changes.pop("augment", "light")
-    history = train(
-        open_tiny(Path(folder), augment=augment), tiny_config(**changes), Path(out), model, resume=True
-    )
+    history = train(open_tiny(Path(folder), augment=augment), tiny_config(**changes), Path(out), model, resume=True)
     assert history.averaged is not None
-    torch.save(
-        {"model": model.state_dict(), "averaged": history.averaged.state_dict()}, Path(out) / "final.pt"
-    )
+    torch.save({"model": model.state_dict(), "averaged": history.averaged.state_dict()}, Path(out) / "final.pt")
 
 
 if __name__ == "__main__":

@@ -73,9 +73,7 @@ def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: in
     else:
         return len(train) if isinstance(train, DataLoader) else None
     if images is not None and images < batch_size:
-        raise ConfigError(
-            f"batch_size {batch_size} is more than the {images} training images; make it smaller."
-        )
+        raise ConfigError(f"batch_size {batch_size} is more than the {images} training images; make it smaller.")
     return None if images is None else images // batch_size
 
 
@@ -84,10 +82,8 @@ def train_batches(data: Data, share: Share, seed: int, start: int, workers: int)
     if not isinstance(data.train, (ImageDataset, StreamDataset)):
         yield from _own_loader(data, share, start)
         return
-    if isinstance(data.train, ImageDataset):
-        plan = _Indexed(data.train, share, seed)
-    else:
-        plan = _Streamed(data.train, share)
+    train = data.train
+    plan = _Indexed(train, share, seed) if isinstance(train, ImageDataset) else _Streamed(train, share)
     yield from _loader(_Order(plan, start * share.accumulate), workers)
 
 
@@ -263,18 +259,14 @@ def _own_loader(data: Data, share: Share, start: int) -> Iterator[Batch]:
                 yield from _own_parts(item, step, share, len(data.classes))
             step += 1
         if step == before:
-            raise DataError(
-                "The training loader gave no batch; give one that can be iterated anew for each epoch."
-            )
+            raise DataError("The training loader gave no batch; give one that can be iterated anew for each epoch.")
 
 
 def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Batch]:
     images, labels, names, _ = _own_batch(item, step)
     parts = share.world * share.accumulate
     if len(images) % parts:
-        raise DataError(
-            f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}."
-        )
+        raise DataError(f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}.")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
     mine = Share(len(images), share.accumulate, share.rank, share.world)
@@ -284,15 +276,9 @@ def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Bat
 
 
 def _own_batch(item: Any, number: int) -> Batch:
-    if not (
-        isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])
-    ):
-        raise DataError(
-            "A loader of your own must give (images, labels) tensors, or (images, labels, names)."
-        )
+    if not (isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])):
+        raise DataError("A loader of your own must give (images, labels) tensors, or (images, labels, names).")
     names = (
-        tuple(map(str, item[2]))
-        if len(item) > 2
-        else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
+        tuple(map(str, item[2])) if len(item) > 2 else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
     )
     return Batch(item[0], item[1].long(), names)

@@ -77,9 +77,7 @@ class TrainConfig:
             "workers", "eval_every", "checkpoint_seconds", "seed",
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        _require(
-            0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1"
-        )
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
         if self.clip_grad is not None:
             _require(self.clip_grad > 0, "clip_grad", self.clip_grad, "above 0, or null for none")
         if self.ema is not None:
@@ -88,8 +86,7 @@ class TrainConfig:
         _choice("precision", self.precision, PRECISIONS)
         if self.steps is None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
-                f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after "
-                "warm-up."
+                f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after warm-up."
             )
 
 
@@ -129,18 +126,16 @@ class DataConfig:
         if self.split_fraction is not None:
             _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
             if self.val is not None:
-                raise ConfigError(
-                    "val and split_fraction are both given; the one makes the other useless: drop one."
-                )
+                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
         _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
         for name in ("train_limit", "val_limit"):
             if getattr(self, name) is not None:
                 _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.image_key == self.label_key:
+            raise ConfigError(f"image_key and label_key are both {self.image_key!r}; name two columns.")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError(
-                "stream is for hf: data; folders, Parquet and tar shards are read in place anyway."
-            )
+            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:
@@ -150,6 +145,4 @@ def _require(holds: bool, name: str, value: object, must: str) -> None:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(
-            f"{name} is {value!r}; choose one of {', '.join(choices)}.{nearest(value, choices)}"
-        )
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.{nearest(value, choices)}")

@@ -69,9 +69,7 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         max_unreadable: share of the images that may be skipped before reading stops with an error.
     """
 
-    def __init__(
-        self, source: Source, indices: np.ndarray, reader: Reader, max_unreadable: float = 0.01
-    ) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, reader: Reader, max_unreadable: float = 0.01) -> None:
         self.source = source
         self.indices = indices
         self.reader = reader
@@ -214,8 +212,7 @@ def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
         difference = (
-            f"only in training: {', '.join(only_train) or 'none'}; only in validation: "
-            f"{', '.join(only_val) or 'none'}"
+            f"only in training: {', '.join(only_train) or 'none'}; only in validation: {', '.join(only_val) or 'none'}"
             if only_train or only_val
             else "the same names in another order"
         )
@@ -235,9 +232,7 @@ def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
                 f"{len(classes) - 1}); {len(wrong)} labels of the {part} data of {where} are out of range."
             )
     if len(classes) < 2:
-        raise DataError(
-            f"The data of {where} has one class only ({', '.join(classes)}); at least two are needed."
-        )
+        raise DataError(f"The data of {where} has one class only ({', '.join(classes)}); at least two are needed.")
     return classes
 
 
@@ -251,8 +246,7 @@ def check_labels(where: str, labels: np.ndarray, classes: Sequence[str]) -> None
     if len(seen) < 2:
         which = ", ".join(classes[int(label)] for label in seen)
         raise DataError(
-            f"All {len(labels)} training images of {where} are of one class ({which}); "
-            "at least two are needed."
+            f"All {len(labels)} training images of {where} are of one class ({which}); at least two are needed."
         )
 
 
@@ -281,9 +275,7 @@ def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarra
         members = order[labels[order] == label]
         count = max(1, round(fraction * len(members)))
         if count == len(members):
-            raise DataError(
-                f"Class number {label} has {len(members)} image; at least two are needed to hold some out."
-            )
+            raise DataError(f"Class number {label} has {len(members)} image; at least two are needed to hold some out.")
         val.append(members[:count])
         train.append(members[count:])
     mixed = np.random.default_rng(1)
@@ -293,9 +285,7 @@ def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarra
 def _order(source: Source) -> np.ndarray:
     """Return the order in which a limit takes images: as stored, but class folders are mixed first."""
     count = len(source.labels)
-    return (
-        np.random.default_rng(0).permutation(count) if isinstance(source, FolderSource) else np.arange(count)
-    )
+    return np.random.default_rng(0).permutation(count) if isinstance(source, FolderSource) else np.arange(count)
 
 
 def _sources(config: DataConfig) -> tuple[Source, Source | None]:
@@ -341,9 +331,7 @@ def _one_source(config: DataConfig, paths: list[Path]) -> Source:
     if suffixes == {".tar"}:
         return TarSource(files)
     if len(suffixes) > 1:
-        raise DataError(
-            f"{paths[0]} mixes {' and '.join(sorted(suffixes))} files; keep one kind, or name one file."
-        )
+        raise DataError(f"{paths[0]} mixes {' and '.join(sorted(suffixes))} files; keep one kind, or name one file.")
     raise DataError(
         f"{paths[0]} is no data that slimming reads: give a folder of class folders, .parquet files or .tar "
         "shards "

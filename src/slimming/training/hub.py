@@ -35,9 +35,7 @@ class HubSource:
         self.classes = class_names(split, label_key)
 
     def read(self, index: int) -> Record:
-        return _record(
-            self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}"
-        )
+        return _record(self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}")
 
 
 def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
@@ -50,18 +48,12 @@ def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed:
     splits = _load(config)
     names = [config.val] if config.val else [name for name in VALIDATION_NAMES if name in splits]
     if "train" not in splits or (config.val and config.val not in splits):
-        raise DataError(
-            f"{config.source} has the splits {', '.join(map(repr, splits))}; train and val are needed."
-        )
+        raise DataError(f"{config.source} has the splits {', '.join(map(repr, splits))}; train and val are needed.")
     for name in ("train", *names[:1]):
-        require_columns(
-            config.source, list(splits[name].features or ()), (config.image_key, config.label_key)
-        )
+        require_columns(config.source, list(splits[name].features or ()), (config.image_key, config.label_key))
     if config.stream:
         if not names:
-            raise DataError(
-                f"{config.source} has no validation split; a stream cannot hold images out: set val."
-            )
+            raise DataError(f"{config.source} has no validation split; a stream cannot hold images out: set val.")
         return _streams(config, splits["train"], splits[names[0]], train_reader, val_reader, seed)
     train = HubSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
     val, val_indices = train, None
@@ -119,9 +111,7 @@ def _record(value: Any, label: int, name: str) -> Record:
     return Record(value.get("bytes") or b"", label, name)
 
 
-def _streams(
-    config: DataConfig, train: Any, val: Any, train_reader: Reader, val_reader: Reader, seed: int
-) -> Data:
+def _streams(config: DataConfig, train: Any, val: Any, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
     classes = class_names(train, config.label_key)
     if len(classes) < 2:
         raise DataError(f"The stream {config.source} does not name its classes; load it without stream.")
@@ -149,9 +139,7 @@ def _length(split: Any, limit: int | None) -> int | None:
     return min((n for n in (images, limit) if n), default=None)
 
 
-def _epochs(
-    split: Any, config: DataConfig, classes: int, limit: int | None
-) -> Callable[[int], Iterator[Record]]:
+def _epochs(split: Any, config: DataConfig, classes: int, limit: int | None) -> Callable[[int], Iterator[Record]]:
     def records(epoch: int) -> Iterator[Record]:
         split.set_epoch(epoch)
         for row, value in enumerate(split):
@@ -160,9 +148,7 @@ def _epochs(
             label = int(value[config.label_key])
             name = f"{config.source} epoch {epoch} row {row}"
             if not 0 <= label < classes:
-                raise DataError(
-                    f"{name} has label {label}, but there are {classes} classes (0 to {classes - 1})."
-                )
+                raise DataError(f"{name} has label {label}, but there are {classes} classes (0 to {classes - 1}).")
             yield _record(value[config.image_key], label, name)
 
     return records

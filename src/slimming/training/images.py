@@ -45,9 +45,7 @@ class ImageSpec:
         found = resolve_data_config({}, model=model)
         channels = found["input_size"][0]
         fit = {key: tuple(found[key]) for key in ("mean", "std")}
-        if (
-            len(fit["mean"]) != channels
-        ):  # a model for grey images keeps the three means of its ImageNet entry
+        if len(fit["mean"]) != channels:  # a model for grey images keeps the three means of its ImageNet entry
             fit = {key: (sum(value) / len(value),) * channels for key, value in fit.items()}
         return ImageSpec(
             input_size=tuple(found["input_size"]),
@@ -119,9 +117,7 @@ def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Imag
     if augment is None or augment == "none":
         return make(**common, is_training=False, crop_pct=spec.crop_pct)
     if augment == "deit":
-        return make(
-            **common, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel"
-        )
+        return make(**common, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
     light = make(
         **common, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.1,
         vflip=0.5 if augment == "overhead" else 0.0,

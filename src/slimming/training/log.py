@@ -112,9 +112,7 @@ class RunLog:
     def say(self, line: Mapping[str, Any]) -> None:
         """Print one line, where no bar shows the news anyway."""
         if self.bar is None:
-            self.console.print(
-                f"{self.title}: step {line['step']} of {self.total}, {summary(line)}", highlight=False
-            )
+            self.console.print(f"{self.title}: step {line['step']} of {self.total}, {summary(line)}", highlight=False)
 
 
 def summary(line: Mapping[str, Any]) -> str:

@@ -96,9 +96,7 @@ def fit(
     check_trackers(config.trackers, directory)
     if directory is not None and not resume and (directory / STATE_FILE).exists():
         raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
-    accelerator = Accelerator(
-        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
-    )
+    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory)
     with restored_randomness(), stop_on_request() as stop, memory_errors(config.batch_size):
         run = _Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
@@ -124,9 +122,7 @@ def fit(
                     run.save(directory, always=ends or line["stop"])
                     if line["stop"] and not ends:
                         saved = (
-                            f"its state is saved in {directory}: resume to go on"
-                            if directory
-                            else "nothing is saved"
+                            f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
                         )
                         raise Interrupted(f"Stopped after step {step} of {run.total}; {saved}.")
         finally:
@@ -154,30 +150,20 @@ class _Run:
         naming: tuple[Callable[[str], bool], Callable[[str], float]],
     ) -> None:
         self.accelerator, self.data, self.config = accelerator, data, config
-        self.share = Share(
-            config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
-        )
+        self.share = Share(config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes)
         per_epoch = steps_per_epoch(data.train, config.batch_size)
         if per_epoch is None and config.steps is None:
             raise ConfigError("This data does not know how many images it has; set steps in place of epochs.")
         self.total = config.steps or max(1, round(config.epochs * (per_epoch or 0)))
         self.per_epoch = per_epoch or self.total
-        self.evaluate_steps = (
-            max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
-        )
-        optimizer = make_optimizer(
-            parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config
-        )
+        self.evaluate_steps = max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
+        optimizer = make_optimizer(parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config)
         part = self.share.part(0)
         warmup = round(config.warmup_epochs * self.per_epoch)
         if warmup >= self.total:
-            raise ConfigError(
-                f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it."
-            )
+            raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it.")
         self.mixup = make_mixup(config, len(data.classes), part.stop - part.start)
-        self.schedule = make_schedule(
-            optimizer, config, self.total, round(config.warmup_epochs * self.per_epoch)
-        )
+        self.schedule = make_schedule(optimizer, config, self.total, round(config.warmup_epochs * self.per_epoch))
         prepared: Any = accelerator.prepare_model(model.train())
         self.prepared: nn.Module = prepared
         runner: Any = torch.compile(prepared) if config.compile else prepared
@@ -201,9 +187,7 @@ class _Run:
             line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
             if state.step % self.config.log_every == 0 or state.step == self.total:
                 now = time.monotonic()
-                line["images_per_second"] = (
-                    (state.step - since) * self.config.batch_size / max(now - last, 1e-9)
-                )
+                line["images_per_second"] = (state.step - since) * self.config.batch_size / max(now - last, 1e-9)
                 log.write(line)
                 since, last = state.step, now
             yield {**line, "stop": asked}
@@ -228,9 +212,7 @@ class _Run:
                     losses = state.task.loss(self.runner, images, labels)
                 state.scaler.scale(losses["loss"] / config.accumulate).backward()
             keys = list(losses)
-            values = torch.stack(
-                [losses[key].detach().float().reshape(()).to(accelerator.device) for key in keys]
-            )
+            values = torch.stack([losses[key].detach().float().reshape(()).to(accelerator.device) for key in keys])
             sums = sums.to(values.device) + values / config.accumulate
         # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
         shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")

@@ -50,15 +50,12 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
     known = [str(name) for name in list_optimizers()]
     if config.optimizer not in known:
         raise ConfigError(
-            f"optimizer is {config.optimizer!r}, which timm.optim does not "
-            f"have.{nearest(config.optimizer, known)}"
+            f"optimizer is {config.optimizer!r}, which timm.optim does not have.{nearest(config.optimizer, known)}"
         )
     return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, warmup: int
-) -> Scheduler:
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, warmup: int) -> Scheduler:
     """Return a schedule whose ``step_update(step)`` sets each group's learning rate from the step alone."""
     low = FINAL_LR_RATIO * config.lr
     common: dict[str, Any] = {

@@ -43,6 +43,8 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not folders:
+            raise DataError(f"{root} holds no class folders, .parquet files or .tar shards; give a folder that does.")
         self.classes = tuple(folder.name for folder in folders)
         self.paths: list[Path] = []
         labels: list[int] = []
@@ -76,14 +78,13 @@ class ParquetSource:
                 require_columns(file, schema.names, (image_key, label_key))
                 tables.append(pyarrow.parquet.read_table(file, columns=[image_key, label_key]))
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(
-                    f"{file} is no readable Parquet file ({error}); it may be truncated."
-                ) from error
+                raise DataError(f"{file} is no readable Parquet file ({error}); it may be truncated.") from error
+        if not sum(table.num_rows for table in tables):
+            raise DataError(f"{files[0]} holds no rows.")
         images = pyarrow.chunked_array([chunk for table in tables for chunk in table[image_key].chunks])
         if not (pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0):
             raise DataError(
-                f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set "
-                "image_key."
+                f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set image_key."
             )
         labels = [table[label_key].to_numpy() for table in tables]
         if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
@@ -102,9 +103,7 @@ class ParquetSource:
         value = self.images[index].as_py()
         part = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[part - 1] if part else 0)
-        name = f"{self.files[part]} row {row}" + (
-            f" ({value['path']})" if value and value.get("path") else ""
-        )
+        name = f"{self.files[part]} row {row}" + (f" ({value['path']})" if value and value.get("path") else "")
         return Record((value and value["bytes"]) or b"", int(self.labels[index]), name)
 
 
@@ -201,9 +200,7 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
             f"{shard} cannot be read as a WebDataset shard ({error}); it may be truncated or compressed."
         ) from error
     for key in images.keys() ^ labels.keys():
-        raise DataError(
-            f"Sample {key.strip('/')!r} of {shard} has no {'label' if key in images else 'image'}."
-        )
+        raise DataError(f"Sample {key.strip('/')!r} of {shard} has no {'label' if key in images else 'image'}.")
     if not images:
         raise DataError(f"{shard} holds no samples of an image with a .cls or .json label.")
     return [(member, labels[key]) for key, member in images.items()]

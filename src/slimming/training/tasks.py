@@ -127,9 +127,7 @@ class DistilTask:
         if temperature <= 0:
             raise ConfigError(f"temperature is {temperature}; it must be above 0.")
         if pool not in ("first", "mean"):
-            raise ConfigError(
-                f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, ('first', 'mean'))}"
-            )
+            raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, ('first', 'mean'))}")
         self.teacher = teacher
         self.alpha, self.temperature = alpha, temperature
         self.features, self.feature_weight, self.pool = features, feature_weight, pool

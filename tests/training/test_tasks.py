@@ -1,0 +1,151 @@
+"""The losses, by hand, and what tasks leave on the models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimming.errors import ConfigError
+from slimming.training.config import TrainConfig
+from slimming.training.loop import fit
+from slimming.training.optimisation import make_mixup
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask
+
+from .tiny import make_model, open_tiny, tiny_config, write_data
+
+CPU = torch.device("cpu")
+LABELS = torch.tensor([0, 2, 1, 0])
+
+
+class Fixed(nn.Module):
+    """Gives the same output whatever the images are."""
+
+    def __init__(self, *outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.outputs if len(self.outputs) > 1 else self.outputs[0]
+
+
+def logits(seed: int) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_classification() -> None:
+    one, two = logits(1), logits(2)
+    by_hand = -one.log_softmax(1)[range(4), LABELS].mean()
+    smooth = 0.9 * by_hand - 0.1 * one.log_softmax(1).mean()
+    torch.testing.assert_close(ClassificationTask().loss(Fixed(one), images(), LABELS)["loss"], by_hand)
+    torch.testing.assert_close(ClassificationTask(0.1).loss(Fixed(one), images(), LABELS)["loss"], smooth)
+    soft = logits(3).softmax(1)
+    unsmoothed = -(soft * one.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(ClassificationTask(0.1).loss(Fixed(one), images(), soft)["loss"], unsmoothed)
+    both = ClassificationTask().loss(Fixed(one, two), images(), LABELS)["loss"]
+    torch.testing.assert_close(both, (by_hand + F.cross_entropy(two, LABELS)) / 2)
+
+
+def test_distillation_by_hand() -> None:
+    student, teacher = logits(1), logits(2)
+    task = DistilTask(Fixed(teacher), alpha=0.3, temperature=2.0)
+    found = task.loss(Fixed(student), images(), LABELS)
+    p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean() * 4
+    torch.testing.assert_close(found["teacher"], divergence)
+    torch.testing.assert_close(found["loss"], 0.7 * F.cross_entropy(student, LABELS) + 0.3 * divergence)
+    second = logits(3)
+    apart = task.loss(Fixed(second, student), images(), LABELS)
+    torch.testing.assert_close(apart["teacher"], divergence)
+    torch.testing.assert_close(apart["labels"], F.cross_entropy(second, LABELS))
+
+
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_features(pool: str) -> None:
+    student, teacher = make_model(1), make_model(2)
+    task = DistilTask(teacher, features=("blocks.0", "blocks.1"), feature_weight=3.0, pool=pool)
+    task.start(student, CPU)
+    found = task.loss(student, images(), LABELS)
+    task.stop()
+    by_hand = []
+    for index in (0, 1):
+        outputs = [
+            m.forward_intermediates(images(), indices=[index], return_prefix_tokens=True) for m in (student, teacher)
+        ]  # type: ignore[operator]
+        tokens = [torch.cat([prefix, grid.flatten(2).mT], 1) for _, [(grid, prefix)] in outputs]
+        pooled = [t[:, 0] if pool == "first" else t.mean(1) for t in tokens]
+        by_hand.append(F.mse_loss(*pooled))
+    torch.testing.assert_close(found["features"], torch.stack(by_hand).mean())
+    total = 0.5 * found["labels"] + 0.5 * found["teacher"] + 3.0 * found["features"]
+    torch.testing.assert_close(found["loss"], total)
+    for model in (student, teacher):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_features_of_a_student_with_fewer_tokens() -> None:
+    class Fewer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3]
+
+    student, teacher = make_model(1), make_model(1)
+    blocks = student.get_submodule("blocks")
+    blocks[0] = nn.Sequential(Fewer(), blocks[0])  # type: ignore[index, operator]
+    task = DistilTask(teacher, features=("blocks.1",))
+    task.start(student, CPU)
+    assert math.isfinite(task.loss(student, images(), LABELS)["features"].item())
+    task.stop()
+
+
+def test_distillation_refuses() -> None:
+    with pytest.raises(ConfigError, match="alpha is 2"):
+        DistilTask(make_model(), alpha=2)
+    with pytest.raises(ConfigError, match="temperature is 0"):
+        DistilTask(make_model(), temperature=0)
+    with pytest.raises(ConfigError, match=r"pool is 'men'.* Did you mean 'mean'"):
+        DistilTask(make_model(), pool="men")
+    student, teacher = make_model(), make_model()
+    task = DistilTask(teacher, features=("blocks.0", "block.1"))
+    with pytest.raises(ConfigError, match=r"teacher has no module 'block\.1'.* Did you mean 'blocks\.1'"):
+        task.start(student, CPU)
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
+    with pytest.raises(ConfigError, match="teacher knows 5 classes, the student 3"):
+        DistilTask(make_model(num_classes=5).eval()).loss(student, images(), LABELS)
+
+
+def test_penalties_are_added_and_named() -> None:
+    one = logits(1)
+    task = AddPenalty(ClassificationTask(), lambda: {"head_dim": torch.tensor(2.0), "mlp": torch.tensor(0.5)})
+    found = task.loss(Fixed(one), images(), LABELS)
+    assert list(found) == ["loss", "task", "head_dim", "mlp"]
+    torch.testing.assert_close(found["loss"], F.cross_entropy(one, LABELS) + 2.5)
+    torch.testing.assert_close(found["task"], F.cross_entropy(one, LABELS))
+
+
+def test_a_distilled_run_does_not_change_the_teacher(tmp_path: Path) -> None:
+    data = open_tiny(write_data(tmp_path))
+    teacher, student = make_model(1), make_model(2)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    history = fit(student, DistilTask(teacher, features=("blocks.1",)), data, tiny_config(steps=4), title=None)
+    assert {"labels", "teacher", "features"} <= history.log[0].keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_mixup() -> None:
+    assert make_mixup(TrainConfig(), 3, 7) is None
+    with pytest.raises(ConfigError, match="make it even"):
+        make_mixup(TrainConfig(mixup=0.2), 3, 7)
+    mixup = make_mixup(TrainConfig(mixup=0.2, label_smoothing=0.1), 3, 4)
+    assert mixup is not None
+    _, targets = mixup(images(), LABELS)
+    assert targets.shape == (4, 3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    assert targets.min() > 0.03
