@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
 from slimming import checkpoint
-from slimming.api import anatomy_of, cut, plan
-from slimming.errors import ConfigError
+from slimming.api import anatomy_of, attach, cut, describe, plan
+from slimming.bench import in_evaluation
+from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.families.create import create_dense
 from slimming.io import atomic_json
 from slimming.plan import Budget, Plan, read_json
@@ -147,10 +149,11 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     world = PartialState()
     if not world.is_main_process:
         say = _silent
-    dense, data, notes = open_start(config)
+    dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
     for note in notes:
         say(note)
+    check_budgets(dense, config)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
@@ -174,18 +177,64 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     return results
 
 
-def open_start(config: RunConfig) -> tuple[nn.Module, Data, list[str]]:
+def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) -> tuple[nn.Module, Data, list[str]]:
     """Open model and data and make them fit: the classifier follows the data's classes.
 
+    Args:
+        model_config: the model.
+        data_config: the images.
+        seed: decides the augmentation, and the weights of a new classifier.
+
+    Returns:
+        The model, the data, and notes for the user on what was replaced.
+
     Raises:
-        SlimmingError: see `open_model` and `open_data`.
+        SlimmingError: see `open_model`, `open_data` and `check_input`.
     """
-    model, notes = open_model(config.model)
-    data = open_data(config.data, model, config.search.train.seed)
-    if _classes_of(model) != len(data.classes):
-        model, notes = open_model(config.model, classes=len(data.classes))
+    # A run that goes on must meet the same new classifier again.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, notes = open_model(model_config)
+        check_input(model)
+        data = open_data(data_config, model, seed)
+        if _classes_of(model) != len(data.classes):
+            model, notes = open_model(model_config, classes=len(data.classes))
     name_classes(model, data.classes)
     return model, data, notes
+
+
+@torch.no_grad()
+def check_input(model: nn.Module) -> None:
+    """Check that ``model`` takes images of the size that it was made for.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    shape = anatomy_of(model).input_shape
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with in_evaluation(model):
+            model(image)
+    except (AssertionError, RuntimeError) as error:
+        size = " x ".join(map(str, shape[1:]))
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"The model does not take images of {size} pixels: {reason} Give another img_size in model.arguments."
+        ) from error
+
+
+def check_budgets(dense: nn.Module, config: RunConfig) -> None:
+    """Check before a search that plans for all budgets can be made; which sizes can be had needs no scores.
+
+    Raises:
+        BudgetError: one cannot be reached; the message says the smallest that can.
+    """
+    model = copy.deepcopy(dense)
+    groups = [g for g in describe(model, coupled=config.search.coupled) if g.kind in config.search.kinds]
+    masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
+    for budget in config.budgets:
+        plan(masks, budget, layout=config.search.layout, score="mask")
 
 
 def name_classes(model: nn.Module, classes: tuple[str, ...]) -> None:

@@ -42,22 +42,39 @@ def create_dense(
         CheckpointError: the weights are missing, damaged, of another model, or more than plain tensors.
     """
     options = dict(arguments or {})
-    bare = name.partition(".")[0]
-    if not name.startswith("hf-hub:") and not timm.is_model(bare):
-        raise UnsupportedModelError(
-            f"timm {timm.__version__} has no model {name!r}.{nearest(bare, timm.list_models())}"
-        )
+    _check_name(name)
     if checkpoint is None:
         return _from_hub(name, classes, options)
     state = read_state(Path(checkpoint))
     if classes is not None:
         options["num_classes"] = classes
-    try:
-        model = timm.create_model(name, pretrained=False, **options)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+    model = create_untrained(name, options)
     notes = _load_(model, state, checkpoint)
     return model, notes
+
+
+def create_untrained(
+    name: str, arguments: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Make a dense timm model with random weights, or on the ``"meta"`` device without any.
+
+    Raises:
+        UnsupportedModelError: timm has no such model, or it does not take the arguments.
+    """
+    _check_name(name)
+    options = dict(arguments or {})
+    try:
+        with torch.device(device):
+            return timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    bare = name.partition(".")[0]
+    if not name.startswith("hf-hub:") and not timm.is_model(bare):
+        hint = nearest(bare, timm.list_models())
+        raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}.{hint}")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
