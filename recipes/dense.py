@@ -80,13 +80,9 @@ RECIPES = {
 
 def main() -> None:
     """Run the recipe that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument(
-        "--data", type=Path, required=True, help="directory of train.parquet and test.parquet"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="directory of train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, required=True, help="directory for the result")
     parser.add_argument("--epochs", type=float, help="in place of the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
@@ -112,9 +108,7 @@ def train(recipe: Recipe, source: Path, out: Path, epochs: float) -> None:
     torch.manual_seed(config.seed)
     make = {**recipe.model, "num_classes": 10, "pretrained_cfg_overlay": overlay}
     model = timm.create_model(recipe.name, **make)
-    data = open_data(
-        DataConfig(source=str(source), augment=recipe.augment), ImageSpec.of_model(model), config.seed
-    )
+    data = open_data(DataConfig(source=str(source), augment=recipe.augment), ImageSpec.of_model(model), config.seed)
     history = fit(
         model,
         ClassificationTask(config.label_smoothing),
@@ -125,9 +119,7 @@ def train(recipe: Recipe, source: Path, out: Path, epochs: float) -> None:
         evaluate=partial(evaluate, images=data.val),
         title=source.name,
     )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / "model.safetensors"
-    )
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / "model.safetensors")
     atomic_json(
         out / "model.json",
         {
