@@ -1,0 +1,208 @@
+"""Fill the parts of README.md and docs/ that are made from result files and from the code itself.
+
+    python docs/fill_tables.py            write them
+    python docs/fill_tables.py --check    only say which files are out of date
+
+A part lies between ``<!-- KIND:NAME -->`` and ``<!-- /KIND:NAME -->``. Kinds: ``results`` (a table of
+``benchmarks/results/NAME.json`` or ``NAME.md``), ``config`` (the fields of a dataclass of settings) and
+``api`` (signature and first sentence of a public name).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import slimming
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- (results|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
+
+CONFIGS = {
+    "RunConfig": "slimming.pipeline",
+    "ModelConfig": "slimming.pipeline",
+    "DataConfig": "slimming.training.config",
+    "SearchConfig": "slimming.searching",
+    "Layout": "slimming.plan",
+    "TrainConfig": "slimming.training.config",
+    "DistilConfig": "slimming.retrain",
+    "Budget": "slimming.plan",
+    "BenchConfig": "slimming.results",
+}
+
+
+def documents() -> list[Path]:
+    """README.md and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """``text`` with every part made anew."""
+    return PART.sub(lambda found: f"{found[1]}{MAKERS[found[2]](found[3]).strip()}\n{found[5]}", text)
+
+
+def results_table(name: str) -> str:
+    """The table of a committed result, or a line that says that there is none yet."""
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        content = json.loads(path.read_text("utf-8"))
+        if "dense" in content:
+            return run_table(content)
+        written = path.with_suffix(".md").read_text("utf-8").strip()
+        return "\n".join(line for line in written.splitlines() if not line.startswith("# ")).strip()
+    return f"*Not measured yet: `benchmarks/results/{name}.json` does not exist.*"
+
+
+def run_table(results: Mapping[str, Any]) -> str:
+    """The table of budgets of a run's ``results.json``."""
+    dense, rows = results["dense"], results["rows"]
+    sizes = list(dense["latency_ms"])
+    header = ["budget", "params", "MACs", "memory", *(f"ms at batch {size}" for size in sizes)]
+    header += [*(f"speed-up, batch {size}" for size in sizes), "top-1 after the cut", "top-1 retrained"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for row in (dense, *rows):
+        cells = [row["name"], f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.1f} M"]
+        cells.append(f"{row['memory_bytes'] / 2**20:.2f} MiB")
+        cells += [_spread(row["latency_ms"][size], 2) for size in sizes]
+        slim = row is not dense
+        cells += [_spread(row["speedup"][size], 2, "×") if slim else "1" for size in sizes]
+        cells += [_percent(row["top1_cut"]) if slim else "", _percent(row["top1"])]
+        lines.append(cells)
+    machine, versions, data = results["machine"], results["versions"], results["data"]
+    note = (
+        f"{results['model']['name']} on {data['note'] or data['source']}, {data['val_images']} validation "
+        f"images, seed {results['seed']}. Times are medians (quartiles) on "
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, "
+        "eager; they hold for that machine only."
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
+
+
+def _spread(value: Mapping[str, float], digits: int, unit: str = "") -> str:
+    return f"{value['median']:.{digits}f}{unit} ({value['p25']:.{digits}f}–{value['p75']:.{digits}f})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def config_table(name: str) -> str:
+    """Key, default and meaning of every field of a dataclass of settings."""
+    cls = getattr(importlib.import_module(CONFIGS[name]), name)
+    meanings = attributes(cls)
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        kind = str(field.type).replace("|", "\\|")
+        meaning = meanings[field.name].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{kind}` | {_default(field)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """The entries under ``Attributes:`` of a class docstring, each on one line, as Markdown."""
+    text = inspect.getdoc(cls) or ""
+    section = text.partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        entry = re.match(r"    (\w+): (.*)", line)
+        if entry:
+            name = entry[1]
+            found[name] = entry[2]
+        elif line.startswith("        ") and name:
+            found[name] += " " + line.strip()
+        elif line.strip():
+            break
+    return {key: _plain(value) for key, value in found.items()}
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{_yaml(field.default)}`"
+    if field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default_factory()
+    if dataclasses.is_dataclass(value):
+        return f"see `{type(value).__name__}`{_differences(value)}"
+    return f"`{_yaml(value)}`"
+
+
+def _differences(value: Any) -> str:
+    """What a default object changes of its class's own defaults."""
+    own = {field.name: field.default for field in dataclasses.fields(value)}
+    given = {name: getattr(value, name) for name, default in own.items() if default is not dataclasses.MISSING}
+    changed = [f"`{name}: {_yaml(entry)}`" for name, entry in given.items() if entry != own[name]]
+    return f", with {', '.join(changed)}" if changed else ""
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else '""' if value == "" else str(value)
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "`").replace('`"', "`").replace('"`', "`")
+
+
+def api_entry(name: str) -> str:
+    """Signature and first sentence of a public name of the package."""
+    value = getattr(slimming, name)
+    first = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+    return f"```text\n{_signature(name, value)}\n```\n\n{_plain(first)}"
+
+
+def _signature(name: str, value: Any) -> str:
+    signature = inspect.signature(value)
+    arrow = "" if isinstance(value, type) else f" -> {signature.return_annotation}"
+    parts: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        # Annotations are strings here, which some versions of Python print in quotes.
+        parts.append(re.sub(r": '([^']*)'", r": \1", str(parameter)).replace("<factory>", "..."))
+    line = f"slimming.{name}({', '.join(parts)}){arrow}"
+    if len(line) <= 100:
+        return line
+    return f"slimming.{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){arrow}"
+
+
+MAKERS: Mapping[str, Callable[[str], str]] = {
+    "results": results_table,
+    "config": config_table,
+    "api": api_entry,
+}
+
+
+def main() -> int:
+    """Write or check every page; the exit status is 1 when a checked page is out of date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    stale = False
+    for path in documents():
+        text = path.read_text("utf-8")
+        new = filled(text)
+        if new != text:
+            stale = True
+            print(f"{path.relative_to(ROOT)}: {'out of date' if check else 'written'}")
+            if not check:
+                path.write_text(new, "utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
