@@ -27,7 +27,7 @@ from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
 from slimming.training.tasks import AddPenalty, ClassificationTask
 
-from .tiny import make_model, open_tiny, tiny_config, train, write_data
+from .tiny import make_model, open_tiny, run, tiny_config, train, write_data
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -57,6 +57,10 @@ def start(folder: Path, out: Path, *settings: str, processes: int = 1) -> subpro
         *settings,
     ]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -108,26 +112,19 @@ def test_how_a_run_is_watched_does_not_change_it(folder: Path, changes: dict[str
 
 
 def test_killed_and_resumed_is_bit_equal(folder: Path, tmp_path: Path) -> None:
-    settings = (
-        "epochs=8.0",
-        "checkpoint_seconds=0.0",
-        "drop=0.1",
-        "mixup=0.2",
-        "augment='deit'",
-        "accumulate=2",
-    )
-    assert finish(start(folder, tmp_path / "whole", *settings)) == ""
-    for lines in (3, 15, 30):
+    settings = ("epochs=8.0", "checkpoint_seconds=0.0", "drop=0.1", "mixup=0.2", "augment='deit'", "accumulate=2")
+    run(folder, tmp_path / "whole", *settings)
+    for lines in (3, 20):
         process = start(folder, tmp_path / "killed", *settings)
         wait_for_lines(tmp_path / "killed" / "log.jsonl", lines, process)
         process.send_signal(signal.SIGKILL)
         finish(process)
     assert not (tmp_path / "killed" / "final.pt").exists()
-    assert finish(start(folder, tmp_path / "killed", *settings)) == ""
+    run(folder, tmp_path / "killed", *settings)
     whole, killed = (torch.load(tmp_path / name / "final.pt") for name in ("whole", "killed"))
     assert same(whole["model"], killed["model"])
     assert same(whole["averaged"], killed["averaged"])
-    logs = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("whole", "killed")]
+    logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
     assert losses(logs[0]) == losses(logs[1])
 
 
@@ -135,11 +132,8 @@ def test_two_processes_see_what_one_sees(folder: Path, tmp_path: Path) -> None:
     settings = ("epochs=2.0", "accumulate=2", "augment='deit'")
     both = start(folder, tmp_path / "two", *settings, processes=2)
     assert "Error" not in finish(both)
-    finish(start(folder, tmp_path / "one", *settings))
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
+    run(folder, tmp_path / "one", *settings)
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert len(losses(logs[0])) == 12
     torch.testing.assert_close(losses(logs[1]), losses(logs[0]), rtol=1e-4, atol=1e-5)
     checks = [[line for line in log if "val_top1" in line] for log in logs]

@@ -84,17 +84,16 @@ def train(data: Data, config: TrainConfig, out: Path | None, model: nn.Module, *
     return fit(model, ClassificationTask(0.1), data, config, directory=out, evaluate=check, title=None, **more)  # type: ignore[arg-type]
 
 
-def main() -> None:
-    folder, out, *settings = sys.argv[1:]
+def run(folder: Path, out: Path, *settings: str) -> None:
+    """Train, or go on, with settings as KEY=VALUE, and leave the weights in final.pt."""
     changes = {key: ast.literal_eval(value) for key, value in (setting.split("=", 1) for setting in settings)}
-    torch.set_num_threads(1)
-    drop = changes.pop("drop", 0.0)
-    model = make_model(proj_drop_rate=drop)
-    augment = changes.pop("augment", "light")
-    history = train(open_tiny(Path(folder), augment=augment), tiny_config(**changes), Path(out), model, resume=True)
+    model = make_model(proj_drop_rate=changes.pop("drop", 0.0))
+    data = open_tiny(folder, augment=changes.pop("augment", "light"))
+    history = train(data, tiny_config(**changes), out, model, resume=True)
     assert history.averaged is not None
-    torch.save({"model": model.state_dict(), "averaged": history.averaged.state_dict()}, Path(out) / "final.pt")
+    torch.save({"model": model.state_dict(), "averaged": history.averaged.state_dict()}, out / "final.pt")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
