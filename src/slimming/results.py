@@ -226,7 +226,8 @@ def _histograms(result: SearchResult) -> dict[str, Any]:
             low, high = low - 0.5, high + 0.5
         counts = torch.histc(values, HISTOGRAM_BINS, low, high)
         found[kind] = {
-            "edges": torch.linspace(low, high, HISTOGRAM_BINS + 1).tolist(),
+            # In float64: in float32 the edges of a narrow range would coincide.
+            "edges": torch.linspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist(),
             "counts": [int(count) for count in counts],
             "by_layer": {name: [round(v, 4) for v in factor.tolist()] for name, factor in own.items()},
         }
