@@ -97,3 +97,5 @@ def run(folder: Path, out: Path, *settings: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    # A pipeline trains several times in one process, or in one group of processes.
+    run(Path(sys.argv[1]), Path(sys.argv[2]) / "again", *sys.argv[3:])

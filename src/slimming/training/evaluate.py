@@ -43,7 +43,7 @@ def evaluate(
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
     unreadable = unreadable_counter(images)
-    sums = torch.zeros(3, dtype=torch.float64, device=place)
+    sums = torch.zeros(3, dtype=torch.float64)
     training = model.training
     model.to(place).eval()
     try:
@@ -56,10 +56,11 @@ def evaluate(
                 logits = model(batch.images.to(place)).float()
                 correct = (logits.argmax(1) == labels).sum()
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([correct.double(), loss.double(), sums.new_tensor(len(labels))])
+                sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
     finally:
         model.train(training)
     if many:
+        sums = sums.to(place)
         torch.distributed.all_reduce(sums)
     correct, loss, count = sums.tolist()
     if not count:

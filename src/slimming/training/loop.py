@@ -127,7 +127,8 @@ def fit(
                         raise Interrupted(f"Stopped after step {step} of {run.total}; {saved}.")
         finally:
             task.stop()
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # end_training would also end the process group, for later calls too
+                tracker.finish()
     return History(
         run.total,
         time.monotonic() - began,
