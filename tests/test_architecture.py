@@ -43,6 +43,7 @@ LAYERS = {
     "results": 4,
     "pipeline": 4,
     "cli": 5,
+    "__main__": 6,
 }
 SIDEWAYS = {
     ("cut", "layers"),

@@ -1,0 +1,91 @@
+"""``slimming bench``: what models cost, measured in turns."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Count and time one or more models, in turns; the first is the one that the others are compared with, usually the
+dense model. MODEL is a checkpoint directory, or a timm name (made with random weights: they do not change the time).
+
+  slimming bench runs/dense/model runs/demo/macs-0.50/slim
+  slimming bench deit_tiny_patch16_224 deit_small_patch16_224 --bench.batch_sizes 1,8
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from slimming.cli.flags import add_flags
+    from slimming.cli.jobs import BenchJob
+
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint directories or timm names, dense first")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(parser, BenchJob)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    import json
+
+    import torch
+
+    from slimming.api import anatomy_of, cost
+    from slimming.bench import machine
+    from slimming.cli.flags import given
+    from slimming.cli.jobs import BenchJob, from_values
+    from slimming.cli.models import choose_device, open_named
+    from slimming.errors import ConfigError
+    from slimming.results import measure_all
+
+    config = from_values(BenchJob, given(arguments, BenchJob)).bench
+    device = choose_device(arguments.device)
+    if len(set(arguments.models)) < len(arguments.models):
+        raise ConfigError("A model is given twice; take one of them out.")
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ConfigError(f"--threads is {arguments.threads}; it must be at least 1.")
+        torch.set_num_threads(arguments.threads)
+    models = {name: open_named(name).to(device).eval() for name in arguments.models}
+    shapes = {name: anatomy_of(model).input_shape for name, model in models.items()}
+    for name, shape in shapes.items():
+        if shape != shapes[arguments.models[0]]:
+            raise ConfigError(
+                f"{name} takes images of {shape}, {arguments.models[0]} of {shapes[arguments.models[0]]}."
+            )
+    timed = measure_all(models, shapes[arguments.models[0]], config)
+    found = {}
+    for name, model in models.items():
+        cost_of = cost(model)
+        counts = {"params": cost_of.params, "macs": cost_of.macs, "memory_bytes": cost_of.memory_bytes}
+        found[name] = {**counts, **timed[name]}
+    if arguments.json:
+        print(json.dumps({"machine": machine(), "models": found}, indent=1))
+        return
+    _print(found, config.batch_sizes)
+
+
+def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...]) -> None:
+    from rich.table import Table
+
+    from slimming.bench import machine
+    from slimming.cli.output import console, count, say
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("params", "MACs", "memory"):
+        table.add_column(title, justify="right")
+    for size in batch_sizes:
+        table.add_column(f"ms at batch {size}\n(quartiles)", justify="right")
+        table.add_column("speed-up", justify="right")
+    for name, row in found.items():
+        cells = [name, count(row["params"]), count(row["macs"]), count(row["memory_bytes"], "B")]
+        for size in batch_sizes:
+            one, ratio = row["latency_ms"][str(size)], row["speedup"][str(size)]
+            cells += [f"{one['median']:.2f} ({one['p25']:.2f}-{one['p75']:.2f})", f"{ratio['median']:.2f}"]
+        table.add_row(*cells)
+    console().print(table)
+    here = machine()
+    say(f"measured here: {here['gpu'] or here['cpu']}, {here['threads']} threads; speed-up over the first model")

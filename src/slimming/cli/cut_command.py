@@ -1,0 +1,119 @@
+"""``slimming cut``: from a search (or a plan) to slim checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimming.plan import Layout, Plan
+
+DESCRIPTION = """\
+Cut a searched model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the
+slim checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote; with
+--plan it may be any checkpoint.
+
+  slimming cut runs/search --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
+  slimming cut runs/dense/model --plan plan.json --output runs/cut
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from slimming.cli.flags import add_budget
+
+    parser.add_argument(
+        "source", metavar="SOURCE", help="directory of a search, of a run, or (with --plan) a checkpoint"
+    )
+    add_budget(parser)
+    parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"
+    )
+    parser.add_argument("--layout.equal_heads", dest="equal_heads", metavar="true|false",
+                        help="one size for all heads of a layer (default: as searched)")  # fmt: skip
+    parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
+                        help="sizes are multiples of this (default: as searched)")  # fmt: skip
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it: all plans first, then all files in one rename."""
+    import shutil
+    import tempfile
+
+    from slimming.api import cost, cut
+    from slimming.checkpoint import save
+    from slimming.cli.output import say
+    from slimming.errors import OutputError
+    from slimming.io import explain, new_directory
+
+    output = Path(arguments.output)
+    existed = output.exists()
+    new_directory(output)
+    partial = None
+    try:
+        model, plans, record = _plans(arguments)
+        dense = cost(model)
+        partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        for name, chosen in plans.items():
+            small = cut(model, chosen).eval()
+            chosen.save(partial / name / "plan.json")
+            save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
+            found = cost(small)
+            say(
+                f"{output / name}: {found.params / dense.params:.1%} of the params, "
+                f"{found.macs / dense.macs:.1%} of the MACs"
+            )
+        partial.chmod(0o755)
+        partial.replace(output)
+    except OSError as error:
+        raise explain(error, output) from error
+    except OutputError as error:
+        # The disk filled up: the message shall name the place that the user knows.
+        raise OutputError(str(error).replace(str(partial), str(output))) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not existed and output.exists() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], dict[str, object]]:
+    """The model to cut, the plans by name, and where they come from."""
+    from slimming import Budget, Plan, load_search, plan
+    from slimming.cli.flags import parse_pairs
+    from slimming.cli.models import load_checkpoint, search_directory
+    from slimming.cli.settings import build
+    from slimming.errors import CheckpointError, ConfigError
+    from slimming.results import plain, versions
+
+    source = Path(arguments.source)
+    found = search_directory(source)
+    if bool(arguments.budget) == bool(arguments.plan):
+        raise ConfigError("Give --budget (once or more), or --plan.")
+    budgets = [build(Budget, parse_pairs(text, "--budget")) for text in arguments.budget]
+    if len({budget.name for budget in budgets}) < len(budgets):
+        raise ConfigError("A budget is given twice; take one of them out.")
+    if arguments.plan:
+        given = Plan.load(arguments.plan)
+        model = load_search(found).model if found is not None else load_checkpoint(source)
+        return model, {"plan": given}, {"source": str(source), "versions": versions()}
+    if found is None:
+        raise CheckpointError(f"{source} holds no finished search. Give a directory that slimming search wrote.")
+    result = load_search(found)
+    layout = _layout(arguments, result.config.layout)
+    record = {"source": str(source), "search": plain(result.config), "versions": versions()}
+    return result.model, {budget.name: plan(result, budget, layout=layout) for budget in budgets}, record
+
+
+def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
+    from slimming.cli.flags import parse_flag
+    from slimming.cli.settings import build
+    from slimming.plan import Layout
+
+    given = {"equal_heads": (bool, arguments.equal_heads), "multiple": (int, arguments.multiple)}
+    values = {name: parse_flag(hint, text, name) for name, (hint, text) in given.items() if text is not None}
+    return build(Layout, values, "layout", base)

@@ -1,0 +1,29 @@
+"""``slimming demo``: the whole chain on what comes with slimming."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+The whole chain on an embedded Vision Transformer and embedded satellite images (EuroSAT): one search, three
+budgets, retraining, measuring, a report. It takes some minutes on two CPU cores and needs no network.
+
+  slimming demo
+  slimming demo --output /tmp/demo
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (%(default)s)")
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    from slimming import demo
+    from slimming.cli.jobs import from_values
+    from slimming.cli.run_command import run_into
+    from slimming.pipeline import RunConfig
+
+    run_into(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])

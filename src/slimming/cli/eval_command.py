@@ -1,0 +1,90 @@
+"""``slimming eval``: top-1 of checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Top-1 of checkpoints on validation images: those given, or those of the data that the checkpoint was trained on.
+
+  slimming eval runs/demo/macs-0.50/slim
+  slimming eval runs/dense/model runs/cut/macs-0.50/cut --data.source flowers/ --data.split_fraction 0.1
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from slimming.cli.flags import add_flags
+    from slimming.cli.jobs import EvalJob
+
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories that slimming wrote")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags win over it")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass (default 256)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(parser, EvalJob)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    import json
+
+    from slimming.cli.models import choose_device, load_checkpoint
+    from slimming.cli.output import say
+    from slimming.pipeline import check_input, open_data
+    from slimming.training.evaluate import evaluate
+
+    device = choose_device(arguments.device)
+    found = {}
+    for name in arguments.checkpoints:
+        config = _data(arguments, name)
+        model = load_checkpoint(Path(name))
+        data = open_data(config, model)
+        check_input(model)
+        _fits(model, data, name, config.source)
+        found[name] = evaluate(
+            model, data.val, batch_size=arguments.batch_size, workers=arguments.workers, device=device
+        )
+        if not arguments.json:
+            metrics = found[name]
+            say(
+                f"{name}: top-1 {metrics['top1']:.2%}, loss {metrics['loss']:.4f}, {metrics['images']} images of "
+                f"{config.source}"
+            )
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+
+
+def _data(arguments: argparse.Namespace, name: str) -> Any:
+    """The data of the file and the flags, over those of the checkpoint's provenance."""
+    from slimming.checkpoint import PROVENANCE, read_provenance
+    from slimming.cli.flags import given
+    from slimming.cli.jobs import EvalJob, from_values, read_job
+    from slimming.errors import DataError
+
+    values = given(arguments, EvalJob)
+    if arguments.config is not None or "source" in values.get("data", {}):
+        return read_job(EvalJob, arguments)[0].data
+    stored = read_provenance(name).get("data") if (Path(name) / PROVENANCE).exists() else None
+    if not stored:
+        raise DataError(f"{name} does not say on which data it was trained; give --data.source.")
+    return from_values(EvalJob, {"data": {**stored, **values.get("data", {})}}).data
+
+
+def _fits(model: Any, data: Any, name: str, source: str) -> None:
+    from slimming.errors import DataError
+
+    if model.num_classes != len(data.classes):
+        raise DataError(
+            f"{name} knows {model.num_classes} classes, the data of {source} has {len(data.classes)}; give the data "
+            "that it was trained for."
+        )
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if names and tuple(names) != tuple(data.classes):
+        raise DataError(
+            f"{name} was trained for other classes ({', '.join(names[:3])}, ...) than those of {source} "
+            f"({', '.join(data.classes[:3])}, ...); give the data that it was trained for."
+        )

@@ -1,0 +1,167 @@
+"""``slimming inspect``: what can go in a model, without training."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimming.cost import Cost
+    from slimming.groups import Anatomy, Group
+
+DESCRIPTION = """\
+List what can go in a model: groups of units, the parameters and multiply-adds that go with each, and what is not
+covered. MODEL is a timm name (nothing is downloaded) or a checkpoint directory. Nothing is trained.
+
+  slimming inspect deit_small_patch16_224
+  slimming inspect vit_tiny_patch16_224 --model.arguments img_size=64,patch_size=8 --json
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="timm name or checkpoint directory")
+    parser.add_argument(
+        "--model.arguments",
+        dest="model_arguments",
+        metavar="A=1,B=2",
+        help="arguments of timm's constructor, such as img_size",
+    )
+    parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
+    parser.add_argument("--json", action="store_true", help="print JSON, every group included")
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    import json
+
+    from slimming.api import anatomy_of, cost, describe
+    from slimming.cli.flags import parse_flag
+    from slimming.cli.models import open_named
+    from slimming.pipeline import check_input
+
+    given = arguments.model_arguments
+    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
+    model = open_named(arguments.model, options, device="meta")
+    check_input(model)
+    anatomy, groups, found = anatomy_of(model), describe(model), cost(model)
+    if arguments.json:
+        print(json.dumps(as_json(arguments.model, anatomy, groups, found), indent=1))
+        return
+    _print(arguments.model, anatomy, groups, found, each=arguments.groups)
+
+
+def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> dict[str, Any]:
+    """Everything that the tables show, and every group."""
+    return {
+        "model": name,
+        "family": anatomy.structure.family,
+        "input": list(anatomy.input_shape),
+        "params": found.params,
+        "macs": found.macs,
+        "memory_bytes": found.memory_bytes,
+        "kinds": by_kind(groups, found),
+        "groups": [
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "size": group.size,
+                "minimum": group.limits.minimum,
+                "heads": list(group.limits.parts),
+                "params": found.groups[group.name].params,
+                "macs": found.groups[group.name].macs,
+            }
+            for group in groups
+        ],
+        "uncovered": list(anatomy.uncovered),
+    }
+
+
+def by_kind(groups: tuple[Group, ...], found: Cost) -> dict[str, dict[str, int]]:
+    """Groups, units, params and MACs, summed per kind."""
+    result: dict[str, dict[str, int]] = {}
+    for group in groups:
+        sums = result.setdefault(group.kind, {"groups": 0, "units": 0, "params": 0, "macs": 0})
+        own = found.groups[group.name]
+        for key, value in (("groups", 1), ("units", group.size), ("params", own.params), ("macs", own.macs)):
+            sums[key] += value
+    return result
+
+
+def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, *, each: bool) -> None:
+    from slimming.cli.output import console, count, say
+
+    shape = " x ".join(map(str, anatomy.input_shape))
+    say(f"{name}: read as {anatomy.structure.family}, images of {shape}")
+    say(
+        f"{count(found.params)} params, {count(found.macs)} MACs (one multiply-add is one), "
+        f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
+    )
+    say("")
+    say("What can go, by kind. Params and MACs are those that go when all units of the group go and the rest stays;")
+    say("whole heads and the dimensions in them are two views of the same.")
+    console().print(_kinds_table(groups, found))
+    say("")
+    say("Block by block")
+    console().print(_blocks_table(groups, found))
+    if each:
+        say("")
+        console().print(_groups_table(groups, found))
+    say("")
+    for part in anatomy.uncovered:
+        say(f"not covered: {part}")
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, title in enumerate(columns):
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def _kinds_table(groups: tuple[Group, ...], found: Cost) -> Any:
+    table = _table("kind", "groups", "units", "params", "share", "MACs", "share")
+    for kind, sums in by_kind(groups, found).items():
+        table.add_row(kind, str(sums["groups"]), f"{sums['units']:,}", *_costs(sums["params"], sums["macs"], found))
+    return table
+
+
+def _blocks_table(groups: tuple[Group, ...], found: Cost) -> Any:
+    """One line per block: the sizes of its groups, and what its head dimensions and hidden units cost."""
+    table = _table("block", "QK", "V", "hidden", "tokens", "params", "share", "MACs", "share")
+    blocks: dict[str, list[Group]] = {}
+    for group in groups:
+        block = group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
+        blocks.setdefault(block, []).append(group)
+    for block, members in blocks.items():
+        sizes = {group.role: _size(group) for group in members}
+        own = [found.groups[group.name] for group in members if group.kind in ("head_dim", "mlp")]
+        params, macs = sum(cost.params for cost in own), sum(cost.macs for cost in own)
+        shown = [sizes.get(role, "-") for role in ("qk", "v", "mlp", "token")]
+        table.add_row(block, *shown, *_costs(params, macs, found))
+    return table
+
+
+def _groups_table(groups: tuple[Group, ...], found: Cost) -> Any:
+    table = _table("group", "kind", "units", "at least", "params", "share", "MACs", "share")
+    for group in groups:
+        own = found.groups[group.name]
+        row = [group.kind, _size(group), str(group.limits.minimum), *_costs(own.params, own.macs, found)]
+        table.add_row(group.name, *row)
+    return table
+
+
+def _size(group: Group) -> str:
+    parts = group.limits.parts
+    if not parts:
+        return str(group.size)
+    same = len(set(parts)) == 1
+    return f"{len(parts)} x {parts[0]}" if same else "+".join(map(str, parts))
+
+
+def _costs(params: int, macs: int, found: Cost) -> list[str]:
+    from slimming.cli.output import count
+
+    return [count(params), f"{params / found.params:.1%}", count(macs), f"{macs / found.macs:.1%}"]

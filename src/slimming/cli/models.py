@@ -1,0 +1,75 @@
+"""Models as the command line names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming import checkpoint
+from slimming.api import anatomy_of
+from slimming.errors import CheckpointError, ConfigError
+from slimming.families.create import create_untrained
+from slimming.searching import RECORD
+
+
+def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
+    """Open a checkpoint directory, or make a timm model without its weights, for looking and timing only.
+
+    Raises:
+        CheckpointError: no such directory, or a damaged one.
+        UnsupportedModelError: timm has no such model, or no family reads it.
+        ConfigError: arguments with a checkpoint, which has its own.
+    """
+    path = Path(name)
+    if path.exists():
+        if arguments:
+            raise ConfigError(f"{path} is a whole model: model.arguments have no effect; drop them.")
+        return load_checkpoint(path)
+    if (os.sep in name and not name.startswith("hf-hub:")) or name in (".", ".."):
+        raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote, or a timm name.")
+    model = create_untrained(name, arguments, device=device)
+    anatomy_of(model)
+    return model
+
+
+def load_checkpoint(path: Path) -> nn.Module:
+    """Load a checkpoint directory, and say what to give where a whole run or search was given.
+
+    Raises:
+        CheckpointError: no such directory, a damaged one, or one that holds no checkpoint.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote.")
+    if path.is_dir() and not (path / checkpoint.STRUCTURE).exists():
+        inside = sorted(str(found.parent) for found in path.glob(f"*/{checkpoint.STRUCTURE}"))
+        inside += sorted(str(found.parent) for found in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
+        if inside:
+            raise CheckpointError(f"{path} holds several files of a run; give a checkpoint in it: {', '.join(inside)}.")
+    return checkpoint.load(path)
+
+
+def search_directory(path: Path) -> Path | None:
+    """The search in ``path``: itself, or that of a whole run."""
+    return next((place for place in (path, path / "search") if (place / RECORD).exists()), None)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``; by default a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"There is no device {name!r} here; try --device cpu.") from error
+    if device.type == "meta":
+        raise ConfigError("The meta device computes nothing; try --device cpu.")
+    return device

@@ -1,0 +1,159 @@
+"""What commands print, and the directories that they write: claimed before any work, left clean by mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from slimming.cli.jobs import differences, document, flatten, from_values
+from slimming.cli.settings import read_yaml
+from slimming.errors import ConfigError, OutputError
+from slimming.io import atomic_write_text, explain, new_directory
+
+CONFIG = "config.yaml"
+FREE = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
+"""Settings of a training that change how it is watched or how fast it goes, not what it computes."""
+FREE_SECTIONS = ("name", "note", "budgets", "bench")
+"""Settings that may change between two calls in one directory: what is done already does not depend on them."""
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks (launchers number their processes in RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def console() -> Console:
+    """Where results go: standard output, of the first process only."""
+    # Tables in a file or a pipe must not be squeezed into 80 columns.
+    width = None if sys.stdout.isatty() else 160
+    return Console(quiet=not is_main(), highlight=False, soft_wrap=True, width=width)
+
+
+def say(line: str) -> None:
+    """Print one line as it is."""
+    console().print(line, markup=False)
+
+
+def count(number: float, unit: str = "") -> str:
+    """A number with three digits or more, in thousands, millions or billions.
+
+    >>> count(22050664), count(4598882304), count(9812, "B")
+    ('22.05 M', '4.60 G', '9.81 kB')
+    """
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {name}{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
+def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
+    """Print the settings that matter: what has no default, and what differs from it."""
+    say(f"slimming {command}, into {directory}")
+    for line in differences(job):
+        say(f"  {line}")
+    say(f"  every setting: {directory / CONFIG}")
+    for note in notes:
+        say(note)
+
+
+@contextmanager
+def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
+    """Hold ``directory`` for ``job``: a new or empty one, or that of an earlier call with the same settings.
+
+    ``config.yaml`` is written into it. If the block fails before it has written anything, what was made here
+    is removed again.
+
+    Raises:
+        OutputError: it holds something else, or cannot be written.
+        ConfigError: the earlier call had other settings; the message names them.
+    """
+    if not is_main():
+        yield
+        return
+    made = _missing(directory)
+    fresh = not (directory / CONFIG).exists()
+    if not fresh:
+        same_settings(directory, job, command)
+        _check_writable(directory)
+    else:
+        new_directory(directory)
+    try:
+        text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
+        text += yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
+        if fresh or (directory / CONFIG).read_text("utf-8") != text:
+            atomic_write_text(directory / CONFIG, text)
+        yield
+    except BaseException:
+        _clean(directory, made, fresh)
+        raise
+
+
+def same_settings(directory: Path, job: Any, command: str) -> None:
+    """Check that the earlier call in ``directory`` had the settings of ``job``.
+
+    Raises:
+        OutputError: it was a call of another command.
+        ConfigError: a setting differs.
+    """
+    path = directory / CONFIG
+    try:
+        before = from_values(type(job), read_yaml(path))
+    except ConfigError as error:
+        raise OutputError(
+            f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."
+        ) from error
+    earlier, now = flatten(document(before)), flatten(document(job))
+    for name in sorted(earlier.keys() | now.keys()):
+        free = name.partition(".")[0] in FREE_SECTIONS or name.rpartition(".")[2] in FREE
+        if not free and earlier.get(name) != now.get(name):
+            raise ConfigError(
+                f"{directory} was started with {name} {earlier.get(name)}, now it is {now.get(name)}; go on with "
+                f"the same settings (slimming {command} {path} --output {directory}), or give another directory."
+            )
+
+
+def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
+    """The results of a finished run in ``directory``, if they are of exactly these settings."""
+    target = directory / "results.json"
+    if not target.exists() or not (directory / "report.html").exists():
+        return None
+    from slimming.plan import read_json
+    from slimming.results import plain
+
+    results = read_json(target)
+    settings = flatten(json.loads(json.dumps(plain(job))))
+    stored = flatten(results["settings"])
+    names = {name for name in settings.keys() | stored.keys() if name.rpartition(".")[2] not in FREE}
+    return results if all(settings.get(name, 0) == stored.get(name, 0) for name in names) else None
+
+
+def _missing(directory: Path) -> list[Path]:
+    """``directory`` and those above it that do not exist yet, the deepest first."""
+    return [path for path in (directory, *directory.parents) if not path.exists()]
+
+
+def _check_writable(directory: Path) -> None:
+    probe = directory / f".{CONFIG}.probe"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise explain(error, directory) from error
+
+
+def _clean(directory: Path, made: list[Path], fresh: bool) -> None:
+    """Remove what was made, if nothing but the settings was written."""
+    left = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else []
+    if fresh and all(path == directory / CONFIG for path in left):
+        (directory / CONFIG).unlink(missing_ok=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

@@ -1,0 +1,52 @@
+"""``slimming search``: one search, from which every budget is read."""
+
+from __future__ import annotations
+
+import argparse
+
+DESCRIPTION = """\
+Train weights and soft masks together, once. Any number of budgets is cut from the result with slimming cut.
+Stopped anywhere, the same command goes on where it was.
+
+  slimming search config.yaml --output runs/search
+  slimming search --model.name deit_tiny_patch16_224 --data.source flowers/ --search.preset paper
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from slimming.cli.flags import add_flags
+    from slimming.cli.jobs import SearchJob
+
+    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
+    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
+    add_flags(parser, SearchJob)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    from functools import partial
+
+    from slimming.cli.jobs import SearchJob, read_job
+    from slimming.cli.output import announce, claimed, is_main, say
+    from slimming.cli.run_command import output_of
+    from slimming.pipeline import open_start
+    from slimming.searching import RECORD, search
+    from slimming.training.evaluate import evaluate
+
+    job, notes = read_job(SearchJob, arguments)
+    directory = output_of(arguments, "search")
+    with claimed(directory, job, "search"):
+        if (directory / RECORD).exists():
+            say(f"{directory} holds the finished search already; nothing to do.")
+            return
+        announce("search", job, directory, notes)
+        model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
+        for note in replaced:
+            say(note)
+        judge = partial(evaluate, images=data.val, batch_size=256, workers=job.search.train.workers)
+        result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
+        if is_main():
+            result.save(directory)
+        say(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
+        say(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")

@@ -1,0 +1,76 @@
+"""``slimming train``: dense training, or retraining with a teacher."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Train a model on images; with --teacher it learns mostly from that model's outputs. The trained model goes to
+DIR/model. Stopped anywhere, the same command goes on where it was.
+
+  slimming train --model.name deit_tiny_patch16_224 --data.source flowers/ --train.epochs 20 --output runs/dense
+  slimming train --model.name runs/cut/macs-0.50/cut --teacher runs/dense/model --data.source flowers/
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from slimming.cli.flags import add_flags
+    from slimming.cli.jobs import TrainJob
+
+    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
+    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
+    add_flags(parser, TrainJob)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    from functools import partial
+    from pathlib import Path
+
+    from slimming import checkpoint
+    from slimming.cli.jobs import TrainJob, document, read_job
+    from slimming.cli.models import load_checkpoint
+    from slimming.cli.output import announce, claimed, is_main, say
+    from slimming.cli.run_command import output_of
+    from slimming.pipeline import open_start
+    from slimming.retrain import train
+    from slimming.training.evaluate import evaluate
+
+    job, notes = read_job(TrainJob, arguments)
+    directory = output_of(arguments, "train")
+    with claimed(directory, job, "train"):
+        if (directory / "model").exists():
+            say(f"{directory / 'model'} is trained already; nothing to do.")
+            return
+        announce("train", job, directory, notes)
+        model, data, replaced = open_start(job.model, job.data, job.train.seed)
+        for note in replaced:
+            say(note)
+        teacher = load_checkpoint(Path(job.teacher)) if job.teacher is not None else None
+        if teacher is not None:
+            _fits(teacher, model, job.teacher)
+        judge = partial(evaluate, images=data.val, batch_size=256, workers=job.train.workers)
+        history = train(
+            model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
+        )
+        if is_main():
+            record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
+            trained = history.averaged if history.averaged is not None else model
+            checkpoint.save(trained, directory / "model", record)
+        say(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
+
+
+def _fits(teacher: Any, model: Any, name: str | None) -> None:
+    from slimming.api import anatomy_of
+    from slimming.errors import ConfigError
+
+    if teacher.num_classes != model.num_classes:
+        raise ConfigError(
+            f"The teacher {name} knows {teacher.num_classes} classes, the model {model.num_classes}; give a teacher "
+            "that was trained on this data."
+        )
+    taken, given = anatomy_of(teacher).input_shape, anatomy_of(model).input_shape
+    if taken != given:
+        raise ConfigError(f"The teacher {name} takes images of {taken}, the model of {given}; they must be the same.")

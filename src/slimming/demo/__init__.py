@@ -1,0 +1,18 @@
+"""The embedded job: a small Vision Transformer trained on EuroSAT, and a subset of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+
+
+def settings() -> dict[str, Any]:
+    """The settings of the demo's run, with the embedded files where this installation has them."""
+    values = yaml.safe_load((HERE / "demo.yaml").read_text("utf-8"))
+    values["model"]["checkpoint"] = str(HERE / values["model"]["checkpoint"])
+    values["data"]["source"] = str(HERE / values["data"]["source"])
+    return values

@@ -1,0 +1,236 @@
+"""The commands, in this process, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slimming import demo
+from slimming.cli import entry
+from slimming.cli.entry import COMMANDS, make_parser
+from slimming.training import loop
+
+from .conftest import ARGUMENTS, TRAIN, Call, settings, write_config
+
+HERE = Path(__file__).parent
+
+
+def test_the_list_of_commands_and_flags_is_frozen() -> None:
+    lines = []
+    for name in COMMANDS:
+        options = [
+            "/".join(action.option_strings) or action.dest.upper() + ("..." if action.nargs == "+" else "")
+            for action in make_parser(name)._actions
+        ]
+        lines += [f"{name}:", *(f"  {option}" for option in options)]
+    assert "\n".join(lines) + "\n" == (HERE / "flags.txt").read_text("utf-8")
+
+
+def test_help(slimming: Call) -> None:
+    assert slimming("--help").out == slimming().out
+    assert all(name in slimming("--help").out for name in COMMANDS)
+    assert slimming("--version").out.startswith("slimming 0")
+    for name in COMMANDS:
+        shown = slimming(name, "--help")
+        assert shown.code == 0
+        assert f"\n  slimming {name} " in shown.out or f"\n  slimming {name}\n" in shown.out
+        assert max(map(len, shown.out.splitlines())) <= 120
+
+
+def test_python_m_slimming() -> None:
+    done = subprocess.run([sys.executable, "-m", "slimming", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("slimming: error: There is no command 'nothing'")
+
+
+def test_run_leaves_everything(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["macs-0.70"]
+    assert (finished / "report.html").exists()
+    assert (finished / "macs-0.70" / "slim" / "weights.safetensors").exists()
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert saved["retrain"]["steps"] == 2
+    assert saved["search"]["preset"] == "default"
+
+
+def test_a_complete_run_shows_its_table_again(slimming: Call, site: Path, finished: Path) -> None:
+    before = (finished / "results.json").stat().st_mtime_ns
+    shown = slimming("run", site / "config.yaml", "--output", finished)
+    assert shown.code == 0
+    assert "is complete; nothing to do" in shown.out
+    assert "70 % MACs" in shown.out
+    assert str(finished / "report.html") in shown.out
+    assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+def test_run_adds_a_budget_and_keeps_the_rest(slimming: Call, site: Path, copied: Path) -> None:
+    searched = (copied / "search" / "search.json").stat().st_mtime_ns
+    words = ("run", copied / "config.yaml", "--output", copied, "--budget", "macs=0.7", "--budget", "macs=0.8")
+    shown = slimming(*words)
+    assert shown.code == 0, shown.err
+    assert "search: done before" in shown.out
+    assert "macs-0.80" in shown.out
+    assert (copied / "search" / "search.json").stat().st_mtime_ns == searched
+
+
+def test_run_refuses_other_settings(slimming: Call, site: Path, finished: Path) -> None:
+    refused = slimming("run", site / "config.yaml", "--output", finished, "--search.train.lr", "0.5")
+    assert refused.code == 2
+    assert "search.train.lr 0.0001, now it is 0.5" in refused.err
+    refused = slimming("search", site / "config.yaml", "--output", finished)
+    assert refused.code == 2
+    assert "not of a `slimming search`" in refused.err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    words = ("search", site / "config.yaml", "--output", output)
+    original = loop._Run._step
+
+    def press(self: Any, *given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", press)
+        stopped = slimming(*words)
+    assert stopped.code == 130
+    assert "Stopped after step 1 of 2" in stopped.err
+    assert f"To go on: slimming search {site / 'config.yaml'} --output {output}" in stopped.err
+    assert (output / "state.pt").exists()
+    gone_on = slimming(*words)
+    assert gone_on.code == 0, gone_on.err
+    assert (output / "search.json").exists()
+    assert "nothing to do" in slimming(*words).out
+
+
+def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    done = slimming(
+        "cut", finished, "--budget", "macs=0.8", "--budget", "keep.mlp=0.5,keep.head_dim=0.5", "--output", cut
+    )
+    assert done.code == 0, done.err
+    names = sorted(path.name for path in cut.iterdir())
+    assert names == ["head_dim-0.50_mlp-0.50", "macs-0.80"]
+    assert (cut / "macs-0.80" / "plan.json").exists()
+    small = cut / "macs-0.80" / "cut"
+
+    again = tmp_path / "again"
+    planned = slimming("cut", finished, "--plan", cut / "macs-0.80" / "plan.json", "--output", again)
+    assert planned.code == 0, planned.err
+    weights = "cut/weights.safetensors"
+    assert (again / "plan" / weights).read_bytes() == (cut / "macs-0.80" / weights).read_bytes()
+
+    out = tmp_path / "trained"
+    teacher = tmp_path / "teacher"
+    flags = [f"--train.{key}={value}" for key, value in TRAIN.items()]
+    dense = slimming("train", site / "config.yaml", "--output", teacher, *flags)
+    assert dense.code == 0, dense.err
+    assert "not used by this command: " in dense.out
+    trained = slimming(
+        "train", "--model.name", small, "--teacher", teacher / "model", "--data.source", site / "images",
+        "--output", out, *flags,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+
+    judged = slimming("eval", teacher / "model", out / "model", "--device", "cpu", "--json")
+    assert judged.code == 0, judged.err
+    assert json.loads(judged.out)[str(out / "model")]["images"] == 8
+
+    timed = slimming(
+        "bench", teacher / "model", out / "model", "--bench.batch_sizes", "1", "--bench.runs", "5",
+        "--bench.seconds", "0.01", "--device", "cpu",
+    )  # fmt: skip
+    assert timed.code == 0, timed.err
+    assert "speed-up" in timed.out
+
+
+def test_eval_takes_the_data_of_the_checkpoint(slimming: Call, finished: Path) -> None:
+    judged = slimming("eval", finished / "macs-0.70" / "slim")
+    assert judged.code == 0, judged.err
+    assert re.search(r"top-1 \d+\.\d\d%, loss \d\.\d{4}, 8 images", judged.out)
+
+
+def test_bench_prints_json(slimming: Call) -> None:
+    words = ("test_vit", "--bench.batch_sizes", "1", "--bench.runs", "5", "--bench.seconds", "0.01", "--json")
+    found = json.loads(slimming("bench", *words).out)
+    assert found["models"]["test_vit"]["params"] > 0
+    assert found["models"]["test_vit"]["speedup"]["1"]["median"] == 1.0
+
+
+def test_inspect(slimming: Call, finished: Path) -> None:
+    shown = slimming("inspect", "deit_small_patch16_224")
+    assert shown.code == 0, shown.err
+    assert "22.05 M params" in shown.out
+    assert re.search(r"blocks\.11 +6 x 64 +6 x 64 +1536 +196 ", shown.out)
+    assert "not covered:" in shown.out
+    found = json.loads(slimming("inspect", finished / "macs-0.70" / "slim", "--json").out)
+    assert found["input"] == [3, 16, 16]
+    assert set(found["kinds"]) == {"head_dim", "head", "mlp", "token"}
+    assert found["macs"] <= 0.7 * json.loads((finished / "results.json").read_text())["dense"]["macs"]
+    assert found["kinds"]["token"]["units"] < 2 * 4
+    assert "blocks.0.attn.qk" in slimming("inspect", "test_vit", "--groups").out
+
+
+def test_report_again(slimming: Call, finished: Path, tmp_path: Path) -> None:
+    shown = slimming("report", finished, "--output", tmp_path / "r.html")
+    assert shown.code == 0, shown.err
+    assert (tmp_path / "r.html").exists()
+    assert "70 % MACs" in shown.out
+    assert slimming("report", tmp_path).code == 2
+
+
+def test_the_demo_runs_its_embedded_settings(
+    slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "settings", lambda: settings(site))
+    monkeypatch.chdir(tmp_path)
+    shown = slimming("demo")
+    assert shown.code == 0, shown.err
+    assert (tmp_path / "runs" / "demo" / "results.json").exists()
+    assert "nothing to do" in slimming("demo").out
+
+
+def test_the_demo_is_complete_in_the_package() -> None:
+    from slimming.cli.jobs import from_values
+    from slimming.pipeline import RunConfig
+
+    config = from_values(RunConfig, demo.settings())
+    assert [budget.macs for budget in config.budgets] == [0.7, 0.5, 0.3]
+    assert (Path(config.data.source) / "train.parquet").exists()
+
+
+def test_a_config_file_with_relative_paths(slimming: Call, site: Path, tmp_path: Path) -> None:
+    """A file may hold sections of several commands."""
+    values = settings(site) | {"train": TRAIN}
+    path = write_config(tmp_path / "both.yaml", values)
+    assert slimming("search", path, "--output", tmp_path / "s").code == 0
+    assert ARGUMENTS["img_size"] == 16
+
+
+def test_our_mistake_is_exit_code_one(slimming: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(entry, "command", broken)
+    failed = slimming("inspect", "test_vit")
+    assert failed.code == 1
+    assert "ZeroDivisionError: surprise" in failed.err
+    assert "Please report it" in failed.err
+
+
+def test_debug_shows_where(slimming: Call) -> None:
+    assert "Traceback" not in slimming("inspect", "nothing").err
+    shown = slimming("inspect", "nothing", "--debug")
+    assert shown.code == 2
+    assert "Traceback" in shown.err
