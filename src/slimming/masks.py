@@ -8,7 +8,7 @@ as an additive bias log(m) on the keys, which is the same as removal when m reac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,11 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return f"SoftMasks({len(self)} groups, {sum(p.numel() for p in self.values())} units)"
 
     # A mapping compares by content; masks are state, so two of them are the same only if they are one.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def of_kind(self, kind: str) -> list[Group]:
         """The attached groups of one kind, in the model's order."""
@@ -316,9 +319,9 @@ def _own_class_(module: nn.Module) -> None:
     torch makes one class per parametrised module, which a deep copy shares; removing the parametrisation changes
     that class, and would break the other one.
     """
-    old = type(module)
+    old: Any = type(module)
     body = {name: entry for name, entry in vars(old).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(old.__name__, old.__bases__, body)
+    module.__class__ = cast(Any, type(old.__name__, old.__bases__, body))
 
 
 def _plain_name(name: str) -> str:
