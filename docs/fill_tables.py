@@ -78,11 +78,13 @@ def run_table(results: Mapping[str, Any]) -> str:
         cells += [_percent(row["top1_cut"]) if slim else "", _percent(row["top1"])]
         lines.append(cells)
     machine, versions, data = results["machine"], results["versions"], results["data"]
+    what = (data["note"] or data["source"]).rstrip(".")
+    size = "×".join(map(str, results["model"]["input"][1:]))
     note = (
-        f"{results['model']['name']} on {data['note'] or data['source']}, {data['val_images']} validation "
-        f"images, seed {results['seed']}. Times are medians (quartiles) on "
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, "
-        "eager; they hold for that machine only."
+        f"Model: {results['model']['name']} at {size} pixels. Data: {what}; {data['train_images']} images to train "
+        f"on, {data['val_images']} to validate on. One run, seed {results['seed']}. Times are medians (quartiles) on "
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, eager; they "
+        "hold for that machine only."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
 

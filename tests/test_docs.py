@@ -178,8 +178,8 @@ def test_every_public_name_has_an_entry_with_an_example() -> None:
 RESULTS = {
     "name": "a run",
     "seed": 0,
-    "model": {"name": "vit"},
-    "data": {"source": "photos", "note": "", "val_images": 9},
+    "model": {"name": "vit", "input": [3, 64, 64]},
+    "data": {"source": "photos", "note": "", "train_images": 90, "val_images": 9},
     "machine": {"cpu": "a CPU", "gpu": None, "threads": 2},
     "versions": {"torch": "2"},
     "dense": {
