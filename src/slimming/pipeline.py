@@ -22,18 +22,21 @@ from torch import nn
 from slimming import checkpoint
 from slimming.api import anatomy_of, attach, cut, describe, plan
 from slimming.bench import in_evaluation
-from slimming.errors import ConfigError, UnsupportedModelError
+from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
 from slimming.families.create import create_dense
 from slimming.io import atomic_json
 from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
 from slimming.retrain import DistilConfig, train
 from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, search
+from slimming.training.batches import steps_per_epoch
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import Data
 from slimming.training.data import open_data as open_images
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec
+from slimming.training.log import check_trackers
+from slimming.training.optimisation import make_optimizer
 
 Say = Callable[[str], None]
 
@@ -154,6 +157,8 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     for note in notes:
         say(note)
     check_budgets(dense, config)
+    check_training("search.train", config.search.train, data, directory)
+    check_training("retrain", config.retrain, data, directory)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
@@ -235,6 +240,26 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> None:
     masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
     for budget in config.budgets:
         plan(masks, budget, layout=config.search.layout, score="mask")
+
+
+def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
+    """Check what of a training's settings can only be checked with the data and the libraries at hand.
+
+    Raises:
+        ConfigError: no such optimizer or tracker, a batch larger than the data, or a warm-up without an end.
+        MissingExtraError: the tracker is not installed.
+    """
+    try:
+        check_trackers(config.trackers, directory)
+        make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config)
+        per_epoch = steps_per_epoch(data.train, config.batch_size)
+        if per_epoch is None and config.steps is None:
+            raise ConfigError("this data does not know how many images it has; set steps in place of epochs.")
+        total = config.steps or max(1, round(config.epochs * (per_epoch or 0)))
+        if round(config.warmup_epochs * (per_epoch or total)) >= total:
+            raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
+    except (ConfigError, MissingExtraError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def name_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
