@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,15 +147,16 @@ class SearchResult(Rated):
             OutputError: the place is not writable, or the disk is full.
         """
         directory = Path(directory)
-        dump = checkpoint.dump_tensors
-        atomic_write_bytes(directory / WEIGHTS, dump(self.masks.weights()))
-        atomic_write_bytes(directory / MASKS, dump(dict(self.masks)))
+        tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
+        for name, content in tensors.items():
+            atomic_write_bytes(directory / name, checkpoint.dump_tensors(content))
         save_scores(directory / SCORES_FILE, self.anatomy, self.scores)
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
             "config": dataclasses.asdict(self.config),
             "metrics": dict(self.metrics),
+            "files_sha256": {name: _digest(directory / name) for name in (*tensors, SCORES_FILE)},
         }
         atomic_json(directory / RECORD, seal(record))
 
@@ -240,6 +242,11 @@ def load_search(directory: str | Path) -> SearchResult:
     """
     directory = Path(directory)
     record = read_sealed(directory / RECORD)
+    for name, digest in record["files_sha256"].items():
+        if _digest(directory / name) != digest:
+            raise CheckpointError(
+                f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
+            )
     anatomy, scores = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
     model = checkpoint.build(anatomy.structure)
@@ -261,6 +268,10 @@ def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
     """A `SearchConfig` from what `dataclasses.asdict` and JSON made of one."""
     nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
     return SearchConfig(**{**_tuples(value), **nested})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(checkpoint.read_bytes(path)).hexdigest()
 
 
 def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
