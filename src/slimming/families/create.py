@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,11 +90,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it refuses a moment later
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        called = re.search(r"(?:GLOBAL|global) ([\w.]+\.\w+)", str(error))
+        what = f": it names {called[1]}" if called else ""
         raise CheckpointError(
-            f"{path} is a pickle of more than plain tensors, which is never executed ({reason}). "
+            f"{path} is a pickle of more than plain tensors, which is never executed{what}. "
             "Save model.state_dict() with safetensors instead."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:

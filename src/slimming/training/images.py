@@ -86,7 +86,8 @@ def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Ima
 
 
 def _open(data: bytes | Path) -> Image.Image:
-    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+    # The bytes of a file, so that no damaged image leaves it open.
+    return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
