@@ -97,7 +97,7 @@ def test_distil_needs_a_teacher() -> None:
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="c.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"c\.yaml") as caught:
         read_yaml(path)
     assert message in str(caught.value)
 

@@ -44,51 +44,56 @@ def execute(arguments: argparse.Namespace) -> None:
     import shutil
     import tempfile
 
+    from slimming.cli.output import made
+    from slimming.errors import OutputError
+    from slimming.io import explain
+
+    output = Path(arguments.output)
+    with made(output):
+        model, plans, record = _plans(arguments)
+        partial = output
+        try:
+            partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+            _write(model, plans, record, partial, output)
+            partial.chmod(0o755)
+            partial.replace(output)
+        except OSError as error:
+            raise explain(error, output) from error
+        except OutputError as error:
+            # The disk filled up: the message shall name the place that the user knows.
+            raise OutputError(str(error).replace(str(partial), str(output))) from error
+        finally:
+            if partial != output:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: nn.Module, plans: dict[str, Plan], record: dict[str, object], partial: Path, output: Path) -> None:
     from slimming.api import cost, cut
     from slimming.checkpoint import save
     from slimming.cli.output import say
-    from slimming.errors import OutputError
-    from slimming.io import explain, new_directory
 
-    output = Path(arguments.output)
-    existed = output.exists()
-    new_directory(output)
-    partial = None
-    try:
-        model, plans, record = _plans(arguments)
-        dense = cost(model)
-        partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        for name, chosen in plans.items():
-            small = cut(model, chosen).eval()
-            chosen.save(partial / name / "plan.json")
-            save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
-            found = cost(small)
-            say(
-                f"{output / name}: {found.params / dense.params:.1%} of the params, "
-                f"{found.macs / dense.macs:.1%} of the MACs"
-            )
-        partial.chmod(0o755)
-        partial.replace(output)
-    except OSError as error:
-        raise explain(error, output) from error
-    except OutputError as error:
-        # The disk filled up: the message shall name the place that the user knows.
-        raise OutputError(str(error).replace(str(partial), str(output))) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not existed and output.exists() and not any(output.iterdir()):
-            output.rmdir()
+    dense = cost(model)
+    for name, chosen in plans.items():
+        small = cut(model, chosen).eval()
+        chosen.save(partial / name / "plan.json")
+        save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
+        found = cost(small)
+        say(
+            f"{output / name}: {found.params / dense.params:.1%} of the params, "
+            f"{found.macs / dense.macs:.1%} of the MACs"
+        )
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], dict[str, object]]:
     """The model to cut, the plans by name, and where they come from."""
-    from slimming import Budget, Plan, load_search, plan
+    from slimming.api import plan
     from slimming.cli.flags import parse_pairs
     from slimming.cli.models import load_checkpoint, search_directory
     from slimming.cli.settings import build
     from slimming.errors import CheckpointError, ConfigError
+    from slimming.plan import Budget, Plan
     from slimming.results import plain, versions
+    from slimming.searching import load_search
 
     source = Path(arguments.source)
     found = search_directory(source)

@@ -40,8 +40,8 @@ def execute(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     found = {}
     for name in arguments.checkpoints:
-        config = _data(arguments, name)
         model = load_checkpoint(Path(name))
+        config = _data(arguments, name)
         data = open_data(config, model)
         check_input(model)
         _fits(model, data, name, config.source)

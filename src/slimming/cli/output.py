@@ -23,6 +23,8 @@ FREE = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 """Settings of a training that change how it is watched or how fast it goes, not what it computes."""
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
 """Settings that may change between two calls in one directory: what is done already does not depend on them."""
+BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
+"""Files that may lie in a directory before there is anything to go on from."""
 
 
 def is_main() -> bool:
@@ -78,21 +80,21 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
     if not is_main():
         yield
         return
-    made = _missing(directory)
+    missing = _missing(directory)
     fresh = not (directory / CONFIG).exists()
-    if not fresh:
-        same_settings(directory, job, command)
-        _check_writable(directory)
-    else:
-        new_directory(directory)
     try:
+        if fresh:
+            new_directory(directory)
+        else:
+            same_settings(directory, job, command)
+            _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
         text += yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
     except BaseException:
-        _clean(directory, made, fresh)
+        _clean(directory, missing, fresh)
         raise
 
 
@@ -135,6 +137,22 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
     return results if all(settings.get(name, 0) == stored.get(name, 0) for name in names) else None
 
 
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """Hold a new or empty ``directory``; if the block fails and leaves it empty, it is removed again.
+
+    Raises:
+        OutputError: it holds something, or cannot be written.
+    """
+    missing = _missing(directory)
+    try:
+        new_directory(directory)
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
 def _missing(directory: Path) -> list[Path]:
     """``directory`` and those above it that do not exist yet, the deepest first."""
     return [path for path in (directory, *directory.parents) if not path.exists()]
@@ -149,11 +167,17 @@ def _check_writable(directory: Path) -> None:
         raise explain(error, directory) from error
 
 
-def _clean(directory: Path, made: list[Path], fresh: bool) -> None:
-    """Remove what was made, if nothing but the settings was written."""
-    left = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else []
-    if fresh and all(path == directory / CONFIG for path in left):
-        (directory / CONFIG).unlink(missing_ok=True)
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+def _clean(directory: Path, missing: list[Path], fresh: bool) -> None:
+    """Remove what was made, if no work was saved yet: a corrected call must not meet the old settings."""
+    left = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
+    if fresh and all(path.name in BEFORE_WORK for path in left):
+        for path in left:
+            path.unlink()
+        inside = [path for path in directory.rglob("*") if path.is_dir()]
+        _remove_empty(sorted(inside, reverse=True) + missing)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for path in directories:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
