@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import timm
@@ -15,6 +16,8 @@ from slimming.errors import CheckpointError, UnsupportedModelError
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+UNFILLED = {"weight_init": "skip"}
+"""Drawing random weights is most of the time that timm takes to make a model, and on the meta device in vain."""
 
 
 def constructor(vit: VisionTransformer) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
         name = f"{name}.{config['tag']}"
     base: dict[str, Any] = {"class": type(vit).__name__, "architecture": name, "arguments": {}}
     base["config"] = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
-    default, wanted = _arguments(build(base)), _arguments(vit)
+    default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
     base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
     difference = _difference(vit, build(base))
     if difference is not None:
@@ -50,9 +53,9 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
     try:
         with torch.device("meta"):
             if base["architecture"] is None:
-                model = CLASSES[base["class"]](**arguments)
+                model = CLASSES[base["class"]](**arguments, **UNFILLED)
             else:
-                model = timm.create_model(base["architecture"], pretrained=False, **arguments)
+                model = timm.create_model(base["architecture"], pretrained=False, **arguments, **UNFILLED)
     except (KeyError, TypeError, RuntimeError, AssertionError, ValueError) as error:
         raise CheckpointError(
             f"timm {timm.__version__} cannot make {base.get('architecture') or base.get('class')!r} "
@@ -68,6 +71,12 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
         config |= {key: tuple(v) if isinstance(v, list) else v for key, v in base["config"].items()}
         model.pretrained_cfg = model.default_cfg = config
     return model
+
+
+@cache
+def _defaults(class_name: str, architecture: str | None) -> Mapping[str, Any]:
+    """The arguments that timm takes for an architecture when none are given."""
+    return _arguments(build({"class": class_name, "architecture": architecture, "arguments": {}, "config": {}}))
 
 
 def _plain(value: Any) -> Any:
