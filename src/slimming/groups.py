@@ -209,13 +209,13 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
         PlanError: a group that the model does not have, or a unit outside its group.
     """
     check_kept(groups, kept)
-    dropped: dict[tuple[str, int], set[int]] = {}
+    dropped: Dropped = {}
     for group in groups:
-        gone = set(range(group.size)) - set(kept.get(group.name, range(group.size)))
-        for slices in group.slices if gone else ():
-            target = dropped.setdefault((slices.tensor, slices.dim), set())
-            for unit in gone:
-                target.update(slices.index[unit])
+        _drop_(dropped, group, set(range(group.size)) - set(kept.get(group.name, range(group.size))))
+    for group in groups:
+        # A head that lost its last V is gone for good, so that its QK, which no one reads any more, goes too.
+        if group.role == "head":
+            _drop_(dropped, group, set(range(group.size)) - _left(dropped, group, range(group.size)))
     result: dict[str, tuple[int, ...]] = {}
     present: set[int] | None = None
     for group in groups:
@@ -225,11 +225,26 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
             here = {positions[unit] for unit in units}
             present = here if present is None else present & here
             result[group.name] = tuple(unit for unit in range(group.size) if positions[unit] in present)
-            continue
-        touched = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
-        units -= {unit for unit in units if any(gone.issuperset(s.index[unit]) for s, gone in touched)}
-        result[group.name] = tuple(sorted(units))
+        else:
+            result[group.name] = tuple(sorted(_left(dropped, group, units)))
     return result
+
+
+Dropped = dict[tuple[str, int], set[int]]
+"""Tensor and dimension -> places that go."""
+
+
+def _drop_(dropped: Dropped, group: Group, units: Iterable[int]) -> None:
+    """Note the slices of ``units`` as gone."""
+    for unit in units:
+        for slices in group.slices:
+            dropped.setdefault((slices.tensor, slices.dim), set()).update(slices.index[unit])
+
+
+def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
+    """Those of ``units`` that keep something of every slice."""
+    touched = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
+    return {unit for unit in units if not any(gone.issuperset(s.index[unit]) for s, gone in touched)}
 
 
 def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from timm.layers import GluMlp
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import GluMlp, QuickGELU
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from slimming.families.timm_vit.sizes import BlockSizes
@@ -64,12 +64,14 @@ def _block_operations(
     block: nn.Module, sizes: BlockSizes, groups: Set[str], width: Dim, first: Dim, incoming: Dim, tokens: Dim
 ) -> list[Operation]:
     site = sizes.name
-    qk = _dim(f"{site}.attn.qk", sizes.qk_total, groups)
+    qk = _qk_dim(sizes, groups)
     v = _dim(f"{site}.attn.v", sizes.v_total, groups)
     hidden = _dim(f"{site}.mlp.hidden", sizes.hidden, groups)
     attention, mlp = block.attn, block.mlp
     projected = qk + qk + v
     one = Dim(fixed=1)
+    # Where the norm comes after, attention and MLP read the residual stream itself instead of a normed copy.
+    normed: tuple[Product, ...] = () if isinstance(block, ResPostBlock) else ((tokens, width),)
     # The caller of the blocks holds the first block's input until the last one returns. It is one tensor with
     # the input of block 0, unless tokens leave in front of that.
     held: tuple[Product, ...] = ((tokens, width),)
@@ -77,12 +79,12 @@ def _block_operations(
     if sizes.name != "blocks.0":
         held = ((first, width), *held)
     elif tokens.groups:
-        held_if_fewer = ((tokens.groups[0][0], len(sizes.positions), (first, width)),)
+        held_if_fewer = ((tokens.groups[0][0], first.fixed - tokens.fixed, (first, width)),)
     qkv_params: list[Product] = [(width, projected), (v, width)]
     qkv_params += [(projected, one)] if attention.qkv.bias is not None else []
     qkv_params += [(width, one)] if attention.proj.bias is not None else []
     attention_macs: list[Product] = [(tokens, width, projected), (tokens, tokens, qk + v), (tokens, v, width)]
-    attention_live = [*held, (tokens, width), (tokens, projected), (tokens, v), (tokens, width)]
+    attention_live = [*held, *normed, (tokens, projected), (tokens, v), (tokens, width)]
     if attention.gate is not None:
         qkv_params += [(width, v)] + ([(v, one)] if attention.gate.bias is not None else [])
         attention_macs.append((tokens, width, v))
@@ -95,7 +97,10 @@ def _block_operations(
     mlp_params += [(rows, one)] if mlp.fc1.bias is not None else []
     mlp_params += [(width, one)] if mlp.fc2.bias is not None else []
     attended: Product = (tokens, width)
-    mlp_live = [*held, attended, (tokens, width), (tokens, rows), (tokens, hidden)]
+    mlp_live = [*held, attended, *normed, (tokens, rows), (tokens, hidden)]
+    if gated or isinstance(mlp.act, QuickGELU):
+        # One more than the input and the output of the activation: the gate's product, or x * sigmoid(1.702 x).
+        mlp_live.append((tokens, hidden))
     return [
         Operation(name=f"{site}.tokens", live=((first, width), (incoming, width), (tokens, width))),
         Operation(
@@ -109,10 +114,18 @@ def _block_operations(
             name=f"{site}.mlp",
             macs=((tokens, width, rows), (tokens, hidden, width)),
             params=(*mlp_params, (Dim(fixed=mlp_norms),)),
-            live=tuple(mlp_live + ([(tokens, hidden)] if gated else [])),
+            live=tuple(mlp_live),
             live_if_fewer=held_if_fewer,
         ),
     ]
+
+
+def _qk_dim(sizes: BlockSizes, groups: Set[str]) -> Dim:
+    """QK dimensions of all heads; where QK stays whole they go with their heads, which are then of one size."""
+    name, heads = f"{sizes.name}.attn.qk", f"{sizes.name}.attn.heads"
+    if name not in groups and heads in groups:
+        return Dim(groups=((heads, sizes.heads[0][0]),))
+    return _dim(name, sizes.qk_total, groups)
 
 
 def _dim(name: str, size: int, groups: Set[str]) -> Dim:
