@@ -4,7 +4,7 @@ groups = slimming.describe(model)                          what can go
 result = slimming.search(model, data)                      weights and soft masks train together, once
 plan   = slimming.plan(result, slimming.Budget(macs=0.5))  any number of budgets from that search
 small  = slimming.cut(result.model, plan)                  a plain module, physically smaller
-slimming.train(small, data, teacher=model)                 distilled from the dense model
+slimming.train(small, data, teacher=dense)                 distilled from the dense model
 slimming.save(small, "small")                              no pickle; slimming.load("small") rebuilds it
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 from slimming.errors import ConfigError
 
@@ -124,22 +124,35 @@ def paired_times(
     seconds: float = 2.0,
 ) -> dict[str, list[float]]:
     """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i."""
-    timers = {}
+    inputs = {}
     for name, model in models.items():
         parameter = next(model.parameters())
-        x = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
+        inputs[name] = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
         model.eval()
-        threads = torch.get_num_threads()
-        timers[name] = Timer("model(x)", globals={"model": model, "x": x}, num_threads=threads)
-    # torch's timer restores its own number of threads, and synchronises GPUs.
-    warm = {name: max(timer.timeit(1).mean, timer.timeit(1).mean) for name, timer in timers.items()}
+    # Two passes to warm up; the second tells how many passes make a block long enough for the clock.
+    warm = {name: [_seconds(model, inputs[name], 1) for _ in range(2)][-1] for name, model in models.items()}
     rounds = max(5, min(runs, int(seconds * len(models) / max(sum(warm.values()), 1e-9))))
     passes = {name: max(1, round(0.005 / one)) for name, one in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(passes[name]).mean * 1e3)
+        for name, model in models.items():
+            times[name].append(_seconds(model, inputs[name], passes[name]) * 1e3)
     return times
+
+
+def _seconds(model: nn.Module, x: Tensor, passes: int) -> float:
+    """Seconds per pass over ``passes`` passes in a row, waiting for a GPU to finish."""
+    wait = torch.cuda.synchronize if x.is_cuda else _nothing
+    wait()
+    began = time.perf_counter()
+    for _ in range(passes):
+        model(x)
+    wait()
+    return (time.perf_counter() - began) / passes
+
+
+def _nothing() -> None:
+    """A CPU is done when the call returns."""
 
 
 def summary(values: Sequence[float]) -> Latency:

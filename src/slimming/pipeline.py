@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from slimming import checkpoint
@@ -37,6 +36,7 @@ from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
+from slimming.training.processes import processes
 
 Say = Callable[[str], None]
 
@@ -149,7 +149,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     from slimming.report import write_report
 
     directory = Path(directory)
-    world = PartialState()
+    world = processes()
     if not world.is_main_process:
         say = _silent
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
@@ -296,7 +296,7 @@ def _search(
     model = copy.deepcopy(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
     seconds = time.monotonic() - began
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         atomic_json(directory / "seconds.json", {"seconds": seconds})
         result.save(directory)
     return result, seconds
@@ -342,14 +342,14 @@ def _one_budget(
     top1 = history.metrics["top1"]
     _save(small, directory / "slim", provenance(config, result, chosen, dict(history.metrics)))
     row = row_entry(budget, small, anatomy_of(dense), chosen, top1_cut, top1, seconds)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         atomic_json(row_file, row)
     return small, row
 
 
 def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
     """Save a checkpoint from the first process, unless an earlier call has done it."""
-    if PartialState().is_main_process and not directory.exists():
+    if processes().is_main_process and not directory.exists():
         checkpoint.save(model, directory, record)
 
 

@@ -31,6 +31,7 @@ from slimming.training.optimisation import (
     make_schedule,
     parameter_groups,
 )
+from slimming.training.processes import no_accelerator
 from slimming.training.state import STATE_FILE, RunState
 from slimming.training.tasks import Task
 
@@ -96,7 +97,9 @@ def fit(
     check_trackers(config.trackers, directory)
     if directory is not None and not resume and (directory / STATE_FILE).exists():
         raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
-    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory)
+    accelerator = Accelerator(
+        cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
+    )
     with restored_randomness(), stop_on_request() as stop, memory_errors(config.batch_size):
         run = _Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
