@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
-from slimming.families.timm_vit.base import build, constructor
+from slimming.families.timm_vit.base import build, constructor, rebased
 from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
 from slimming.families.timm_vit.resize import place_token_selects_, query_factor, resize_block_
@@ -54,11 +54,7 @@ class TimmViT(Family):
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         stored = model.__dict__.get(STRUCTURE)
-        if stored is None:
-            return constructor(_vit(model))
-        # The classifier may have been replaced since the cut.
-        arguments = {**stored.base["arguments"], "num_classes": _vit(model).num_classes}
-        return {**stored.base, "arguments": arguments}
+        return constructor(_vit(model)) if stored is None else rebased(stored.base, _vit(model))
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return build(base)

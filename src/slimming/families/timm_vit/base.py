@@ -43,6 +43,15 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
     return base
 
 
+def rebased(base: Mapping[str, Any], vit: VisionTransformer) -> dict[str, Any]:
+    """The base of a slim model, with what its user changed since the cut by ``reset_classifier`` and the like."""
+    wanted = _changeable(vit)
+    if wanted == _changeable(build(base)):
+        return dict(base)
+    # All of them, since timm's default for one (the norm in front of the classifier) depends on another.
+    return {**base, "arguments": {**base["arguments"], **wanted}}
+
+
 def build(base: Mapping[str, Any]) -> VisionTransformer:
     """Make the dense model on the meta device.
 
@@ -90,11 +99,8 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
     last = vit.blocks[-1].drop_path1
     width = vit.embed_dim
     return {
-        "img_size": list(vit.patch_embed.img_size),
-        "patch_size": list(vit.patch_embed.patch_size),
+        **_changeable(vit),
         "in_chans": vit.patch_embed.proj.in_channels,
-        "num_classes": vit.num_classes,
-        "global_pool": vit.global_pool,
         "embed_dim": width,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
@@ -111,15 +117,27 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
         "no_embed_class": vit.no_embed_class,
         "reg_tokens": vit.num_reg_tokens,
         "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "pool_include_prefix": vit.pool_include_prefix,
         "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": vit.patch_embed.dynamic_img_pad,
+        "patch_drop_rate": 0.0 if isinstance(vit.patch_drop, nn.Identity) else vit.patch_drop.prob,
         "drop_rate": vit.head_drop.p,
         "pos_drop_rate": vit.pos_drop.p,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
         "drop_path_rate": 0.0 if isinstance(last, nn.Identity) else last.drop_prob,
+    }
+
+
+def _changeable(vit: VisionTransformer) -> dict[str, Any]:
+    """The arguments that timm lets a user change in a model: classifier, pooling, image and patch size."""
+    return {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": list(vit.patch_embed.patch_size),
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
     }
 
 
