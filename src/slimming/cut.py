@@ -6,7 +6,7 @@ from torch import nn
 
 from slimming.errors import PlanError
 from slimming.family import Family
-from slimming.groups import Anatomy, resolve
+from slimming.groups import Anatomy, resolve_plan
 from slimming.plan import Plan
 
 
@@ -37,14 +37,9 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
     Raises:
         PlanError: the plan was made for another model, or leaves a group without a unit.
     """
-    sizes = {group.name: group.size for group in anatomy.groups}
-    for name, size in plan.sizes.items():
-        if name in sizes and sizes[name] != size:
-            raise PlanError(
-                f"The plan was made for another model: its group {name!r} has {size} units, here it has {sizes[name]}."
-            )
-    kept = resolve(anatomy.groups, plan.kept)
-    for group in anatomy.groups:
+    kept = resolve_plan(anatomy.groups, plan)
+    # What the plan itself leaves empty comes first: other groups go only because of it.
+    for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
         if group.role != "qkv" and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(
                 f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimming.errors import PlanError, nearest
-from slimming.plan import Structure
+from slimming.plan import Plan, Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +245,21 @@ def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
     """Those of ``units`` that keep something of every slice."""
     touched = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
     return {unit for unit in units if not any(gone.issuperset(s.index[unit]) for s, gone in touched)}
+
+
+def resolve_plan(groups: Sequence[Group], plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Check ``plan`` against all groups of a model and complete it, see `resolve`.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    sizes = {group.name: group.size for group in groups}
+    for name, size in plan.sizes.items():
+        if name in sizes and sizes[name] != size:
+            raise PlanError(
+                f"The plan was made for another model: its group {name!r} has {size} units, here it has {sizes[name]}."
+            )
+    return resolve(groups, plan.kept)
 
 
 def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:

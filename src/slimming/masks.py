@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimming.errors import ConfigError, PlanError
-from slimming.groups import Anatomy, Group, resolve
+from slimming.groups import Anatomy, Group, resolve_plan
 from slimming.plan import Plan
 from slimming.token_gates import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
 
@@ -216,7 +216,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         Raises:
             PlanError: the plan cuts a group that has no mask here, or is of another model.
         """
-        kept = resolve(self.anatomy.groups, plan.kept)
+        kept = resolve_plan(self.anatomy.groups, plan)
         for name, units in plan.kept.items():
             if name not in self and len(units) < plan.sizes[name]:
                 raise PlanError(f"The plan cuts {name!r}, which has no mask here. Attach that group too.")
