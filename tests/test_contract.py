@@ -1,0 +1,213 @@
+"""One contract over a table of models: what every family promises, with every parameter random.
+
+What a slim model can do besides, and how it fails, is in test_slim_models.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+import slimming
+from slimming.api import anatomy_of
+from slimming.bench import count
+from slimming.masks import ATTRIBUTE, SoftMasks
+from slimming.plan import FREE, Plan
+from variants import STYLES, VARIANTS, Variant, distance, draw, image
+
+EXACT = 1e-9
+
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)
+
+
+def masked(model: nn.Module, style: str, seed: int = 0) -> tuple[SoftMasks, Plan]:
+    """Attach masks for a style of plan and give them random values; apply the plan."""
+    anatomy = anatomy_of(model)
+    groups, plan = draw(anatomy, style, seed)
+    masks = slimming.attach(model, groups)
+    scramble_(masks, seed)
+    masks.apply_(plan)
+    return masks, plan
+
+
+def scramble_(masks: Mapping[str, Tensor], seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for mask in masks.values():
+            mask.copy_(0.3 + 1.2 * torch.rand(mask.shape, generator=generator))
+
+
+def has_groups(model: nn.Module, style: str) -> bool:
+    return bool(draw(anatomy_of(model), style)[0])
+
+
+@variants
+def test_attaching_changes_nothing_and_masks_change_the_output(variant: Variant) -> None:
+    model = variant.make()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = image(model)
+    before = model(x)
+    masks = slimming.attach(model)
+    assert distance(model(x), before) <= EXACT
+    for name, mask in masks.items():
+        with torch.no_grad():
+            mask[: max(1, len(mask) // 2)] = 0.5
+        assert distance(model(x), before) > 1e-6, name
+        with torch.no_grad():
+            mask.fill_(1.0)
+    scramble_(masks)
+    masks.detach_()
+    assert torch.equal(model(x), before)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+
+
+@variants
+def test_masked_equals_cut(variant: Variant) -> None:
+    dense = variant.make()
+    x = image(dense)
+    before = dense(x)
+    for style in STYLES:
+        model = copy.deepcopy(dense)
+        if not has_groups(model, style):
+            assert (variant.id, style) in (("qk norm", "qk"), ("qk norm", "qkv")), "only normed QK stays whole"
+            continue
+        _, plan = masked(model, style)
+        small = slimming.cut(model, plan)
+        expected = model(x)
+        assert distance(expected, before) > 1e-4, f"{style}: the plan does nothing"
+        assert distance(small(x), expected) <= EXACT, style
+        sizes = [sum(p.numel() for p in each.parameters()) for each in (small, dense)]
+        assert sizes[0] < sizes[1] or style == "token"
+        _is_plain(small)
+
+
+def _is_plain(model: nn.Module) -> None:
+    """Nothing of the search is left: no parametrisation, no hook, no mask."""
+    assert ATTRIBUTE not in model.__dict__
+    for name, module in model.named_modules():
+        assert "parametrizations" not in dict(module.named_children()), name
+        assert type(module).__module__.split(".")[0] in ("timm", "torch", "slimming"), name
+        assert not type(module).__name__.startswith("Parametrized"), name
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+    assert not any("mask" in name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+
+
+@variants
+def test_counted_cost_equals_the_formula(variant: Variant) -> None:
+    model = variant.make().float()
+    shape = image(model).shape[1:]
+    counted = count(model, shape)
+    _same_cost(slimming.cost(model), counted)
+    for style in STYLES:
+        if not has_groups(model, style):
+            continue
+        _, plan = draw(anatomy_of(model), style, seed=3)
+        small = slimming.cut(model, plan)
+        counted = count(small, shape)
+        _same_cost(slimming.cost(model, plan), counted)
+        _same_cost(slimming.cost(small), counted)
+
+
+def _same_cost(formula: Any, counted: Any) -> None:
+    assert formula.params == counted.params
+    assert formula.macs == pytest.approx(counted.macs, rel=0.005)
+    assert formula.memory_bytes == pytest.approx(counted.memory_bytes, rel=0.005)
+
+
+@variants
+def test_keeping_all_is_bit_equal(variant: Variant) -> None:
+    model = variant.make()
+    groups = slimming.describe(model)
+    plan = Plan(kept={group.name: tuple(range(group.size)) for group in groups}, sizes={g.name: g.size for g in groups})
+    small = slimming.cut(model, plan)
+    assert small is not model
+    assert torch.equal(small(image(model)), model(image(model)))
+    assert [type(m) for m in small.modules()] == [type(m) for m in model.modules()]
+
+
+@variants
+def test_equal_heads_keep_the_hosts_attention(variant: Variant) -> None:
+    model = variant.make()
+    _, plan = draw(anatomy_of(model), "equal")
+    small = slimming.cut(model, plan)
+    if variant.id == "qk norm":  # V alone shrinks, so that QK and V differ
+        return
+    for before, after in zip(_blocks(model), _blocks(small), strict=True):
+        assert type(after.attn) is Attention
+        assert after.attn.head_dim < before.attn.head_dim
+        assert after.attn.num_heads == before.attn.num_heads
+
+
+def _blocks(model: nn.Module) -> list[Any]:
+    return [block for block in model.blocks if type(block).__name__ != "TokenSelect"]
+
+
+@variants
+@pytest.mark.parametrize("style", ["equal", "free"])
+def test_saved_and_loaded_is_bit_equal(variant: Variant, style: str, tmp_path: Path) -> None:
+    model = variant.make()
+    _, plan = draw(anatomy_of(model), style, seed=5)
+    small = slimming.cut(model, plan).train()
+    slimming.save(small, tmp_path / "small")
+    again = slimming.load(tmp_path / "small")
+    assert not again.training
+    assert torch.equal(again(image(model)), small.eval()(image(model)))
+    assert slimming.cost(again) == slimming.cost(small)
+    assert [type(m) for m in again.modules()] == [type(m) for m in small.modules()]
+    assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in small.named_parameters()}
+    assert [m.extra_repr() for m in again.modules()] == [m.extra_repr() for m in small.modules()]
+
+
+@variants
+def test_a_slim_model_can_be_slimmed_again(variant: Variant, tmp_path: Path) -> None:
+    small = variant.make()
+    for round_number in (1, 2):
+        x = image(small)
+        before = small(x)
+        _, plan = masked(small, "free", seed=round_number)
+        masked_output = small(x)
+        assert distance(masked_output, before) > 1e-3
+        slim = slimming.cut(small, plan)
+        assert distance(slim(x), masked_output) <= EXACT
+        _is_plain(slim)
+        small = slim
+    _same_cost(slimming.cost(small.float()), count(small, x.shape[1:]))
+    slimming.save(small, tmp_path / "twice")
+    again = slimming.load(tmp_path / "twice")
+    assert torch.equal(again(x.float()), small(x.float()))
+
+
+@variants
+def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps(variant: Variant) -> None:
+    model = variant.make()
+    masks = slimming.attach(model)
+    scramble_(masks)
+    for layout in (slimming.Layout(multiple=2), FREE):
+        smaller: dict[str, tuple[int, ...]] = {}
+        dense = slimming.cost(model)
+        for share in (0.75, 0.9, 1.0):
+            plan = slimming.plan(masks, slimming.Budget(macs=share), layout=layout)
+            assert slimming.cost(model, plan).macs <= share * dense.macs
+            assert all(set(smaller.get(name, ())) <= set(units) for name, units in plan.kept.items())
+            smaller = dict(plan.kept)
+        assert all(len(smaller[group.name]) == group.size for group in masks.groups)
+
+
+@variants
+def test_gradients_reach_every_mask(variant: Variant) -> None:
+    model = variant.make().train()
+    masks = slimming.attach(model)
+    model(image(model)).square().sum().backward()
+    for name, mask in masks.items():
+        assert mask.grad is not None, name
+        assert bool((mask.grad != 0).any()), name
