@@ -201,6 +201,19 @@ def test_unreadable_files_are_named_counted_and_skipped(tmp_path: Path, caplog: 
         evaluate(make_model(), open_tiny(root).val)
 
 
+@pytest.mark.parametrize("content", [b"broken", encoded(picture(0, 1, 200), "JPEG")[:900], b""], ids=len)
+def test_an_unreadable_row_that_comes_again_counts_once(content: bytes, tmp_path: Path) -> None:
+    root = write_data(tmp_path)
+    rows = pq.read_table(root / "train.parquet").to_pylist()
+    rows[5]["image"]["bytes"] = content
+    schema = pq.read_schema(root / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), root / "train.parquet")
+    data = open_tiny(root, max_unreadable=1 / 48)
+    assert train(data, tiny_config(epochs=4.0, eval_every=0.0), None, make_model()).steps == 24
+    with pytest.raises(DataError, match=r"1 of 48 images could not be read, .* row 5 \(5\.png\)"):
+        train(open_tiny(root), tiny_config(), None, make_model())
+
+
 def empty_class(root: Path) -> Path:
     (folders(root) / "train" / "empty").mkdir()
     return root

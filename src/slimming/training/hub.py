@@ -146,7 +146,8 @@ def _epochs(split: Any, config: DataConfig, classes: int, limit: int | None) -> 
             if row == limit:
                 return
             label = int(value[config.label_key])
-            name = f"{config.source} epoch {epoch} row {row}"
+            path = (value[config.image_key] or {}).get("path")
+            name = f"{config.source} {path or f'epoch {epoch} row {row}'}"
             if not 0 <= label < classes:
                 raise DataError(f"{name} has label {label}, but there are {classes} classes (0 to {classes - 1}).")
             yield _record(value[config.image_key], label, name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from slimming.errors import DataError
@@ -72,15 +72,16 @@ def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Ima
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of images above 89 megapixels and refuses those above 179; the warning is no news
-            # here.
+            # Pillow warns of images above 89 megapixels and refuses those above 179; that is no news here.
             warnings.simplefilter("ignore")
             image = data if isinstance(data, Image.Image) else _open(data)
             image.draft("RGB" if channels == 3 else "L", (largest, largest))
             image = ImageOps.exif_transpose(image)
             return _convert(image, "RGB" if channels == 3 else "L")
-    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error, IndexError
-    # ...
+    except UnidentifiedImageError as error:
+        # Pillow's own text holds the address of a buffer; an image that comes again must be known by its text.
+        raise Unreadable("no image of a kind that Pillow reads") from error
+    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error ...
     except Exception as error:
         raise Unreadable(str(error) or type(error).__name__) from error
 
