@@ -404,7 +404,7 @@ def declared_distributions() -> set[str]:
 
 def test_every_import_is_declared(tmp_path: Path) -> None:
     declared = declared_distributions()
-    assert {"torch", "pyyaml", "jsonargparse", "datasets"} <= declared
+    assert {"torch", "pyyaml", "datasets"} <= declared
     assert undeclared(sources(ROOT / "src"), declared) == []
     stranger = tree(tmp_path, {"a.py": "import hypothesis\nimport torch\nimport yaml\nimport nowhere\n"})
     assert [line.partition(", ")[0] for line in undeclared(stranger, declared)] == [
@@ -419,7 +419,6 @@ HEAVY = (
     "torchvision",
     "pyarrow",
     "plotly",
-    "jsonargparse",
     "datasets",
     "transformers",
     "rich",

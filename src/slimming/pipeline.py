@@ -177,8 +177,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     dense_row = dense_entry(dense, top1, timed["dense"])
     results = results_of(config, dense, data, dense_row, rows, result, seconds)
     atomic_json(directory / "results.json", results)
-    report = write_report(directory)
-    say(f"report: {report}")
+    write_report(directory)
     return results
 
 
