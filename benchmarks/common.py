@@ -44,9 +44,7 @@ class Spread:
 
 def parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """An argument parser with what all benchmarks take."""
-    found = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--rounds", type=int, default=rounds, help="measurements of each case")
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     found.add_argument("--seed", type=int, default=0)
@@ -59,9 +57,7 @@ def machine(threads: int) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     return {
         "cpu": cpu,
@@ -133,10 +129,7 @@ def write(
 
     `Spread` values in ``rows`` become objects.
     """
-    plain = [
-        {key: asdict(value) if isinstance(value, Spread) else value for key, value in row.items()}
-        for row in rows
-    ]
+    plain = [{key: asdict(value) if isinstance(value, Spread) else value for key, value in row.items()} for row in rows]
     chosen = {key: value for key, value in vars(settings).items() if key != "output"}
     where, used = machine(settings.threads), versions()
     result = {"name": name, "settings": chosen, "machine": where, "versions": used, "rows": plain}

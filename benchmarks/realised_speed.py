@@ -76,9 +76,7 @@ def slim(dense: nn.Module, budget: float, layout: str, seed: int) -> Slim:
     return Slim(budget, layout, model, slimming.cost(model).macs, shares)
 
 
-def measure(
-    dense: nn.Module, slims: Sequence[Slim], batch: int, settings: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(dense: nn.Module, slims: Sequence[Slim], batch: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
     images = torch.randn(batch, 3, *dense.patch_embed.img_size)
     cases: dict[str, Callable[[], object]] = {"dense": partial(dense, images)}
     cases |= {each.name: partial(each.model, images) for each in slims}
@@ -92,9 +90,7 @@ def measure(
     for each in slims:
         speedup = ratios(seconds["dense"], seconds[each.name])
         macs_ratio = dense_macs / each.macs
-        converted = Spread(
-            *(getattr(speedup, key) / macs_ratio for key in ("median", "p25", "p75")), speedup.runs
-        )
+        converted = Spread(*(getattr(speedup, key) / macs_ratio for key in ("median", "p25", "p75")), speedup.runs)
         goal = LAYOUTS[each.layout][2]
         rows.append(
             {

@@ -107,9 +107,7 @@ def cases(settings: argparse.Namespace) -> dict[str, Callable[[], None]]:
         hung = on_activations(model, tokens=tokens)
         if not tokens:
             torch.testing.assert_close(model.eval()(images), expected, rtol=1e-3, atol=1e-4)
-        found[name] = step(
-            model.train(), images, labels, hung, lambda hung=hung: 1e-4 * torch.cat(hung).abs().sum()
-        )
+        found[name] = step(model.train(), images, labels, hung, lambda hung=hung: 1e-4 * torch.cat(hung).abs().sum())
     return found
 
 

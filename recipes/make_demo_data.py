@@ -45,9 +45,7 @@ def balanced(table: pa.Table, per_class: int) -> pa.Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="directory with train.parquet and test.parquet")
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--train-per-class", type=int, default=260)
@@ -69,9 +67,7 @@ def main() -> None:
         print(f"{path.name}: {table.num_rows} images, {per_class} of each class")
     print(f"{total_bytes:,} bytes together")
     if total_bytes > LIMIT_BYTES:
-        raise SystemExit(
-            f"more than the {LIMIT_BYTES:,} bytes that the repository can bear: take fewer images"
-        )
+        raise SystemExit(f"more than the {LIMIT_BYTES:,} bytes that the repository can bear: take fewer images")
 
 
 if __name__ == "__main__":

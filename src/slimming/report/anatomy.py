@@ -1,0 +1,220 @@
+"""The paper's pictures: what stays per attention head, per MLP and per block's tokens, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from slimming.report.markup import Html, figure, join, svg, tag
+from slimming.report.model import Kept, Layer, Picture, Results, Row, Tokens
+from slimming.report.numbers import percent
+from slimming.report.palette import budget_colour, dash, kind_colour
+from slimming.report.plot import Axis, Point, Series, chart, legend
+
+LABELS = 26.0
+BAR = 150.0
+TILE = 112.0
+OTHERS = 3
+"""Images beside the first that show the last block's tokens."""
+
+
+def depth_curves(results: Results) -> Html:
+    """Return, per kind of unit, the share that each layer keeps under every budget."""
+    kinds: list[tuple[str, str, Callable[[Layer], Kept | None]]] = [
+        ("qk", "Query and key dimensions", lambda layer: _total(layer.qk)),
+        ("v", "Value dimensions", lambda layer: _total(layer.v)),
+        ("mlp", "MLP hidden units", lambda layer: layer.mlp),
+        ("token", "Token positions", lambda layer: layer.tokens.count if layer.tokens else None),
+    ]
+    panels = []
+    for _, title, read in kinds:
+        series = [_depth_series(row, index, read) for index, row in enumerate(results.rows)]
+        series = [one for one in series if one.points]
+        if not series:
+            continue
+        told = f"{title}: share kept in each layer, one line per budget."
+        drawing = chart(series, Axis(title="layer"), Axis(title="kept, %", low=0.0, high=104.0), label=told, rule=100.0)
+        panels.append(figure(join(drawing, legend(series)), title=title))
+    return tag("div", panels, class_="panels narrow")
+
+
+def _depth_series(row: Row, index: int, read: Callable[[Layer], Kept | None]) -> Series:
+    points = []
+    for place, layer in enumerate(row.layers):
+        kept = read(layer)
+        if kept is not None:
+            tip = f"{row.label}, layer {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
+            points.append(Point(x=float(place), y=100 * kept.share, tip=tip))
+    return Series(name=row.label, points=points, colour=budget_colour(index), dash=dash(index), marker="disc")
+
+
+def _total(parts: Sequence[Kept]) -> Kept | None:
+    return Kept(kept=sum(p.kept for p in parts), of=sum(p.of for p in parts)) if parts else None
+
+
+def dimensions(row: Row) -> Html:
+    """Return what ``row`` keeps: QK and V per head, MLP and tokens per layer, as drawings side by side."""
+    layers = row.layers
+    parts = []
+    for role, title in (("qk", "Query and key dimensions, per head"), ("v", "Value dimensions, per head")):
+        heads = [layer.qk if role == "qk" else layer.v for layer in layers]
+        if any(heads):
+            parts.append(figure(_heads(row, layers, heads, role), title=title))
+    bars: list[tuple[str, str, list[Kept | None]]] = [
+        ("mlp", "MLP hidden units", [layer.mlp for layer in layers]),
+        ("token", "Token positions", [layer.tokens.count if layer.tokens else None for layer in layers]),
+    ]
+    for kind, title, values in bars:
+        if any(values):
+            parts.append(figure(_bars(row, layers, values, kind), title=title))
+    if not parts:
+        return tag("p", "The results do not say what stays in each layer.")
+    return tag("div", parts, class_="anatomy")
+
+
+def _row_height(layers: Sequence[Layer]) -> float:
+    return 20.0 if len(layers) <= 16 else 14.0
+
+
+def _label_width(layers: Sequence[Layer]) -> float:
+    return max(LABELS, 7.0 * max(len(layer.label) for layer in layers) + 10)
+
+
+def _heads(row: Row, layers: Sequence[Layer], heads: Sequence[Sequence[Kept]], role: str) -> Html:
+    """A grid of layers by heads; the deeper the colour, the more is kept, and the number is written in."""
+    count = max(map(len, heads))
+    step, height, left = min(30.0, max(11.0, 312.0 / count)), _row_height(layers), _label_width(layers)
+    written = step >= 18 and height >= 16
+    parts = [
+        tag("text", head + 1, x=left + (head + 0.5) * step, y=11, class_="tick mid")
+        for head in range(count)
+        if written or head % 4 == 0
+    ]
+    name = "QK" if role == "qk" else "V"
+    for place, (layer, own) in enumerate(zip(layers, heads, strict=True)):
+        y = 16 + place * height
+        parts.append(tag("text", layer.label, x=left - 6, y=y + height / 2 + 3.5, class_="tick end"))
+        for head in range(count if own else 0):
+            x = left + head * step
+            if head >= len(own) or own[head].kept == 0:
+                parts.append(_gone(x, y, step, height, f"layer {layer.label}, head {head + 1}: gone whole"))
+                continue
+            kept = own[head]
+            tip = f"layer {layer.label}, head {head + 1}: {name} {kept.kept} of {kept.of}"
+            shade = f"fill:{kind_colour(role)};fill-opacity:{0.1 + 0.9 * kept.share:.2f}"
+            box = tag("rect", x=x + 0.75, y=y + 0.75, width=step - 1.5, height=height - 1.5, rx=2, style=shade)
+            text = (
+                tag("text", kept.kept, x=x + step / 2, y=y + height / 2 + 3.5,
+                    class_="cell on" if kept.share > 0.5 else "cell")
+                if written else None
+            )  # fmt: skip
+            parts.append(tag("g", tag("title", tip), box, text))
+    most = max(part.of for own in heads for part in own)
+    label = f"{name} dimensions kept per layer and head under {row.label}, of {most} each."
+    return svg(left + count * step + 2, 20 + len(layers) * height, label, parts)
+
+
+def _gone(x: float, y: float, step: float, height: float, tip: str) -> Html:
+    box = tag("rect", x=x + 1.25, y=y + 1.25, width=step - 2.5, height=height - 2.5, rx=2, class_="gone")
+    cross = tag(
+        "path",
+        d=f"M{x + step / 2 - 3:.1f} {y + height / 2 - 3:.1f}l6 6m0 -6l-6 6",
+        class_="cross",
+    )
+    return tag("g", tag("title", tip), box, cross)
+
+
+def _bars(row: Row, layers: Sequence[Layer], values: Sequence[Kept | None], kind: str) -> Html:
+    height, left = _row_height(layers), _label_width(layers)
+    parts = []
+    for place, (layer, kept) in enumerate(zip(layers, values, strict=True)):
+        y = 16 + place * height
+        parts.append(tag("text", layer.label, x=left - 6, y=y + height / 2 + 3.5, class_="tick end"))
+        if kept is None:
+            parts.append(tag("text", "not searched", x=left, y=y + height / 2 + 3.5, class_="tick"))
+            continue
+        tip = f"layer {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
+        full = tag("rect", x=left, y=y + 2.5, width=BAR, height=height - 5, rx=2, class_="full")
+        bar = tag(
+            "rect",
+            x=left,
+            y=y + 2.5,
+            width=BAR * kept.share,
+            height=height - 5,
+            rx=2,
+            style=f"fill:{kind_colour(kind)}",
+        )
+        number = tag("text", kept.kept, x=left + BAR + 38, y=y + height / 2 + 3.5, class_="tick end")
+        parts.append(tag("g", tag("title", tip), full, bar, number))
+    most = max(kept.of for kept in values if kept)
+    parts.append(tag("text", f"of {most}", x=left + BAR + 38, y=11, class_="tick end"))
+    what = "MLP hidden units" if kind == "mlp" else "Token positions"
+    return svg(left + BAR + 40, 20 + len(layers) * height, f"{what} kept per layer under {row.label}.", parts)
+
+
+def picture_store(images: Sequence[Picture]) -> Html:
+    """Return the images, hidden, once each: drawings refer to them."""
+    symbols = [
+        tag(
+            "symbol",
+            tag(
+                "image",
+                href=f"data:image/png;base64,{image.png}",
+                width=100,
+                height=100,
+                preserveAspectRatio="none",
+            ),
+            id=f"picture-{index}",
+            viewBox="0 0 100 100",
+            preserveAspectRatio="none",
+        )
+        for index, image in enumerate(images[: OTHERS + 1])
+    ]
+    return tag("svg", symbols, width=0, height=0, class_="store", aria_hidden="true")
+
+
+def tokens(row: Row, images: Sequence[Picture]) -> Html | None:
+    """Return the positions that each block of ``row`` sees, drawn over an image; None without any."""
+    if not any(layer.tokens for layer in row.layers):
+        return None
+    if not images:
+        return tag("p", "The run kept no image of its data to draw the positions over.")
+    tiles = [_tile(images[0], 0, layer.tokens, f"block {layer.label}", images[0].label) for layer in row.layers]
+    last = row.layers[-1].tokens
+    others = [
+        _tile(image, index, last, image.label, image.label)
+        for index, image in enumerate(images[1 : OTHERS + 1], start=1)
+    ]
+    parts = [tag("div", tiles, class_="tiles")]
+    if others:
+        parts.append(tag("p", "What the last block sees of other images; the positions are the same for every image."))
+        parts.append(tag("div", others, class_="tiles"))
+    return join(parts)
+
+
+def _tile(image: Picture, index: int, kept: Tokens | None, title: str, label: str) -> Html:
+    width, height = TILE, TILE * image.height / max(1, image.width)
+    parts = [tag("use", href=f"#picture-{index}", width=width, height=height)]
+    told = "all positions"
+    if kept is not None:
+        parts.append(_cut_cells(kept, width, height))
+        told = f"{kept.count.kept} of {kept.count.of} ({percent(kept.count.share)})"
+    drawing = svg(width, height, f"{title}: {told} kept, over an image of class {label}", parts)
+    return tag("figure", drawing, tag("figcaption", tag("b", title), tag("span", told)), class_="tile")
+
+
+def _cut_cells(kept: Tokens, width: float, height: float) -> Html:
+    """Darken what is cut, neighbours in a row together."""
+    across, down = width / kept.columns, height / kept.rows
+    way = []
+    for r in range(kept.rows):
+        start = None
+        for c in range(kept.columns + 1):
+            cut = c < kept.columns and r * kept.columns + c not in kept.kept
+            if cut and start is None:
+                start = c
+            elif not cut and start is not None:
+                way.append(f"M{start * across:.1f} {r * down:.1f}H{c * across:.1f}v{down:.1f}H{start * across:.1f}z")
+                start = None
+    lines = "".join(f"M{c * across:.1f} 0V{height:.1f}" for c in range(1, kept.columns))
+    lines += "".join(f"M0 {r * down:.1f}H{width:.1f}" for r in range(1, kept.rows))
+    return join(tag("path", d="".join(way), class_="dark") if way else None, tag("path", d=lines, class_="mesh"))

@@ -1,0 +1,84 @@
+"""What the logs tell: reading them, and thinning them to what a picture can show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimming.errors import CheckpointError
+
+POINTS = 200
+"""A curve has at most so many points; more would be narrower than a pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """The lines of a log.
+
+    Attributes:
+        lines: one mapping per logged step.
+        axis: what the curves run over, ``"epoch"`` or ``"step"``.
+    """
+
+    lines: tuple[Mapping[str, Any], ...]
+    axis: str
+
+    def curve(self, key: str, factor: float = 1.0) -> list[tuple[float, float]]:
+        """The points of one entry, neighbours averaged where there are too many; gaps are left out."""
+        points = [
+            (float(line[self.axis]), factor * float(line[key]))
+            for line in self.lines
+            if _finite(line.get(key)) and _finite(line.get(self.axis))
+        ]
+        size = math.ceil(len(points) / POINTS) if points else 1
+        parts = [points[i : i + size] for i in range(0, len(points), size)]
+        return [(_mean([x for x, _ in part]), _mean([y for _, y in part])) for part in parts]
+
+    def keys(self) -> list[str]:
+        """Every entry that some line has, in order of appearance."""
+        return list(dict.fromkeys(key for line in self.lines for key in line))
+
+
+def read_log(directory: Path, name: str | None) -> Log | None:
+    """Read a log that results name, or return None when it names none or the file is not there.
+
+    A last line that was cut off while it was written is left out.
+
+    Raises:
+        CheckpointError: the name leads out of the run's directory, or a line is not JSON.
+    """
+    if name is None:
+        return None
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise CheckpointError(
+            f"The log {name!r} does not lie in {directory}; results name files of their own run only."
+        )
+    if not path.is_file():
+        return None
+    texts = [text for text in path.read_text("utf-8", "replace").splitlines() if text.strip()]
+    lines: list[Mapping[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise CheckpointError(f"{path}, line {number}, is not JSON ({error}). Take an intact copy.") from error
+        if not isinstance(line, dict):
+            raise CheckpointError(f"{path}, line {number}, is not a mapping. Take an intact copy.")
+        lines.append(line)
+    axis = "epoch" if lines and all(_finite(line.get("epoch")) for line in lines) else "step"
+    return Log(lines=tuple(lines), axis=axis)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

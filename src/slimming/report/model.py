@@ -1,0 +1,389 @@
+"""What ``results.json`` holds, checked entry by entry, as plain data for the pictures."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from slimming.errors import CheckpointError
+from slimming.plan import FORMAT
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A measured number: median and quartiles."""
+
+    median: float
+    p25: float
+    p75: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """How many units stay, of how many."""
+
+    kept: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Kept units as a share, 0 to 1."""
+        return self.kept / self.of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Positions that stay in a grid of patches, numbered row by row."""
+
+    rows: int
+    columns: int
+    kept: frozenset[int]
+
+    @property
+    def count(self) -> Kept:
+        """How many stay."""
+        return Kept(kept=len(self.kept), of=self.rows * self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What stays in one layer; whatever was not searched is None or empty.
+
+    Attributes:
+        name: of the module.
+        label: a short name for axes.
+        qk: query and key dimensions per head.
+        v: value dimensions per head.
+        mlp: hidden units.
+        tokens: positions, of this layer or of the last one before it that cut some.
+    """
+
+    name: str
+    label: str
+    qk: tuple[Kept, ...] = ()
+    v: tuple[Kept, ...] = ()
+    mlp: Kept | None = None
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model: the dense one, or what a budget left of it.
+
+    Attributes:
+        name: as results call it.
+        label: as people call it.
+        short: the same for the labels of points.
+        params: number of parameters.
+        macs: multiply-adds for one image.
+        memory_bytes: weights and peak activations at batch 1.
+        latency_ms: batch size -> time of a forward pass.
+        speedup: batch size -> how many times faster than dense.
+        top1_cut: share of right answers straight after the cut.
+        top1: the same after retraining.
+        seconds: stage -> how long it took.
+        layers: what stays.
+        log: the log of its retraining, relative to the run's directory.
+    """
+
+    name: str
+    label: str
+    short: str
+    params: int
+    macs: int
+    memory_bytes: int
+    latency_ms: Mapping[int, Spread]
+    speedup: Mapping[int, Spread] = field(default_factory=dict)
+    top1_cut: float | None = None
+    top1: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    log: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Distribution of the soft masks of one kind.
+
+    Attributes:
+        kind: of unit.
+        edges: of the bins, one more than there are counts.
+        counts: units per bin.
+        by_group: group name -> its masks; may be empty.
+    """
+
+    kind: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    by_group: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image of the data: class name, base64 of its PNG, size in pixels."""
+
+    label: str
+    png: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that a report tells, apart from the curves."""
+
+    name: str
+    created: str
+    seed: int | None
+    model: Mapping[str, Any]
+    input_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    data: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    dense: Row
+    rows: tuple[Row, ...]
+    search_log: str | None
+    search_seconds: float | None
+    masks: tuple[Masks, ...]
+    images: tuple[Picture, ...]
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every batch size that was measured somewhere."""
+        return tuple(sorted({size for row in (self.dense, *self.rows) for size in row.latency_ms}))
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A value in the file and the way to it, so that complaints say where."""
+
+    value: Any
+    where: str
+
+    def wrong(self, wanted: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where} is not {wanted}. The results are damaged: repeat `slimming run`, which goes on where "
+            "it stopped and writes them again."
+        )
+
+    def need(self, key: str) -> _Node:
+        found = self.get(key)
+        if found is None:
+            raise _Node(None, f"{self.where}.{key}").wrong("there")
+        return found
+
+    def get(self, key: str) -> _Node | None:
+        """The entry, or None when it is absent or null."""
+        value = self.mapping().get(key)
+        return None if value is None else _Node(value, f"{self.where}.{key}")
+
+    def mapping(self) -> Mapping[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.wrong("a mapping")
+        return self.value
+
+    def entries(self) -> Iterator[tuple[str, _Node]]:
+        for key, value in self.mapping().items():
+            if value is not None:
+                yield key, _Node(value, f"{self.where}.{key}")
+
+    def items(self) -> list[_Node]:
+        if not isinstance(self.value, list):
+            raise self.wrong("a list")
+        return [_Node(value, f"{self.where}[{i}]") for i, value in enumerate(self.value)]
+
+    def number(self) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            raise self.wrong("a number")
+        if self.value != self.value or abs(self.value) == float("inf"):
+            raise self.wrong("a finite number")
+        return float(self.value)
+
+    def positive(self) -> float:
+        if self.number() <= 0:
+            raise self.wrong("above 0")
+        return self.number()
+
+    def share(self) -> float:
+        if not 0 <= self.number() <= 1:
+            raise self.wrong("between 0 and 1")
+        return self.number()
+
+    def count(self) -> int:
+        if self.number() < 0 or self.number() != int(self.number()):
+            raise self.wrong("a whole number of at least 0")
+        return int(self.number())
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.wrong("a text")
+        return self.value
+
+
+def parse(value: Any, where: str = "results") -> Results:
+    """Check the content of a ``results.json``.
+
+    Args:
+        value: what the JSON holds.
+        where: the file's name, for complaints.
+
+    Raises:
+        CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than ours.
+    """
+    root = _Node(value, where)
+    version = root.need("format").count()
+    if version > FORMAT:
+        raise CheckpointError(f"{where} has format {version}, and this slimming reads up to {FORMAT}. Update slimming.")
+    model, search = root.need("model"), root.get("search")
+    rows = tuple(_row(node, dense=False) for node in root.need("rows").items())
+    if not rows:
+        raise CheckpointError(f"{where} holds no budget: there is nothing to report. Run at least one budget.")
+    return Results(
+        name=root.need("name").text(),
+        created=_maybe(root, "created", _Node.text) or "",
+        seed=_maybe(root, "seed", _Node.count),
+        model=model.mapping(),
+        input_shape=tuple(node.count() for node in model.need("input").items()),
+        classes=tuple(node.text() for node in model.need("classes").items()),
+        data=root.need("data").mapping(),
+        machine=_maybe(root, "machine", _Node.mapping) or {},
+        versions=_maybe(root, "versions", _Node.mapping) or {},
+        settings=_maybe(root, "settings", _Node.mapping) or {},
+        dense=_row(root.need("dense"), dense=True),
+        rows=rows,
+        search_log=_maybe(search, "log", _Node.text),
+        search_seconds=_maybe(search, "seconds", _Node.number),
+        masks=tuple(_masks(kind, node) for kind, node in _children(search, "masks")),
+        images=tuple(_picture(node) for node in _list(root, "images")),
+    )
+
+
+def _maybe(node: _Node | None, key: str, read: Callable[[_Node], Any]) -> Any:
+    found = node.get(key) if node is not None else None
+    return None if found is None else read(found)
+
+
+def _children(node: _Node | None, key: str) -> list[tuple[str, _Node]]:
+    found = node.get(key) if node is not None else None
+    return [] if found is None else list(found.entries())
+
+
+def _list(node: _Node, key: str) -> list[_Node]:
+    found = node.get(key)
+    return [] if found is None else found.items()
+
+
+def _row(node: _Node, *, dense: bool) -> Row:
+    name = node.need("name").text()
+    label, short = ("dense", "dense") if dense else _labels(node.get("budget"), name)
+    return Row(
+        name=name,
+        label=label,
+        short=short,
+        params=int(node.need("params").positive()),
+        macs=int(node.need("macs").positive()),
+        memory_bytes=int(node.need("memory_bytes").positive()),
+        latency_ms=_spreads(node, "latency_ms"),
+        speedup=_spreads(node, "speedup"),
+        top1_cut=_maybe(node, "top1_cut", _Node.share),
+        top1=_maybe(node, "top1", _Node.share),
+        seconds={key: found.number() for key, found in _children(node, "seconds")},
+        layers=_layers(_list(node, "layers")),
+        log=_maybe(node, "log", _Node.text),
+    )
+
+
+def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
+    """The budget in words, and its number alone where there is only one."""
+    if budget is None or not budget.mapping():
+        return name, name
+    keep = budget.get("keep")
+    shares = {key: node.share() for key, node in (keep or budget).entries()}
+    words = {"macs": "MACs", "params": "params", "head_dim": "head dims", "mlp": "MLP", "token": "tokens"}
+    known = [f"{100 * share:g} % {words.get(key, key)}" for key, share in shares.items()]
+    short = f"{100 * next(iter(shares.values())):g} %" if len(shares) == 1 else name
+    return ", ".join(known) or name, short
+
+
+def _spreads(node: _Node, key: str) -> dict[int, Spread]:
+    found: dict[int, Spread] = {}
+    for size, entry in _children(node, key):
+        if not re.fullmatch("[1-9][0-9]*", size):
+            raise entry.wrong("under a batch size")
+        found[int(size)] = Spread(**{part: entry.need(part).positive() for part in ("median", "p25", "p75")})
+    return dict(sorted(found.items()))
+
+
+def _layers(nodes: list[_Node]) -> tuple[Layer, ...]:
+    names = [node.need("name").text() for node in nodes]
+    labels = [".".join(re.findall(r"\d+", name)) for name in names]
+    if len(set(labels)) < len(labels) or "" in labels:
+        labels = names
+    layers: list[Layer] = []
+    tokens: Tokens | None = None
+    for node, name, label in zip(nodes, names, labels, strict=True):
+        heads = _list(node, "heads")
+        own = node.get("tokens")
+        # A position that one layer cut is gone for every later one, whether it names it or not.
+        tokens = tokens if own is None else _tokens(own, tokens)
+        mlp = node.get("mlp")
+        layers.append(
+            Layer(
+                name=name,
+                label=label,
+                qk=tuple(_kept(head, "qk") for head in heads if head.get("qk") is not None),
+                v=tuple(_kept(head, "v") for head in heads if head.get("v") is not None),
+                mlp=None if mlp is None else _kept(mlp, "kept"),
+                tokens=tokens,
+            )
+        )
+    return tuple(layers)
+
+
+def _kept(node: _Node, key: str) -> Kept:
+    kept, of = node.need(key).count(), node.need("of").count()
+    if of < 1 or kept > of:
+        raise node.need(key).wrong(f"a part of {of}")
+    return Kept(kept=kept, of=of)
+
+
+def _tokens(node: _Node, before: Tokens | None) -> Tokens | None:
+    grid = [entry.count() for entry in node.need("grid").items()]
+    if len(grid) != 2:
+        raise node.need("grid").wrong("rows and columns")
+    if 0 in grid:
+        return before
+    kept = frozenset(entry.count() for entry in node.need("kept").items())
+    if max(kept, default=0) >= grid[0] * grid[1]:
+        raise node.need("kept").wrong(f"inside a grid of {grid[0]} by {grid[1]}")
+    return Tokens(rows=grid[0], columns=grid[1], kept=kept)
+
+
+def _masks(kind: str, node: _Node) -> Masks:
+    edges = tuple(entry.number() for entry in node.need("edges").items())
+    counts = tuple(entry.count() for entry in node.need("counts").items())
+    if not counts or len(edges) != len(counts) + 1 or any(b <= a for a, b in pairwise(edges)):
+        raise node.need("edges").wrong("increasing and one more than counts")
+    groups = {name: tuple(v.number() for v in found.items()) for name, found in _children(node, "by_layer")}
+    return Masks(kind=kind, edges=edges, counts=counts, by_group=groups)
+
+
+def _picture(node: _Node) -> Picture:
+    text = node.need("png").text()
+    try:
+        head = base64.b64decode(text, validate=True)[:24]
+    except (binascii.Error, ValueError) as error:
+        raise node.need("png").wrong("base64") from error
+    if len(head) < 24 or not head.startswith(PNG_MAGIC):
+        raise node.need("png").wrong("a PNG")
+    width, height = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
+    return Picture(label=node.need("label").text(), png=text, width=width, height=height)

@@ -1,0 +1,104 @@
+"""Numbers as people read them: units for a whole column, three digits where three are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A unit that a whole column shares.
+
+    Attributes:
+        unit: its name, for the column's head.
+        factor: how much one of it is.
+        decimals: digits after the point.
+    """
+
+    unit: str
+    factor: float
+    decimals: int
+
+    def show(self, value: float) -> str:
+        """Return ``value`` in this unit, without the unit's name."""
+        return f"{value / self.factor:,.{self.decimals}f}".replace(",", "\u202f")
+
+
+def scale(values: Iterable[float], suffixes: Sequence[str] = ("", "k", "M", "G", "T"), base: str = "") -> Scale:
+    """Return the unit in which the largest of ``values`` is below 1000 and all show about three digits.
+
+    >>> scale([5_500_000, 2_100_000], base="")
+    Scale(unit='M', factor=1000000.0, decimals=2)
+    >>> scale([310_000_000], base="MACs").unit
+    'MMACs'
+    """
+    positive = [value for value in values if value > 0]
+    largest = max(positive, default=1.0)
+    step = 0
+    while step + 1 < len(suffixes) and largest >= 1000 ** (step + 1):
+        step += 1
+    factor = float(1000**step)
+    return Scale(suffixes[step] + base, factor, decimals(value / factor for value in positive))
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Return how many digits after the point show three digits of the smallest value; 0 to 2.
+
+    >>> decimals([4.2, 130.0]), decimals([42.0]), decimals([420.0])
+    (2, 1, 0)
+    """
+    smallest = min((value for value in values if value > 0), default=1.0)
+    return max(0, min(2, 2 - math.floor(math.log10(smallest))))
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """Return a share as a percentage.
+
+    >>> percent(0.7), percent(0.9468, 1)
+    ('70 %', '94.7 %')
+    """
+    return f"{100 * value:.{digits}f}\u202f%".replace("\u202f", " ")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    >>> duration(7.34), duration(95), duration(7300)
+    ('7.3 s', '1 min 35 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about ``count`` round numbers from ``low`` to ``high``.
+
+    >>> ticks(0.0, 1.0, 5)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / rough)))
+    digits = max(0, -math.floor(math.log10(step)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, digits) for i in range(first, last + 1)]
+
+
+def tick_text(values: Sequence[float]) -> list[str]:
+    """Return the labels of an axis: as many digits as tell its ticks apart, in powers of ten when very small.
+
+    >>> tick_text([0.0, 0.5, 1.0]), tick_text([10.0, 20.0]), tick_text([0.0, 0.0002])
+    (['0.0', '0.5', '1.0'], ['10', '20'], ['0', '2e-4'])
+    """
+    step = min((b - a for a, b in pairwise(values)), default=1.0)
+    if 0 < step < 1e-3:
+        return ["0" if v == 0 else f"{v:.0e}".replace("e-0", "e-") for v in values]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    return [f"{value:,.{digits}f}".replace(",", "\u202f") for value in values]
