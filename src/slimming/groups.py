@@ -8,7 +8,8 @@ each unit. A family reads a model into an `Anatomy`; nothing above the families 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from slimming.errors import PlanError, nearest
@@ -209,7 +210,9 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
         PlanError: a group that the model does not have, or a unit outside its group.
     """
     check_kept(groups, kept)
-    dropped: Dropped = {}
+    users = Counter((slices.tensor, slices.dim) for group in groups for slices in group.slices)
+    # What one group alone has, such as hidden units, no other can take along.
+    dropped: Dropped = {place: set() for place, count in users.items() if count > 1}
     for group in groups:
         _drop_(dropped, group, set(range(group.size)) - set(kept.get(group.name, range(group.size))))
     for group in groups:
@@ -231,20 +234,25 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
 
 
 Dropped = dict[tuple[str, int], set[int]]
-"""Tensor and dimension -> places that go."""
+"""Tensor and dimension, where several groups have slices -> places that go."""
 
 
-def _drop_(dropped: Dropped, group: Group, units: Iterable[int]) -> None:
+def _drop_(dropped: Dropped, group: Group, units: Set[int]) -> None:
     """Note the slices of ``units`` as gone."""
-    for unit in units:
-        for slices in group.slices:
-            dropped.setdefault((slices.tensor, slices.dim), set()).update(slices.index[unit])
+    for slices in group.slices:
+        gone = dropped.get((slices.tensor, slices.dim))
+        if gone is not None:
+            gone.update(place for unit in units for place in slices.index[unit])
 
 
 def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
     """Those of ``units`` that keep something of every slice."""
-    touched = [(s, dropped[s.tensor, s.dim]) for s in group.slices if (s.tensor, s.dim) in dropped]
-    return {unit for unit in units if not any(gone.issuperset(s.index[unit]) for s, gone in touched)}
+    left = set(units)
+    for slices in group.slices:
+        gone = dropped.get((slices.tensor, slices.dim))
+        if gone:
+            left -= {unit for unit in left if gone.issuperset(slices.index[unit])}
+    return left
 
 
 def resolve_plan(groups: Sequence[Group], plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -43,8 +43,8 @@ class Scaled(nn.Module):
         self.mask = mask
         self.dim = dim
         places = torch.zeros(length, dtype=torch.int64)
-        for unit, spots in enumerate(index):
-            places[list(spots)] = unit + 1
+        owners, spots = _flat(index, places.device)
+        places[spots] = owners + 1
         whole = places.equal(torch.arange(1, mask.numel() + 1)) if length == mask.numel() else False
         self.register_buffer("places", None if whole else places.to(mask.device), persistent=False)
 
@@ -194,12 +194,8 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         for slices in group.slices:
             tensor = original(self.model, slices.tensor).float()
             each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
-            owner = torch.zeros(each.numel(), dtype=torch.int64, device=device)
-            member = torch.zeros_like(each)
-            for unit, places in enumerate(slices.index):
-                owner[list(places)] = unit
-                member[list(places)] = 1.0
-            total = torch.zeros(group.size, device=device).index_add_(0, owner, each * member)
+            owners, places = _flat(slices.index, device)
+            total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
             squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
         result = torch.ones(group.size, device=device)
         for side in ("in", "out"):
@@ -311,6 +307,13 @@ def original(model: nn.Module, tensor: str) -> Tensor:
         parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
         return parametrization.original
     return module.get_parameter(name)
+
+
+def _flat(index: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The unit and the place of every entry of ``index``, both of shape (entries,)."""
+    pairs = [(unit, place) for unit, places in enumerate(index) for place in places]
+    both = torch.tensor(pairs, dtype=torch.int64, device=device)
+    return both[:, 0], both[:, 1]
 
 
 def _own_class_(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ that a smaller one keeps.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ def _uneven_chunks(
         return chunks
     name = roles[carrier].name
     if "head" in roles:
-        last = int(scores[roles["head"].name].argmax())
+        # The head that the chunks of whole heads leave, ties included.
+        last = _ascending(scores[roles["head"].name], range(roles["head"].size))[-1]
     else:
         best = [max(values[name][unit] for _, unit in own[-1]) for own in bundles[carrier]]
         last = best.index(max(best))
@@ -268,7 +270,7 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
 
     if not fits(len(order)):
         least = cost_after(len(order))
-        reach = ", ".join(f"{name} {least[name] / dense[name]:.4f}" for name in limits)
+        reach = ", ".join(f"{name} {_rounded_up(least[name] / dense[name])}" for name in limits)
         wanted = ", ".join(f"{name} {share}" for name, share in budget.limits.items())
         raise BudgetError(
             f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
@@ -276,6 +278,11 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
         )
     count = bisect_left(range(len(order) + 1), True, key=fits)
     return _dropped(order[:count])
+
+
+def _rounded_up(share: float) -> str:
+    """A share as messages give it, never below ``share``, so that the named budget can be reached."""
+    return f"{math.ceil(share * 1e4) / 1e4:.4f}"
 
 
 def _unit_price(
@@ -317,7 +324,7 @@ def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: B
         if count is None:
             raise BudgetError(
                 f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
-                f"{(total - counts[-1]) / total:.4f}. Give a larger ratio, or allow smaller layout multiples."
+                f"{_rounded_up((total - counts[-1]) / total)}. Give a larger ratio, or allow smaller layout multiples."
             )
         for name, units in _dropped(order[:count]).items():
             dropped[name] = units
