@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from slimming.cut import complete, cut_
 from slimming.errors import CheckpointError, ConfigError
 from slimming.families import family_of
 from slimming.groups import Anatomy, Group, keep_all
-from slimming.io import atomic_write_bytes
+from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, Budget, Layout, Plan, Structure
 
@@ -218,8 +219,13 @@ def save_scores(path: str | Path, anatomy: Anatomy, scores: Mapping[str, Tensor]
     Raises:
         OutputError: the place is not writable, or the disk is full.
     """
-    metadata = {"slimming": json.dumps({"format": FORMAT, "structure": anatomy.structure.to_dict()})}
+    entry = {"format": FORMAT, "structure": anatomy.structure.to_dict(), "scores_sha256": _digest(scores)}
+    metadata = {"slimming": json.dumps(seal(entry))}
     atomic_write_bytes(Path(path), checkpoint.dump_tensors(scores, metadata))
+
+
+def _digest(scores: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
 
 
 def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
@@ -233,10 +239,13 @@ def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
     scores = checkpoint.parse_tensors(data, path)
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        entry = json.loads(header["__metadata__"]["slimming"])["structure"]
+        entry, intact = unseal(json.loads(header["__metadata__"]["slimming"]))
+        structure = entry["structure"]
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a scores file of slimming. Give one that slimming search wrote."
         ) from error
-    model = checkpoint.build(Structure.from_dict(entry, source=str(path)))
+    if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
+        raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
+    model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     return family_of(model).read(model), scores

@@ -16,9 +16,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from slimming.errors import CheckpointError, OutputError
+from slimming.errors import CheckpointError, OutputError, PlanError
 from slimming.families import family_called, family_of
 from slimming.io import atomic_json, atomic_write_bytes, explain, seal
+from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
@@ -34,6 +35,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
 
     Raises:
         UnsupportedModelError: no family reads the model.
+        PlanError: the model has masks attached.
         OutputError: the place is occupied, not writable or full.
 
     >>> import timm, tempfile, slimming
@@ -44,6 +46,10 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     'VisionTransformer'
     """
     path = Path(path)
+    if attached(model) is not None:
+        raise PlanError(
+            "The model has masks attached; cut it, or call masks.fold_() or masks.detach_(), and save the result."
+        )
     structure = family_of(model).read(model).structure
     weights = dump_tensors(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -105,8 +111,14 @@ def build(structure: Structure) -> nn.Module:
         CheckpointError: this installation cannot make it.
     """
     family = family_called(structure.family)
-    model = family.build(structure.base)
-    family.resize_(model, structure)
+    try:
+        model = family.build(structure.base)
+        family.resize_(model, structure)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # A family trusts the sizes it wrote; those of a damaged file lead it anywhere.
+        raise CheckpointError(
+            f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
+        ) from error
     return model
 
 
@@ -148,9 +160,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}). Give a directory that slimming wrote."
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a path that slimming wrote.") from error
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -59,6 +59,12 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
         CheckpointError: timm does not know the architecture or an argument.
     """
     arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in base["arguments"].items()}
+    if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
+        # timm would take the name for an address on the hub and go there.
+        raise CheckpointError(
+            f"timm {timm.__version__} has no architecture {base['architecture']!r}. "
+            "Install the timm version named in provenance.json."
+        )
     try:
         with torch.device("meta"):
             if base["architecture"] is None:

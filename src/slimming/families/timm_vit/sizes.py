@@ -50,13 +50,17 @@ class BlockSizes:
             CheckpointError: it is damaged.
         """
         try:
-            return BlockSizes(
+            sizes = BlockSizes(
                 name=name,
                 heads=tuple((int(qk), int(v)) for qk, v in entry["heads"]),
                 scale=float(entry["scale"]),
                 hidden=int(entry["hidden"]),
                 positions=tuple(int(position) for position in entry["positions"]),
             )
+            every = [size for head in sizes.heads for size in head] + [sizes.hidden, len(sizes.positions)]
+            if not sizes.heads or min(every) < 1:
+                raise ValueError("a size below 1")
+            return sizes
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"The structure of {name} is damaged: {error!r}. Take an intact copy.") from error
 

@@ -1,0 +1,337 @@
+"""Checkpoints and scores files: whole or not at all, nothing but tensors and JSON, and every damage named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slimming
+from slimming.api import anatomy_of, load_scores, save_scores
+from slimming.checkpoint import read_provenance
+from slimming.errors import CheckpointError, OutputError, PlanError, UnsupportedModelError
+from slimming.io import seal
+from slimming.plan import Budget
+from variants import VARIANTS, draw, image
+
+FILES = ["provenance.json", "structure.json", "weights.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def slim() -> nn.Module:
+    model = VARIANTS[0].make().float()
+    return slimming.cut(model, draw(anatomy_of(model), "free")[1])
+
+
+@pytest.fixture
+def saved(slim: nn.Module, tmp_path: Path) -> Path:
+    slimming.save(slim, tmp_path / "slim", {"base": "vit_tiny", "metrics": {"top1": 0.5}})
+    return tmp_path / "slim"
+
+
+def test_a_checkpoint_is_three_files_with_provenance(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["slim"]
+    assert read_provenance(saved) == {"format": 1, "base": "vit_tiny", "metrics": {"top1": 0.5}}
+    assert saved.stat().st_mode & 0o777 == 0o755
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.iterdir())
+
+
+def test_a_dense_model_is_saved_too(tmp_path: Path) -> None:
+    model = VARIANTS[0].make()
+    slimming.save(model, tmp_path / "dense")
+    again = slimming.load(str(tmp_path / "dense"))
+    assert torch.equal(again(image(model)), model(image(model)))
+
+
+def test_tied_and_odd_tensors_are_saved(tmp_path: Path) -> None:
+    model: Any = VARIANTS[0].make().to(torch.bfloat16)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    model.head.weight.data = model.head.weight.data.t().contiguous().t()
+    slimming.save(model, tmp_path / "odd")
+    again = slimming.load(tmp_path / "odd")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_masked_models_are_not_saved_as_if_they_were_plain(tmp_path: Path) -> None:
+    model = VARIANTS[0].make()
+    masks = slimming.attach(model)
+    with pytest.raises(PlanError, match=r"cut|fold_|detach_"):
+        slimming.save(model, tmp_path / "masked")
+    assert list(tmp_path.iterdir()) == []
+    masks.detach_()
+    slimming.save(model, tmp_path / "plain")
+
+
+def test_occupied_places_are_refused(slim: nn.Module, saved: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    (tmp_path / "file").write_text("mine")
+    for place in (saved, tmp_path / "file"):
+        with pytest.raises(OutputError, match=r"is not empty|is a file"):
+            slimming.save(slim, place)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    slimming.save(slim, tmp_path / "empty")
+    slimming.save(slim, tmp_path / "new" / "deep" / "slim")
+    assert slimming.load(tmp_path / "new" / "deep" / "slim")
+
+
+def test_a_place_below_a_file_is_refused(slim: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be written"):
+        slimming.save(slim, tmp_path / "file" / "slim")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_place_is_refused(slim: nn.Module, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            slimming.save(slim, tmp_path / "slim")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_read_only_disk_is_said(code: int, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", _failing(code))
+    with pytest.raises(OutputError, match="cannot be written"):
+        slimming.save(slim, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _failing(code: int) -> Callable[..., Any]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_a_full_disk_leaves_nothing(
+    function: str, which: int, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up at each of the writes and renames in turn."""
+    real = getattr(os, function)
+    calls = 0
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return _failing(errno.ENOSPC)() if calls - 1 == which else real(*args)
+
+    monkeypatch.setattr(os, function, full)
+    if function == "fsync" and which == 3:
+        slimming.save(slim, tmp_path / "slim")
+        assert calls == 3
+        return
+    with pytest.raises(OutputError, match=r"The disk is full: .*slim.* was not written\. Free some space"):
+        slimming.save(slim, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_json_does_not_take_leave_nothing(slim: nn.Module, tmp_path: Path) -> None:
+    for value in (float("nan"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            slimming.save(slim, tmp_path / "slim", {"metric": value})
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_saving_leaves_no_checkpoint(slim: nn.Module, saved: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time, slimming, slimming.checkpoint as c; model = slimming.load(sys.argv[1]);\n"
+        "def stop(path, value):\n"
+        "    print('half', flush=True); time.sleep(60)\n"
+        "c.atomic_json = stop; slimming.save(model, sys.argv[2])"
+    )
+    target = tmp_path / "out" / "slim"
+    child = subprocess.Popen([sys.executable, "-c", program, str(saved), str(target)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"half\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert not target.exists()
+    slimming.save(slim, target)
+    assert slimming.load(target)
+
+
+class _Trap:
+    """What a pickle of an attacker looks like."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "weights.safetensors"])
+def test_files_and_pickles_are_refused(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    path = saved / "weights.safetensors" if name in FILES else saved.parent / name
+    if name not in FILES:
+        path.write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(CheckpointError, match=r"is a file; slimming loads directories.*A pickle is never loaded"):
+        slimming.load(path)
+    assert not Path("executed").exists()
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    data = pickle.dumps(_Trap())
+    (saved / "weights.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        slimming.load(saved)
+    _edit(saved, lambda value: value.update(weights_sha256=hashlib.sha256(data).hexdigest()))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        slimming.load(saved)
+    assert not Path("executed").exists()
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the structure and seal it again, as another version of slimming might have written it."""
+    file = path / "structure.json"
+    value = json.loads(file.read_text())
+    del value["sha256"]
+    change(value)
+    file.write_text(json.dumps(seal(value)))
+
+
+def test_missing_pieces_are_named(saved: Path, tmp_path: Path) -> None:
+    for name in ("structure.json", "weights.safetensors"):
+        copy = tmp_path / f"without {name}"
+        shutil.copytree(saved, copy)
+        (copy / name).unlink()
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            slimming.load(copy)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        slimming.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        slimming.load(tmp_path / "empty")
+
+
+def test_truncation_and_flipped_bytes_are_seen(saved: Path) -> None:
+    dice = random.Random(0)
+    for name in ("weights.safetensors", "structure.json"):
+        whole = (saved / name).read_bytes()
+        damaged = [whole[:length] for length in (0, 7, len(whole) // 2, len(whole) - 1)]
+        places = [0, 8, len(whole) - 2, *dice.sample(range(len(whole)), 12)]
+        damaged += [whole[:p] + bytes([whole[p] ^ 1]) + whole[p + 1 :] for p in places]
+        for data in damaged:
+            if name.endswith(".json") and _same_json(data, whole):
+                continue
+            (saved / name).write_bytes(data)
+            with pytest.raises(CheckpointError, match=r"(Take an intact copy|no format number|does not|newer|Upgrade)"):
+                slimming.load(saved)
+        (saved / name).write_bytes(whole)
+    slimming.load(saved)
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.update(format=2), "has format 2, this version of slimming reads up to 1. Upgrade"),
+        (lambda v: v.update(family="swin"), "is of family 'swin'; this version of slimming knows timm-vit"),
+        (lambda v: v.update(family=["swin"]), "is of family"),
+        (lambda v: v.pop("base"), "is damaged"),
+        (lambda v: v["base"].update(architecture="vit_huge_nonsense"), "no architecture 'vit_huge_nonsense'"),
+        (lambda v: v["base"]["arguments"].update(depht=3), "cannot make .*depht"),
+        (lambda v: v["base"]["arguments"].update(num_heads=7), "cannot make"),
+        (lambda v: v["base"].update(architecture="resnet18"), "cannot make|makes a ResNet"),
+        (lambda v: v["base"].pop("arguments"), "damaged"),
+        (lambda v: v["base"].update({"class": "Evil", "architecture": None}), "cannot make|damaged"),
+        (lambda v: v["base"].update({"architecture": "hf-hub:someone/evil"}), "no architecture"),
+        (lambda v: v["layers"].popitem(), "is damaged"),
+        (lambda v: v["layers"]["blocks.0"].pop("heads"), "structure of blocks.0 is damaged"),
+        (lambda v: v["layers"]["blocks.0"].update(hidden="many"), "structure of blocks.0 is damaged"),
+        (lambda v: v["layers"]["blocks.0"].update(hidden=7), "do not fit"),
+        (lambda v: v["layers"]["blocks.0"].update(hidden=-7), "damaged|do not fit"),
+        (lambda v: v["layers"]["blocks.0"].update(heads=[]), "damaged"),
+        (lambda v: v["layers"]["blocks.0"].update(positions=[99]), "damaged"),
+        (lambda v: v["layers"].update({"blocks.77": v["layers"]["blocks.0"]}), "damaged|do not fit"),
+    ],
+)
+def test_structures_that_cannot_be_built(change: Callable[[dict[str, Any]], Any], says: str, saved: Path) -> None:
+    _edit(saved, change)
+    with pytest.raises(CheckpointError, match=says):
+        slimming.load(saved)
+
+
+def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
+    slimming.save(VARIANTS[0].make(), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "weights.safetensors", saved)
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        slimming.load(saved)
+    other = json.loads((tmp_path / "other" / "structure.json").read_text())
+    _edit(saved, lambda value: value.update(weights_sha256=other["weights_sha256"]))
+    with pytest.raises(CheckpointError, match="do not fit its structure"):
+        slimming.load(saved)
+
+
+def test_models_that_cannot_be_rebuilt_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model: Any = VARIANTS[0].make()
+    model.blocks[0].mlp.act = nn.SELU()
+    with pytest.raises(UnsupportedModelError, match=r"'blocks.0.mlp.act' is SELU"):
+        slimming.save(model, tmp_path / "odd")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
+    model = VARIANTS[0].make()
+    masks = slimming.attach(model)
+    with torch.no_grad():
+        for mask in masks.values():
+            mask.uniform_(0, 1)
+    scores = masks.scores()
+    save_scores(tmp_path / "scores.safetensors", masks.anatomy, scores)
+    anatomy, read = load_scores(tmp_path / "scores.safetensors")
+    assert anatomy == masks.anatomy
+    assert read.keys() == scores.keys()
+    assert all(torch.equal(read[name], score) for name, score in scores.items())
+    budget = Budget(macs=0.7)
+    assert slimming.plan(str(tmp_path / "scores.safetensors"), budget) == slimming.plan(masks, budget)
+
+
+def test_files_that_are_no_scores(saved: Path, tmp_path: Path) -> None:
+    masks = slimming.attach(VARIANTS[0].make())
+    path = tmp_path / "scores.safetensors"
+    save_scores(path, masks.anatomy, masks.scores())
+    whole = path.read_bytes()
+    budget = Budget(macs=0.7)
+    (tmp_path / "pickle").write_bytes(pickle.dumps(_Trap()))
+    path.write_bytes(whole[: len(whole) // 2])
+    for file, says in (
+        (saved / "weights.safetensors", "is not a scores file"),
+        (tmp_path / "pickle", "not a safetensors file"),
+        (path, "truncated"),
+        (tmp_path / "none", "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            slimming.plan(file, budget)
+    middle = whole[:-9] + bytes([whole[-9] ^ 64]) + whole[-8:]
+    path.write_bytes(middle)
+    with pytest.raises(CheckpointError, match="checksum"):
+        slimming.plan(path, budget)
