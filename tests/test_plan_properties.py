@@ -22,7 +22,7 @@ from slimming.cut import complete
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
 from slimming.groups import Anatomy, Group
 from slimming.plan import FREE, KINDS, Budget, Layout, Plan
-from slimming.rank import make_plan
+from slimming.rank import Chunk, _chain, _sequence, make_plan
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -354,3 +354,17 @@ def test_a_plan_names_the_sizes_of_its_groups() -> None:
 
 def test_every_variant_has_groups() -> None:
     assert len({variant.id for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_a_chain_goes_in_its_order_whatever_its_chunks_cost() -> None:
+    """A later chunk that is cheaper to lose per multiply-add still waits for the earlier one."""
+    dear = Chunk(units=(("a", 0),), score=1.0, chain=("a", 0))
+    cheap = Chunk(units=(("a", 1), ("b", 0)), score=1.0, chain=("a", 0))
+    other = Chunk(units=(("c", 0),), score=1.0, chain=("c", 0))
+    prices = {dear: 1.0, cheap: 100.0, other: 2.0}
+    assert _sequence([dear, cheap, other], prices.__getitem__) == [other, dear, cheap]
+
+
+def test_scores_along_a_chain_never_fall() -> None:
+    chunks = _chain("a", 0, [[("a", 0)], [("a", 1), ("a", 2)], [("a", 3)]], {"a": [3.0, 1.0, 2.0, 5.0]})
+    assert [chunk.score for chunk in chunks] == [3.0, 3.0, 5.0]
