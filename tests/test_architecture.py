@@ -163,9 +163,7 @@ def _may(part: str, other: str) -> bool:
 
 
 def no_cycles(files: list[Source]) -> list[str]:
-    graph = {
-        source.module: {target for target, _ in inner(files, source)} - {source.module} for source in files
-    }
+    graph = {source.module: {target for target, _ in inner(files, source)} - {source.module} for source in files}
     # What imports nothing that is left, or is imported by nothing that is left, lies on no cycle.
     while loose := [
         module
@@ -215,9 +213,7 @@ def _flag(call: ast.Call, name: str, value: bool) -> bool:
 
 def files_stay_short(files: list[Source]) -> list[str]:
     counts = {source.module: len(source.text.splitlines()) for source in files}
-    return [
-        f"{module} has {count} lines, more than {LINES}" for module, count in counts.items() if count > LINES
-    ]
+    return [f"{module} has {count} lines, more than {LINES}" for module, count in counts.items() if count > LINES]
 
 
 def no_hasattr(files: list[Source]) -> list[str]:
@@ -230,9 +226,7 @@ def no_hasattr(files: list[Source]) -> list[str]:
 
 
 def public_is_annotated_and_documented(files: list[Source]) -> list[str]:
-    classes = {
-        node.name: node for source in files for node in source.tree.body if isinstance(node, ast.ClassDef)
-    }
+    classes = {node.name: node for source in files for node in source.tree.body if isinstance(node, ast.ClassDef)}
     wrong = []
     for source in files:
         if source.text.strip() and not ast.get_docstring(source.tree):
@@ -255,9 +249,7 @@ def _functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.As
 
 def _documented_in_bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
     """Methods that a base in the package documents already."""
-    bases = [
-        classes[name] for base in node.bases if (name := ast.unparse(base).rpartition(".")[2]) in classes
-    ]
+    bases = [classes[name] for base in node.bases if (name := ast.unparse(base).rpartition(".")[2]) in classes]
     return {method.name for base in bases for method in _functions(base) if ast.get_docstring(method)}
 
 
@@ -386,9 +378,7 @@ def undeclared(files: list[Source], declared: set[str]) -> list[str]:
             owners = {_canonical(name) for name in distributions.get(top, [top])}
             known = top in sys.stdlib_module_names or top == source.module.partition(".")[0]
             if not known and not owners & declared:
-                wrong.append(
-                    f"{source.module}:{found.line} imports {top}, which pyproject.toml does not name"
-                )
+                wrong.append(f"{source.module}:{found.line} imports {top}, which pyproject.toml does not name")
     return wrong
 
 
