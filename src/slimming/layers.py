@@ -82,7 +82,6 @@ class UnevenAttention(nn.Module):
         qkv_bias: whether the joint projection has a bias.
         proj_bias: whether the output projection has a bias.
         dim_out: embedding width of the output.
-        gated: whether a sigmoid gate multiplies the attention output.
         q_norm: normalisation over each query's dimensions, if any.
         k_norm: normalisation over each key's dimensions, if any.
         attn_drop: dropout rate of the attention weights.
@@ -98,7 +97,6 @@ class UnevenAttention(nn.Module):
         qkv_bias: bool,
         proj_bias: bool,
         dim_out: int,
-        gated: bool = False,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         attn_drop: float = 0.0,
@@ -118,7 +116,6 @@ class UnevenAttention(nn.Module):
         self.q_norm = q_norm if q_norm is not None else nn.Identity()
         self.k_norm = k_norm if k_norm is not None else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.gate = nn.Linear(dim, self.v_dim, bias=qkv_bias, **factory) if gated else None
         self.proj = nn.Linear(self.v_dim, dim_out, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -145,8 +142,6 @@ class UnevenAttention(nn.Module):
             at_qk += count * qk
             at_v += count * v
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        if self.gate is not None:
-            joined = joined * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(joined))
 
     def extra_repr(self) -> str:

@@ -30,13 +30,13 @@ from slimming.retrain import DistilConfig, train
 from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, search
 from slimming.training.batches import steps_per_epoch
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import Data
 from slimming.training.data import open_data as open_images
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
 from slimming.training.processes import processes
+from slimming.training.samples import Data
 
 Say = Callable[[str], None]
 

@@ -23,7 +23,7 @@ from slimming.errors import ConfigError
 from slimming.groups import Anatomy, resolve
 from slimming.plan import FORMAT, Budget, Plan
 from slimming.searching import SearchResult
-from slimming.training.data import Data, ImageDataset
+from slimming.training.samples import Data, ImageDataset
 
 HISTOGRAM_BINS = 30
 EXAMPLE_IMAGES = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from slimming.training.config import TrainConfig
-from slimming.training.data import Data
 from slimming.training.loop import History, fit
+from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, DistilTask, Task
 
 

@@ -21,8 +21,8 @@ from slimming.masks import SCORES, SoftMasks, attached
 from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
 from slimming.token_gates import BIAS, MULTIPLY
 from slimming.training.config import TrainConfig
-from slimming.training.data import Data
 from slimming.training.loop import History, fit
+from slimming.training.samples import Data
 from slimming.training.tasks import AddPenalty, ClassificationTask, Task
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimming.errors import ConfigError, DataError, MissingExtraError
 from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import Data, ImageDataset, Reader, StreamDataset, open_data
+from slimming.training.data import open_data
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec, Unreadable, decode
 from slimming.training.readers import Record
+from slimming.training.samples import Data, ImageDataset, Reader, StreamDataset
 
 from .tiny import (
     CLASSES,

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimming.training.data import Data
 from slimming.training.loop import fit
+from slimming.training.samples import Data
 from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task
 
 from .tiny import CLASSES, make_model, tiny_config

@@ -21,10 +21,11 @@ from PIL import Image
 from torch import nn
 
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import Data, open_data
+from slimming.training.data import open_data
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.loop import History, fit
+from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
 
 SPEC = ImageSpec(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slimming.errors import ConfigError, DataError
-from slimming.training.data import Data, ImageDataset, Loader, Sample, StreamDataset
 from slimming.training.images import Unreadable, mix
+from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset
 
 
 class Batch(NamedTuple):

@@ -9,8 +9,8 @@ from torch import nn
 
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
-from slimming.training.data import ImageDataset, Loader, StreamDataset, UnreadableCount
 from slimming.training.guards import memory_errors
+from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
 
 
 def evaluate(

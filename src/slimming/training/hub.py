@@ -10,7 +10,8 @@ from PIL import Image
 
 from slimming.errors import DataError, MissingExtraError
 from slimming.training.config import DataConfig
-from slimming.training.data import (
+from slimming.training.readers import Record, require_columns
+from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
@@ -21,7 +22,6 @@ from slimming.training.data import (
     held_out,
     validation_fraction,
 )
-from slimming.training.readers import Record, require_columns
 
 SHUFFLE_BUFFER = 1000
 
@@ -35,6 +35,7 @@ class HubSource:
         self.classes = class_names(split, label_key)
 
     def read(self, index: int) -> Record:
+        """Return the record at ``index``."""
         return _record(self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}")
 
 

@@ -19,7 +19,6 @@ from torch import nn
 from slimming.errors import ConfigError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
-from slimming.training.data import Data
 from slimming.training.evaluate import autocast, unreadable_counter
 from slimming.training.guards import memory_errors, stop_on_request
 from slimming.training.images import mix, restored_randomness, seed_all
@@ -32,6 +31,7 @@ from slimming.training.optimisation import (
     parameter_groups,
 )
 from slimming.training.processes import no_accelerator
+from slimming.training.samples import Data
 from slimming.training.state import STATE_FILE, RunState
 from slimming.training.tasks import Task
 

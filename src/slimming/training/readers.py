@@ -57,6 +57,7 @@ class FolderSource:
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def read(self, index: int) -> Record:
+        """Return the record at ``index``."""
         path = self.paths[index]
         return Record(path, int(self.labels[index]), str(path))
 
@@ -100,6 +101,7 @@ class ParquetSource:
         self.files = [str(file) for file in files]
 
     def read(self, index: int) -> Record:
+        """Return the record at ``index``."""
         value = self.images[index].as_py()
         part = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[part - 1] if part else 0)
@@ -165,6 +167,7 @@ class TarSource:
         self.classes = tuple(name.strip() for name in self.classes if name.strip())
 
     def read(self, index: int) -> Record:
+        """Return the record at ``index``."""
         member = self.members[index]
         with open(self.shards[member.shard], "rb") as file:
             file.seek(member.offset)

@@ -149,7 +149,4 @@ def _select_attention_(state: dict[str, Tensor], sizes: BlockSizes, after: Block
             chosen = take(state[tensor], {0: rows})
             chosen[: len(qk)] *= factor
             state[tensor] = chosen
-    for tensor in (f"{site}.gate.weight", f"{site}.gate.bias"):
-        if tensor in state:
-            state[tensor] = take(state[tensor], {0: v})
     state[f"{site}.proj.weight"] = take(state[f"{site}.proj.weight"], {1: v})

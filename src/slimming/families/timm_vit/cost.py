@@ -85,10 +85,6 @@ def _block_operations(
     qkv_params += [(width, one)] if attention.proj.bias is not None else []
     attention_macs: list[Product] = [(tokens, width, projected), (tokens, tokens, qk + v), (tokens, v, width)]
     attention_live = [*held, *normed, (tokens, projected), (tokens, v), (tokens, width)]
-    if attention.gate is not None:
-        qkv_params += [(width, v)] + ([(v, one)] if attention.gate.bias is not None else [])
-        attention_macs.append((tokens, width, v))
-        attention_live += [(tokens, v), (tokens, v)]
     norms = _numel(block.norm1, getattr(block, "ls1", None), attention.q_norm, attention.k_norm)
     mlp_norms = _numel(block.norm2, getattr(block, "ls2", None), mlp.norm)
     gated = isinstance(mlp, GluMlp)

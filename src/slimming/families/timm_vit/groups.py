@@ -55,13 +55,11 @@ def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[s
     v_parts = tuple(v for _, v in sizes.heads)
     total = sizes.qk_total
     qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
-    gate = [f"{site}.gate.{name}" for name, _ in attention.gate.named_parameters()] if attention.gate else []
     proj = f"{site}.proj.weight"
 
     def value_slices(rows: Index, columns: Index) -> tuple[Slices, ...]:
         made = tuple(Slices(tensor=name, dim=0, index=rows, side="in") for name in qkv)
-        gated = tuple(Slices(tensor=name, dim=0, index=columns, side="gate") for name in gate)
-        return (*made, *gated, Slices(tensor=proj, dim=1, index=columns, side="out"))
+        return (*made, Slices(tensor=proj, dim=1, index=columns, side="out"))
 
     queries, keys = _single(total, 0), _single(total, total)
     columns = _single(sizes.v_total, 0)

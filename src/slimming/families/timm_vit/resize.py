@@ -61,7 +61,6 @@ def _even(old: nn.Module, sizes: BlockSizes) -> Attention:
     new.scale = head_dim**-0.5
     new.q_norm, new.k_norm = old.q_norm, old.k_norm
     new.qkv = linear_like(old.qkv, old.qkv.in_features, 3 * new.attn_dim)
-    new.gate = None if old.gate is None else linear_like(old.gate, old.gate.in_features, new.attn_dim)
     new.proj = linear_like(old.proj, new.attn_dim, old.proj.out_features)
     return new.train(old.training)
 
@@ -74,7 +73,6 @@ def _uneven(old: nn.Module, sizes: BlockSizes) -> UnevenAttention:
         qkv_bias=old.qkv.bias is not None,
         proj_bias=old.proj.bias is not None,
         dim_out=old.proj.out_features,
-        gated=old.gate is not None,
         q_norm=old.q_norm,
         k_norm=old.k_norm,
         attn_drop=old.attn_drop.p,
