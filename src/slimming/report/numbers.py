@@ -66,7 +66,7 @@ def percent(value: float, digits: int = 0) -> str:
 def duration(seconds: float) -> str:
     """Return a time as a person says it.
 
-    >>> duration(7.34), duration(95), duration(7300)
+    >>> duration(7.34), duration(95), duration(7320)
     ('7.3 s', '1 min 35 s', '2 h 02 min')
     """
     if seconds < 60:
