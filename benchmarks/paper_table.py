@@ -1,9 +1,12 @@
-"""The paper's single-kind and joint tables at small scale: presets `paper` and `default` on CIFAR-10.
+"""The paper's single-kind and joint tables at small scale: presets `paper` and `default`.
 
     python benchmarks/paper_table.py --data DIR --dense DIR [--seeds 3]
+    python benchmarks/paper_table.py --embedded --note "EuroSAT, embedded subset"
 
 DIR of the data holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note); DIR of the
-dense model is what `recipes/dense.py cifar10` leaves. Each (seed, preset, kinds) is searched once, and every keep
+dense model is what `recipes/dense.py cifar10` leaves. --embedded takes the demo's model and images.
+
+Each (seed, preset, kinds) is searched once, and every keep
 ratio is cut from that search and retrained alike, distilled from the dense model. Cells that a previous call
 finished are kept, so that the table can be made in pieces.
 """
@@ -27,6 +30,7 @@ import slimming
 from common import machine, parser, table, versions
 from slimming.plan import Budget
 
+EMBEDDED = Path(slimming.__file__).parent / "demo" / "assets"
 KINDS = {"attention": ("head_dim",), "MLP": ("mlp",), "attention + MLP": ("head_dim", "mlp")}
 RATIOS = (0.8, 0.7, 0.6, 0.5)
 PRESETS = ("paper", "default")
@@ -35,8 +39,9 @@ PRESETS = ("paper", "default")
 def main() -> None:
     """Fill the cells that are missing, then write the table."""
     arguments = parser(__doc__, rounds=1)
-    arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--dense", type=Path, required=True)
+    arguments.add_argument("--data", type=Path, default=EMBEDDED / "eurosat")
+    arguments.add_argument("--dense", type=Path, default=EMBEDDED)
+    arguments.add_argument("--embedded", action="store_true", help="the demo's model and images")
     arguments.add_argument("--note", default="CIFAR-10, re-encoded JPEG q95")
     arguments.add_argument("--seeds", type=int, default=1)
     arguments.add_argument("--batch", type=int, default=128)
@@ -61,10 +66,11 @@ def main() -> None:
 
 def open_dense(settings: Any) -> tuple[torch.nn.Module, float, Any]:
     """The dense model of the recipe, its top-1 on the images used here, and the data."""
-    made = json.loads((settings.dense / "model.json").read_text())
+    stem = "dense" if settings.embedded else "model"
+    made = json.loads((settings.dense / f"{stem}.json").read_text())
     options = dict(made["model"])
     dense = timm.create_model(options.pop("name"), **options)
-    dense.load_state_dict(load_file(settings.dense / "model.safetensors"))
+    dense.load_state_dict(load_file(settings.dense / f"{stem}.safetensors"))
     config = slimming.DataConfig(source=str(settings.data), augment="light", val_limit=settings.test_images)
     data = slimming.open_data(config, dense)
     return dense.eval(), slimming.evaluate(dense, data.val, batch_size=500)["top1"], data

@@ -98,7 +98,7 @@ def tick_text(values: Sequence[float]) -> list[str]:
     (['0.0', '0.5', '1.0'], ['10', '20'], ['0', '2e-4'])
     """
     step = min((b - a for a, b in pairwise(values)), default=1.0)
-    if 0 < step < 1e-3:
+    if 0 < step < 1e-3 and max(map(abs, values)) < 0.1:
         return ["0" if v == 0 else f"{v:.0e}".replace("e-0", "e-") for v in values]
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
     return [f"{value:,.{digits}f}".replace(",", "\u202f") for value in values]
