@@ -1,0 +1,156 @@
+"""The search as a whole: it trains masks, survives kills, means the same in several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import slimming
+from slimming.errors import ConfigError
+from slimming.training.samples import Data
+
+JOB = Path(__file__).parent / "search_job.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise around two colours, as class folders."""
+    root = tmp_path_factory.mktemp("images")
+    draw = random.Random(0)
+    for part, count in (("train", 24), ("val", 8)):
+        for label, colour in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = bytes(min(255, max(0, c + draw.randint(-30, 30))) for _ in range(32 * 32) for c in colour)
+                buffer = io.BytesIO()
+                Image.frombytes("RGB", (32, 32), pixels).save(buffer, format="PNG")
+                (root / part / label / f"{number}.png").write_bytes(buffer.getvalue())
+    return root
+
+
+def start(folder: Path, out: Path, *flags: str, processes: int = 1) -> list[str]:
+    """The command that runs the job."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    return [sys.executable, *launcher, str(JOB), str(folder), str(out), *flags]
+
+
+def finish(folder: Path, out: Path, *flags: str, processes: int = 1) -> dict[str, Any]:
+    """Run the job to its end and read its plans."""
+    command = start(folder, out, *flags, processes=processes)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((out / "plans.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    finish(folder, out)
+    return out
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(start(folder, tmp_path), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "state.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "plans.json").exists()
+    finish(folder, tmp_path, "--resume")
+    for name in ("weights", "masks", "scores"):
+        ours, theirs = load_file(tmp_path / f"{name}.safetensors"), load_file(undisturbed / f"{name}.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_two_processes_make_the_plan_of_one(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    plans = finish(folder, tmp_path, processes=2)
+    assert plans == json.loads((undisturbed / "plans.json").read_text())
+
+
+def make(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", img_size=32, num_classes=2)
+
+
+def config(preset: str = "default", **training: Any) -> slimming.SearchConfig:
+    base = slimming.preset(preset)
+    scale = {"epochs": 1, "steps": 3, "batch_size": 8, "mixup": 0.0, "cutmix": 0.0, "eval_every": 0}
+    return dataclasses.replace(base, train=dataclasses.replace(base.train, **{**scale, **training}))
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Data:
+    return slimming.open_data(slimming.DataConfig(source=str(folder), augment="none"), make())
+
+
+@pytest.mark.parametrize(
+    ("preset", "training"),
+    [
+        ("default", {}),
+        ("default", {"precision": "bf16"}),
+        ("default", {"accumulate": 2, "clip_grad": 0.5}),
+        ("default", {"ema": 0.5}),
+        ("paper", {}),
+    ],
+    ids=str,
+)
+def test_trains_weights_and_masks_and_serves_budgets(data: Data, preset: str, training: dict[str, Any]) -> None:
+    model = make()
+    before = model.blocks[0].mlp.fc1.weight.detach().clone()
+    result = slimming.search(model, data, config(preset, lr=1e-2, **training))
+    assert all(mask.dtype == torch.float32 for mask in result.masks.values())
+    start_value = 3.0 if preset == "paper" else 1.0
+    token = next(mask for name, mask in result.masks.items() if name.endswith("tokens"))
+    assert not torch.equal(token, torch.full_like(token, start_value))
+    assert not torch.equal(result.model.blocks[0].mlp.fc1.weight, before)
+    keep = {"head_dim": 0.6, "mlp": 0.6, "token": 0.6}
+    budget = slimming.Budget(keep=keep) if preset == "paper" else slimming.Budget(macs=0.5)
+    plan = slimming.plan(result, budget)
+    assert plan.fold == (preset != "paper")
+    small = slimming.cut(result.model, plan)
+    assert slimming.cost(small).macs < 0.75 * slimming.cost(result.model).macs
+    assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_masks_have_no_weight_decay_and_their_own_rate(data: Data) -> None:
+    result = slimming.search(make(), data, dataclasses.replace(config(lr=1e-9, weight_decay=0.5), mask_lr=1e7))
+    moved = max(float((mask.detach() - 1).abs().max()) for mask in result.masks.values())
+    assert 0.005 < moved < 0.1
+
+
+def test_saved_and_loaded_gives_the_same_model_and_plan(data: Data, tmp_path: Path) -> None:
+    result = slimming.search(make(), data, config(lr=1e-2))
+    result.save(tmp_path)
+    again = slimming.load_search(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(result.model(x), again.model(x))
+    budget = slimming.Budget(params=0.6)
+    assert slimming.plan(again, budget) == slimming.plan(result, budget)
+    assert slimming.plan(tmp_path / "scores.safetensors", budget) == slimming.plan(result, budget)
+    assert again.config == result.config
+
+
+def test_a_kind_that_the_model_does_not_have_is_named(data: Data) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=2, class_token=False, global_pool="max")
+    with pytest.raises(ConfigError, match="token"):
+        slimming.search(model, data, config())
+    assert not hasattr(model, "slimming_masks")
