@@ -1,6 +1,7 @@
 """Settings from a YAML file, from flags and from Python, all by one definition: the frozen dataclasses.
 
-(A general tool was tried first; it names neither the nearest key nor, in one line, the type that was wanted.)
+A misspelt key is answered with the nearest one and a wrong type in one line, and a preset may be the base of a
+section; that is what this small reader is for.
 """
 
 from __future__ import annotations
