@@ -10,7 +10,7 @@ The whole chain on an embedded Vision Transformer and embedded satellite images 
 budgets, retraining, measuring, a report. It takes some minutes on two CPU cores and needs no network.
 
   slimming demo
-  slimming demo --output /tmp/demo
+  slimming demo --output runs/second-demo
 """
 
 
