@@ -8,7 +8,7 @@ from slimming.report.markup import Html, figure, join, svg, tag
 from slimming.report.model import Kept, Layer, Picture, Results, Row, Tokens
 from slimming.report.numbers import percent
 from slimming.report.palette import budget_colour, dash, kind_colour
-from slimming.report.plot import Axis, Point, Series, chart, legend
+from slimming.report.plot import NARROW, Axis, Point, Series, chart, legend
 
 LABELS = 26.0
 BAR = 150.0
@@ -19,22 +19,26 @@ OTHERS = 3
 
 def depth_curves(results: Results) -> Html:
     """Return, per kind of unit, the share that each layer keeps under every budget."""
-    kinds: list[tuple[str, str, Callable[[Layer], Kept | None]]] = [
-        ("qk", "Query and key dimensions", lambda layer: _total(layer.qk)),
-        ("v", "Value dimensions", lambda layer: _total(layer.v)),
-        ("mlp", "MLP hidden units", lambda layer: layer.mlp),
-        ("token", "Token positions", lambda layer: layer.tokens.count if layer.tokens else None),
+    kinds: list[tuple[str, Callable[[Layer], Kept | None]]] = [
+        ("Query and key dimensions", lambda layer: _total(layer.qk)),
+        ("Value dimensions", lambda layer: _total(layer.v)),
+        ("MLP hidden units", lambda layer: layer.mlp),
+        ("Token positions", lambda layer: layer.tokens.count if layer.tokens else None),
     ]
-    panels = []
-    for _, title, read in kinds:
+    panels, shown = [], []
+    for title, read in kinds:
         series = [_depth_series(row, index, read) for index, row in enumerate(results.rows)]
         series = [one for one in series if one.points]
         if not series:
             continue
         told = f"{title}: share kept in each layer, one line per budget."
-        drawing = chart(series, Axis(title="layer"), Axis(title="kept, %", low=0.0, high=104.0), label=told, rule=100.0)
-        panels.append(figure(join(drawing, legend(series)), title=title))
-    return tag("div", panels, class_="panels narrow")
+        shown = shown or series
+        # All panels share their axes, whichever layers a kind has units in.
+        depth = Axis(title="layer", low=-0.3, high=max(len(row.layers) for row in results.rows) - 0.7)
+        kept = Axis(title="kept, %", low=0.0, high=104.0)
+        drawing = chart(series, depth, kept, label=told, rule=100.0, size=NARROW)
+        panels.append(figure(drawing, title=title))
+    return join(tag("div", panels, class_="panels narrow"), legend(shown) if shown else None)
 
 
 def _depth_series(row: Row, index: int, read: Callable[[Layer], Kept | None]) -> Series:
@@ -44,15 +48,20 @@ def _depth_series(row: Row, index: int, read: Callable[[Layer], Kept | None]) ->
         if kept is not None:
             tip = f"{row.label}, layer {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
             points.append(Point(x=float(place), y=100 * kept.share, tip=tip))
-    return Series(name=row.label, points=points, colour=budget_colour(index), dash=dash(index), marker="disc")
+    return Series(name=row.label, points=points, colour=budget_colour(index), dash=dash(index), marker="dot")
 
 
 def _total(parts: Sequence[Kept]) -> Kept | None:
     return Kept(kept=sum(p.kept for p in parts), of=sum(p.of for p in parts)) if parts else None
 
 
-def dimensions(row: Row) -> Html:
-    """Return what ``row`` keeps: QK and V per head, MLP and tokens per layer, as drawings side by side."""
+def dimensions(row: Row, *, count_tokens: bool) -> Html:
+    """Return what ``row`` keeps per head and per layer, as drawings side by side.
+
+    Args:
+        row: the budget.
+        count_tokens: draw token counts too; pictures of the positions tell them otherwise.
+    """
     layers = row.layers
     parts = []
     for role, title in (("qk", "Query and key dimensions, per head"), ("v", "Value dimensions, per head")):
@@ -63,7 +72,7 @@ def dimensions(row: Row) -> Html:
         ("mlp", "MLP hidden units", [layer.mlp for layer in layers]),
         ("token", "Token positions", [layer.tokens.count if layer.tokens else None for layer in layers]),
     ]
-    for kind, title, values in bars:
+    for kind, title, values in bars[: 2 if count_tokens else 1]:
         if any(values):
             parts.append(figure(_bars(row, layers, values, kind), title=title))
     if not parts:
@@ -85,7 +94,7 @@ def _heads(row: Row, layers: Sequence[Layer], heads: Sequence[Sequence[Kept]], r
     step, height, left = min(30.0, max(11.0, 312.0 / count)), _row_height(layers), _label_width(layers)
     written = step >= 18 and height >= 16
     parts = [
-        tag("text", head + 1, x=left + (head + 0.5) * step, y=11, class_="tick mid")
+        tag("text", head, x=left + (head + 0.5) * step, y=11, class_="tick mid")
         for head in range(count)
         if written or head % 4 == 0
     ]
@@ -96,15 +105,15 @@ def _heads(row: Row, layers: Sequence[Layer], heads: Sequence[Sequence[Kept]], r
         for head in range(count if own else 0):
             x = left + head * step
             if head >= len(own) or own[head].kept == 0:
-                parts.append(_gone(x, y, step, height, f"layer {layer.label}, head {head + 1}: gone whole"))
+                parts.append(_gone(x, y, step, height, f"layer {layer.label}, head {head}: gone whole"))
                 continue
             kept = own[head]
-            tip = f"layer {layer.label}, head {head + 1}: {name} {kept.kept} of {kept.of}"
+            tip = f"layer {layer.label}, head {head}: {name} {kept.kept} of {kept.of}"
             shade = f"fill:{kind_colour(role)};fill-opacity:{0.1 + 0.9 * kept.share:.2f}"
             box = tag("rect", x=x + 0.75, y=y + 0.75, width=step - 1.5, height=height - 1.5, rx=2, style=shade)
             text = (
                 tag("text", kept.kept, x=x + step / 2, y=y + height / 2 + 3.5,
-                    class_="cell on" if kept.share > 0.5 else "cell")
+                    class_="cell on" if kept.share > 0.75 else "cell")
                 if written else None
             )  # fmt: skip
             parts.append(tag("g", tag("title", tip), box, text))
@@ -130,7 +139,7 @@ def _bars(row: Row, layers: Sequence[Layer], values: Sequence[Kept | None], kind
         y = 16 + place * height
         parts.append(tag("text", layer.label, x=left - 6, y=y + height / 2 + 3.5, class_="tick end"))
         if kept is None:
-            parts.append(tag("text", "not searched", x=left, y=y + height / 2 + 3.5, class_="tick"))
+            parts.append(tag("text", "all", x=left, y=y + height / 2 + 3.5, class_="tick"))
             continue
         tip = f"layer {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
         full = tag("rect", x=left, y=y + 2.5, width=BAR, height=height - 5, rx=2, class_="full")
@@ -186,8 +195,8 @@ def tokens(row: Row, images: Sequence[Picture]) -> Html | None:
     ]
     parts = [tag("div", tiles, class_="tiles")]
     if others:
-        parts.append(tag("p", "What the last block sees of other images; the positions are the same for every image."))
-        parts.append(tag("div", others, class_="tiles"))
+        text = "What the last block sees of other images; the positions are the same for every image."
+        parts.append(tag("div", tag("p", text), tag("div", others, class_="tiles"), class_="others"))
     return join(parts)
 
 

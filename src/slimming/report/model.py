@@ -12,6 +12,7 @@ from typing import Any
 
 from slimming.errors import CheckpointError
 from slimming.plan import FORMAT
+from slimming.report.numbers import NBSP
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -309,8 +310,8 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
     keep = budget.get("keep")
     shares = {key: node.share() for key, node in (keep or budget).entries()}
     words = {"macs": "MACs", "params": "params", "head_dim": "head dims", "mlp": "MLP", "token": "tokens"}
-    known = [f"{100 * share:g} % {words.get(key, key)}" for key, share in shares.items()]
-    short = f"{100 * next(iter(shares.values())):g} %" if len(shares) == 1 else name
+    known = [f"{100 * share:g} % {words.get(key, key)}".replace(" ", NBSP) for key, share in shares.items()]
+    short = f"{100 * next(iter(shares.values())):g}{NBSP}%" if len(shares) == 1 else name
     return ", ".join(known) or name, short
 
 

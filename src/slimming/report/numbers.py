@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+NBSP = "\u00a0"
+"""A space at which no line breaks: between a number and its unit."""
+THIN = "\u202f"
+"""The same, narrow: between thousands."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -24,7 +29,7 @@ class Scale:
 
     def show(self, value: float) -> str:
         """Return ``value`` in this unit, without the unit's name."""
-        return f"{value / self.factor:,.{self.decimals}f}".replace(",", "\u202f")
+        return f"{value / self.factor:,.{self.decimals}f}".replace(",", THIN)
 
 
 def scale(values: Iterable[float], suffixes: Sequence[str] = ("", "k", "M", "G", "T"), base: str = "") -> Scale:
@@ -55,12 +60,12 @@ def decimals(values: Iterable[float]) -> int:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """Return a share as a percentage.
+    r"""Return a share as a percentage.
 
     >>> percent(0.7), percent(0.9468, 1)
-    ('70 %', '94.7 %')
+    ('70\xa0%', '94.7\xa0%')
     """
-    return f"{100 * value:.{digits}f}\u202f%".replace("\u202f", " ")
+    return f"{100 * value:.{digits}f}{NBSP}%"
 
 
 def duration(seconds: float) -> str:
@@ -101,4 +106,4 @@ def tick_text(values: Sequence[float]) -> list[str]:
     if 0 < step < 1e-3 and max(map(abs, values)) < 0.1:
         return ["0" if v == 0 else f"{v:.0e}".replace("e-0", "e-") for v in values]
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
-    return [f"{value:,.{digits}f}".replace(",", "\u202f") for value in values]
+    return [f"{value:,.{digits}f}".replace(",", THIN) for value in values]

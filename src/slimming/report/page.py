@@ -14,13 +14,14 @@ from slimming.report import anatomy, table, training
 from slimming.report.curves import Log, read_log
 from slimming.report.markup import Content, Html, join, tag
 from slimming.report.model import Results, Row, parse
-from slimming.report.numbers import duration, percent, scale
+from slimming.report.numbers import THIN, duration, percent, scale
 from slimming.report.palette import budget_colour, budget_variables
 
 RESULTS, REPORT = "results.json", "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The page may load nothing from anywhere; browsers hold it to that."""
 CLASSES_SHOWN = 12
+MASKS_LEAD = "Above: all units. Below: one line per layer, darker where more of its masks lie."
 
 
 def write_report(run_directory: Path, output: Path | None = None) -> Path:
@@ -121,7 +122,7 @@ def _section(name: str, title: str, lead: Content, *content: Content) -> Html:
 def _header(results: Results) -> Html:
     model, data = results.model, results.data
     images = [
-        f"{data[key]:,} {word}".replace(",", "\u202f")
+        f"{data[key]:,} {word}".replace(",", THIN)
         for key, word in (("train_images", "for training"), ("val_images", "for validation"))
         if isinstance(data.get(key), int)
     ]
@@ -211,7 +212,7 @@ def _what_stays(results: Results) -> Html | None:
             tag(
                 "div",
                 tag("h3", dot, row.label, tag("small", _costs(row, results.dense))),
-                anatomy.dimensions(row),
+                anatomy.dimensions(row, count_tokens=not results.images),
                 tag("h4", "Token positions, block by block") if positions else None,
                 positions,
                 class_=f"choice choice-{index}",
@@ -220,8 +221,9 @@ def _what_stays(results: Results) -> Html | None:
     return _section(
         "stays",
         "What stays",
-        "Each budget is read off the same search, layer by layer from the input on. A cross is a head that is "
-        "gone whole; darkened cells of an image are token positions that the block no longer sees.",
+        "Each budget is read off the same search. Rows are layers from the input on, columns are heads, and a "
+        "cross is a head that is gone whole. Darkened cells of an image are token positions that the block no longer "
+        "sees.",
         anatomy.depth_curves(results),
         tag(
             "div",
@@ -253,6 +255,7 @@ def _search(results: Results, log: Log | None) -> Html | None:
         f"Weights and soft masks train together, once for all budgets.{took}",
         curves,
         tag("h3", "Soft masks at the end of the search") if masks else None,
+        tag("p", MASKS_LEAD, class_="lead") if masks else None,
         masks,
     )
 
@@ -312,7 +315,7 @@ def _setting(entry: tuple[str, Any]) -> Html:
 def _flat(value: Mapping[str, Any], prefix: str = "", skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Nested settings as dotted names."""
     for key, entry in value.items():
-        if key in skip:
+        if key in skip or entry == "":
             continue
         if isinstance(entry, Mapping) and entry:
             yield from _flat(entry, f"{prefix}{key}.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from slimming.report.markup import Html, svg, tag
 from slimming.report.numbers import tick_text, ticks
 
-WIDTH, HEIGHT = 360.0, 240.0
+WIDE, NARROW = (360.0, 240.0), (272.0, 196.0)
+"""Width and height of a chart in pixels: three or four stand side by side on a laptop."""
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 22.0, 38.0
 
 
@@ -43,7 +44,7 @@ class Series:
         colour: a CSS colour.
         dash: a dash pattern of the line; empty draws it solid.
         line: join the points.
-        marker: ``"disc"``, ``"ring"``, ``"diamond"`` or empty.
+        marker: ``"disc"``, ``"dot"``, ``"ring"``, ``"diamond"`` or empty.
     """
 
     name: str
@@ -63,7 +64,15 @@ class Axis:
     high: float | None = None
 
 
-def chart(series: Sequence[Series], x: Axis, y: Axis, *, label: str, rule: float | None = None) -> Html:
+def chart(
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    *,
+    label: str,
+    rule: float | None = None,
+    size: tuple[float, float] = WIDE,
+) -> Html:
     """Draw ``series``.
 
     Args:
@@ -72,16 +81,18 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, label: str, rule: float
         y: the vertical axis. Points outside its ends are drawn as arrows at the edge.
         label: what the picture shows, for those who do not see it.
         rule: height of a horizontal reference line.
+        size: width and height in pixels.
     """
     points = [point for one in series for point in one.points]
     across = [v for p in points for v in (p.x, p.low, p.high) if v is not None]
-    frame = _Frame(*_ends(across, x), *_ends([p.y for p in points], y))
+    frame = _Frame(*_ends(across, x), *_ends([p.y for p in points], y), *size)
     parts = [_axes(frame, x, y)]
     if rule is not None:
         height = frame.y(rule)
-        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="rule"))
+        parts.append(tag("line", x1=LEFT, x2=frame.right, y1=height, y2=height, class_="rule"))
     parts += [_draw(one, frame) for one in series]
-    return svg(WIDTH, HEIGHT, label, parts, class_="chart")
+    parts += _marks(points, frame)
+    return svg(*size, label, parts, class_="chart")
 
 
 def legend(series: Sequence[Series]) -> Html:
@@ -107,13 +118,23 @@ class _Frame:
     x_high: float
     y_low: float
     y_high: float
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - BOTTOM
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         inside = min(max(value, self.y_low), self.y_high)
-        return HEIGHT - BOTTOM - (inside - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+        return self.bottom - (inside - self.y_low) / (self.y_high - self.y_low) * (self.bottom - TOP)
 
 
 def _ends(values: Sequence[float], axis: Axis) -> tuple[float, float]:
@@ -127,21 +148,21 @@ def _ends(values: Sequence[float], axis: Axis) -> tuple[float, float]:
 
 
 def _axes(frame: _Frame, x: Axis, y: Axis) -> Html:
-    bottom = HEIGHT - BOTTOM
+    bottom, right = frame.bottom, frame.right
     parts = []
     values = ticks(frame.y_low, frame.y_high, 4)
     for value, text in zip(values, tick_text(values), strict=True):
         height = frame.y(value)
-        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="grid"))
+        parts.append(tag("line", x1=LEFT, x2=right, y1=height, y2=height, class_="grid"))
         parts.append(tag("text", text, x=LEFT - 6, y=height + 3.5, class_="tick end"))
     values = ticks(frame.x_low, frame.x_high, 5)
     for value, text in zip(values, tick_text(values), strict=True):
         place = frame.x(value)
         parts.append(tag("line", x1=place, x2=place, y1=bottom, y2=bottom + 4, class_="axis"))
         parts.append(tag("text", text, x=place, y=bottom + 16, class_="tick mid"))
-    parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom, class_="axis"))
+    parts.append(tag("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
     parts.append(tag("text", y.title, x=2, y=11, class_="title"))
-    parts.append(tag("text", x.title, x=WIDTH - RIGHT, y=HEIGHT - 4, class_="title end"))
+    parts.append(tag("text", x.title, x=right, y=frame.height - 4, class_="title end"))
     return tag("g", parts)
 
 
@@ -160,10 +181,30 @@ def _draw(one: Series, frame: _Frame) -> Html:
         tip = tag("title", point.tip) if point.tip else None
         below = point.y < frame.y_low
         parts.append(tag("g", tip, _arrow(one, x, y) if below else _marker(one, x, y), class_="point"))
-        if point.label:
-            side = "end" if x > WIDTH - 60 else "start"
-            parts.append(tag("text", point.label, x=x - 7 if side == "end" else x + 7, y=y + 15, class_=f"mark {side}"))
     return tag("g", parts)
+
+
+def _marks(points: Sequence[Point], frame: _Frame) -> list[Html]:
+    """Labels, each at the first free place around its point; one that finds none is left to its tip."""
+    # Boxes (left, top, right, bottom) of what is there already.
+    places = [(frame.x(point.x), frame.y(point.y)) for point in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    parts = []
+    for point, (x, y) in zip(points, places, strict=True):
+        wide = 6.0 * len(point.label or "")
+        for side, left, base in (("start", x + 7, y + 15), ("end", x - 7 - wide, y - 7), ("start", x + 7, y - 7)):
+            box = (left, base - 9, left + wide, base + 2)
+            inside = box[0] > LEFT and box[1] > 0 and box[2] < frame.width
+            if point.label and inside and not any(_meet(box, other) for other in taken):
+                taken.append(box)
+                at = left if side == "start" else left + wide
+                parts.append(tag("text", point.label, x=at, y=base, class_=f"mark {side}"))
+                break
+    return parts
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _marker(one: Series, x: float, y: float) -> Html:
@@ -172,7 +213,7 @@ def _marker(one: Series, x: float, y: float) -> Html:
         return tag("path", d=way, style=f"fill:{one.colour}")
     if one.marker == "ring":
         return tag("circle", cx=x, cy=y, r=4, class_="ring", style=_stroke(one))
-    return tag("circle", cx=x, cy=y, r=4.5, style=f"fill:{one.colour}")
+    return tag("circle", cx=x, cy=y, r=2.6 if one.marker == "dot" else 4.5, style=f"fill:{one.colour}")
 
 
 def _arrow(one: Series, x: float, y: float) -> Html:

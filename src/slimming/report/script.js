@@ -4,12 +4,11 @@
   // Tips at once and on touch: a drawing's <title> becomes its label and the text of one floating box.
   const box = document.createElement("div");
   box.className = "tip";
-  box.setAttribute("role", "status");
+  box.setAttribute("aria-hidden", "true");
   document.body.append(box);
   for (const title of document.querySelectorAll("svg title")) {
     const owner = title.parentElement;
     owner.dataset.tip = title.textContent;
-    owner.setAttribute("aria-label", title.textContent);
     title.remove();
   }
   document.addEventListener("pointerover", (event) => {

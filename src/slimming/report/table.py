@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from slimming.report.markup import Content, Html, figure, join, tag
 from slimming.report.model import Results, Row, Spread
-from slimming.report.numbers import Scale, decimals, percent, scale
+from slimming.report.numbers import THIN, Scale, decimals, percent, scale
 from slimming.report.palette import budget_colour
 from slimming.report.plot import Axis, Point, Series, chart, legend
 
@@ -118,7 +118,7 @@ def table_notes(results: Results) -> Html:
     if isinstance(images, int) and images > 0 and top1 is not None:
         error = 1.96 * math.sqrt(max(top1 * (1 - top1), 1e-9) / images)
         notes.append(
-            f"Top-1 is counted on {images:,} validation images".replace(",", "\u202f")
+            f"Top-1 is counted on {images:,} validation images".replace(",", THIN)
             + f": at {percent(top1, 1)} the sampling error is ±{100 * error:.1f} points (95 % interval). "
             "Differences to dense, below, are in points."
         )
@@ -160,9 +160,9 @@ def _panel(results: Results, what: str, title: str, y: Axis, cost: Callable[[Row
     dense = results.dense
     series = []
     if bare := [point(r, r.top1_cut, "after the cut", None) for r in results.rows if r.top1_cut is not None]:
-        series.append(
-            Series(name="straight after the cut", points=bare, colour="var(--soft)", dash="3 3", marker="ring")
-        )
+        below = y.low is not None and any(p.y < y.low for p in bare)
+        name = "straight after the cut" + (" (arrow: below the axis)" if below else "")
+        series.append(Series(name=name, points=bare, colour="var(--soft)", line=False, marker="ring"))
     if good := [point(r, r.top1, "retrained", r.short) for r in results.rows if r.top1 is not None]:
         series.append(Series(name="retrained", points=good, marker="disc"))
     if dense.top1 is not None:

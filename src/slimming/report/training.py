@@ -54,8 +54,7 @@ def _histogram(masks: Masks) -> Html:
     name = kind_name(masks.kind)
     label = f"Histogram of the soft masks of {sum(masks.counts)} {name}, from {low:.3g} to {high:.3g}."
     drawing = svg(WIDTH, end + 34, label, parts, class_="chart")
-    caption = "Above: all units. Below: one line per layer, darker where more of its masks lie." if bands else None
-    return figure(drawing, caption, title=f"{name[0].upper()}{name[1:]}" if name in _names() else name)
+    return figure(drawing, title=f"{name[0].upper()}{name[1:]}" if name in _names() else name)
 
 
 def _names() -> set[str]:
@@ -74,7 +73,7 @@ def _bands(masks: Masks, top: float) -> tuple[list[Html], float]:
     for role, groups in roles.items():
         if len(roles) > 1:
             parts.append(tag("text", role.rpartition(".")[2].upper(), x=2, y=y + 8, class_="title"))
-        every = max(1, round(len(groups) / 6))
+        every = max(2 if len(groups) > 2 else 1, round(len(groups) / 6))
         for place, (label, values) in enumerate(groups):
             counts = [0] * bins
             for value in values:
@@ -138,7 +137,7 @@ def _curve(log: Log, key: str, name: str, colour: str, line: str) -> Series:
 
 def _accuracy(log: Log, name: str, colour: str, line: str) -> Series:
     points = [Point(x=x, y=y, tip=f"{name}, {log.axis} {x:g}: {y:.1f} %") for x, y in log.curve("val_top1", 100.0)]
-    return Series(name=name, points=points, colour=colour, dash=line, marker="disc" if len(points) <= 40 else "")
+    return Series(name=name, points=points, colour=colour, dash=line, marker="dot" if len(points) <= 40 else "")
 
 
 def _panel(
@@ -159,6 +158,6 @@ def _panel(
         values = [p.y for one in shown for p in one.points] + [rule]
         air = 0.06 * max(max(values) - min(values), 1.0)
         y = Axis(title=unit, low=min(values) - air, high=min(max(values) + air, 100.5))
-    drawing = chart(shown, Axis(title=axis), y, label=f"{title} over {axis}s. {ends}.", rule=rule)
+    drawing = chart(shown, Axis(title=axis, low=0.0), y, label=f"{title} over {axis}s. {ends}.", rule=rule)
     caption = "The thin line is the dense model." if rule is not None else None
     return figure(join(drawing, legend(shown) if len(shown) > 1 else None), caption, title=title)
