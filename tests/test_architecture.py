@@ -25,6 +25,7 @@ LAYERS = {
     "groups": 1,
     "plan": 1,
     "family": 1,
+    "macs": 1,
     "families": 2,
     "masks": 2,
     "token_gates": 2,

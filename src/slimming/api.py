@@ -23,11 +23,8 @@ from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, Budget, Layout, Plan, Structure
 
-DEFAULT_PENALTY: Mapping[str, float] = {"head_dim": 1.0, "head": 1.0, "mlp": 1.0, "token": 0.25}
+DEFAULT_PENALTY: Mapping[str, float] = {"head_dim": 1.0, "head": 1.0, "mlp": 1.0, "channel": 1.0, "token": 0.25}
 """Weights of the mean |mask| per kind; for DeiT-S they equal the paper's W1, W2, W3 on sums (joint search)."""
-
-SEARCH_KINDS = ("head_dim", "mlp", "token")
-"""Kinds that get a mask unless others are asked for; a head goes when its last V dimension does."""
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -91,8 +88,28 @@ def attach(
     torch.Size([192])
     """
     if groups is None:
-        groups = [group for group in describe(model) if group.kind in SEARCH_KINDS]
+        groups = searched(describe(model))
     return masks.attach(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY)
+
+
+def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
+    """Those of ``groups`` that get a mask.
+
+    Args:
+        groups: what `describe` gives.
+        kinds: kinds to take; None takes all, except heads whose dimensions can go on their own: such a head goes
+            when its last V dimension does.
+
+    Raises:
+        ConfigError: there is no group of one of ``kinds``.
+    """
+    if kinds is None:
+        has_dimensions = {group.site for group in groups if group.kind == "head_dim"}
+        return [group for group in groups if group.kind != "head" or group.site not in has_dimensions]
+    missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
+    if missing:
+        raise ConfigError(f"This model has no groups of kind {missing[0]!r}; take it out of search.kinds.")
+    return [group for group in groups if group.kind in kinds]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimming.errors import ConfigError
+from slimming.macs import multiply_adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.macs += _macs(func._overloadpacket.__name__, args, tensors)
+        self.macs += multiply_adds(func._overloadpacket.__name__, args, tensors)
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -222,21 +222,3 @@ class _Counter(TorchDispatchMode):
                 weakref.finalize(storage, self.alive.pop, key, None)
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
-
-
-def _macs(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> int:
-    """Multiply-adds of one operation, from its shapes."""
-    if name in ("mm", "bmm"):
-        return args[0].numel() * args[1].shape[-1]
-    if name in ("addmm", "baddbmm"):
-        return args[1].numel() * args[2].shape[-1]
-    if name == "linear":
-        return args[0].numel() * args[1].shape[0]
-    if name == "convolution":
-        return results[0].numel() * args[1][0].numel()
-    if name.startswith("_scaled_dot_product"):
-        q, k, v = args[:3]
-        return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
-    if "matmul" in name or "einsum" in name or "conv" in name:
-        raise ConfigError(f"The counter has no formula for the operation {name}.")
-    return 0

@@ -16,9 +16,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from slimming.errors import CheckpointError, OutputError, PlanError
+from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.families import family_called, family_of
-from slimming.io import atomic_json, atomic_write_bytes, explain, seal
+from slimming.io import atomic_json, atomic_write_bytes, check_json, explain, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
 
@@ -36,6 +36,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     Raises:
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks attached.
+        ConfigError: the provenance holds what JSON cannot, or an entry of the file's own.
         OutputError: the place is occupied, not writable or full.
 
     >>> import timm, tempfile, slimming
@@ -50,6 +51,11 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         raise PlanError(
             "The model has masks attached; cut it, or call masks.fold_() or masks.detach_(), and save the result."
         )
+    record = dict(provenance or {})
+    check_json(record, "provenance")
+    for name in ("format", "sha256"):
+        if name in record:
+            raise ConfigError(f"provenance.{name} is an entry of the file itself. Give yours another name.")
     structure = family_of(model).read(model).structure
     weights = dump_tensors(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -63,7 +69,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         atomic_write_bytes(partial / WEIGHTS, weights)
         digest = hashlib.sha256(weights).hexdigest()
         atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": digest}))
-        atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **(provenance or {})}))
+        atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **record}))
         os.chmod(partial, 0o755)
         os.replace(partial, path)
     except OSError as error:

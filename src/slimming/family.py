@@ -86,3 +86,22 @@ def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linea
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
     new.train(old.training)
     return new
+
+
+def difference(wanted: nn.Module, made: nn.Module) -> str | None:
+    """The first way in which two models differ in modules or parameter shapes, in words."""
+    ours, theirs = dict(wanted.named_modules()), dict(made.named_modules())
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        return f"module {name!r} exists in only one of the two"
+    for name, module in ours.items():
+        if type(module) is not type(theirs[name]) or module.extra_repr() != theirs[name].extra_repr():
+            return f"module {name!r} is {_describe(module)}, its host makes {_describe(theirs[name])}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    for name, tensor in wanted.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            return f"{name} has shape {tuple(tensor.shape)}, its host makes {shapes.get(name)}"
+    return None
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"

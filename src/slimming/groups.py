@@ -135,6 +135,22 @@ Product = tuple[Dim, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """The sizes of one module as functions of what the groups keep.
+
+    Attributes:
+        tensors: name of a parameter or buffer -> its dimensions.
+        attributes: name of an attribute that holds a size -> its value.
+        unbound: whether the module's forward works out its head size from the embedding width, and so needs
+            that expression replaced once heads are gone.
+    """
+
+    tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Dim] = field(default_factory=dict)
+    unbound: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Operation:
     """The cost of one step of the forward pass at batch 1, as sums of products of dimensions.
 
@@ -169,6 +185,8 @@ class Anatomy:
         structure: how to build the model again.
         uncovered: parts that cannot be cut, each with the reason.
         input_shape: channels, height and width of the image that the model takes.
+        sizes: module -> its sizes, for families that resize modules by them.
+        has_memory: whether the operations say what is alive while they run.
     """
 
     groups: tuple[Group, ...]
@@ -176,6 +194,8 @@ class Anatomy:
     structure: Structure
     uncovered: tuple[str, ...]
     input_shape: tuple[int, int, int]
+    sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
+    has_memory: bool = True
 
     def group(self, name: str) -> Group:
         """The group called ``name``.

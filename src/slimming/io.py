@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from slimming.errors import OutputError
+from slimming.errors import ConfigError, OutputError
 
 
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -46,6 +47,28 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON without NaN; see `atomic_write_bytes`."""
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def check_json(value: Any, name: str) -> None:
+    """Check that JSON holds ``value``, called ``name``, as it is, before anything is written.
+
+    Raises:
+        ConfigError: something in it is no text, finite number, truth value, None, list, or dict with texts as keys;
+            the message names its key.
+    """
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{name} has the key {key!r}, and keys of JSON are texts. Give {str(key)!r}.")
+            check_json(entry, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            check_json(entry, f"{name}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}, which JSON cannot hold. Leave it out, or give None.")
+    elif not (value is None or isinstance(value, (str, int, float))):
+        kind = type(value).__name__
+        raise ConfigError(f"{name} is of type {kind}, which JSON cannot hold. Give a number, a text or a list of them.")
 
 
 def new_directory(path: Path) -> Path:

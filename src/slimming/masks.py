@@ -130,24 +130,27 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         Keeps an average of (factor x gradient of the task loss)^2: the first-order estimate of what cutting
         the unit would change (Molchanov et al., CVPR 2019, eq. 8). The penalty's own gradient is taken out.
         """
-        sizes = {kind: sum(group.size for group in self.of_kind(kind)) for kind in {g.kind for g in self.groups}}
-        for group in self.groups:
-            mask = self[group.name]
-            if mask.grad is None:
+        # The first value as it is, then a moving average; in place, so that checkpoints see it.
+        share = 1.0 if self.collected["steps"] == 0 else 1 - _DECAY
+        for kind in dict.fromkeys(group.kind for group in self.groups):
+            groups = self.of_kind(kind)
+            weight = self.penalty_weights.get(kind, 0.0)
+            weight /= 1 if self.penalty_sum else sum(group.size for group in groups)
+            pairs = [(group.name, self[group.name].grad) for group in groups]
+            grads = {name: grad for name, grad in pairs if grad is not None}
+            if not grads:
                 continue
-            weight = self.penalty_weights.get(group.kind, 0.0) / (1 if self.penalty_sum else sizes[group.kind])
-            if group.token is not None and self.tokens == MULTIPLY:
+            # All groups of a kind at once: the vectors are short, and one operation costs more than its numbers.
+            mask, grad = torch.cat([self[name].detach() for name in grads]), torch.cat(list(grads.values()))
+            factor, slope = mask, torch.ones_like(mask)
+            if groups[0].token is not None and self.tokens == MULTIPLY:
                 factor = torch.tanh(mask)
                 slope = 1 - factor.square()
-            else:
-                factor, slope = mask.detach(), torch.ones_like(mask)
             # Relative to the factor: d loss / d factor = (d loss / d mask) / (d factor / d mask).
-            task = mask.grad / slope.clamp_min(1e-6) - weight * factor.sign()
-            square = (factor * task).square()
-            kept = self.collected[group.name].to(square.device)
-            # The first value as it is, then a moving average; in place, so that checkpoints see it.
-            share = 1.0 if self.collected["steps"] == 0 else 1 - _DECAY
-            self.collected[group.name] = kept.lerp_(square, share)
+            task = grad / slope.clamp_min(1e-6) - weight * factor.sign()
+            squares = (factor * task).square().split([len(grad) for grad in grads.values()])
+            for name, square in zip(grads, squares, strict=True):
+                self.collected[name] = self.collected[name].to(square.device).lerp_(square, share)
         self.collected["steps"] += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -192,6 +195,8 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         squares: dict[str, Tensor] = {}
         device = self[group.name].device
         for slices in group.slices:
+            if is_buffer(self.model, slices.tensor):
+                continue
             tensor = original(self.model, slices.tensor).float()
             each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
             owners, places = _flat(slices.index, device)
@@ -307,6 +312,12 @@ def original(model: nn.Module, tensor: str) -> Tensor:
         parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
         return parametrization.original
     return module.get_parameter(name)
+
+
+def is_buffer(model: nn.Module, tensor: str) -> bool:
+    """Whether ``tensor`` is a statistic of a norm or another tensor that is not trained."""
+    module_name, _, name = tensor.rpartition(".")
+    return name in dict(model.get_submodule(module_name).named_buffers(recurse=False))
 
 
 def _flat(index: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

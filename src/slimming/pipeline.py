@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slimming import checkpoint
-from slimming.api import anatomy_of, attach, cut, describe, plan
+from slimming.api import anatomy_of, attach, cut, describe, plan, searched
 from slimming.bench import in_evaluation
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
 from slimming.families.create import create_dense
@@ -235,7 +235,7 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> None:
         BudgetError: one cannot be reached; the message says the smallest that can.
     """
     model = copy.deepcopy(dense)
-    groups = [g for g in describe(model, coupled=config.search.coupled) if g.kind in config.search.kinds]
+    groups = searched(describe(model, coupled=config.search.coupled), config.search.kinds)
     masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
     for budget in config.budgets:
         plan(masks, budget, layout=config.search.layout, score="mask")

@@ -93,8 +93,9 @@ def _all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: L
         by_site.setdefault(group.site, {})[group.role] = group
     for roles in by_site.values():
         chunks += _attention_chunks(roles, scores, layout)
-        if "mlp" in roles:
-            chunks += _plain_chunks(roles["mlp"], scores, _multiple(roles["mlp"].size, layout))
+        for role in ("mlp", "channel"):
+            if role in roles:
+                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout))
         if "head" in roles:
             chunks += _plain_chunks(roles["head"], scores, 1)
     tokens = [group for group in groups if group.token is not None]

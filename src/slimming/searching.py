@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from slimming import checkpoint
-from slimming.api import DEFAULT_PENALTY, SEARCH_KINDS, Rated, Rating, attach, describe, load_scores, save_scores
+from slimming.api import DEFAULT_PENALTY, Rated, Rating, attach, describe, load_scores, save_scores, searched
 from slimming.errors import CheckpointError, ConfigError, nearest
 from slimming.groups import Anatomy
-from slimming.io import atomic_json, atomic_write_bytes, seal
+from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
 from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
 from slimming.token_gates import BIAS, MULTIPLY
@@ -33,7 +33,7 @@ class SearchConfig:
     """How a search is done. `preset` gives the two named ones.
 
     Attributes:
-        kinds: kinds of unit that get a mask.
+        kinds: kinds of unit that get a mask; None takes all that the model has, see `slimming.api.searched`.
         coupled: one mask for QK and V together, as in the paper.
         tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
         penalty: kind -> weight of its l1 penalty.
@@ -48,7 +48,7 @@ class SearchConfig:
         ConfigError: an unknown kind, score or token variant, or a negative weight.
     """
 
-    kinds: tuple[str, ...] = SEARCH_KINDS
+    kinds: tuple[str, ...] | None = None
     coupled: bool = False
     tokens: str = BIAS
     penalty: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PENALTY))
@@ -60,10 +60,10 @@ class SearchConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, lr=1e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
-        for name in (*self.kinds, *self.penalty):
+        for name in (*(self.kinds or ()), *self.penalty):
             if name not in KINDS:
                 raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
-        if not self.kinds:
+        if self.kinds is not None and not self.kinds:
             raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
         if self.score not in SCORES:
             raise ConfigError(f"There is no score {self.score!r}; scores are {', '.join(SCORES)}.")
@@ -144,9 +144,12 @@ class SearchResult(Rated):
         """Write weights, masks, scores and settings into ``directory``, each file whole or not at all.
 
         Raises:
+            ConfigError: the metrics or the settings hold what JSON cannot, such as NaN.
             OutputError: the place is not writable, or the disk is full.
         """
-        directory = Path(directory)
+        directory, metrics, config = Path(directory), dict(self.metrics), dataclasses.asdict(self.config)
+        check_json(metrics, "metrics")
+        check_json(config, "config")
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
         for name, content in tensors.items():
             atomic_write_bytes(directory / name, checkpoint.dump_tensors(content))
@@ -154,8 +157,8 @@ class SearchResult(Rated):
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
-            "config": dataclasses.asdict(self.config),
-            "metrics": dict(self.metrics),
+            "config": config,
+            "metrics": metrics,
             "files_sha256": {name: _digest(directory / name) for name in (*tensors, SCORES_FILE)},
         }
         atomic_json(directory / RECORD, seal(record))
@@ -189,10 +192,7 @@ def search(
             `slimming.training.loop.fit`.
     """
     config = config or SearchConfig()
-    groups = [group for group in describe(model, coupled=config.coupled) if group.kind in config.kinds]
-    missing = [kind for kind in config.kinds if not any(group.kind == kind for group in groups)]
-    if missing:
-        raise ConfigError(f"This model has no groups of kind {missing[0]!r}; take it out of search.kinds.")
+    groups = searched(describe(model, coupled=config.coupled), config.kinds)
     masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty)
     masks.penalty_sum = config.penalty_sum
     inner = task or ClassificationTask(config.train.label_smoothing)

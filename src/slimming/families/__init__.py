@@ -21,8 +21,9 @@ __all__ = ["STRUCTURE", "Family", "all_families", "family_called", "family_of"]
 def all_families() -> Mapping[str, Family]:
     """Every family by name."""
     from slimming.families.timm_vit import TimmViT
+    from slimming.families.traced import Traced
 
-    return {family.name: family for family in (TimmViT(),)}
+    return {family.name: family for family in (TimmViT(), Traced())}
 
 
 def family_of(model: nn.Module) -> Family:

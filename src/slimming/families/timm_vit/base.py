@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.family import difference
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
@@ -34,7 +35,7 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
     base["config"] = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
     default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
     base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
-    difference = _difference(vit, build(base))
+    difference = difference(vit, build(base))
     if difference is not None:
         raise UnsupportedModelError(
             f"timm cannot make this {type(vit).__name__} again: {difference}. Slimming needs a model made by "
@@ -149,22 +150,3 @@ def _changeable(vit: VisionTransformer) -> dict[str, Any]:
 
 def _scale(block: nn.Module) -> nn.Module:
     return getattr(block, "ls1", nn.Identity())
-
-
-def _difference(wanted: nn.Module, made: nn.Module) -> str | None:
-    """The first way in which two models differ in modules or parameter shapes, in words."""
-    ours, theirs = dict(wanted.named_modules()), dict(made.named_modules())
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        return f"module {name!r} exists in only one of the two"
-    for name, module in ours.items():
-        if type(module) is not type(theirs[name]) or module.extra_repr() != theirs[name].extra_repr():
-            return f"module {name!r} is {_describe(module)}, timm makes {_describe(theirs[name])}"
-    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-    for name, tensor in wanted.state_dict().items():
-        if shapes.get(name) != tuple(tensor.shape):
-            return f"{name} has shape {tuple(tensor.shape)}, timm makes {shapes.get(name)}"
-    return None
-
-
-def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr()})"

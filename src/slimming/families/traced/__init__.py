@@ -1,0 +1,193 @@
+"""Any other model, read by tracing: channels by torch-pruning's dependency graph, heads by a table of classes.
+
+`channels` and `heads` find groups, `proof` holds each of them against the model itself, `counting` says what each
+operation costs, `resize` selects tensors and gives modules other sizes, `origin` knows how hosts make a model again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.errors import UnsupportedModelError
+from slimming.families.traced import origin
+from slimming.families.traced.channels import channel_groups
+from slimming.families.traced.counting import operations
+from slimming.families.traced.heads import Attributes, head_group
+from slimming.families.traced.proof import proven, randomise_
+from slimming.families.traced.resize import layer_sizes, layers_after, resize_module_, select
+from slimming.families.traced.tables import heads_of
+from slimming.families.traced.unbound import unbound_class
+from slimming.family import STRUCTURE, Family, Kept
+from slimming.groups import Anatomy, Group, LayerSizes, Operation
+from slimming.plan import Structure
+
+_REMEMBERED = 16
+"""How many architectures' readings are kept: reading one takes seconds, and every stage asks for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    groups: tuple[Group, ...]
+    operations: tuple[Operation, ...]
+    sizes: Mapping[str, LayerSizes]
+    uncovered: tuple[str, ...]
+
+
+class Traced(Family):
+    """Reader of every model that has no family of its own."""
+
+    name = "traced"
+
+    def __init__(self) -> None:
+        self._readings: dict[str, _Reading] = {}
+
+    def reads(self, model: nn.Module) -> bool:
+        return True
+
+    def read(self, model: nn.Module) -> Anatomy:
+        shape = origin.input_shape(model)
+        key = _signature(model, shape)
+        if key not in self._readings:
+            while len(self._readings) >= _REMEMBERED:
+                self._readings.pop(next(iter(self._readings)))
+            self._readings[key] = _read(model, shape)
+        reading = self._readings[key]
+        stored = model.__dict__.get(STRUCTURE)
+        layers = stored.layers if stored is not None else {}
+        return Anatomy(
+            groups=reading.groups,
+            operations=reading.operations,
+            structure=Structure(family=self.name, base=self.base(model), layers=layers),
+            uncovered=reading.uncovered,
+            input_shape=shape,
+            sizes=reading.sizes,
+            has_memory=False,
+        )
+
+    def base(self, model: nn.Module) -> dict[str, Any]:
+        stored = model.__dict__.get(STRUCTURE)
+        return origin.origin(model) if stored is None else origin.rebased(stored.base, model)
+
+    def build(self, base: Mapping[str, Any]) -> nn.Module:
+        return origin.build(base)
+
+    def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
+        layers = {**anatomy.structure.layers, **layers_after(anatomy.sizes, anatomy.groups, kept)}
+        return replace(anatomy.structure, layers=layers)
+
+    def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return select(anatomy.groups, kept, state)
+
+    def resize_(self, model: nn.Module, structure: Structure) -> None:
+        for name, entry in structure.layers.items():
+            resize_module_(model.get_submodule(name), entry)
+        model.__dict__[STRUCTURE] = structure
+
+
+def _signature(model: nn.Module, shape: Sequence[int]) -> str:
+    """What decides the reading of a model: its classes, sizes and settings, not its weights."""
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for name, module in model.named_modules():
+        settings = {k: v for k, v in vars(module).items() if type(v) in (int, float, bool, str) and k != "training"}
+        digest.update(f"{name} {type(module)} {sorted(settings.items())}".encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    return digest.hexdigest()
+
+
+def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
+    """Find groups, prove them, and count.
+
+    Raises:
+        UnsupportedModelError: nothing can be cut.
+    """
+    trial = _trial(model)
+    example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups, attributes, unbound, claimed, uncovered = _heads(trial)
+    channels, left_out = channel_groups(trial, example, claimed)
+    uncovered += left_out
+    found = [*groups, *channels]
+    if not found:
+        raise UnsupportedModelError(
+            f"Nothing in this {type(model).__module__}.{type(model).__name__} can be cut: "
+            f"{'; '.join(uncovered) or 'it has no layers that slimming reads'}. "
+            "docs/add-a-family.md shows how to add a reader."
+        )
+    trial.requires_grad_(False)
+    good, failed = proven(trial, found, example, lambda m, g, k: _cut_copy(m, g, k, attributes, unbound))
+    uncovered += [f"{group.name}: {reason}" for group, reason in failed]
+    if not good:
+        raise UnsupportedModelError(f"Nothing in this {type(model).__name__} can be cut: {'; '.join(uncovered)}.")
+    good.sort(key=_in_order(trial))
+    sizes = layer_sizes(trial, good, attributes, unbound)
+    return _Reading(
+        groups=tuple(good),
+        operations=operations(trial, example, good),
+        sizes=sizes,
+        uncovered=tuple(uncovered),
+    )
+
+
+def _trial(model: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU with drawn weights; reading needs no others."""
+    trial = copy.deepcopy(model)
+    meta = any(tensor.is_meta for tensor in [*trial.parameters(), *trial.buffers()])
+    trial = (trial.to_empty(device="cpu") if meta else trial.cpu()).double().eval().requires_grad_(True)
+    for module in trial.modules():
+        module.__dict__.pop(STRUCTURE, None)
+    randomise_(trial)
+    return trial
+
+
+def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[str], list[str]]:
+    """The heads of every attention module that the tables know."""
+    groups: list[Group] = []
+    attributes: Attributes = {}
+    unbound: set[str] = set()
+    claimed: list[str] = []
+    uncovered: list[str] = []
+    for name, module in model.named_modules():
+        spec = heads_of(module)
+        if spec is None:
+            continue
+        claimed += [f"{name}.{path}" if name else path for path in spec.layers]
+        found = head_group(name, module, spec)
+        if spec.unbound and unbound_class(type(module)) is None:
+            found = "its forward ties the number of heads to the embedding width"
+        if isinstance(found, str):
+            uncovered.append(f"{name} heads: {found}")
+            continue
+        groups.append(found[0])
+        attributes |= found[1]
+        if spec.unbound:
+            unbound.add(name)
+    return groups, attributes, unbound, claimed, uncovered
+
+
+def _cut_copy(
+    model: nn.Module,
+    groups: Sequence[Group],
+    kept: Kept,
+    attributes: Attributes,
+    unbound: set[str],
+) -> nn.Module:
+    sizes = layer_sizes(model, groups, attributes, unbound)
+    small = copy.deepcopy(model)
+    for name, entry in layers_after(sizes, groups, kept).items():
+        resize_module_(small.get_submodule(name), entry)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    small.load_state_dict(select(groups, kept, state), strict=False, assign=True)
+    return small.requires_grad_(False)
+
+
+def _in_order(model: nn.Module) -> Any:
+    """A key that sorts groups as the model's modules lie."""
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return lambda group: (place.get(group.site, len(place)), group.name)

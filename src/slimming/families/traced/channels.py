@@ -1,0 +1,241 @@
+"""Channels that go together, from the dependency graph of torch-pruning, as groups.
+
+A unit is a channel with everything that makes it (rows of convolutions and Linears, entries of a BatchNorm)
+and everything that reads it (columns of convolutions and Linears). Setting the columns to 0 is then the same as
+removal, whatever lies between: activations, pooling, squeeze-and-excite, a depthwise convolution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.groups import Group, Scale, Slices
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+Place = tuple[str, int]
+"""A tensor's name and one of its dimensions."""
+
+
+@dataclass
+class _Found:
+    """One coupled set of channels: where each root channel lies in each tensor."""
+
+    name: str
+    places: dict[tuple[Place, str], dict[int, set[int]]] = field(default_factory=dict)
+    linear: bool = True
+    reason: str | None = None
+    grouped: set[str] = field(default_factory=set)
+
+    def add(self, tensor: str, dim: int, side: str, pairs: Iterable[tuple[int, int]]) -> None:
+        owned = self.places.setdefault(((tensor, dim), side), {})
+        for root, place in pairs:
+            owned.setdefault(root, set()).add(place)
+
+
+def channel_groups(model: nn.Module, example: Any, claimed: Sequence[str]) -> tuple[list[Group], list[str]]:
+    """Read the coupled channels of ``model``.
+
+    Args:
+        model: in evaluation mode, on the CPU, with parameters that require gradients.
+        example: what its forward takes.
+        claimed: names of modules that another reader has read; channels that pass through them are left out.
+
+    Returns:
+        The groups, and what was left out with the reason.
+    """
+    try:
+        items = _trace(model, example)
+    except Exception as error:  # torch-pruning raises whatever the graph leads it to
+        return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
+    names = {id(module): name for name, module in model.named_modules()}
+    names |= {id(parameter): name for name, parameter in model.named_parameters()}
+    found = _joined([_found(members, names, claimed, model) for members in items])
+    groups: list[Group] = []
+    reasons: dict[str, int] = {}
+    taken: set[str] = set()
+    for one in found:
+        made = None if one.reason else _group(one, model)
+        if isinstance(made, Group) and made.name not in taken:
+            groups.append(made)
+            taken.add(made.name)
+        else:
+            reason = one.reason or str(made)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    uncovered = [f"{count} sets of channels: {reason}" for reason, count in sorted(reasons.items())]
+    return groups, uncovered
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:120]
+
+
+def _trace(model: nn.Module, example: Any) -> list[Any]:
+    """torch-pruning's groups; it prints and warns where it is not sure, which the proof of the groups settles."""
+    import torch_pruning
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            model, example_inputs=example, output_transform=_first_tensors, verbose=False
+        )
+        return [list(group) for group in graph.get_all_groups()]
+
+
+def _first_tensors(output: Any) -> Any:
+    """The differentiable tensors of an output of any form."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+
+
+def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Sequence[str], model: nn.Module) -> _Found:
+    root = names.get(id(members[0].dep.target.module), "?")
+    found = _Found(root)
+    for item in members:
+        module: Any = item.dep.target.module
+        name = names.get(id(module))
+        if name is None:
+            continue  # an operation without weights
+        if any(name == one or name.startswith(f"{one}.") for one in claimed):
+            found.reason = "they pass through attention, which is cut by heads"
+            return found
+        roots = list(item.root_idxs or range(len(item.idxs)))
+        pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
+        out = "out" in item.dep.handler.__name__ or "depthwise" in item.dep.handler.__name__
+        if isinstance(module, nn.Parameter):
+            found.add(name, int(item.dep.target.pruning_dim), "in", pairs)
+        elif isinstance(module, nn.Linear):
+            _add_weighted(found, name, module, out, pairs)
+        elif isinstance(module, CONV):
+            found.linear = False
+            if module.groups > 1:
+                _add_grouped(found, name, module, out, pairs)
+            else:
+                _add_weighted(found, name, module, out, pairs)
+        elif isinstance(module, BATCH_NORM):
+            for tensor in _vectors(module):
+                found.add(f"{name}.{tensor}", 0, "in", pairs)
+        elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+            found.add(f"{name}.weight", 0, "in", pairs)
+        elif isinstance(module, nn.PReLU):
+            continue
+        else:
+            found.reason = f"a {type(module).__name__} mixes them"
+            return found
+    return found
+
+
+def _joined(sets: Iterable[_Found]) -> list[_Found]:
+    """Join the sets in front of and behind a grouped convolution, whose groups go with both."""
+    result: list[_Found] = []
+    for one in sets:
+        for other in [found for found in result if found.grouped & one.grouped]:
+            result.remove(other)
+            one = _join(other, one)
+        result.append(one)
+    return result
+
+
+def _join(first: _Found, second: _Found) -> _Found:
+    offset = 1 + max((root for owned in first.places.values() for root in owned), default=0)
+    for (place, side), owned in second.places.items():
+        into = first.places.setdefault((place, side), {})
+        for root, places in owned.items():
+            into.setdefault(root + offset, set()).update(places)
+    first.linear &= second.linear
+    first.reason = first.reason or second.reason
+    first.grouped |= second.grouped
+    return first
+
+
+def _vectors(module: nn.Module) -> list[str]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [name for name, tensor in tensors if tensor.dim() == 1]
+
+
+def _add_weighted(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
+    if not out:
+        found.add(f"{name}.weight", 1, "out", pairs)
+        return
+    found.add(f"{name}.weight", 0, "in", pairs)
+    if module.bias is not None:
+        found.add(f"{name}.bias", 0, "in", pairs)
+
+
+def _add_grouped(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
+    """A grouped convolution loses whole groups: rows of outputs, and the inputs that only they read."""
+    width = (module.out_channels if out else module.in_channels) // module.groups
+    rows = module.out_channels // module.groups
+    blocks = {(root, place // width) for root, place in pairs}
+    every = [(root, block * rows + row) for root, block in blocks for row in range(rows)]
+    found.grouped.add(name)
+    found.add(f"{name}.weight", 0, "in", every)
+    if module.bias is not None:
+        found.add(f"{name}.bias", 0, "in", every)
+
+
+def _group(found: _Found, model: nn.Module) -> Group | str:
+    """The group of one coupled set, or why there is none."""
+    roots = sorted({root for owned in found.places.values() for root in owned})
+    owner = _merged(roots, found.places.values())
+    units = sorted(set(owner.values()))
+    if len(units) < 2:
+        return "they go only all together"
+    number = {unit: place for place, unit in enumerate(units)}
+    slices: list[Slices] = []
+    for ((tensor, dim), side), owned in found.places.items():
+        index: list[set[int]] = [set() for _ in units]
+        for root, places in owned.items():
+            index[number[owner[root]]] |= places
+        if len({len(places) for places in index}) != 1:
+            return "their channels are of unequal size"
+        slices.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(places)) for places in index), side=side))
+    if not any(one.side == "out" for one in slices):
+        return "they leave the model as its output"
+    if not any(one.side == "in" and one.tensor.endswith("weight") for one in slices):
+        return "nothing in the model makes them"
+    kind = "mlp" if found.linear or _in_mlp(found.name, model) else "channel"
+    scales = tuple(Scale(tensor=one.tensor, dim=one.dim, index=one.index) for one in slices if one.side == "out")
+    return Group(
+        name=f"{found.name}.{'hidden' if kind == 'mlp' else 'channels'}",
+        kind=kind,
+        size=len(units),
+        site=found.name,
+        role=kind,
+        slices=tuple(slices),
+        scales=scales,
+    )
+
+
+def _in_mlp(name: str, model: nn.Module) -> bool:
+    """Whether a convolution is the first layer of what its host calls an MLP."""
+    around = [type(model.get_submodule(name.rsplit(".", depth)[0])).__name__.lower() for depth in (1, 2)]
+    return any(word in one for one in around for word in ("mlp", "ffn", "feedforward"))
+
+
+def _merged(roots: Sequence[int], places: Iterable[Mapping[int, set[int]]]) -> dict[int, int]:
+    """Root channel -> the unit it belongs to: channels that share a place of some tensor go together."""
+    parent = {root: root for root in roots}
+
+    def find(root: int) -> int:
+        while parent[root] != root:
+            parent[root] = root = parent[parent[root]]
+        return root
+
+    for owned in places:
+        first: dict[int, int] = {}
+        for root, spots in owned.items():
+            for spot in spots:
+                one, other = find(first.setdefault(spot, root)), find(root)
+                parent[max(one, other)] = min(one, other)
+    return {root: find(root) for root in roots}

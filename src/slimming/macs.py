@@ -1,0 +1,37 @@
+"""Multiply-adds of single tensor operations, from their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from slimming.errors import ConfigError
+
+
+def multiply_adds(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> int:
+    """Multiply-adds of one operation of the dispatcher; 0 for what is not a matrix product or a convolution.
+
+    Args:
+        name: the operation's name without its overload.
+        args: what it was called with.
+        results: the tensors that it gave.
+
+    Raises:
+        ConfigError: it looks like a matrix product, but there is no formula for it.
+    """
+    if name in ("mm", "bmm"):
+        return args[0].numel() * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return args[1].numel() * args[2].shape[-1]
+    if name == "linear":
+        return args[0].numel() * args[1].shape[0]
+    if name == "convolution":
+        return results[0].numel() * args[1][0].numel()
+    if name.startswith("_scaled_dot_product"):
+        q, k, v = args[:3]
+        return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
+    if "matmul" in name or "einsum" in name or "conv" in name:
+        raise ConfigError(f"The counter has no formula for the operation {name}.")
+    return 0
