@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from slimming import checkpoint, masks, rank
+from slimming.bench import count
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
 from slimming.errors import CheckpointError, ConfigError
@@ -211,7 +212,7 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
-    """What ``model`` costs, now or under ``plan``, by formula and without building anything.
+    """What ``model`` costs, now or under ``plan``, by formula; the memory of traced models is counted on a shell.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -226,8 +227,19 @@ def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     counts = {name: len(units) for name, units in kept.items()}
     element_bytes = next(model.parameters()).element_size()
     found = total(anatomy, counts, element_bytes=element_bytes)
-    groups = per_group(anatomy, counts)
-    return Cost(params=found.params, macs=found.macs, memory_bytes=found.memory_bytes, groups=groups)
+    memory = found.memory_bytes if anatomy.has_memory else _counted_memory(model, anatomy, plan)
+    return Cost(params=found.params, macs=found.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
+
+
+def _counted_memory(model: nn.Module, anatomy: Anatomy, plan: Plan | None) -> int:
+    """The memory that a forward pass without data is seen to take, where no formula says it."""
+    shell = copy.deepcopy(model)
+    if (found := masks.attached(shell)) is not None:
+        found.detach_()
+    shell = shell.to("meta")
+    if plan is not None:
+        cut_(shell, family_of(model), anatomy, plan)
+    return count(shell, anatomy.input_shape).memory_bytes
 
 
 def save_scores(path: str | Path, anatomy: Anatomy, scores: Mapping[str, Tensor]) -> None:

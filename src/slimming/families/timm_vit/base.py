@@ -35,10 +35,10 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
     base["config"] = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
     default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
     base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
-    difference = difference(vit, build(base))
-    if difference is not None:
+    found = difference(vit, build(base))
+    if found is not None:
         raise UnsupportedModelError(
-            f"timm cannot make this {type(vit).__name__} again: {difference}. Slimming needs a model made by "
+            f"timm cannot make this {type(vit).__name__} again: {found}. Slimming needs a model made by "
             "timm.create_model, or a VisionTransformer whose layers are of timm's default classes."
         )
     return base
