@@ -2,8 +2,9 @@
 
     python benchmarks/search_overhead.py
 
-Cases, timed in turn within one run: the plain step; slimming's masks on attention and MLP; the same with
-tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q,
+Cases, timed in turn within one run: the plain step; the same step of a second plain model, whose ratio should be
+1, so that what it misses says how far the others can be trusted; slimming's masks on attention and MLP; the same
+with tokens; and, for comparison, masks that multiply the activations, as in ViT-Slim's published code (coupled q,
 k and v after the projection; hidden units after the activation; tokens after each norm), written here with
 hooks. A step is forward, cross-entropy, penalty, backward, the masks' score statistics, and AdamW. The input
 is random.
@@ -89,7 +90,7 @@ def cases(settings: argparse.Namespace) -> dict[str, Callable[[], None]]:
     images = torch.randn(settings.batch, 3, *size)
     labels = torch.randint(settings.classes, (settings.batch,))
     expected = plain.eval()(images).detach()
-    found = {"plain": step(plain.train(), images, labels)}
+    found = {"plain": step(plain.train(), images, labels), "plain, once more": step(build(settings), images, labels)}
     for name, kinds in (
         ("weights: attention + MLP", ("head_dim", "mlp")),
         ("weights: attention + MLP + tokens", ("head_dim", "mlp", "token")),
