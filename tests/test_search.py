@@ -147,6 +147,10 @@ def test_saved_and_loaded_gives_the_same_model_and_plan(data: Data, tmp_path: Pa
     assert slimming.plan(again, budget) == slimming.plan(result, budget)
     assert slimming.plan(tmp_path / "scores.safetensors", budget) == slimming.plan(result, budget)
     assert again.config == result.config
+    spoilt = dataclasses.replace(result, metrics={"top1": float("nan")})
+    with pytest.raises(ConfigError, match=r"metrics\.top1 is nan"):
+        spoilt.save(tmp_path / "spoilt")
+    assert not (tmp_path / "spoilt").exists()
 
 
 def test_a_kind_that_the_model_does_not_have_is_named(data: Data) -> None:
