@@ -42,6 +42,7 @@ LAYERS = {
     "searching": 4,
     "retrain": 4,
     "results": 4,
+    "contract": 4,
     "pipeline": 4,
     "cli": 5,
     "__main__": 6,
@@ -53,6 +54,7 @@ SIDEWAYS = {
     ("searching", "api"),
     ("results", "api"),
     ("results", "searching"),
+    ("contract", "api"),
     *(("pipeline", part) for part in ("api", "searching", "retrain", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""

@@ -18,6 +18,7 @@ from slimming.checkpoint import load, save
 from slimming.plan import Budget, Layout, Plan
 
 if TYPE_CHECKING:
+    from slimming.contract import Check, check
     from slimming.pipeline import open_data, open_model
     from slimming.retrain import DistilConfig, train
     from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Check",
     "DataConfig",
     "DistilConfig",
     "Layout",
@@ -36,6 +38,7 @@ __all__ = [
     "SearchResult",
     "TrainConfig",
     "attach",
+    "check",
     "cost",
     "cut",
     "describe",
@@ -53,11 +56,13 @@ __all__ = [
 
 # What trains needs accelerate, timm and more; it is imported when it is first used.
 _LAZY = {
+    "Check": "contract",
     "DataConfig": "training.config",
     "DistilConfig": "retrain",
     "SearchConfig": "searching",
     "SearchResult": "searching",
     "TrainConfig": "training.config",
+    "check": "contract",
     "evaluate": "training.evaluate",
     "load_search": "searching",
     "open_data": "pipeline",
