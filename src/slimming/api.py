@@ -212,7 +212,9 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
-    """What ``model`` costs, now or under ``plan``, by formula; the memory of traced models is counted on a shell.
+    """What ``model`` costs, now or under ``plan``, by formula.
+
+    The memory of traced models, and of heads of several sizes, has no formula: one forward pass is counted.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -227,19 +229,21 @@ def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     counts = {name: len(units) for name, units in kept.items()}
     element_bytes = next(model.parameters()).element_size()
     found = total(anatomy, counts, element_bytes=element_bytes)
-    memory = found.memory_bytes if anatomy.has_memory else _counted_memory(model, anatomy, plan)
+    if family_of(model).has_memory_formula(anatomy, kept):
+        memory = found.memory_bytes
+    else:
+        memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
     return Cost(params=found.params, macs=found.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
 
 
-def _counted_memory(model: nn.Module, anatomy: Anatomy, plan: Plan | None) -> int:
-    """The memory that a forward pass without data is seen to take, where no formula says it."""
-    shell = copy.deepcopy(model)
-    if (found := masks.attached(shell)) is not None:
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without masks."""
+    if masks.attached(model) is None:
+        return model
+    copied = copy.deepcopy(model)
+    if (found := masks.attached(copied)) is not None:
         found.detach_()
-    shell = shell.to("meta")
-    if plan is not None:
-        cut_(shell, family_of(model), anatomy, plan)
-    return count(shell, anatomy.input_shape).memory_bytes
+    return copied
 
 
 def save_scores(path: str | Path, anatomy: Anatomy, scores: Mapping[str, Tensor]) -> None:

@@ -51,6 +51,10 @@ class Family(abc.ABC):
             CheckpointError: the host does not know the architecture or its arguments.
         """
 
+    def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
+        """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
+        return False
+
     @abc.abstractmethod
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         """The structure that is left when ``kept`` (complete, see `slimming.groups.resolve`) stays."""

@@ -186,7 +186,6 @@ class Anatomy:
         uncovered: parts that cannot be cut, each with the reason.
         input_shape: channels, height and width of the image that the model takes.
         sizes: module -> its sizes, for families that resize modules by them.
-        has_memory: whether the operations say what is alive while they run.
     """
 
     groups: tuple[Group, ...]
@@ -195,7 +194,6 @@ class Anatomy:
     uncovered: tuple[str, ...]
     input_shape: tuple[int, int, int]
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
-    has_memory: bool = True
 
     def group(self, name: str) -> Group:
         """The group called ``name``.

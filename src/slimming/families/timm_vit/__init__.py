@@ -18,7 +18,7 @@ from slimming.errors import UnsupportedModelError
 from slimming.families.timm_vit.base import build, constructor, rebased
 from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
-from slimming.families.timm_vit.resize import place_token_selects_, query_factor, resize_block_
+from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.family import STRUCTURE, Family, Kept, take
 from slimming.groups import Anatomy
@@ -58,6 +58,10 @@ class TimmViT(Family):
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return build(base)
+
+    def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
+        # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell.
+        return all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         blocks = [_after(sizes, kept)[0] for sizes in _blocks(anatomy)]

@@ -28,6 +28,8 @@ from slimming.family import STRUCTURE, Family, Kept
 from slimming.groups import Anatomy, Group, LayerSizes, Operation
 from slimming.plan import Structure
 
+HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
+"""How hosts name the number of heads, to recognise attention that no table knows."""
 _REMEMBERED = 16
 """How many architectures' readings are kept: reading one takes seconds, and every stage asks for it."""
 
@@ -68,7 +70,6 @@ class Traced(Family):
             uncovered=reading.uncovered,
             input_shape=shape,
             sizes=reading.sizes,
-            has_memory=False,
         )
 
     def base(self, model: nn.Module) -> dict[str, Any]:
@@ -156,6 +157,8 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[st
     for name, module in model.named_modules():
         spec = heads_of(module)
         if spec is None:
+            if _is_attention(module):
+                uncovered.append(f"{name} heads: slimming has no reader of the heads of {type(module).__name__}")
             continue
         claimed += [f"{name}.{path}" if name else path for path in spec.layers]
         found = head_group(name, module, spec)
@@ -169,6 +172,12 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[st
         if spec.unbound:
             unbound.add(name)
     return groups, attributes, unbound, claimed, uncovered
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module's class says that it is attention, and the module that it has heads."""
+    named = any(word in type(module).__name__.lower() for word in ("attention", "attn", "mhsa"))
+    return named and any(type(vars(module).get(count)) is int and vars(module)[count] > 1 for count in HEAD_COUNTS)
 
 
 def _cut_copy(
