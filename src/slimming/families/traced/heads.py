@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,40 +23,53 @@ Attributes = dict[str, dict[str, Dim]]
 class Heads:
     """Where one class of attention keeps its heads.
 
+    A path that a module does not have is passed over, so that one row serves the variants of a class. An
+    attribute's path may end in a place of a tuple: ``"rel_pos.bias_shape[2]"``.
+
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks that its rows fall into (3 for a joint
             projection of q, k and v), each with all heads in order.
-        output: path of the layer whose columns read the heads in order.
+        output: path of the layer whose columns read the heads, or of a block that begins with it.
+        output_blocks: number of equal blocks that these columns fall into, each with all heads in order.
+        heads_last: whether the heads are the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
         per_head: path of a tensor -> its dimension over heads.
-        count: path of the attribute that counts the heads.
+        shared: paths of layers that serve all heads and stay.
+        count: path of the attribute that counts the heads, or their number if no attribute does.
         sizes: paths of attributes that are a multiple of the number of heads.
         unbound: whether the forward works out the head size from the embedding width.
-        why_not: says why the heads of a module stay whole, or None.
+        why_not: why the heads stay whole, or None.
     """
 
-    inputs: Mapping[str, int]
+    inputs: Mapping[str, int] = field(default_factory=dict)
     output: str = "proj"
+    output_blocks: int = 1
+    heads_last: bool = False
     mixers: tuple[str, ...] = ()
     per_head: Mapping[str, int] = field(default_factory=dict)
-    count: str = "num_heads"
-    counts: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
     unbound: bool = False
-    why_not: Callable[[nn.Module], str | None] = lambda module: None
+    why_not: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Paths of everything that the heads own: channels that pass through it are not cut on their own."""
-        return (*self.inputs, *self.mixers, *self.per_head, self.output)
+        return (*self.inputs, *self.mixers, *self.per_head, *self.shared, self.output)
+
+
+Row = Heads | Callable[[nn.Module], Heads]
+"""A row of a table: where the heads are, or what says so for one module."""
 
 
 def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attributes] | str:
     """The heads of ``module`` as a group with the attributes that count them, or why they stay."""
-    why_not = spec.why_not(module)
-    if why_not is not None:
-        return why_not
-    heads = int(_attribute(module, spec.count))
+    if spec.why_not is not None:
+        return spec.why_not
+    heads = spec.count if isinstance(spec.count, int) else _size(module, spec.count)
+    if heads is None:
+        return f"it has no {spec.count}"
     if heads < 2:
         return "it has one head"
     slices: list[Slices] = []
@@ -74,11 +88,17 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         for tensor in _tensors(module, path):
             if tensor is not None:
                 slices.append(Slices(tensor=f"{name}.{path}", dim=dim, index=each, side="in"))
-    columns = module.get_submodule(spec.output).get_parameter("weight").shape[1]
-    if columns % heads:
+    found = _reader(module, spec.output)
+    if found is None:
+        return "no layer of the module reads its heads"
+    reader, columns = found
+    if columns % (spec.output_blocks * heads):
         return f"{spec.output} reads {columns} columns for {heads} heads"
-    index = _index(columns, 1, heads)
-    slices.append(Slices(tensor=f"{name}.{spec.output}.weight", dim=1, index=index, side="out"))
+    if spec.heads_last:
+        index = tuple(tuple(range(head, columns, heads)) for head in range(heads))
+    else:
+        index = _index(columns, spec.output_blocks, heads)
+    slices.append(Slices(tensor=f"{name}.{reader}", dim=1, index=index, side="out"))
     group = Group(
         name=f"{name}.heads",
         kind="head",
@@ -89,18 +109,29 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "out"),
     )
     attributes: Attributes = {}
-    for path in (spec.count, *spec.counts, *spec.sizes):
+    for path in (*([spec.count] if isinstance(spec.count, str) else []), *spec.sizes):
         owner, _, attribute = path.rpartition(".")
-        value = getattr(module.get_submodule(owner), attribute, None)
-        if value is not None:
-            place = f"{name}.{owner}" if owner else name
-            attributes.setdefault(place, {})[attribute] = Dim(groups=((group.name, int(value) // heads),))
+        place = f"{name}.{owner}" if owner else name
+        size = _size(module, path)
+        if size is not None:
+            attributes.setdefault(place, {})[attribute] = Dim(groups=((group.name, size // heads),))
     return group, attributes
 
 
-def _attribute(module: nn.Module, path: str) -> int:
+def _size(module: nn.Module, path: str) -> int | None:
+    """The size at ``path``: an attribute of the module or of one inside it, or one place of a tuple."""
     owner, _, attribute = path.rpartition(".")
-    return getattr(module.get_submodule(owner), attribute)
+    name, _, place = attribute.rstrip("]").partition("[")
+    value: Any = getattr(dict(module.named_modules()).get(owner), name, None)
+    return value if value is None else int(value[int(place)] if place else value)
+
+
+def _reader(module: nn.Module, path: str) -> tuple[str, int] | None:
+    """The first weight with columns at ``path``, and how many."""
+    for name, tensor in module.get_submodule(path).named_parameters() if _has(module, path) else ():
+        if name.rpartition(".")[2] == "weight" and tensor.dim() > 1:
+            return f"{path}.{name}", tensor.shape[1]
+    return None
 
 
 def _index(length: int, blocks: int, heads: int) -> tuple[tuple[int, ...], ...]:

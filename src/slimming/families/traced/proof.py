@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.groups import Group
@@ -110,9 +111,27 @@ def masked_output(
             tensors[name].data.copy_(tensor)
 
 
+class _Unrounded(TorchFunctionMode):
+    """Hosts that cast down inside, to float32 for a softmax, stay in float64: the proof is of the formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(_kept(one) for one in args)
+            kwargs = {name: _kept(one) for name, one in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _kept(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output."""
-    found = model(**example) if isinstance(example, dict) else model(example)
+    with _Unrounded():
+        found = model(**example) if isinstance(example, dict) else model(example)
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

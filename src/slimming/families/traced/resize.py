@@ -156,11 +156,24 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
     for name, value in entry.items():
         if name not in (TENSORS, UNBOUND):
-            if type(getattr(module, name)) is not int or type(value) is not int or value < 1:
-                raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
-            setattr(module, name, value)
+            _set_size(module, name, value)
     if entry.get(UNBOUND) and not is_unbound(module):
         made = unbound_class(type(module))
         if made is None:
             raise CheckpointError(f"The forward of {type(module).__name__} is not as expected in this version.")
         module.__class__ = made
+    for name, value in vars(module).items():
+        if name.endswith("_cache") and isinstance(value, dict):
+            value.clear()  # what the host worked out from tensors of the old sizes
+
+
+def _set_size(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute, or one place of a tuple as in ``bias_shape[2]``."""
+    attribute, _, place = name.rstrip("]").partition("[")
+    old = getattr(module, attribute)
+    items = list(old) if place else [old]
+    at = int(place or 0)
+    if type(items[at]) is not int or type(value) is not int or value < 1:
+        raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
+    items[at] = value
+    setattr(module, attribute, tuple(items) if place else value)

@@ -11,4 +11,5 @@ from slimming.families.traced.timm_heads import TIMM
 def heads_of(module: nn.Module) -> Heads | None:
     """The row of the table for ``module``, if it has one."""
     cls = type(module)
-    return TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
+    row = TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
+    return row if row is None or isinstance(row, Heads) else row(module)

@@ -20,32 +20,44 @@ from typing import Any
 from torch import nn
 
 RESHAPES = ("reshape", "view")
+COUNTS = ("num_heads", "self.groups")
+"""What hosts divide the width by."""
 _MARK = "slimming_unbound"
 
 
 @cache
 def unbound_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """A class like ``cls`` whose forward takes any number of heads; None if its source does not show how."""
-    forward: Any = cls.forward
+    body: dict[str, Any] = {}
+    for name, function in inspect.getmembers(cls, inspect.isfunction):
+        if not name.startswith("__") and not function.__module__.startswith("torch.") and not function.__closure__:
+            made = _unbound(function)
+            if made is not None:
+                body[name] = made
+    if not body:
+        return None
+    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True})
+
+
+def _unbound(function: FunctionType) -> FunctionType | None:
+    """``function`` with head sizes left to reshapes; None if it works out none."""
     try:
-        source = textwrap.dedent(inspect.getsource(forward))
+        source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return None
-    tree = ast.parse(source)
     change = _Unbind()
-    tree = ast.fix_missing_locations(change.visit(tree))
+    tree = ast.fix_missing_locations(change.visit(ast.parse(source)))
     if not change.heads:
         return None
     text = ast.unparse(tree)
-    filename = f"<slimming: {cls.__module__}.{cls.__qualname__}.forward>"
+    filename = f"<slimming: {function.__module__}.{function.__qualname__}>"
     # So that tracebacks, torch.compile and inspect find the lines.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), vars(sys.modules[cls.__module__]), scope)
-    made: FunctionType = scope[forward.__name__]
-    made.__qualname__ = forward.__qualname__
-    body = {"forward": made, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True}
-    return type(cls.__name__, (cls,), body)
+    exec(compile(text, filename, "exec"), vars(sys.modules[function.__module__]), scope)
+    made: FunctionType = scope[function.__name__]
+    made.__qualname__ = function.__qualname__
+    return made
 
 
 def is_unbound(module: nn.Module) -> bool:
@@ -72,9 +84,11 @@ class _Unbind(ast.NodeTransformer):
 
 
 def _is_width(node: ast.expr) -> bool:
-    """``C``, ``C // self.num_heads`` or ``self.dim``."""
+    """``C``, ``C // self.num_heads``, or a product that begins with ``C``."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
-        return "num_heads" in ast.unparse(node.right)
+        return any(word in ast.unparse(node.right) for word in COUNTS)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _is_width(node.left)
     return isinstance(node, ast.Name) and node.id in ("C", "dim")
 
 
