@@ -25,7 +25,7 @@ import slimming
 from slimming.api import anatomy_of, load_scores, save_scores
 from slimming.checkpoint import read_provenance
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.io import seal
+from slimming.io import atomic_json, seal
 from slimming.plan import Budget
 from variants import VARIANTS, draw, image
 
@@ -103,6 +103,12 @@ def test_all_that_json_holds_comes_back(slim: nn.Module, tmp_path: Path) -> None
     given = {"none": None, "yes": True, "count": 3, "share": 0.5, "nested": {"texts": ["ä", ""], "rows": [[1], {}]}}
     slimming.save(slim, tmp_path / "slim", given)
     assert read_provenance(tmp_path / "slim") == {"format": 1, **given}
+
+
+def test_no_json_file_of_ours_holds_nan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"results\.json\.rows\[0\]\.loss is nan"):
+        atomic_json(tmp_path / "results.json", {"rows": [{"loss": float("nan")}]})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_occupied_places_are_refused(slim: nn.Module, saved: Path, tmp_path: Path) -> None:

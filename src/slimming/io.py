@@ -45,7 +45,8 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_json(path: Path, value: Any) -> None:
-    """Write ``value`` to ``path`` as indented JSON without NaN; see `atomic_write_bytes`."""
+    """Write ``value`` to ``path`` as indented JSON without NaN; see `check_json` and `atomic_write_bytes`."""
+    check_json(value, path.name)
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
