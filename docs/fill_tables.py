@@ -175,7 +175,8 @@ def _signature(name: str, value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         # Annotations are strings here, which some versions of Python print in quotes.
-        parts.append(re.sub(r": '([^']*)'", r": \1", str(parameter)).replace("<factory>", "..."))
+        text = re.sub(r": '([^']*)'", r": \1", str(parameter)).replace("<factory>", "...")
+        parts.append(re.sub(r"<built-in function (\w+)>", r"\1", text))
     line = f"slimming.{name}({', '.join(parts)}){arrow}"
     if len(line) <= 100:
         return line

@@ -13,13 +13,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slimming import errors as errors
 from slimming.api import attach, cost, cut, describe, plan
 from slimming.checkpoint import load, save
 from slimming.plan import Budget, Layout, Plan
 
 if TYPE_CHECKING:
     from slimming.contract import Check, check
-    from slimming.pipeline import open_data, open_model
+    from slimming.pipeline import ModelConfig, RunConfig, open_data, open_model, run
+    from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
     from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
     from slimming.training.config import DataConfig, TrainConfig
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchConfig",
     "Budget",
     "Check",
     "DataConfig",
     "DistilConfig",
     "Layout",
+    "ModelConfig",
     "Plan",
+    "RunConfig",
     "SearchConfig",
     "SearchResult",
     "TrainConfig",
@@ -49,6 +54,7 @@ __all__ = [
     "open_model",
     "plan",
     "preset",
+    "run",
     "save",
     "search",
     "train",
@@ -56,9 +62,12 @@ __all__ = [
 
 # What trains needs accelerate, timm and more; it is imported when it is first used.
 _LAZY = {
+    "BenchConfig": "results",
     "Check": "contract",
     "DataConfig": "training.config",
     "DistilConfig": "retrain",
+    "ModelConfig": "pipeline",
+    "RunConfig": "pipeline",
     "SearchConfig": "searching",
     "SearchResult": "searching",
     "TrainConfig": "training.config",
@@ -68,6 +77,7 @@ _LAZY = {
     "open_data": "pipeline",
     "open_model": "pipeline",
     "preset": "searching",
+    "run": "pipeline",
     "search": "searching",
     "train": "retrain",
 }

@@ -125,6 +125,14 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
 
     Raises:
         DataError: no such data, an empty class, one class only, labels out of range, splits that differ.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> data = slimming.open_data(images, model)
+    >>> len(data.train), data.classes[:3]
+    (8, ('AnnualCrop', 'Forest', 'HerbaceousVegetation'))
     """
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
     return open_images(config, spec, seed)

@@ -61,6 +61,14 @@ def train(
     Raises:
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
             `slimming.training.loop.fit`.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> data = slimming.open_data(images, model)
+    >>> slimming.train(model, data, slimming.TrainConfig(steps=2, batch_size=4)).steps
+    2
     """
     config = config or TrainConfig()
     task: Task = ClassificationTask(config.label_smoothing)

@@ -190,6 +190,16 @@ def search(
         PlanError: the model has masks already.
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
             `slimming.training.loop.fit`.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> data = slimming.open_data(images, model)
+    >>> config = slimming.SearchConfig(train=slimming.TrainConfig(steps=2, batch_size=4))
+    >>> result = slimming.search(model, data, config)
+    >>> result.scores["blocks.0.mlp.hidden"].shape
+    torch.Size([192])
     """
     config = config or SearchConfig()
     groups = searched(describe(model, coupled=config.coupled), config.kinds)

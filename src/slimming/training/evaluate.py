@@ -38,6 +38,14 @@ def evaluate(
     Raises:
         DataError: more images are unreadable than the data allows, or none is left.
         ConfigError: out of memory.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> data = slimming.open_data(images, model)
+    >>> sorted(slimming.evaluate(model, data.val))
+    ['images', 'loss', 'top1']
     """
     place = torch.device(device) if device is not None else next(model.parameters()).device
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
