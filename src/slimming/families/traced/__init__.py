@@ -20,16 +20,19 @@ from slimming.families.traced import origin
 from slimming.families.traced.channels import channel_groups
 from slimming.families.traced.counting import operations
 from slimming.families.traced.heads import Attributes, head_group
+from slimming.families.traced.mlp import hidden_group
 from slimming.families.traced.proof import proven, randomise_
 from slimming.families.traced.resize import layer_sizes, layers_after, resize_module_, select
-from slimming.families.traced.tables import heads_of
-from slimming.families.traced.unbound import unbound_class
+from slimming.families.traced.tables import heads_of, hidden_of
+from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import STRUCTURE, Family, Kept
 from slimming.groups import Anatomy, Group, LayerSizes, Operation
 from slimming.plan import Structure
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""
+_BY_HEADS = "they pass through attention, which is cut by heads"
+_BY_HIDDEN = "they pass through a gated MLP, which is cut by hidden units"
 _REMEMBERED = 16
 """How many architectures' readings are kept: reading one takes seconds, and every stage asks for it."""
 
@@ -112,9 +115,10 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     trial = _trial(model)
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     groups, attributes, unbound, claimed, uncovered = _heads(trial)
-    channels, left_out = channel_groups(trial, example, claimed)
-    uncovered += left_out
-    found = [*groups, *channels]
+    hidden, more_claimed, more_uncovered = _hidden(trial)
+    channels, left_out = channel_groups(trial, example, {**claimed, **more_claimed})
+    uncovered += [*more_uncovered, *left_out]
+    found = [*groups, *hidden, *channels]
     if not found:
         raise UnsupportedModelError(
             f"Nothing in this {type(model).__module__}.{type(model).__name__} can be cut: "
@@ -147,12 +151,12 @@ def _trial(model: nn.Module) -> nn.Module:
     return trial
 
 
-def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[str], list[str]]:
+def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[str, str], list[str]]:
     """The heads of every attention module that the tables know."""
     groups: list[Group] = []
     attributes: Attributes = {}
     unbound: set[str] = set()
-    claimed: list[str] = []
+    claimed: dict[str, str] = {}
     uncovered: list[str] = []
     for name, module in model.named_modules():
         spec = heads_of(module)
@@ -160,9 +164,9 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[st
             if _is_attention(module):
                 uncovered.append(f"{name} heads: slimming has no reader of the heads of {type(module).__name__}")
             continue
-        claimed += [f"{name}.{path}" if name else path for path in spec.layers]
+        claimed |= dict.fromkeys((_path(name, path) for path in spec.layers), _BY_HEADS)
         found = head_group(name, module, spec)
-        if spec.unbound and unbound_class(type(module)) is None:
+        if spec.unbound and not is_unbound(module) and unbound_class(type(module)) is None:
             found = "its forward ties the number of heads to the embedding width"
         if isinstance(found, str):
             uncovered.append(f"{name} heads: {found}")
@@ -172,6 +176,28 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], list[st
         if spec.unbound:
             unbound.add(name)
     return groups, attributes, unbound, claimed, uncovered
+
+
+def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
+    """The hidden units of every MLP that the tables know."""
+    groups: list[Group] = []
+    claimed: dict[str, str] = {}
+    uncovered: list[str] = []
+    for name, module in model.named_modules():
+        spec = hidden_of(module)
+        if spec is None:
+            continue
+        claimed |= dict.fromkeys((_path(name, path) for path in spec.layers), _BY_HIDDEN)
+        found = hidden_group(name, module, spec)
+        if isinstance(found, str):
+            uncovered.append(f"{name} hidden units: {found}")
+        else:
+            groups.append(found)
+    return groups, claimed, uncovered
+
+
+def _path(name: str, path: str) -> str:
+    return f"{name}.{path}" if name else path
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -42,13 +42,13 @@ class _Found:
             owned.setdefault(root, set()).add(place)
 
 
-def channel_groups(model: nn.Module, example: Any, claimed: Sequence[str]) -> tuple[list[Group], list[str]]:
+def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -> tuple[list[Group], list[str]]:
     """Read the coupled channels of ``model``.
 
     Args:
         model: in evaluation mode, on the CPU, with parameters that require gradients.
         example: what its forward takes.
-        claimed: names of modules that another reader has read; channels that pass through them are left out.
+        claimed: names of modules that another reader has read -> why channels that pass through are left out.
 
     Returns:
         The groups, and what was left out with the reason.
@@ -60,6 +60,7 @@ def channel_groups(model: nn.Module, example: Any, claimed: Sequence[str]) -> tu
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
     found = _joined([_found(members, names, claimed, model) for members in items])
+    found = [one for one in found if one.reason is None or _claim(one.name, claimed) != one.reason]
     groups: list[Group] = []
     reasons: dict[str, int] = {}
     taken: set[str] = set()
@@ -98,7 +99,7 @@ def _first_tensors(output: Any) -> Any:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
-def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Sequence[str], model: nn.Module) -> _Found:
+def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[str, str], model: nn.Module) -> _Found:
     root = names.get(id(members[0].dep.target.module), "?")
     found = _Found(root)
     for item in members:
@@ -106,8 +107,8 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Sequence[s
         name = names.get(id(module))
         if name is None:
             continue  # an operation without weights
-        if any(name == one or name.startswith(f"{one}.") for one in claimed):
-            found.reason = "they pass through attention, which is cut by heads"
+        found.reason = _claim(name, claimed)
+        if found.reason is not None:
             return found
         roots = list(item.root_idxs or range(len(item.idxs)))
         pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
@@ -133,6 +134,12 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Sequence[s
             found.reason = f"a {type(module).__name__} mixes them"
             return found
     return found
+
+
+def _claim(name: str, claimed: Mapping[str, str]) -> str | None:
+    """Why channels do not pass through the module ``name``, if another reader has it."""
+    around = (".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2))
+    return next((claimed[one] for one in around if one in claimed), None)
 
 
 def _joined(sets: Iterable[_Found]) -> list[_Found]:
@@ -192,6 +199,7 @@ def _group(found: _Found, model: nn.Module) -> Group | str:
     if len(units) < 2:
         return "they go only all together"
     number = {unit: place for place, unit in enumerate(units)}
+    shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     slices: list[Slices] = []
     for ((tensor, dim), side), owned in found.places.items():
         index: list[set[int]] = [set() for _ in units]
@@ -199,6 +207,8 @@ def _group(found: _Found, model: nn.Module) -> Group | str:
             index[number[owner[root]]] |= places
         if len({len(places) for places in index}) != 1:
             return "their channels are of unequal size"
+        if max(max(places) for places in index) >= shapes[tensor][dim]:
+            return "torch-pruning does not follow what the model does with them"
         slices.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(places)) for places in index), side=side))
     if not any(one.side == "out" for one in slices):
         return "they leave the model as its output"

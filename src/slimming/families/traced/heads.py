@@ -74,31 +74,31 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         return "it has one head"
     slices: list[Slices] = []
     for path, blocks in spec.inputs.items():
-        for tensor, length in _rows(module, path):
+        for tensor, length in rows(module, path):
             if length % (blocks * heads):
                 return f"{path} has {length} rows for {heads} heads"
-            index = _index(length, blocks, heads)
+            index = block_index(length, blocks, heads)
             slices.append(Slices(tensor=f"{name}.{tensor}", dim=0, index=index, side="in"))
     each = tuple((head,) for head in range(heads))
     for path in spec.mixers:
-        for tensor, _ in _rows(module, path):
+        for tensor, _ in rows(module, path):
             slices.append(Slices(tensor=f"{name}.{tensor}", dim=0, index=each, side="in"))
         slices.append(Slices(tensor=f"{name}.{path}.weight", dim=1, index=each, side="out"))
     for path, dim in spec.per_head.items():
         for tensor in _tensors(module, path):
             if tensor is not None:
                 slices.append(Slices(tensor=f"{name}.{path}", dim=dim, index=each, side="in"))
-    found = _reader(module, spec.output)
+    found = reader(module, spec.output)
     if found is None:
         return "no layer of the module reads its heads"
-    reader, columns = found
+    tensor, columns = found
     if columns % (spec.output_blocks * heads):
         return f"{spec.output} reads {columns} columns for {heads} heads"
     if spec.heads_last:
         index = tuple(tuple(range(head, columns, heads)) for head in range(heads))
     else:
-        index = _index(columns, spec.output_blocks, heads)
-    slices.append(Slices(tensor=f"{name}.{reader}", dim=1, index=index, side="out"))
+        index = block_index(columns, spec.output_blocks, heads)
+    slices.append(Slices(tensor=f"{name}.{tensor}", dim=1, index=index, side="out"))
     group = Group(
         name=f"{name}.heads",
         kind="head",
@@ -126,7 +126,7 @@ def _size(module: nn.Module, path: str) -> int | None:
     return value if value is None else int(value[int(place)] if place else value)
 
 
-def _reader(module: nn.Module, path: str) -> tuple[str, int] | None:
+def reader(module: nn.Module, path: str) -> tuple[str, int] | None:
     """The first weight with columns at ``path``, and how many."""
     for name, tensor in module.get_submodule(path).named_parameters() if _has(module, path) else ():
         if name.rpartition(".")[2] == "weight" and tensor.dim() > 1:
@@ -134,15 +134,16 @@ def _reader(module: nn.Module, path: str) -> tuple[str, int] | None:
     return None
 
 
-def _index(length: int, blocks: int, heads: int) -> tuple[tuple[int, ...], ...]:
-    size, block = length // (blocks * heads), length // blocks
+def block_index(length: int, blocks: int, units: int) -> tuple[tuple[int, ...], ...]:
+    """Where each of ``units`` lies among ``length`` places in equal blocks, each with all units in order."""
+    size, block = length // (blocks * units), length // blocks
     return tuple(
-        tuple(part * block + head * size + place for part in range(blocks) for place in range(size))
-        for head in range(heads)
+        tuple(part * block + unit * size + place for part in range(blocks) for place in range(size))
+        for unit in range(units)
     )
 
 
-def _rows(module: nn.Module, path: str) -> list[tuple[str, int]]:
+def rows(module: nn.Module, path: str) -> list[tuple[str, int]]:
     """Name and number of rows of each tensor of the layer at ``path``, or of the tensor itself; none if absent."""
     owner, _, last = path.rpartition(".")
     parent = module.get_submodule(owner) if owner == "" or _has(module, owner) else None

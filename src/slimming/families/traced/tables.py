@@ -1,11 +1,13 @@
-"""Which classes of attention keep their heads where: one table per host."""
+"""Which classes keep their heads and hidden units where: tables per host."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from slimming.families.traced.heads import Heads
+from slimming.families.traced.mlp import Hidden
 from slimming.families.traced.timm_heads import TIMM
+from slimming.families.traced.timm_mlps import TIMM_MLPS
 
 
 def heads_of(module: nn.Module) -> Heads | None:
@@ -13,3 +15,10 @@ def heads_of(module: nn.Module) -> Heads | None:
     cls = type(module)
     row = TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
     return row if row is None or isinstance(row, Heads) else row(module)
+
+
+def hidden_of(module: nn.Module) -> Hidden | None:
+    """The row of the table for the MLP ``module``, if it has one."""
+    cls = type(module)
+    row = TIMM_MLPS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return row if row is None or isinstance(row, Hidden) else row(module)

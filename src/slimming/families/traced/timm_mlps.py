@@ -1,0 +1,18 @@
+"""Where timm's gated MLPs keep their hidden units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from slimming.families.traced.mlp import Hidden, HiddenRow
+
+
+def _glu(module: Any) -> Hidden:
+    norm = None if isinstance(module.norm, nn.Identity) else "a norm over all hidden units mixes them"
+    return Hidden(inputs={"fc1": 2}, why_not=norm)
+
+
+TIMM_MLPS: dict[str, HiddenRow] = {"timm.layers.mlp.GluMlp": _glu}
+"""Full class name -> where its hidden units are."""
