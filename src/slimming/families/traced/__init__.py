@@ -159,6 +159,8 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
     claimed: dict[str, str] = {}
     uncovered: list[str] = []
     for name, module in model.named_modules():
+        if any(path.startswith(f"{name}.") for path in claimed) and name:
+            continue  # a module around it has a row that reads it
         spec = heads_of(module)
         if spec is None:
             if _is_attention(module):

@@ -8,12 +8,18 @@ from slimming.families.traced.heads import Heads
 from slimming.families.traced.mlp import Hidden
 from slimming.families.traced.timm_heads import TIMM
 from slimming.families.traced.timm_mlps import TIMM_MLPS
+from slimming.families.traced.torchvision_heads import TORCHVISION
+from slimming.families.traced.transformers_heads import TRANSFORMERS, layout_of
+
+_HEADS = {**TIMM, **TORCHVISION, **TRANSFORMERS}
 
 
 def heads_of(module: nn.Module) -> Heads | None:
     """The row of the table for ``module``, if it has one."""
     cls = type(module)
-    row = TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
+    row = _HEADS.get(f"{cls.__module__}.{cls.__qualname__}")
+    if row is None and cls.__module__.startswith("transformers.models."):
+        return layout_of(module)
     return row if row is None or isinstance(row, Heads) else row(module)
 
 
