@@ -91,7 +91,9 @@ class AveragedModel:
     """An exponential moving average of a model's parameters and buffers.
 
     timm's ``ModelEmaV3`` walks the state dict, where a parameter that is registered in several places would
-    be averaged once per place and step; here each tensor is averaged once.
+    be averaged once per place and step; here each tensor is averaged once. Where two tensors are multiplied, as a
+    weight and its mask in a search, the product of the averages is taken for the average of the product; what is
+    lost is their covariance over the window, which is of second order in the learning rate.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
