@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.families import family_called, family_of
+from slimming.family import STRUCTURE as SLIM
 from slimming.io import atomic_json, atomic_write_bytes, check_json, explain, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
@@ -78,13 +80,20 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:
     """Rebuild the model that `save` wrote to the directory ``path``, in evaluation mode.
 
     The dense weights are not needed, and nothing in the directory is executed or unpickled.
 
+    Args:
+        path: the directory.
+        device: where the model goes.
+        dense: for a model that no host makes by name, the dense model as you made it, with any weights; a copy of
+            it gets the sizes and weights of the checkpoint, and it stays as it was.
+
     Raises:
-        CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format.
+        CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format, or ``dense`` is
+            not the model that it was cut from.
     """
     path = Path(path)
     if path.is_file():
@@ -99,19 +108,21 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     if hashlib.sha256(weights).hexdigest() != raw.get("weights_sha256"):
         raise CheckpointError(f"{path / WEIGHTS} is not as it was written: its checksum differs. Take an intact copy.")
     state = parse_tensors(weights, path / WEIGHTS)
-    model = build(structure)
+    model = build(structure) if dense is None else _refit(dense, structure, path)
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"The weights in {path} do not fit its structure: {error}") from error
+        whose = "its structure" if dense is None else f"the {type(dense).__name__} given as dense"
+        raise CheckpointError(f"The weights in {path} do not fit {whose}: {error}") from error
     unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if unfilled:
         raise CheckpointError(f"{path} does not fill {unfilled[0]!r}; it was made with another version of its host.")
+    _same_type_(model, state)
     return model.to(device).eval()
 
 
 def build(structure: Structure) -> nn.Module:
-    """Make the model that ``structure`` describes on the meta device, without weights.
+    """Make the model that ``structure`` describes, with weights of no meaning or none at all.
 
     Raises:
         CheckpointError: this installation cannot make it.
@@ -126,6 +137,42 @@ def build(structure: Structure) -> nn.Module:
             f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
         ) from error
     return model
+
+
+def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
+    """A copy of ``dense`` with the sizes of ``structure``.
+
+    Raises:
+        CheckpointError: it has masks, was cut before, or is another model.
+    """
+    if attached(dense) is not None or SLIM in dense.__dict__:
+        raise CheckpointError("The model given as dense has masks or was cut; make it again as it was before.")
+    cls = f"{type(dense).__module__}.{type(dense).__qualname__}"
+    wanted = structure.base.get("class", cls)
+    if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
+        raise CheckpointError(f"{path} was cut from a {wanted}, the model given as dense is a {cls}.")
+    family = family_called(structure.family)
+    model = copy.deepcopy(dense)
+    try:
+        family.resize_(model, structure)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
+        raise CheckpointError(
+            f"The {cls} given as dense does not take the sizes in {path} ({error}). Make the model from which it was "
+            "cut."
+        ) from error
+    return model
+
+
+def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give what is not saved, such as tables of positions, the floating-point type of the weights."""
+    types = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(types) != 1:
+        return
+    (dtype,) = types
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from slimming.plan import Structure
 STRUCTURE = "slimming_structure"
 """Attribute of a slim model that holds its structure as plain data."""
 
+ORIGIN = "slimming_origin"
+"""Attribute of a model that slimming made: the name and arguments that its host was given."""
+
 Kept = Mapping[str, tuple[int, ...]]
 
 

@@ -146,3 +146,75 @@ class UnevenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return "heads (qk, v): " + ", ".join(f"{count}x({qk}, {v})" for count, qk, v in self.runs)
+
+
+class SomeHeadsAttention(nn.MultiheadAttention):
+    """torch's attention with fewer heads than its width is made of; each head keeps its size.
+
+    Takes over the parameters of a ``nn.MultiheadAttention``: the class of a module is changed, none is made anew.
+    """
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # torch's fused encoder works out the size of a head from the width; this keeps it away.
+        return False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, with the arguments and results of ``nn.MultiheadAttention``."""
+        batched = query.dim() == 3
+        batch_dim = 0 if self.batch_first or not batched else 1
+        q, k, v = (
+            self._heads(x if batched else x[None], place, batch_dim) for place, x in enumerate((query, key, value))
+        )
+        mask = _added(attn_mask, key_padding_mask, q)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            weights = (logits if mask is None else logits + mask).softmax(-1)
+            out = F.dropout(weights, dropout) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return out[0], weights if weights is None else weights[0]
+        return out.transpose(0, batch_dim), weights
+
+    def _heads(self, x: Tensor, place: int, batch_dim: int) -> Tensor:
+        """Project to queries (place 0), keys or values: (B, N, D), or (N, B, D), to (B, heads, N, size)."""
+        if self.in_proj_weight is not None:
+            weight = self.in_proj_weight.chunk(3)[place]
+        else:
+            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[place]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[place]
+        return F.linear(x.transpose(0, batch_dim), weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _added(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """The masks of ``nn.MultiheadAttention`` as one term of the logits, (B or 1, heads or 1, N, M)."""
+    total = None
+    if attn_mask is not None:
+        batch, heads = q.shape[:2]
+        total = _term(attn_mask, q)
+        total = total[None, None] if total.dim() == 2 else total.unflatten(0, (batch, heads))
+    if padding is not None:
+        term = _term(padding if padding.dim() == 2 else padding[None], q)[:, None, None]
+        total = term if total is None else total + term
+    return total
+
+
+def _term(mask: Tensor, q: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
+    return mask.to(q.dtype)

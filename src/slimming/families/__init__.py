@@ -23,7 +23,8 @@ def all_families() -> Mapping[str, Family]:
     from slimming.families.timm_vit import TimmViT
     from slimming.families.traced import Traced
 
-    return {family.name: family for family in (TimmViT(), Traced())}
+    vit = TimmViT()
+    return {family.name: family for family in (vit, Traced([vit]))}
 
 
 def family_of(model: nn.Module) -> Family:

@@ -22,7 +22,7 @@ from slimming.families.traced.counting import operations
 from slimming.families.traced.heads import Attributes, head_group
 from slimming.families.traced.mlp import hidden_group
 from slimming.families.traced.proof import proven, randomise_
-from slimming.families.traced.resize import layer_sizes, layers_after, resize_module_, select
+from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select, settle_
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import STRUCTURE, Family, Kept
@@ -33,6 +33,8 @@ HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""
 _BY_HEADS = "they pass through attention, which is cut by heads"
 _BY_HIDDEN = "they pass through a gated MLP, which is cut by hidden units"
+PART = "part"
+"""Key of a layer's entry that holds the structure of a submodule that was cut on its own."""
 _REMEMBERED = 16
 """How many architectures' readings are kept: reading one takes seconds, and every stage asks for it."""
 
@@ -50,7 +52,8 @@ class Traced(Family):
 
     name = "traced"
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[Family] = ()) -> None:
+        self._families = {family.name: family for family in (*others, self)}
         self._readings: dict[str, _Reading] = {}
 
     def reads(self, model: nn.Module) -> bool:
@@ -64,12 +67,10 @@ class Traced(Family):
                 self._readings.pop(next(iter(self._readings)))
             self._readings[key] = _read(model, shape)
         reading = self._readings[key]
-        stored = model.__dict__.get(STRUCTURE)
-        layers = stored.layers if stored is not None else {}
         return Anatomy(
             groups=reading.groups,
             operations=reading.operations,
-            structure=Structure(family=self.name, base=self.base(model), layers=layers),
+            structure=Structure(family=self.name, base=self.base(model), layers=_layers(model)),
             uncovered=reading.uncovered,
             input_shape=shape,
             sizes=reading.sizes,
@@ -77,7 +78,10 @@ class Traced(Family):
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         stored = model.__dict__.get(STRUCTURE)
-        return origin.origin(model) if stored is None else origin.rebased(stored.base, model)
+        if stored is not None:
+            return origin.rebased(stored.base, model)
+        parts = _slim_parts(model)
+        return origin.origin(model, (lambda made: self._apply_(made, parts)) if parts else None)
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return origin.build(base)
@@ -90,9 +94,37 @@ class Traced(Family):
         return select(anatomy.groups, kept, state)
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
-        for name, entry in structure.layers.items():
-            resize_module_(model.get_submodule(name), entry)
+        self._apply_(model, structure.layers)
         model.__dict__[STRUCTURE] = structure
+
+    def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
+        """Give the modules of a dense model the sizes of a structure's entries."""
+        for name, entry in layers.items():
+            module = model.get_submodule(name)
+            if PART in entry:
+                part = Structure.from_dict(entry[PART])
+                self._families[part.family].resize_(module, part)
+            else:
+                resize_module_(module, entry)
+        settle_(model)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """What differs from the dense model: what slimming cut of it, after what it cut of its parts."""
+    stored = model.__dict__.get(STRUCTURE)
+    if stored is None:
+        return _slim_parts(model)
+    return {**_slim_parts(model), **stored.layers}
+
+
+def _slim_parts(model: nn.Module) -> dict[str, Any]:
+    """The structures of submodules that were cut on their own, such as a backbone."""
+    parts: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        stored = module.__dict__.get(STRUCTURE)
+        if name and stored is not None and not any(name.startswith(f"{outer}.") for outer in parts):
+            parts[name] = {PART: stored.to_dict()}
+    return parts
 
 
 def _signature(model: nn.Module, shape: Sequence[int]) -> str:
@@ -126,6 +158,8 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
             "docs/add-a-family.md shows how to add a reader."
         )
     trial.requires_grad_(False)
+    for module in trial.modules():
+        clear_caches_(module)  # the trace left tensors with a graph there, which cannot be copied
     good, failed = proven(trial, found, example, lambda m, g, k: _cut_copy(m, g, k, attributes, unbound))
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not good:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slimming.groups import Group, Scale, Slices
 
@@ -54,8 +55,12 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         The groups, and what was left out with the reason.
     """
     try:
-        items = _trace(model, example)
-    except Exception as error:  # torch-pruning raises whatever the graph leads it to
+        try:
+            items = _trace(model, example)
+        except Exception:  # torch-pruning raises whatever the graph leads it to
+            with _TokensApart():
+                items = _trace(model, example)
+    except Exception as error:
         return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
@@ -90,6 +95,20 @@ def _trace(model: nn.Module, example: Any) -> list[Any]:
             model, example_inputs=example, output_transform=_first_tensors, verbose=False
         )
         return [list(group) for group in graph.get_all_groups()]
+
+
+class _TokensApart(TorchFunctionMode):
+    """Splits of tokens inside attention become selections: torch-pruning takes every split for one of channels."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.split, Tensor.split) and len(args) > 1:
+            tensor, sizes = args[:2]
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            if tensor.dim() == 4 and dim % 4 == 2:
+                places = torch.arange(tensor.shape[dim], device=tensor.device)
+                return tuple(tensor.index_select(dim, part) for part in places.split(sizes))
+        return func(*args, **kwargs)
 
 
 def _first_tensors(output: Any) -> Any:

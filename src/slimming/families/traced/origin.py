@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from slimming.errors import CheckpointError
-from slimming.family import difference
+from slimming.errors import CheckpointError, ConfigError
+from slimming.family import ORIGIN, difference
+from slimming.io import check_json
 
 CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+OWN = "own"
+"""The host of a model that only its user can make."""
+TOKENS = 16
+"""Length of the sequences that torch's own encoders are read with."""
 
 
-def origin(model: nn.Module) -> dict[str, Any]:
+def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
     """The base of ``model``: who makes it, from which name and arguments.
 
     A model that no host makes again has a base that says why; it can be cut, and saved and loaded with the help
     of whoever made it.
+
+    Args:
+        model: a model without a structure of its own.
+        change_: what was done to it since its host made it, such as a part that was cut.
     """
     module = type(model).__module__
     if module.startswith("transformers."):
-        return _of_transformers(model)
-    makers = _timm_candidates(model) if _timm_config(model) else _torchvision_candidates(model)
+        makers = _transformers_candidates(model)
+    else:
+        makers = _timm_candidates(model) if _timm_config(model) else _torchvision_candidates(model)
     why = "it is not a model that timm, transformers or torchvision makes by name"
     for base in makers:
         try:
             made = _quiet_build(base)
         except CheckpointError:
             continue
+        if change_ is not None:
+            change_(made)
         why = difference(model, made)
         if why is None:
             return base
-    return {"host": "own", "class": f"{module}.{type(model).__qualname__}", "why": why}
+    return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
 
 
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The base of a slim model, with the number of classes that its user may have changed since the cut."""
+    if base["host"] == "transformers":
+        return {**base, "config": _config(model)}
     classes = getattr(model, "num_classes", None)
     if base["host"] != "timm" or not isinstance(classes, int) or base["arguments"].get("num_classes") == classes:
         return dict(base)
@@ -70,13 +87,19 @@ def build(base: Mapping[str, Any]) -> nn.Module:
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the image that ``model`` takes, as far as it says so; else (C, 224, 224)."""
+    """Channels, height and width of the image that ``model`` takes, as far as it says so; else (C, 224, 224).
+
+    For torch's own encoders, which take no image, some number of tokens and their width.
+    """
+    if isinstance(model, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        layer: Any = model.layers[0] if isinstance(model, nn.TransformerEncoder) else model
+        return (TOKENS, layer.self_attn.embed_dim)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else 3
     config = getattr(model, "config", None)
-    if config is not None and getattr(config, "image_size", None):
-        height, width = _pair(config.image_size)
-        return (int(getattr(config, "num_channels", channels)), height, width)
+    for part in (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))):
+        if getattr(part, "image_size", None):
+            return (int(getattr(part, "num_channels", channels)), *_pair(part.image_size))
     for owner in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
         size = getattr(owner, "img_size", None) or getattr(owner, "image_size", None)
         if isinstance(size, (int, tuple, list)):
@@ -97,6 +120,11 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Ways in which timm may have made ``model``, the plainest first."""
     config = _timm_config(model)
+    kept = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+    noted = model.__dict__.get(ORIGIN)
+    if noted is not None:
+        arguments = {key: _plain(value) for key, value in noted["arguments"].items()}
+        yield {"host": "timm", "name": noted["name"], "arguments": arguments, "config": kept}
     name = config.get("architecture")
     if name is None:
         return
@@ -108,7 +136,12 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
     if channels != (config.get("input_size") or (channels,))[0]:
         arguments["in_chans"] = channels
-    kept = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+    made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.28 on
+    if isinstance(made_with, dict):
+        given = {key: _plain(value) for key, value in made_with.items()}
+        with contextlib.suppress(ConfigError):
+            check_json(given, "arguments")
+            yield {"host": "timm", "name": name, "arguments": {**given, **arguments}, "config": kept}
     sized = {"img_size": [height, width]}
     pooled = {"global_pool": model.global_pool} if isinstance(getattr(model, "global_pool", None), str) else {}
     for extra in ({}, sized, pooled, {**sized, **pooled}):
@@ -133,17 +166,33 @@ def _make_timm(base: Mapping[str, Any]) -> nn.Module:
 
 
 def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Ways in which torchvision may have made ``model``, the plainest first."""
     module = type(model).__module__
     if not module.startswith("torchvision.models"):
         return
     import torchvision
 
     last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
-    classes = [m.out_features if isinstance(m, nn.Linear) else m.out_channels for m in last]
+    arguments: dict[str, Any] = {}
+    for one in last:
+        arguments["num_classes"] = one.out_features if isinstance(one, nn.Linear) else one.out_channels
+    if isinstance(getattr(model, "transform_input", None), bool):  # GoogLeNet and Inception
+        arguments |= {"transform_input": model.transform_input, "init_weights": False}
+        arguments |= {"aux_logits": bool(model.aux_logits)}
     _, height, width = input_shape(model)
-    for name in torchvision.models.list_models(module=sys.modules[module]):
-        for extra in ({}, {"image_size": height}) if height == width else ({},):
-            yield {"host": "torchvision", "name": name, "arguments": {"num_classes": classes[0], **extra}}
+    extras: list[dict[str, Any]] = [{}, {"image_size": height}] if height == width else [{}]
+    package = sys.modules[module]
+    if ".segmentation" in module:
+        package = sys.modules["torchvision.models.segmentation"]
+        arguments = {"weights_backbone": None}
+        extras = [
+            {"num_classes": one.out_channels, "aux_loss": model.aux_classifier is not None}
+            for one in model.classifier.modules()
+            if isinstance(one, nn.Conv2d)
+        ][-1:]
+    for name in torchvision.models.list_models(module=package):
+        for extra in extras:
+            yield {"host": "torchvision", "name": name, "arguments": {**arguments, **extra}}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
@@ -152,26 +201,38 @@ def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
     return torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
 
 
-def _of_transformers(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "host": "transformers",
-        "name": type(model).__name__,
-        "config_class": type(config).__name__,
-        "config": config.to_dict(),
-    }
+def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
+    """Ways in which transformers may have made ``model``: from its configuration, with or without a pooler."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
+    for arguments in ({}, {"add_pooling_layer": False}):
+        yield {**base, "config": _config(model), "arguments": arguments}
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """The configuration of a model of transformers, whole and as JSON has it."""
+    return json.loads(model.config.to_json_string(use_diff=False))
 
 
 def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, base["config_class"]).from_dict(dict(base["config"]))
-    return getattr(transformers, base["name"])(config)
+    cls, config_class = (getattr(transformers, str(base[key]), None) for key in ("name", "config_class"))
+    # A name from a file may only lead to a model.
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError("there is no such model")
+    if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
+        raise ValueError(f"there is no configuration {base['config_class']!r}")
+    config = config_class.from_dict(json.loads(json.dumps(base["config"])))
+    return cls(config, **base.get("arguments", {}))
 
 
 def _quiet_build(base: Mapping[str, Any]) -> nn.Module:
     """The model of a candidate base, on the meta device: its shapes are all that is compared."""
-    with torch.device("meta"):
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
         try:
             return build(base)
         except NotImplementedError as error:

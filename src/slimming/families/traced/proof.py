@@ -29,7 +29,9 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
     """Draw all parameters and statistics anew, away from 0 and 1, so that nothing is hidden behind a zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or tensor.dim() == 0 or name.endswith(("inv_freq", "attn_mask")):
+        if not tensor.is_floating_point() or tensor.dim() == 0 or tensor.numel() == 0:
+            continue
+        if name.endswith(("inv_freq", "attn_mask")):
             continue
         if tensor.dim() == 1 and isinstance(tensor, nn.Parameter):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))

@@ -162,9 +162,21 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         if made is None:
             raise CheckpointError(f"The forward of {type(module).__name__} is not as expected in this version.")
         module.__class__ = made
+    clear_caches_(module)
+
+
+def clear_caches_(module: nn.Module) -> None:
+    """Forget what the host worked out from the module's tensors as they were."""
     for name, value in vars(module).items():
         if name.endswith("_cache") and isinstance(value, dict):
-            value.clear()  # what the host worked out from tensors of the old sizes
+            value.clear()
+
+
+def settle_(model: nn.Module) -> None:
+    """Keep torch's fused encoder, which packs padded sequences once for all layers, away from changed layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(is_unbound(layer) for layer in module.modules()):
+            module.use_nested_tensor = False
 
 
 def _set_size(module: nn.Module, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from slimming.families.traced.heads import Heads, Row
 
 
 def _multihead(module: Any) -> Heads:
-    """torch's own attention: one projection, or three if keys and values have widths of their own."""
+    """Torch's own attention: one projection, or three if keys and values have widths of their own."""
     packed = {"in_proj_weight": 3}
     apart = {"q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
     inputs = {**(apart if module.in_proj_weight is None else packed), "in_proj_bias": 3}
@@ -20,6 +20,7 @@ def _multihead(module: Any) -> Heads:
 _SWIN = {"inputs": {"qkv": 3}, "per_head": {"relative_position_bias_table": 1}}
 
 TORCHVISION: dict[str, Row] = {
+    "slimming.layers.SomeHeadsAttention": _multihead,
     "torch.nn.modules.activation.MultiheadAttention": _multihead,
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": Heads(
         inputs={"to_qkv": 3},

@@ -62,7 +62,7 @@ def layout_of(module: nn.Module) -> Heads | None:
 
 
 def _beit_layer(module: Any) -> Heads:
-    """A layer of BEiT owns the position bias of its attention."""
+    """A layer of BEiT owns the position bias of its attention, unless the model has one for all layers."""
     return Heads(
         inputs={f"attention.{path}": 1 for path in _PROJECTED},
         output="attention.o_proj",

@@ -19,20 +19,27 @@ from typing import Any
 
 from torch import nn
 
+from slimming.layers import SomeHeadsAttention
+
 RESHAPES = ("reshape", "view")
 COUNTS = ("num_heads", "self.groups")
 """What hosts divide the width by."""
+WIDTHS = ("C", "D", "dim", "embed_dim", "num_channels")
+"""What hosts call the embedding width in a forward."""
 _MARK = "slimming_unbound"
 
 
 @cache
 def unbound_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """A class like ``cls`` whose forward takes any number of heads; None if its source does not show how."""
+    if cls is nn.MultiheadAttention:
+        return SomeHeadsAttention
     body: dict[str, Any] = {}
     for name, function in inspect.getmembers(cls, inspect.isfunction):
         if not name.startswith("__") and not function.__module__.startswith("torch.") and not function.__closure__:
-            made = _unbound(function)
-            if made is not None:
+            made = _unbound(function) or function
+            made = _with_helpers(made)
+            if made is not function:
                 body[name] = made
     if not body:
         return None
@@ -46,9 +53,10 @@ def _unbound(function: FunctionType) -> FunctionType | None:
     except (OSError, TypeError):
         return None
     change = _Unbind()
-    tree = ast.fix_missing_locations(change.visit(ast.parse(source)))
+    tree = change.visit(ast.parse(source))
     if not change.heads:
         return None
+    tree = ast.fix_missing_locations(_Rescale(tree).visit(tree))
     text = ast.unparse(tree)
     filename = f"<slimming: {function.__module__}.{function.__qualname__}>"
     # So that tracebacks, torch.compile and inspect find the lines.
@@ -60,9 +68,27 @@ def _unbound(function: FunctionType) -> FunctionType | None:
     return made
 
 
+def _with_helpers(function: FunctionType) -> FunctionType:
+    """``function`` with what it calls of its own file for some number of heads unbound as well."""
+    helpers: dict[str, FunctionType] = {}
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        if isinstance(found, FunctionType) and "num_heads" in found.__code__.co_varnames and not found.__closure__:
+            made = _unbound(found)
+            if made is not None:
+                helpers[name] = made
+    if not helpers:
+        return function
+    scope = {**function.__globals__, **helpers}
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__ = function.__qualname__
+    return made
+
+
 def is_unbound(module: nn.Module) -> bool:
     """Whether the module's class was made by `unbound_class`."""
-    return bool(vars(type(module)).get(_MARK, False))
+    return isinstance(module, SomeHeadsAttention) or bool(vars(type(module)).get(_MARK, False))
 
 
 class _Unbind(ast.NodeTransformer):
@@ -83,13 +109,28 @@ class _Unbind(ast.NodeTransformer):
         return node
 
 
+class _Rescale(ast.NodeTransformer):
+    """Once there are queries, the size of a head is theirs."""
+
+    def __init__(self, tree: ast.AST) -> None:
+        stored = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        self.known_from = min((node.lineno for node in stored if node.id == "q"), default=None)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        size = isinstance(node.op, ast.FloorDiv) and isinstance(node.left, ast.Name) and _is_width(node)
+        if size and self.known_from is not None and node.lineno > self.known_from:
+            return ast.parse("q.size(-1)", mode="eval").body
+        return node
+
+
 def _is_width(node: ast.expr) -> bool:
     """``C``, ``C // self.num_heads``, or a product that begins with ``C``."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
         return any(word in ast.unparse(node.right) for word in COUNTS)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return _is_width(node.left)
-    return isinstance(node, ast.Name) and node.id in ("C", "dim")
+    return isinstance(node, ast.Name) and node.id in WIDTHS
 
 
 def _is_minus_one(node: ast.expr) -> bool:
