@@ -8,6 +8,7 @@ removal, whatever lies between: activations, pooling, squeeze-and-excite, a dept
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.families.traced.closed import closed
 from slimming.groups import Group, Scale, Slices
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,18 +56,18 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
     Returns:
         The groups, and what was left out with the reason.
     """
+    model = _thawed(model)
     try:
         try:
-            items = _trace(model, example)
+            items = _trace(model, example, claimed)
         except Exception:  # torch-pruning raises whatever the graph leads it to
             with _TokensApart():
-                items = _trace(model, example)
+                items = _trace(model, example, claimed)
     except Exception as error:
         return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
     found = _joined([_found(members, names, claimed, model) for members in items])
-    found = [one for one in found if one.reason is None or _claim(one.name, claimed) != one.reason]
     groups: list[Group] = []
     reasons: dict[str, int] = {}
     taken: set[str] = set()
@@ -85,16 +87,39 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120]
 
 
-def _trace(model: nn.Module, example: Any) -> list[Any]:
+def _trace(model: nn.Module, example: Any, claimed: Iterable[str]) -> list[Any]:
     """torch-pruning's groups; it prints and warns where it is not sure, which the proof of the groups settles."""
     import torch_pruning
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            model, example_inputs=example, output_transform=_first_tensors, verbose=False
-        )
-        return [list(group) for group in graph.get_all_groups()]
+        with closed(model, claimed) as pruners:
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                model,
+                example_inputs=example,
+                output_transform=_first_tensors,
+                customized_pruners=pruners,  # pyright: ignore
+                verbose=False,
+            )
+            return [list(group) for group in graph.get_all_groups()]
+
+
+def _thawed(model: nn.Module) -> nn.Module:
+    """``model`` with a BatchNorm in place of every frozen one, which torch-pruning does not know as such."""
+    statistics = {"weight", "bias", "running_mean", "running_var"}
+
+    def frozen(module: nn.Module) -> bool:
+        own = dict(module.named_buffers(recurse=False))
+        return not list(module.parameters(recurse=False)) and statistics <= own.keys() and own["weight"].dim() == 1
+
+    names = [name for name, module in model.named_modules() if frozen(module)]
+    model = copy.deepcopy(model) if names else model
+    for name in names:
+        around, _, last = name.rpartition(".")
+        old = model.get_submodule(name)
+        norm = nn.BatchNorm2d(len(old.weight), dtype=old.weight.dtype).train(old.training)
+        setattr(model.get_submodule(around), last, norm)
+    return model
 
 
 class _TokensApart(TorchFunctionMode):
