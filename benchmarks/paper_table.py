@@ -45,12 +45,12 @@ def main() -> None:
     arguments.add_argument("--note", default="CIFAR-10, re-encoded JPEG q95")
     arguments.add_argument("--seeds", type=int, default=1)
     arguments.add_argument("--batch", type=int, default=128)
-    arguments.add_argument("--search-steps", type=int, default=300)
-    arguments.add_argument("--retrain-steps", type=int, default=200)
+    arguments.add_argument("--search-steps", type=int, default=240)
+    arguments.add_argument("--retrain-steps", type=int, default=150)
     arguments.add_argument("--test-images", type=int, default=10000)
     settings = arguments.parse_args()
     torch.set_num_threads(settings.threads)
-    file = settings.output / "paper_table.json"
+    file = settings.output / f"{name_of(settings)}.json"
     cells = json.loads(file.read_text())["cells"] if file.exists() else {}
     dense, top1, data = open_dense(settings)
     for seed in range(settings.seeds):
@@ -62,6 +62,11 @@ def main() -> None:
                 for ratio, cell in one_search(dense, data, settings, seed, preset, kinds):
                     cells[f"{seed}/{preset}/{name}/{ratio}"] = cell
                     write(settings, cells, top1, dense)
+
+
+def name_of(settings: Any) -> str:
+    """The name of the result files."""
+    return "paper_table_embedded" if settings.embedded else "paper_table"
 
 
 def open_dense(settings: Any) -> tuple[torch.nn.Module, float, Any]:
@@ -123,7 +128,7 @@ def write(settings: Any, cells: dict[str, Any], top1: float, dense: torch.nn.Mod
         header += [f"{preset}: MACs", "top-1 cut", "top-1 retrained"]
     dense_row = {"params": cost.params, "macs": cost.macs, "top1": top1}
     result = {
-        "name": "paper_table",
+        "name": name_of(settings),
         "settings": chosen,
         "machine": machine(settings.threads),
         "versions": versions(),
@@ -131,14 +136,14 @@ def write(settings: Any, cells: dict[str, Any], top1: float, dense: torch.nn.Mod
         "cells": cells,
     }
     settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / "paper_table.json").write_text(json.dumps(result, indent=1) + "\n")
+    (settings.output / f"{name_of(settings)}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = (
-        f"# paper_table\n\nDense: top-1 {top1:.2%}, {cost.params:,} params, {cost.macs / 1e6:.1f} MMACs. "
+        f"# {name_of(settings)}\n\nDense: top-1 {top1:.2%}, {cost.params:,} params, {cost.macs / 1e6:.1f} MMACs. "
         f"{settings.note}; {settings.search_steps} search and {settings.retrain_steps} retraining steps of "
         f"{settings.batch} images, learning rate 5e-4, distilled from the dense model. Mean over seeds, with the "
         "range in brackets where there are several; MACs as a share of dense.\n\n"
     )
-    (settings.output / "paper_table.md").write_text(text + table(header, rows))
+    (settings.output / f"{name_of(settings)}.md").write_text(text + table(header, rows))
 
 
 def _share(found: list[dict[str, float]], key: str) -> str:

@@ -66,6 +66,7 @@ def attach(
     *,
     tokens: str = "bias",
     penalty: Mapping[str, float] | None = None,
+    norms: bool = False,
 ) -> SoftMasks:
     """Attach soft masks to ``model`` in place; its outputs do not change until the masks do.
 
@@ -74,6 +75,8 @@ def attach(
         groups: any of `describe`; by default all head dimensions, hidden units and tokens.
         tokens: ``"bias"`` (exact removal) or ``"multiply"`` (the paper's variant, which starts at tanh(3)).
         penalty: kind -> weight of its penalty, by default `DEFAULT_PENALTY`.
+        norms: take the scales of BatchNorms as the masks of the channels that pass them, without parameters of
+            their own (Network Slimming, section 3). ``masks[name]`` is then the scale of the first such norm.
 
     Returns:
         A mapping from group name to the float32 parameter of its mask.
@@ -90,7 +93,9 @@ def attach(
     """
     if groups is None:
         groups = searched(describe(model))
-    return masks.attach(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY)
+    return masks.attach(
+        model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY, norms=norms
+    )
 
 
 def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:

@@ -104,7 +104,7 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
     params, macs = _covered(anatomy)
     steps: list[Step] = []
-    trial = _Trial(model, anatomy, keep, seed)
+    trial = Trial(model, keep, seed)
     stages: Sequence[tuple[str, Callable[[], str]]] = (
         ("masked equals cut, forward and backward", trial.exact),
         ("costs by formula are the counted ones", trial.costs),
@@ -134,10 +134,11 @@ def _covered(anatomy: Anatomy) -> tuple[float, float]:
     return 1 - none.params / whole.params, 1 - none.macs / max(whole.macs, 1)
 
 
-class _Trial:
+class Trial:
     """One random plan on one randomly drawn copy."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, keep: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, keep: float = 0.5, seed: int = 0) -> None:
+        anatomy = anatomy_of(model)
         self.model = copy.deepcopy(model).cpu().double().eval()
         self.seed, self.keep, self.anatomy = seed, keep, anatomy
         self.generator = torch.Generator().manual_seed(seed)

@@ -75,6 +75,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self.penalty_weights = dict(penalty)
         self.penalty_sum = False
         self._parameters: dict[str, nn.Parameter] = {}
+        self._norms: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         self._remove_gates: list[Callable[[], None]] = []
         self.collected: dict[str, Tensor] = {}
 
@@ -101,8 +102,19 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """The attached groups of one kind, in the model's order."""
         return [group for group in self.groups if group.kind == kind]
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """The masks that are parameters of their own; the others are scales of a BatchNorm of the model."""
+        return {name: mask for name, mask in self.items() if name not in self._norms}
+
     def factor(self, group: Group) -> Tensor:
-        """The factor of each unit, shape (size,): the mask itself, or its tanh for the paper's token masks."""
+        """The factor of each unit, shape (size,): the mask itself, or its tanh for the paper's token masks.
+
+        Where scales of BatchNorms are the masks, it is the mean of their absolute values over the norms that the
+        unit passes: one norm in the paper, several where channels are coupled.
+        """
+        if group.name in self._norms:
+            scales = [scale[places].abs().mean(1) for scale, places in self._norms[group.name]]
+            return torch.stack(scales).mean(0)
         mask = self[group.name]
         return token_factor(mask, self.tokens) if group.token is not None else mask
 
@@ -110,10 +122,18 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """The weighted l1 penalty of each attached kind, as scalars (ViT-Slim, eq. 4)."""
         result: dict[str, Tensor] = {}
         for kind in dict.fromkeys(group.kind for group in self.groups):
-            factors = torch.cat([self.factor(group) for group in self.of_kind(kind)]).abs()
+            factors = [self.factor(group).abs() for group in self.of_kind(kind)]
             weight = self.penalty_weights.get(kind, 0.0)
-            result[kind] = weight * (factors.sum() if self.penalty_sum else factors.mean())
+            if self.penalty_sum:
+                # A unit that passes several norms has several scales, and each is one term.
+                scales = [self._scales(group) for group in self.of_kind(kind)]
+                result[kind] = weight * torch.stack([f.sum() * n for f, n in zip(factors, scales, strict=True)]).sum()
+            else:
+                result[kind] = weight * torch.cat(factors).mean()
         return result
+
+    def _scales(self, group: Group) -> int:
+        return sum(places.shape[1] for _, places in self._norms.get(group.name, [])) or 1
 
     def penalty(self) -> Tensor:
         """The penalty to add to a loss, a scalar.
@@ -155,7 +175,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict as it would be without masks: plain names, masks left out."""
-        masks = {id(mask) for mask in self.values()}
+        masks = {id(mask) for mask in self.own().values()}
         state = self.model.state_dict(keep_vars=True)
         plain = {name: tensor for name, tensor in state.items() if id(tensor) not in masks}
         return {_plain_name(name): tensor.detach() for name, tensor in plain.items()}
@@ -225,10 +245,21 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             mask = self[group.name]
             stays = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
             stays[list(kept[group.name])] = True
+            if group.name in self._norms:
+                self._silence_(group, [unit for unit in range(group.size) if not stays[unit]])
+                continue
             one = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
             if group.token is not None or not plan.fold:
                 mask[stays] = one
             mask[~stays] = 0.0
+
+    def _silence_(self, group: Group, units: Sequence[int]) -> None:
+        """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""
+        for slices in group.slices:
+            if slices.side == "out":
+                tensor = original(self.model, slices.tensor)
+                places = [place for unit in units for place in slices.index[unit]]
+                tensor.index_fill_(slices.dim, torch.tensor(places, dtype=torch.int64, device=tensor.device), 0.0)
 
     def fold_(self) -> None:
         """Multiply the masks into the weights and take them away; token masks, which no weight holds, stay."""
@@ -248,12 +279,13 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self.groups = tuple(group for group in self.groups if group.name not in names)
         for name in names:
             self._parameters.pop(name, None)
+            self._norms.pop(name, None)
             self.collected.pop(name, None)
         if not self.groups:
             self.model.__dict__.pop(ATTRIBUTE, None)
 
     def _remove_scales(self, *, fold: bool) -> None:
-        tensors = {scale.tensor for group in self.groups for scale in group.scales}
+        tensors = {scale.tensor for group in self.groups if group.name not in self._norms for scale in group.scales}
         for module in {tensor.rpartition(".")[0] for tensor in tensors}:
             _own_class_(self.model.get_submodule(module))
         for tensor in sorted(tensors):
@@ -262,7 +294,13 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
 
 def attach(
-    model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], *, tokens: str = BIAS, penalty: Mapping[str, float]
+    model: nn.Module,
+    anatomy: Anatomy,
+    groups: Sequence[Group],
+    *,
+    tokens: str = BIAS,
+    penalty: Mapping[str, float],
+    norms: bool = False,
 ) -> SoftMasks:
     """Attach a soft mask to each of ``groups``, in place. With ``tokens="bias"`` the outputs do not change.
 
@@ -272,6 +310,7 @@ def attach(
         groups: some of ``anatomy.groups``.
         tokens: ``"bias"`` (a key bias, exact) or ``"multiply"`` (the paper's multiplication of norm outputs).
         penalty: kind -> weight of its penalty.
+        norms: take the scales of a group's BatchNorms as its masks, where it has some (Network Slimming).
 
     Raises:
         PlanError: masks are attached already, a group is not of this model, or two groups share units.
@@ -281,12 +320,17 @@ def attach(
     masks = SoftMasks(model, anatomy, groups, tokens, penalty)
     device = next(model.parameters()).device
     for group in groups:
+        masks.collected[group.name] = torch.zeros(group.size, device=device)
+        found = batch_norms(model, group) if norms else []
+        if found:
+            masks._norms[group.name] = found
+            masks._parameters[group.name] = found[0][0]
+            continue
         init = RAW_INIT if group.token is not None and tokens == MULTIPLY else 1.0
         masks._parameters[group.name] = nn.Parameter(torch.full((group.size,), init, device=device))
-        masks.collected[group.name] = torch.zeros(group.size, device=device)
     masks.collected["steps"] = torch.zeros((), dtype=torch.int64)
     for group in groups:
-        for scale in group.scales:
+        for scale in group.scales if group.name not in masks._norms else ():
             module_name, _, name = scale.tensor.rpartition(".")
             module = model.get_submodule(module_name)
             length = original(model, scale.tensor).shape[scale.dim]
@@ -312,6 +356,17 @@ def original(model: nn.Module, tensor: str) -> Tensor:
         parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
         return parametrization.original
     return module.get_parameter(name)
+
+
+def batch_norms(model: nn.Module, group: Group) -> list[tuple[nn.Parameter, Tensor]]:
+    """The scales of the BatchNorms that the units of ``group`` pass, each with the units' places, (size, places)."""
+    found = []
+    for slices in group.slices:
+        module_name, _, name = slices.tensor.rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":
+            found.append((module.weight, torch.tensor(slices.index, device=module.weight.device)))
+    return found
 
 
 def is_buffer(model: nn.Module, tensor: str) -> bool:

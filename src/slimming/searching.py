@@ -36,6 +36,8 @@ class SearchConfig:
         kinds: kinds of unit that get a mask; None takes all that the model has, see `slimming.api.searched`.
         coupled: one mask for QK and V together, as in the paper.
         tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
+        norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups
+            without one get a soft mask as always.
         penalty: kind -> weight of its l1 penalty.
         penalty_sum: weights multiply sums over units, as in the paper, instead of means.
         score: what units are ranked by, see `SoftMasks.scores`.
@@ -51,6 +53,7 @@ class SearchConfig:
     kinds: tuple[str, ...] | None = None
     coupled: bool = False
     tokens: str = BIAS
+    norms: bool = False
     penalty: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PENALTY))
     penalty_sum: bool = False
     score: str = "taylor"
@@ -105,6 +108,25 @@ def preset(name: str) -> SearchConfig:
             ),
         ),
     }
+    presets["network-slimming"] = SearchConfig(
+        kinds=("channel",),
+        norms=True,
+        penalty={"channel": 1e-4},
+        penalty_sum=True,
+        score="mask",
+        layout=FREE,
+        train=TrainConfig(
+            epochs=160.0,
+            batch_size=64,
+            optimizer="nesterov",
+            lr=0.1,
+            weight_decay=1e-4,
+            schedule="step",
+            warmup_epochs=0.0,
+            clip_grad=None,
+            label_smoothing=0.0,
+        ),
+    )
     if name not in presets:
         raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
     return presets[name]
@@ -203,10 +225,12 @@ def search(
     """
     config = config or SearchConfig()
     groups = searched(describe(model, coupled=config.coupled), config.kinds)
-    masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty)
+    masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
     masks.penalty_sum = config.penalty_sum
     inner = task or ClassificationTask(config.train.label_smoothing)
-    mask_names = {name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.values())}
+    mask_names = {
+        name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
+    }
     history = fit(
         model,
         AddPenalty(
@@ -265,7 +289,7 @@ def load_search(directory: str | Path) -> SearchResult:
     try:
         model.load_state_dict(weights, strict=True, assign=True)
         groups = [anatomy.group(name) for name in values]
-        masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty)
+        masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
         for name, value in values.items():
             masks[name].data.copy_(value)
     except (RuntimeError, ValueError) as error:

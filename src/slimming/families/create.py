@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.family import ORIGIN
 
 WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
 """Keys under which training scripts keep the state dict inside a file."""
@@ -67,9 +68,15 @@ def create_untrained(
     options = dict(arguments or {})
     try:
         with torch.device(device):
-            return timm.create_model(name, pretrained=False, **options)
+            return _signed(timm.create_model(name, pretrained=False, **options), name, options)
     except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+
+
+def _signed(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Note on the model how it was made: some arguments cannot be read off it again."""
+    model.__dict__[ORIGIN] = {"name": name, "arguments": dict(options)}
+    return model
 
 
 def _check_name(name: str) -> None:
@@ -126,6 +133,7 @@ def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[
             f"The pretrained weights of {name} could not be loaded ({str(error).splitlines()[0]}). "
             "Check the network, or give a local file of weights."
         ) from error
+    _signed(model, name, options)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if classes is not None and known is not None and known != classes:
         return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]

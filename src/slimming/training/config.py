@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimming.errors import ConfigError, nearest
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
 
@@ -24,7 +24,8 @@ class TrainConfig:
         optimizer: a name of ``timm.optim``.
         lr: learning rate at the end of warm-up, for the whole batch; nothing rescales it.
         weight_decay: on weights with two or more dimensions.
-        schedule: ``"cosine"`` down to 1 % of ``lr``, or ``"constant"``.
+        schedule: ``"cosine"`` down to 1 % of ``lr``, ``"constant"``, or ``"step"``: a tenth from half the steps on, a
+            hundredth from three quarters.
         warmup_epochs: linear rise at the start, within the epochs.
         clip_grad: largest gradient norm, or None.
         label_smoothing: share of the target spread over all classes.
