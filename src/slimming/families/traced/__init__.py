@@ -32,6 +32,7 @@ from slimming.plan import Structure
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""
 _BY_HEADS = "they pass through attention, which is cut by heads"
+_UNREAD = "they pass through attention whose heads slimming does not read"
 _BY_HIDDEN = "they pass through a gated MLP, which is cut by hidden units"
 PART = "part"
 """Key of a layer's entry that holds the structure of a submodule that was cut on its own."""
@@ -193,14 +194,15 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
     claimed: dict[str, str] = {}
     uncovered: list[str] = []
     for name, module in model.named_modules():
-        if any(path.startswith(f"{name}.") for path in claimed) and name:
+        if any(f"{name}.".startswith(f"{path}.") for path, why in claimed.items() if why == _BY_HEADS):
             continue  # a module around it has a row that reads it
         spec = heads_of(module)
         if spec is None:
             if _is_attention(module):
                 uncovered.append(f"{name} heads: slimming has no reader of the heads of {type(module).__name__}")
+                claimed[name] = _UNREAD
             continue
-        claimed |= dict.fromkeys((_path(name, path) for path in spec.layers), _BY_HEADS)
+        claimed[_path(name, spec.inside)] = _BY_HEADS
         found = head_group(name, module, spec)
         if spec.unbound and not is_unbound(module) and unbound_class(type(module)) is None:
             found = "its forward ties the number of heads to the embedding width"
@@ -223,7 +225,7 @@ def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
         spec = hidden_of(module)
         if spec is None:
             continue
-        claimed |= dict.fromkeys((_path(name, path) for path in spec.layers), _BY_HIDDEN)
+        claimed[_path(name, spec.inside)] = _BY_HIDDEN
         found = hidden_group(name, module, spec)
         if isinstance(found, str):
             uncovered.append(f"{name} hidden units: {found}")
@@ -233,7 +235,7 @@ def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
 
 
 def _path(name: str, path: str) -> str:
-    return f"{name}.{path}" if name else path
+    return ".".join(part for part in (name, path) if part)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -7,8 +7,9 @@ width gets that one expression replaced, see `slimming.families.traced.unbound`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ class Heads:
         heads_last: whether the heads are the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
         per_head: path of a tensor -> its dimension over heads.
-        shared: paths of layers that serve all heads and stay.
         count: path of the attribute that counts the heads, or their number if no attribute does.
         sizes: paths of attributes that are a multiple of the number of heads.
         unbound: whether the forward works out the head size from the embedding width.
@@ -47,20 +47,25 @@ class Heads:
     heads_last: bool = False
     mixers: tuple[str, ...] = ()
     per_head: Mapping[str, int] = field(default_factory=dict)
-    shared: tuple[str, ...] = ()
     count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
     unbound: bool = False
     why_not: str | None = None
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Paths of everything that the heads own: channels that pass through it are not cut on their own."""
-        return (*self.inputs, *self.mixers, *self.per_head, *self.shared, self.output)
+    def inside(self) -> str:
+        """Path of the innermost module that holds the layers."""
+        return innermost((*self.inputs, self.output))
 
 
 Row = Heads | Callable[[nn.Module], Heads]
 """A row of a table: where the heads are, or what says so for one module."""
+
+
+def innermost(paths: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of ``paths``."""
+    steps = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
 
 
 def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attributes] | str:

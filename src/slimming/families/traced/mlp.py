@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from slimming.families.traced.heads import block_index, reader, rows
+from slimming.families.traced.heads import block_index, innermost, reader, rows
 from slimming.groups import Group, Scale, Slices
 
 
@@ -29,9 +29,9 @@ class Hidden:
     why_not: str | None = None
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Paths of everything that the hidden units own."""
-        return (*self.inputs, self.output)
+    def inside(self) -> str:
+        """Path of the innermost module that holds the layers."""
+        return innermost((*self.inputs, self.output))
 
 
 HiddenRow = Hidden | Callable[[nn.Module], Hidden]

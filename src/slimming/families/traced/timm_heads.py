@@ -66,7 +66,7 @@ def _gcvit(module: Any) -> Heads:
 def _mvit(module: Any) -> Heads:
     if module.unshared:
         return Heads(inputs=_QKV, why_not="its pooling has weights for all heads together")
-    return Heads(inputs=_QKV, shared=("pool_q", "pool_k", "pool_v"), sizes=("dim_out",))
+    return Heads(inputs=_QKV, sizes=("dim_out",))
 
 
 def _lite(module: Any) -> Heads:
@@ -111,9 +111,7 @@ _ROWS: dict[str, Row] = {
         ),
     ),
     "layers.attention2d.Attention2d": lambda module: Heads(inputs={"qkv": 1 if module.head_first else 3}),
-    "layers.attention2d.MultiQueryAttention2d": Heads(
-        inputs={"query.proj": 1}, output="output.proj", shared=("key.proj", "value.proj")
-    ),
+    "layers.attention2d.MultiQueryAttention2d": Heads(inputs={"query.proj": 1}, output="output.proj"),
     "layers.attention_pool.AttentionPoolLatent": _unless(_latent, Heads(inputs=_Q_AND_KV, unbound=True)),
     "layers.attention_pool2d.AttentionPool2d": _POOL,
     "layers.attention_pool2d.RotAttentionPool2d": _POOL,
@@ -157,14 +155,10 @@ _ROWS: dict[str, Row] = {
     "models.maxxvit.Attention2d": _maxxvit,
     "models.maxxvit.AttentionCl": _maxxvit,
     "models.metaformer.Attention": Heads(inputs=_QKV, sizes=("attention_dim",), unbound=True),
-    "models.mobilevit.LinearSelfAttention": Heads(inputs={"qkv_proj": 1}, output="out_proj", why_not="it has one head"),
     "models.mvitv2.MultiScaleAttention": _mvit,
     "models.nest.Attention": Heads(inputs=_QKV, heads_last=True, unbound=True),
     "models.nextvit.EfficientAttention": Heads(inputs=_APART, unbound=True),
     "models.pvt_v2.Attention": Heads(inputs=_Q_AND_KV, unbound=True),
-    "models.swiftformer.EfficientAdditiveAttention": Heads(
-        inputs={"to_query": 1, "to_key": 1}, why_not="it has one head"
-    ),
     "models.swin_transformer.WindowAttention": Heads(
         inputs=_QKV, per_head={"relative_position_bias_table": 1}, sizes=("attn_dim",)
     ),

@@ -14,5 +14,8 @@ def _glu(module: Any) -> Hidden:
     return Hidden(inputs={"fc1": 2}, why_not=norm)
 
 
-TIMM_MLPS: dict[str, HiddenRow] = {"timm.layers.mlp.GluMlp": _glu}
+TIMM_MLPS: dict[str, HiddenRow] = {
+    "timm.layers.attention_pool.AttentionPoolLatent": Hidden(inputs={"mlp.fc1": 1}, output="mlp.fc2"),
+    "timm.layers.mlp.GluMlp": _glu,
+}
 """Full class name -> where its hidden units are."""

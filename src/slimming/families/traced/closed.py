@@ -1,0 +1,101 @@
+"""Modules that torch-pruning sees as one: what a table reads is not for it to follow inside.
+
+Reshapes into heads, position biases and splits lead its index maps astray, and make them slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+_SEEN = "slimming_seen"
+"""Attribute with the number of channels that went into a closed module and came out."""
+
+
+class Whole:
+    """What torch-pruning asks about a closed module: channels go in, others come out, and nothing ties them."""
+
+    pruning_dim = 1
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        return layer
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        return layer.__dict__.get(_SEEN, (None, None))[1]
+
+    def get_in_channels(self, layer: nn.Module) -> int | None:
+        return layer.__dict__.get(_SEEN, (None, None))[0]
+
+    def get_in_channel_groups(self, layer: nn.Module) -> int:
+        return 1
+
+    get_out_channel_groups = get_in_channel_groups
+
+
+@contextmanager
+def closed(model: nn.Module, names: Iterable[str]) -> Iterator[dict[Any, Whole]]:
+    """Close the modules called ``names`` while the context lasts.
+
+    Yields:
+        What torch-pruning needs to know: class -> how to ask about it.
+    """
+    open_classes = {name: type(model.get_submodule(name)) for name in names if name}
+    classes = {cls: _closed_class(cls) for cls in open_classes.values()}
+    try:
+        for name, cls in open_classes.items():
+            model.get_submodule(name).__class__ = classes[cls]
+        yield {cls: Whole() for cls in classes.values()}
+    finally:
+        for name, cls in open_classes.items():
+            module = model.get_submodule(name)
+            module.__class__ = cls
+            module.__dict__.pop(_SEEN, None)
+
+
+def _closed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            found = cls.forward(self, *args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        leaves, form = tree_flatten(found)
+        places = [place for place, leaf in enumerate(leaves) if _differentiable(leaf)]
+        if not inputs or not places:
+            return found
+        self.__dict__[_SEEN] = (_channels(self, inputs[0]), _channels(self, leaves[places[0]]))
+        linked = _Link.apply(len(places), *(leaves[place] for place in places), *inputs)
+        for place, leaf in zip(places, linked, strict=True):
+            leaves[place] = leaf
+        return tree_unflatten(leaves, form)
+
+    return type(cls.__name__, (cls,), {"forward": forward})
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _channels(module: nn.Module, tensor: Tensor) -> int | None:
+    """The size of the dimension of ``tensor`` that a layer of the module reads or makes."""
+    weights = [weight for weight in module.parameters() if weight.dim() > 1]
+    sizes = {size for weight in weights for size in weight.shape[:2]}
+    return next((tensor.shape[dim] for dim in (-1, 1) if tensor.dim() > 1 and tensor.shape[dim] in sizes), None)
+
+
+class _Link(torch.autograd.Function):
+    """One step of the graph from inputs to outputs that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("this graph is for reading")
