@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimming.macs import multiply_adds
+from slimming.macs import multiply_adds, unfused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
     owned = [*model.parameters(), *model.buffers(), image]
     counter = _Counter({tensor.untyped_storage()._cdata for tensor in owned})
-    with in_evaluation(model), counter:
+    with in_evaluation(model), unfused(), counter:
         model(image)
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimming.errors import ConfigError
@@ -35,3 +37,14 @@ def multiply_adds(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> 
     if "matmul" in name or "einsum" in name or "conv" in name:
         raise ConfigError(f"The counter has no formula for the operation {name}.")
     return 0
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Have torch's own attention do its products one by one: the dispatcher sees nothing inside its fused layers."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)

@@ -21,7 +21,7 @@ from slimming.families.traced.channels import channel_groups
 from slimming.families.traced.counting import operations
 from slimming.families.traced.heads import Attributes, head_group
 from slimming.families.traced.mlp import hidden_group
-from slimming.families.traced.proof import proven, randomise_
+from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select, settle_
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
@@ -147,6 +147,7 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     """
     trial = _trial(model)
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _try(trial, example)
     groups, attributes, unbound, claimed, uncovered = _heads(trial)
     hidden, more_claimed, more_uncovered = _hidden(trial)
     channels, left_out = channel_groups(trial, example, {**claimed, **more_claimed})
@@ -175,6 +176,23 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     )
 
 
+def _try(model: nn.Module, example: Tensor) -> None:
+    """Run ``model`` once.
+
+    Raises:
+        UnsupportedModelError: it does not take the example.
+    """
+    try:
+        outputs(model, example)
+    except Exception as error:  # whatever the host raises
+        first = (str(error).splitlines() or [""])[0]
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} does not take one image of {tuple(example.shape[1:])} "
+            f"({type(error).__name__}: {first}). If it takes another size, say so in its attribute image_size; if it "
+            "takes more than an image, wrap it in a module whose forward takes the image."
+        ) from error
+
+
 def _trial(model: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU with drawn weights; reading needs no others."""
     trial = copy.deepcopy(model)
@@ -198,7 +216,7 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
             continue  # a module around it has a row that reads it
         spec = heads_of(module)
         if spec is None:
-            if _is_attention(module):
+            if _is_attention(module) and all(heads_of(inner) is None for inner in module.modules()):
                 uncovered.append(f"{name} heads: slimming has no reader of the heads of {type(module).__name__}")
                 claimed[name] = _UNREAD
             continue

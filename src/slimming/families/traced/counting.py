@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from slimming.families.traced.channels import CONV
 from slimming.families.traced.resize import tensor_dims
 from slimming.groups import Dim, Group, Operation
-from slimming.macs import multiply_adds
+from slimming.macs import multiply_adds, unfused
 
 
 def operations(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[Operation, ...]:
@@ -64,7 +64,7 @@ def macs_by_module(model: nn.Module, example: Any) -> dict[str, int]:
     """Multiply-adds of one forward pass by the innermost module that does them."""
     stack = [""]
     counter = _Counter(stack)
-    with _tracked(model, stack), counter:
+    with _tracked(model, stack), unfused(), counter:
         if isinstance(example, dict):
             model(**example)
         else:
