@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,7 +153,8 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     hidden, more_claimed, more_uncovered = _hidden(trial)
     channels, left_out = channel_groups(trial, example, {**claimed, **more_claimed})
     uncovered += [*more_uncovered, *left_out]
-    found = [*groups, *hidden, *channels]
+    found, tied = _single(trial, [*groups, *hidden, *channels])
+    uncovered += tied
     if not found:
         raise UnsupportedModelError(
             f"Nothing in this {type(model).__module__}.{type(model).__name__} can be cut: "
@@ -170,7 +172,7 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     sizes = layer_sizes(trial, good, attributes, unbound)
     return _Reading(
         groups=tuple(good),
-        operations=operations(trial, example, good),
+        operations=operations(trial, example, good, _each_head(trial)),
         sizes=sizes,
         uncovered=tuple(uncovered),
     )
@@ -250,6 +252,20 @@ def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
         else:
             groups.append(found)
     return groups, claimed, uncovered
+
+
+def _single(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """Those of ``groups`` whose tensors have one name each, and why the others stay."""
+    names = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    tied = {name for name, tensor in model.named_parameters() if names[id(tensor)] > 1}
+    single = [group for group in groups if not any(one.tensor in tied for one in group.slices)]
+    return single, [f"{group.name}: it is shared by several modules" for group in groups if group not in single]
+
+
+def _each_head(model: nn.Module) -> set[str]:
+    """The layers that run once per head."""
+    rows = [(name, heads_of(module)) for name, module in model.named_modules()]
+    return {_path(name, path) for name, spec in rows if spec is not None for path in spec.each}
 
 
 def _path(name: str, path: str) -> str:

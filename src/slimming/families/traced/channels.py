@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from slimming.families.traced.closed import closed
+from slimming.families.traced.closed import TokensJoined, closed
 from slimming.groups import Group, Scale, Slices
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,7 +61,7 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         try:
             items = _trace(model, example, claimed)
         except Exception:  # torch-pruning raises whatever the graph leads it to
-            with _TokensApart():
+            with _TokensApart(), TokensJoined():
                 items = _trace(model, example, claimed)
     except Exception as error:
         return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]

@@ -5,12 +5,13 @@ Reshapes into heads, position biases and splits lead its index maps astray, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 _SEEN = "slimming_seen"
@@ -70,8 +71,7 @@ def _closed_class(cls: type[nn.Module]) -> type[nn.Module]:
         if not inputs or not places:
             return found
         self.__dict__[_SEEN] = (_channels(self, inputs[0]), _channels(self, leaves[places[0]]))
-        linked = _Link.apply(len(places), *(leaves[place] for place in places), *inputs)
-        for place, leaf in zip(places, linked, strict=True):
+        for place, leaf in zip(places, linked([leaves[place] for place in places], inputs), strict=True):
             leaves[place] = leaf
         return tree_unflatten(leaves, form)
 
@@ -87,6 +87,23 @@ def _channels(module: nn.Module, tensor: Tensor) -> int | None:
     weights = [weight for weight in module.parameters() if weight.dim() > 1]
     sizes = {size for weight in weights for size in weight.shape[:2]}
     return next((tensor.shape[dim] for dim in (-1, 1) if tensor.dim() > 1 and tensor.shape[dim] in sizes), None)
+
+
+def linked(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``outputs`` as one step of the graph from ``inputs``."""
+    return _Link.apply(len(outputs), *(tensor.detach() for tensor in outputs), *inputs)
+
+
+class TokensJoined(TorchFunctionMode):
+    """Tokens put behind each other are one step: torch-pruning takes what is joined for channels."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.cat and found.dim() == 3 and found.grad_fn is not None:
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+            if dim % 3 == 1:
+                return linked([found], [tensor for tensor in args[0] if tensor.requires_grad])[0]
+        return found
 
 
 class _Link(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,17 @@ from slimming.groups import Dim, Group, Operation
 from slimming.macs import multiply_adds, unfused
 
 
-def operations(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[Operation, ...]:
-    """One operation per module that owns parameters or multiplies matrices."""
+def operations(
+    model: nn.Module, example: Any, groups: Sequence[Group], each: Collection[str] = ()
+) -> tuple[Operation, ...]:
+    """One operation per module that owns parameters or multiplies matrices.
+
+    Args:
+        model: the model.
+        example: what its forward takes.
+        groups: its groups.
+        each: names of layers that run once per head.
+    """
     dims = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     macs = macs_by_module(model, example)
     heads = {group.site: group for group in groups if group.kind == "head"}
@@ -38,7 +47,7 @@ def operations(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple
         result.append(
             Operation(
                 name=name or "model",
-                macs=(_product(name, module, count, dims, heads),) if count else (),
+                macs=(_product(name, module, count, dims, heads, each),) if count else (),
                 params=tuple(own.values()),
             )
         )
@@ -46,10 +55,15 @@ def operations(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple
 
 
 def _product(
-    name: str, module: nn.Module, count: int, dims: Mapping[str, tuple[Dim, ...]], heads: Mapping[str, Group]
+    name: str,
+    module: nn.Module,
+    count: int,
+    dims: Mapping[str, tuple[Dim, ...]],
+    heads: Mapping[str, Group],
+    each: Collection[str],
 ) -> tuple[Dim, ...]:
     weight = dims.get(f"{name}.weight")
-    if weight is not None and isinstance(module, (nn.Linear, *CONV)):
+    if weight is not None and name not in each and isinstance(module, (nn.Linear, *CONV)):
         rows, columns = module.weight.shape[:2]
         return (Dim(fixed=count // (rows * columns)), weight[0], weight[1])
     around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if name else []

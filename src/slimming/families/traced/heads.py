@@ -35,6 +35,7 @@ class Heads:
         heads_last: whether the heads are the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
         per_head: path of a tensor -> its dimension over heads.
+        each: paths of layers that run once per head, with the same weights.
         count: path of the attribute that counts the heads, or their number if no attribute does.
         sizes: paths of attributes that are a multiple of the number of heads.
         unbound: whether the forward works out the head size from the embedding width.
@@ -47,6 +48,7 @@ class Heads:
     heads_last: bool = False
     mixers: tuple[str, ...] = ()
     per_head: Mapping[str, int] = field(default_factory=dict)
+    each: tuple[str, ...] = ()
     count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
     unbound: bool = False

@@ -66,7 +66,7 @@ def _gcvit(module: Any) -> Heads:
 def _mvit(module: Any) -> Heads:
     if module.unshared:
         return Heads(inputs=_QKV, why_not="its pooling has weights for all heads together")
-    return Heads(inputs=_QKV, sizes=("dim_out",))
+    return Heads(inputs=_QKV, each=("pool_q", "pool_k", "pool_v"), sizes=("dim_out",))
 
 
 def _lite(module: Any) -> Heads:
