@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         try:
             items = _trace(model, example, claimed)
         except Exception:  # torch-pruning raises whatever the graph leads it to
-            with _TokensApart(), TokensJoined():
+            with _TokensApart(), TokensJoined(), _passing_over():
                 items = _trace(model, example, claimed)
     except Exception as error:
         return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
@@ -122,6 +122,24 @@ def _thawed(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def _passing_over() -> Iterator[None]:
+    """Pass over reshapes whose channels torch-pruning cannot follow; the proof finds the groups that they spoil."""
+    from torch_pruning.dependency import index_mapping
+
+    follow = index_mapping.update_reshape_index_mapping
+
+    def follow_or_pass(graph: Any, node: Any) -> None:
+        with contextlib.suppress(ArithmeticError):
+            follow(graph, node)
+
+    index_mapping.update_reshape_index_mapping = follow_or_pass
+    try:
+        yield
+    finally:
+        index_mapping.update_reshape_index_mapping = follow
+
+
 class _TokensApart(TorchFunctionMode):
     """Splits of tokens inside attention become selections: torch-pruning takes every split for one of channels."""
 
@@ -151,9 +169,10 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
         name = names.get(id(module))
         if name is None:
             continue  # an operation without weights
-        found.reason = _claim(name, claimed)
-        if found.reason is not None:
-            return found
+        reason = _claim(name, claimed)
+        if reason is not None:
+            found.reason = found.reason or reason
+            continue
         roots = list(item.root_idxs or range(len(item.idxs)))
         pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
         out = "out" in item.dep.handler.__name__ or "depthwise" in item.dep.handler.__name__
@@ -175,8 +194,7 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
         elif isinstance(module, nn.PReLU):
             continue
         else:
-            found.reason = f"a {type(module).__name__} mixes them"
-            return found
+            found.reason = found.reason or f"a {type(module).__name__} mixes them"
     return found
 
 
