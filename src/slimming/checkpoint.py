@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.families import family_called, family_of
 from slimming.family import STRUCTURE as SLIM
+from slimming.family import fill_
 from slimming.io import atomic_json, atomic_write_bytes, check_json, explain, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
@@ -110,7 +111,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     state = parse_tensors(weights, path / WEIGHTS)
     model = build(structure) if dense is None else _refit(dense, structure, path)
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        fill_(model, state)
     except RuntimeError as error:
         whose = "its structure" if dense is None else f"the {type(dense).__name__} given as dense"
         raise CheckpointError(f"The weights in {path} do not fit {whose}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from slimming.errors import PlanError
-from slimming.family import Family
+from slimming.family import Family, fill_
 from slimming.groups import Anatomy, resolve_plan
 from slimming.plan import Plan
 
@@ -28,7 +28,7 @@ def cut_(model: nn.Module, family: Family, anatomy: Anatomy, plan: Plan) -> None
         return
     state = family.select(anatomy, kept, model.state_dict())
     family.resize_(model, structure)
-    model.load_state_dict(state, strict=True, assign=True)
+    fill_(model, state)
 
 
 def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -69,6 +70,16 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         """Give the modules the sizes of ``structure``; the contents of resized parameters are undefined."""
+
+
+def fill_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Put the tensors of ``state`` in place of the model's own.
+
+    Modules are told that the tensors are of their own version: some hosts change what comes without one.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # pyright: ignore
+    model.load_state_dict(versioned, strict=strict, assign=True)
 
 
 def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:

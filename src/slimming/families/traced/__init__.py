@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
 from slimming.families.traced import origin
-from slimming.families.traced.channels import channel_groups
+from slimming.families.traced.channels import CONV, channel_groups
 from slimming.families.traced.counting import operations
 from slimming.families.traced.heads import Attributes, head_group
 from slimming.families.traced.mlp import hidden_group
@@ -26,7 +26,7 @@ from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select, settle_
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
-from slimming.family import STRUCTURE, Family, Kept
+from slimming.family import STRUCTURE, Family, Kept, fill_
 from slimming.groups import Anatomy, Group, LayerSizes, Operation
 from slimming.plan import Structure
 
@@ -148,11 +148,13 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     """
     trial = _trial(model)
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    _try(trial, example)
+    asleep = _asleep(trial, example)
     groups, attributes, unbound, claimed, uncovered = _heads(trial)
     hidden, more_claimed, more_uncovered = _hidden(trial)
     channels, left_out = channel_groups(trial, example, {**claimed, **more_claimed})
     uncovered += [*more_uncovered, *left_out]
+    if asleep:
+        uncovered.append(f"{len(asleep)} layers, the first of them {asleep[0]}: they do not run for one image")
     found, tied = _single(trial, [*groups, *hidden, *channels])
     uncovered += tied
     if not found:
@@ -172,20 +174,38 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> _Reading:
     sizes = layer_sizes(trial, good, attributes, unbound)
     return _Reading(
         groups=tuple(good),
-        operations=operations(trial, example, good, _each_head(trial)),
+        operations=operations(trial.eval(), example, good, _each_head(trial)),
         sizes=sizes,
         uncovered=tuple(uncovered),
     )
 
 
-def _try(model: nn.Module, example: Tensor) -> None:
-    """Run ``model`` once.
+def _asleep(model: nn.Module, example: Tensor) -> list[str]:
+    """The layers that do not run, after trying to wake those that run in training only, such as auxiliary heads.
 
     Raises:
-        UnsupportedModelError: it does not take the example.
+        UnsupportedModelError: the model does not take the example.
     """
+    asleep = _idle(model, example)
+    if asleep:
+        model.training = True  # the model alone: its norms and dropouts stay as in evaluation
+        try:
+            awake = _idle(model, example)
+        except UnsupportedModelError:
+            awake = asleep
+        if len(awake) < len(asleep):
+            return awake
+        model.training = False
+    return asleep
+
+
+def _idle(model: nn.Module, example: Tensor) -> list[str]:
+    """The layers with weights that neither run nor belong to a module that does, in one forward pass."""
+    ran: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in model.modules()]
     try:
-        outputs(model, example)
+        with torch.no_grad():
+            outputs(model, example)
     except Exception as error:  # whatever the host raises
         first = (str(error).splitlines() or [""])[0]
         raise UnsupportedModelError(
@@ -193,6 +213,15 @@ def _try(model: nn.Module, example: Tensor) -> None:
             f"({type(error).__name__}: {first}). If it takes another size, say so in its attribute image_size; if it "
             "takes more than an image, wrap it in a module whose forward takes the image."
         ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(model.named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, *CONV)) and module not in ran and modules[name.rpartition(".")[0]] not in ran
+    ]
 
 
 def _trial(model: nn.Module) -> nn.Module:
@@ -290,7 +319,7 @@ def _cut_copy(
     for name, entry in layers_after(sizes, groups, kept).items():
         resize_module_(small.get_submodule(name), entry)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
-    small.load_state_dict(select(groups, kept, state), strict=False, assign=True)
+    fill_(small, select(groups, kept, state), strict=False)
     return small.requires_grad_(False)
 
 

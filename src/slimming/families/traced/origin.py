@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -181,18 +180,14 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         arguments |= {"aux_logits": bool(model.aux_logits)}
     _, height, width = input_shape(model)
     extras: list[dict[str, Any]] = [{}, {"image_size": height}] if height == width else [{}]
-    package = sys.modules[module]
-    if ".segmentation" in module:
-        package = sys.modules["torchvision.models.segmentation"]
-        arguments = {"weights_backbone": None}
-        extras = [
-            {"num_classes": one.out_channels, "aux_loss": model.aux_classifier is not None}
-            for one in model.classifier.modules()
-            if isinstance(one, nn.Conv2d)
-        ][-1:]
-    for name in torchvision.models.list_models(module=package):
-        for extra in extras:
-            yield {"host": "torchvision", "name": name, "arguments": {**arguments, **extra}}
+    if ".segmentation." in module:
+        arguments = {"weights_backbone": None, "num_classes": arguments.get("num_classes")}
+        extras = [{}, {"aux_loss": True}]
+    for name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        if builder.__module__ == module:
+            for extra in extras:
+                yield {"host": "torchvision", "name": name, "arguments": {**arguments, **extra}}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
