@@ -227,7 +227,7 @@ def test_other_misuse(slimming: Call, output: Path, finished: Path, site: Path, 
     refused(slimming("cut", tmp_path, "--budget", "macs=0.5", "--output", output), "holds no finished search")
     refused(slimming("inspect", finished), "give a checkpoint in it", "macs-0.70/slim")
     refused(slimming("inspect", "no/such/place"), "no checkpoint directory")
-    refused(slimming("inspect", "resnet18"), "No family reads")
+    refused(slimming("inspect", "resnet81"), "has no model", "Did you mean")
     slim = finished / "macs-0.70" / "slim"
     more, other = write_images(tmp_path / "i", ("a", "b", "c")), write_images(tmp_path / "j", ("a", "b"))
     refused(slimming("eval", slim, "--data.source", more), "knows 2 classes", "has 3")

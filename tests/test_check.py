@@ -1,0 +1,84 @@
+"""What `slimming.check` promises: it passes models that work, and fails those whose reading is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import slimming
+from slimming.families.traced import channels
+
+
+def small(name: str, **arguments: Any) -> nn.Module:
+    overlay = {"input_size": (3, 64, 64)}
+    return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_models_that_work_pass(name: str) -> None:
+    model = small(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert [step.name for step in found.steps] == [
+        "masked equals cut, forward and backward",
+        "costs by formula are the counted ones",
+        "saves and loads",
+    ]
+    assert 0.3 < found.covered_macs <= 1
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = channels._group
+
+    def shifted(found: Any, model: nn.Module) -> Any:
+        """Every group reads its units one place too far."""
+        group = real(found, model)
+        if not isinstance(group, slimming.describe.__globals__["Group"]):
+            return group
+        slices = tuple(
+            replace(one, index=one.index[1:] + one.index[:1]) if one.side == "out" else one for one in group.slices
+        )
+        return replace(group, slices=slices)
+
+    monkeypatch.setattr(channels, "_group", shifted)
+    model = small("test_resnet", stem_width=24)  # a size of its own, so that no earlier reading is remembered
+    with pytest.raises(slimming.errors.UnsupportedModelError, match="cut and masked differ"):
+        slimming.describe(model)
+
+
+class Mixed(nn.Module):
+    """Two convolutions with a mean over channels in between, which no unit survives unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 16
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.second(x / (1 + x.mean(1, keepdim=True))).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+def test_channels_that_something_else_reads_stay() -> None:
+    groups = {group.site for group in slimming.describe(Mixed())}
+    assert groups == {"second", "third"}
+    (reason,) = [one for one in slimming.api.anatomy_of(Mixed()).uncovered if one.startswith("first")]
+    assert "something else reads these units" in reason
+    found = slimming.check(Mixed())
+    assert [step.held for step in found.steps] == [True, True, True], str(found)
+
+
+def test_a_model_that_does_not_pass_says_where() -> None:
+    found = slimming.check(nn.Linear(3, 4))
+    assert not found.ok
+    assert "does not take one image" in str(found)
