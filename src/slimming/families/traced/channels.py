@@ -93,15 +93,25 @@ def _trace(model: nn.Module, example: Any, claimed: Iterable[str]) -> list[Any]:
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with closed(model, claimed) as pruners:
-            graph = torch_pruning.DependencyGraph().build_dependency(
+        with closed(model, claimed) as pruners, _as_it_is(model):
+            graph = torch_pruning.DependencyGraph()
+            follow = graph.get_pruning_group
+
+            def follow_or_pass(*args: Any) -> Any:
+                try:
+                    return follow(*args)
+                except IndexError:  # its channels are shuffled
+                    return []
+
+            vars(graph)["get_pruning_group"] = follow_or_pass
+            graph.build_dependency(
                 model,
                 example_inputs=example,
                 output_transform=_first_tensors,
                 customized_pruners=pruners,  # pyright: ignore
                 verbose=False,
             )
-            return [list(group) for group in graph.get_all_groups()]
+            return [list(group) for group in graph.get_all_groups() if len(group)]
 
 
 def _thawed(model: nn.Module) -> nn.Module:
@@ -120,6 +130,16 @@ def _thawed(model: nn.Module) -> nn.Module:
         norm = nn.BatchNorm2d(len(old.weight), dtype=old.weight.dtype).train(old.training)
         setattr(model.get_submodule(around), last, norm)
     return model
+
+
+@contextlib.contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    """Keep torch-pruning from switching the model to evaluation, where auxiliary heads do not run."""
+    vars(model)["eval"] = lambda: model
+    try:
+        yield
+    finally:
+        del vars(model)["eval"]
 
 
 @contextlib.contextmanager

@@ -155,10 +155,14 @@ _ROWS: dict[str, Row] = {
     "models.maxxvit.Attention2d": _maxxvit,
     "models.maxxvit.AttentionCl": _maxxvit,
     "models.metaformer.Attention": Heads(inputs=_QKV, sizes=("attention_dim",), unbound=True),
+    "models.mobilevit.LinearSelfAttention": Heads(inputs={"qkv_proj": 1}, output="out_proj", why_not="it has one head"),
     "models.mvitv2.MultiScaleAttention": _mvit,
     "models.nest.Attention": Heads(inputs=_QKV, heads_last=True, unbound=True),
     "models.nextvit.EfficientAttention": Heads(inputs=_APART, unbound=True),
     "models.pvt_v2.Attention": Heads(inputs=_Q_AND_KV, unbound=True),
+    "models.swiftformer.EfficientAdditiveAttention": Heads(
+        inputs={"to_query": 1}, output="final", why_not="it has one head"
+    ),
     "models.swin_transformer.WindowAttention": Heads(
         inputs=_QKV, per_head={"relative_position_bias_table": 1}, sizes=("attn_dim",)
     ),
