@@ -1,0 +1,349 @@
+"""Small models of transformers, torchvision and torch: read, cut, save and load, and what stays whole is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+import slimming
+from slimming.api import anatomy_of
+from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.families.traced.proof import outputs
+from slimming.layers import SomeHeadsAttention
+from slimming.plan import FREE, Budget
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
+VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MLP = {"intermediate_size": 96}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_attention_heads": [2, 4], "num_encoder_blocks": 2}
+PVT = {**STAGES, "mlp_ratios": [2, 2], "strides": [4, 2]}
+FOUR = {"depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+CNN = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A small model of transformers, by class and configuration, and the kinds of groups that it has."""
+
+    cls: str
+    config: str
+    arguments: dict[str, Any]
+    kinds: set[str] = field(default_factory=lambda: {"head", "mlp"})
+    id: str = ""
+    image: int = 0
+
+    def make(self) -> nn.Module:
+        arguments = {name: value() if callable(value) else value for name, value in self.arguments.items()}
+        torch.manual_seed(0)
+        model = getattr(transformers, self.cls)(getattr(transformers, self.config)(**arguments)).eval()
+        if self.image:
+            model.image_size = self.image
+        return model
+
+
+def _swin_four() -> Any:
+    return transformers.SwinConfig(**{**SWIN, **FOUR, "num_heads": [2, 2, 4, 4]})
+
+
+def _resnet() -> Any:
+    return transformers.ResNetConfig(**CNN, out_features=["stage4"])
+
+
+_DETR_SIZES = {"attention_heads": 4, "ffn_dim": 48}
+DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "use_timm_backbone": False}
+DETR |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _DETR_SIZES.items()}
+TRANSFORMERS = (
+    Hosted("ViTForImageClassification", "ViTConfig", {**VIT, **MLP}),
+    Hosted("ViTModel", "ViTConfig", {**VIT, **MLP}),
+    Hosted("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**VIT, **MLP}),
+    Hosted("Dinov2ForImageClassification", "Dinov2Config", VIT),
+    Hosted("Dinov2Model", "Dinov2Config", {**VIT, "use_swiglu_ffn": True}, id="Dinov2 SwiGLU"),
+    Hosted("Dinov2Backbone", "Dinov2Config", {**VIT, "out_features": ["stage1", "stage2"]}),
+    Hosted("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", VIT),
+    Hosted("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, **MLP}),
+    Hosted("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, **MLP, "use_gated_mlp": True}, id="DINOv3 gated"),
+    Hosted("BeitForImageClassification", "BeitConfig", {**VIT, **MLP, "use_relative_position_bias": True}),
+    Hosted("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**VIT, **MLP}),
+    Hosted("SiglipVisionModel", "SiglipVisionConfig", {**VIT, **MLP}),
+    Hosted("SwinForImageClassification", "SwinConfig", SWIN),
+    Hosted("Swinv2ForImageClassification", "Swinv2Config", SWIN),
+    Hosted("PvtForImageClassification", "PvtConfig", {**PVT, "image_size": 32, "sequence_reduction_ratios": [2, 1]}),
+    Hosted("PvtV2ForImageClassification", "PvtV2Config", {**PVT, "image_size": 32, "sr_ratios": [2, 1]}),
+    Hosted(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        {**PVT, "sr_ratios": [2, 1], "patch_sizes": [7, 3], "decoder_hidden_size": 24},
+        {"head", "mlp", "channel"},
+        image=32,
+    ),
+    Hosted("YolosForObjectDetection", "YolosConfig", {**VIT, **MLP, "image_size": [32, 32], "num_detection_tokens": 5}),
+    Hosted(
+        "UperNetForSemanticSegmentation",
+        "UperNetConfig",
+        {
+            "backbone_config": _swin_four,
+            "hidden_size": 16,
+            "pool_scales": [1, 2],
+            "auxiliary_channels": 16,
+            "auxiliary_in_channels": 96,
+        },
+        {"head", "mlp", "channel"},
+    ),
+    Hosted(
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {**DETR, "backbone_config": _resnet},
+        {"head", "mlp", "channel"},
+        image=32,
+    ),
+    Hosted("ResNetForImageClassification", "ResNetConfig", CNN, {"channel"}, image=32),
+    Hosted(
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 32},
+        {"mlp"},
+    ),
+)
+needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
+
+
+def _vision_transformer(**arguments: Any) -> nn.Module:
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
+    return torchvision.models.VisionTransformer(**{**sizes, **arguments}, num_classes=5)
+
+
+def _swin(**arguments: Any) -> nn.Module:
+    sizes = {"patch_size": [2, 2], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    return _sized(torchvision.models.SwinTransformer(**sizes, num_classes=5, **arguments), 32)
+
+
+def _maxvit() -> nn.Module:
+    model = torchvision.models.MaxVit(
+        input_size=(32, 32),
+        stem_channels=8,
+        partition_size=4,
+        block_channels=[16, 32],
+        block_layers=[1, 1],
+        head_dim=8,
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+    )
+    return _sized(model, 32)
+
+
+def _sized(model: Any, size: int) -> nn.Module:
+    model.image_size = size
+    return model
+
+
+def _encoder(**arguments: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, **{"batch_first": True, **arguments})
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=bool(arguments.get("batch_first", True)))
+
+
+def _named(name: str, size: int = 64, **arguments: Any) -> Callable[[], nn.Module]:
+    return lambda: _sized(torchvision.models.get_model(name, num_classes=7, **arguments), size)
+
+
+TORCH: dict[str, tuple[Callable[[], nn.Module], set[str], str]] = {
+    "vision transformer": (_vision_transformer, {"head", "mlp"}, "own"),
+    "swin": (_swin, {"head", "mlp"}, "own"),
+    "swin v2": (
+        lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+        {"head", "mlp"},
+        "own",
+    ),
+    "maxvit": (_maxvit, {"head", "mlp", "channel"}, "own"),
+    "encoder": (_encoder, {"head", "mlp"}, "own"),
+    "encoder, norm first, no bias": (
+        lambda: _encoder(norm_first=True, bias=False, activation="gelu", batch_first=False),
+        {"head", "mlp"},
+        "own",
+    ),
+    "resnet18": (_named("resnet18"), {"channel"}, "torchvision"),
+    "mobilenet_v3_small": (_named("mobilenet_v3_small"), {"channel", "mlp"}, "torchvision"),
+    "mnasnet0_5": (_named("mnasnet0_5"), {"channel"}, "torchvision"),
+    "squeezenet1_1": (_named("squeezenet1_1"), {"channel"}, "torchvision"),
+}
+SLOW: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("vgg11_bn", {}),
+    ("densenet121", {}),
+    ("mobilenet_v2", {}),
+    ("efficientnet_b0", {}),
+    ("regnet_y_400mf", {}),
+    ("convnext_tiny", {}),
+    ("googlenet", {"init_weights": False}),
+    ("inception_v3", {"init_weights": False}),
+    ("shufflenet_v2_x0_5", {}),
+)
+
+
+@needs_transformers
+@pytest.mark.parametrize("hosted", TRANSFORMERS, ids=lambda hosted: hosted.id or hosted.cls)
+def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
+    model = hosted.make()
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert set(found.kinds) == hosted.kinds
+    assert anatomy_of(model).structure.base["host"] == "transformers"
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_models_of_torch_keep_the_contract(name: str) -> None:
+    make, kinds, host = TORCH[name]
+    model = make().eval()
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert set(found.kinds) == kinds
+    assert anatomy_of(model).structure.base["host"] == host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments"), SLOW, ids=[name for name, _ in SLOW])
+def test_large_models_of_torchvision_keep_the_contract(name: str, arguments: dict[str, Any]) -> None:
+    model = _named(name, 96 if name == "inception_v3" else 64, **arguments)().eval()
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert anatomy_of(model).structure.base["host"] == "torchvision"
+
+
+def half(model: nn.Module) -> nn.Module:
+    """``model`` with half of each kind of units."""
+    groups = slimming.describe(model)
+    budget = Budget(keep=dict.fromkeys({group.kind for group in groups}, 0.5))
+    masks = slimming.attach(model)
+    plan = slimming.plan(masks, budget, layout=FREE)
+    masks.detach_()
+    return slimming.cut(model, plan)
+
+
+FRESH = """
+import sys, torch, slimming
+from slimming.families.traced.proof import outputs
+model = slimming.load(sys.argv[1])
+torch.save([out.detach() for out in outputs(model, torch.load(sys.argv[2]))], sys.argv[3])
+"""
+
+
+def in_a_new_process(path: Path, image: Tensor) -> list[Tensor]:
+    """What the model saved at ``path`` makes of ``image`` after it is loaded elsewhere."""
+    given, made = path.with_suffix(".in"), path.with_suffix(".out")
+    torch.save(image, given)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, *map(str, (path, given, made))], check=True)
+    return torch.load(made)
+
+
+@needs_transformers
+def test_a_slim_model_of_transformers_loads_in_a_new_process(tmp_path: Path) -> None:
+    model = half(TRANSFORMERS[0].make())
+    slimming.save(model, tmp_path / "slim")
+    image = torch.randn(2, 3, 32, 32)
+    assert all(map(torch.equal, in_a_new_process(tmp_path / "slim", image), outputs(model, image)))
+
+
+def test_a_slim_model_of_torchvision_loads_in_a_new_process(tmp_path: Path) -> None:
+    model = half(TORCH["mnasnet0_5"][0]().eval())
+    slimming.save(model, tmp_path / "slim")
+    image = torch.randn(2, 3, 64, 64)
+    assert all(map(torch.equal, in_a_new_process(tmp_path / "slim", image), outputs(model, image)))
+
+
+@needs_transformers
+def test_a_slim_model_keeps_its_labels_and_is_read_and_cut_again(tmp_path: Path) -> None:
+    model: Any = half(TRANSFORMERS[0].make())
+    model.classifier = nn.Linear(48, 3)
+    model.config.id2label = {0: "cat", 1: "dog", 2: "hen"}
+    slimming.save(model, tmp_path / "slim")
+    again: Any = slimming.load(tmp_path / "slim")
+    assert again.config.id2label == model.config.id2label
+    assert sum(group.kind == "head" for group in slimming.describe(again)) == 2
+    assert slimming.check(again).ok
+
+
+@needs_transformers
+def test_a_name_in_a_checkpoint_leads_to_models_only() -> None:
+    from slimming.families.traced.origin import build
+
+    base = anatomy_of(TRANSFORMERS[0].make()).structure.base
+    for wrong in ({"name": "pipeline"}, {"config_class": "AutoModel"}, {"name": "Nowhere"}):
+        with pytest.raises(CheckpointError, match="there is no"):
+            build({**base, **wrong})
+
+
+@needs_transformers
+def test_a_model_that_takes_more_than_an_image_says_so_and_is_read_in_a_wrapper() -> None:
+    sizes = {name: size for name, size in (VIT | MLP).items() if name != "image_size"}
+    inner = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(num_patches=16, **sizes)).eval()
+    with pytest.raises(UnsupportedModelError, match="wrap it in a module"):
+        slimming.describe(inner)
+
+    class Patches(nn.Module):
+        image_size = 32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, image: Tensor) -> Any:
+            patches = nn.functional.unfold(image, 8, stride=8).transpose(1, 2)
+            mask = torch.ones(patches.shape[:2], dtype=torch.int64)
+            return self.inner(patches, mask, torch.tensor([[4, 4]] * len(image)))
+
+    found = slimming.check(Patches().eval())
+    assert found.ok, str(found)
+    assert found.kinds["head"] == 3
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_with_some_heads_takes_what_torchs_takes(batch_first: bool, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    ours: Any = nn.MultiheadAttention(24, 3, batch_first=batch_first).double()
+    theirs = nn.MultiheadAttention(24, 3, batch_first=batch_first).double()
+    theirs.load_state_dict(ours.state_dict())
+    ours.__class__ = SomeHeadsAttention
+    shape = (2, 5, 24) if batch_first else (5, 2, 24)
+    x = torch.randn(shape, dtype=torch.float64)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    each = torch.randn(6, 5, 5, dtype=torch.float64)
+    for masks in ({}, {"attn_mask": causal}, {"key_padding_mask": padding}, {"attn_mask": each}):
+        for average in (True, False):
+            given = {**masks, "need_weights": need_weights, "average_attn_weights": average}
+            for one, other in zip(ours(x, x, x, **given), theirs(x, x, x, **given), strict=True):
+                assert (one is None) == (other is None)
+                assert one is None or torch.allclose(one, other, atol=1e-12)
+    single = x[0] if batch_first else x[:, 0]
+    assert torch.allclose(ours(single, single, single)[0], theirs(single, single, single)[0], atol=1e-12)
+
+
+def test_a_cut_encoder_takes_padded_sequences_in_evaluation() -> None:
+    model = half(_encoder().eval())
+    x = torch.randn(2, 6, 32)
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+    slow = model(x, src_key_padding_mask=padding)
+    assert torch.allclose(fast[0], slow[0], atol=1e-5)
+    assert torch.allclose(fast[1, :4], slow[1, :4], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_auxiliary_heads_go_with_what_they_read() -> None:
+    model: Any = half(_named("googlenet", init_weights=False)().eval()).train()
+    assert all(out.shape == (2, 7) for out in model(torch.randn(2, 3, 64, 64)))
