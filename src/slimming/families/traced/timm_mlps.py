@@ -14,8 +14,14 @@ def _glu(module: Any) -> Hidden:
     return Hidden(inputs={"fc1": 2}, why_not=norm)
 
 
+def _gated(module: Any) -> Hidden:
+    gate = None if isinstance(module.gate, nn.Identity) else "its gate mixes them across tokens and by a norm"
+    return Hidden(inputs={"fc1": 1}, why_not=gate)
+
+
 TIMM_MLPS: dict[str, HiddenRow] = {
     "timm.layers.attention_pool.AttentionPoolLatent": Hidden(inputs={"mlp.fc1": 1}, output="mlp.fc2"),
+    "timm.layers.mlp.GatedMlp": _gated,
     "timm.layers.mlp.GluMlp": _glu,
 }
 """Full class name -> where its hidden units are."""
