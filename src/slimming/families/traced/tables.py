@@ -14,6 +14,11 @@ from slimming.families.traced.transformers_heads import TRANSFORMERS, layout_of
 _HEADS = {**TIMM, **TORCHVISION, **TRANSFORMERS}
 
 
+def register(cls: type[nn.Module], heads: Heads) -> None:
+    """Say where a class of attention keeps its heads, for models of one's own; before the model is first read."""
+    _HEADS[f"{cls.__module__}.{cls.__qualname__}"] = heads
+
+
 def heads_of(module: nn.Module) -> Heads | None:
     """The row of the table for ``module``, if it has one."""
     cls = type(module)
