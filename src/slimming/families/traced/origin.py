@@ -95,14 +95,13 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
         return (TOKENS, layer.self_attn.embed_dim)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else 3
-    config = getattr(model, "config", None)
-    for part in (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))):
-        if getattr(part, "image_size", None):
-            return (int(getattr(part, "num_channels", channels)), *_pair(part.image_size))
-    for owner in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
-        size = getattr(owner, "img_size", None) or getattr(owner, "image_size", None)
-        if isinstance(size, (int, tuple, list)):
-            return (channels, *_pair(size))
+    for owner in model.modules():
+        config = getattr(owner, "config", None)
+        parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
+        for part in (owner, *parts):
+            size = getattr(part, "image_size", None) or getattr(part, "img_size", None)
+            if isinstance(size, (int, tuple, list)):
+                return (int(getattr(part, "num_channels", channels)), *_pair(size))
     wanted = _timm_config(model).get("input_size")
     return (channels, int(wanted[1]), int(wanted[2])) if wanted else (channels, 224, 224)
 
