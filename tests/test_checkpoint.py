@@ -361,3 +361,76 @@ def test_files_that_are_no_scores(saved: Path, tmp_path: Path) -> None:
     path.write_bytes(middle)
     with pytest.raises(CheckpointError, match="checksum"):
         slimming.plan(path, budget)
+
+
+class Own(nn.Module):
+    """A model that only its user can make."""
+
+    image_size = 16
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=4)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 3)
+        self.register_buffer("bias", torch.ones(3), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": self.head(self.norm(self.stem(image)).relu().mean((2, 3))) + self.bias}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[Path, nn.Module]:
+    model = Own().eval()
+    masks = slimming.attach(model)
+    plan = slimming.plan(masks, Budget(keep={"channel": 0.5}))
+    masks.detach_()
+    small = slimming.cut(model, plan)
+    slimming.save(small, tmp_path / "own")
+    return tmp_path / "own", small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_of_ones_own_is_loaded_into_the_dense_one(
+    own: tuple[Path, nn.Module], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    small = own[1].to(dtype)
+    slimming.save(small, tmp_path / "again")
+    dense = Own()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    loaded = slimming.load(tmp_path / "again", dense=dense)
+    x = torch.randn(2, 3, 16, 16, dtype=dtype)
+    assert torch.equal(loaded(x)["scores"], small(x)["scores"])
+    assert not loaded.training
+    assert loaded.stem.out_channels == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    assert slimming.describe(loaded) == slimming.describe(small)
+    slimming.save(loaded, tmp_path / "third")
+    assert torch.equal(slimming.load(tmp_path / "third", dense=dense)(x)["scores"], small(x)["scores"])
+
+
+def test_a_dense_model_that_is_missing_or_does_not_fit_is_named(own: tuple[Path, nn.Module]) -> None:
+    path, small = own
+    with pytest.raises(CheckpointError, match=r"dense=model"):
+        slimming.load(path)
+    with pytest.raises(CheckpointError, match=r"was cut from a .*Own, the model given as dense is a .*ReLU"):
+        slimming.load(path, dense=nn.ReLU())
+    with pytest.raises(CheckpointError, match="make it again as it was before"):
+        slimming.load(path, dense=small)
+    masked = Own()
+    slimming.attach(masked)
+    with pytest.raises(CheckpointError, match="has masks or was cut"):
+        slimming.load(path, dense=masked)
+    other = Own()
+    other.head = nn.Linear(8, 5)
+    with pytest.raises(CheckpointError, match="do not fit the Own given as dense"):
+        slimming.load(path, dense=other)
+    other = Own()
+    del other.stem
+    with pytest.raises(CheckpointError, match="does not take the sizes"):
+        slimming.load(path, dense=other)
+
+
+def test_a_known_model_may_be_handed_over_too(saved: Path, slim: nn.Module) -> None:
+    loaded = slimming.load(saved, dense=VARIANTS[0].make().float())
+    assert torch.equal(loaded(image(slim)), slim(image(slim)))
