@@ -24,18 +24,23 @@ class Whole:
     pruning_dim = 1
 
     def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        """Cut nothing: the graph is only read."""
         return layer
 
     def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        """Cut nothing: the graph is only read."""
         return layer
 
     def get_out_channels(self, layer: nn.Module) -> int | None:
+        """How many channels came out."""
         return layer.__dict__.get(_SEEN, (None, None))[1]
 
     def get_in_channels(self, layer: nn.Module) -> int | None:
+        """How many channels went in."""
         return layer.__dict__.get(_SEEN, (None, None))[0]
 
     def get_in_channel_groups(self, layer: nn.Module) -> int:
+        """Whether channels go in groups of several; they do not."""
         return 1
 
     get_out_channel_groups = get_in_channel_groups
