@@ -57,6 +57,7 @@ class Traced(Family):
     def __init__(self, others: Sequence[Family] = ()) -> None:
         self._families = {family.name: family for family in (*others, self)}
         self._readings: dict[str, _Reading] = {}
+        self._named: dict[str, dict[str, Any]] = {}
 
     def reads(self, model: nn.Module) -> bool:
         return True
@@ -82,8 +83,14 @@ class Traced(Family):
         stored = model.__dict__.get(STRUCTURE)
         if stored is not None:
             return origin.rebased(stored.base, model)
+        key = _signature(model, ())
+        if key in self._named:
+            return dict(self._named[key])
         parts = _slim_parts(model)
-        return origin.origin(model, (lambda made: self._apply_(made, parts)) if parts else None)
+        base = origin.origin(model, (lambda made: self._apply_(made, parts)) if parts else None)
+        if base["host"] == "torchvision":  # which has nothing but names, and many of them to try
+            self._named[key] = base
+        return base
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return origin.build(base)

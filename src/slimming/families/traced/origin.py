@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from slimming.errors import CheckpointError, ConfigError
 from slimming.family import ORIGIN, difference
@@ -223,11 +224,24 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
     return cls(config, **base.get("arguments", {}))
 
 
+class _NumbersApart(TorchFunctionMode):
+    """Number ranges are made on the CPU: some hosts work out their sizes with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.arange, torch.linspace, torch.tensor):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
 def _quiet_build(base: Mapping[str, Any]) -> nn.Module:
     """The model of a candidate base, on the meta device: its shapes are all that is compared."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
             return build(base)
-        except NotImplementedError as error:
-            raise CheckpointError(str(error)) from error
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+        with _NumbersApart():
+            return build(base)
