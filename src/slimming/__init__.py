@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
     from slimming.training.config import DataConfig, TrainConfig
     from slimming.training.evaluate import evaluate
+    from slimming.training.tasks import MatchTask
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DistilConfig",
     "Layout",
+    "MatchTask",
     "ModelConfig",
     "Plan",
     "RunConfig",
@@ -68,6 +70,7 @@ _LAZY = {
     "DistilConfig": "retrain",
     "ModelConfig": "pipeline",
     "RunConfig": "pipeline",
+    "MatchTask": "training.tasks",
     "SearchConfig": "searching",
     "SearchResult": "searching",
     "TrainConfig": "training.config",

@@ -198,7 +198,6 @@ def _forward_backward(model: nn.Module, image: Tensor) -> tuple[list[Tensor], Te
     image = image.clone().requires_grad_()
     found = outputs(model, image)
     generator = torch.Generator().manual_seed(1)
-    # One scalar per output, the same whatever its number of channels.
     loss = sum(out.square().sum() * torch.rand((), generator=generator, dtype=torch.float64) for out in found)
     assert isinstance(loss, Tensor)
     (slope,) = torch.autograd.grad(loss, image)
@@ -206,8 +205,8 @@ def _forward_backward(model: nn.Module, image: Tensor) -> tuple[list[Tensor], Te
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the largest value, over outputs of equal shape."""
-    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if one.shape == other.shape]
-    if not pairs:
+    """Largest difference relative to the largest value; infinite where shapes differ, or where there is nothing."""
+    pairs = list(zip(ours, theirs, strict=True))
+    if not pairs or any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     return max(float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30) for one, other in pairs)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
@@ -43,6 +44,7 @@ def train(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    task: Task | None = None,
     title: str = "training",
 ) -> History:
     """Train ``model`` in place; with a teacher, mostly from its logits (Hinton et al. 2015).
@@ -56,6 +58,7 @@ def train(
         directory: where the state and the log go, so that a killed training can go on.
         resume: go on from the state in ``directory`` if there is one.
         evaluate: called now and then with the model; what it returns goes to the log.
+        task: the loss, in place of the labels and the teacher.
         title: name of the progress bar.
 
     Raises:
@@ -71,7 +74,10 @@ def train(
     2
     """
     config = config or TrainConfig()
-    task: Task = ClassificationTask(config.label_smoothing)
+    if task is not None and (teacher is not None or distil is not None):
+        raise ConfigError("Give a task of your own, or a teacher; the task would not use the teacher.")
+    if task is None:
+        task = ClassificationTask(config.label_smoothing)
     if teacher is not None:
         distil = distil or DistilConfig()
         task = DistilTask(

@@ -208,6 +208,38 @@ class DistilTask:
         """Nothing to take over."""
 
 
+class MatchTask(ClassificationTask):
+    """Giving what another model gives, without labels: the mean squared error of the outputs.
+
+    For encoders, whose output (B, D) or (B, N, D) is an embedding. It is divided by the variance of what is wanted,
+    so that 1 is as bad as giving the mean.
+
+    Args:
+        teacher: put into evaluation mode and never trained.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Move the teacher to ``device``."""
+        self.teacher.to(device).eval()
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `Task.loss`; the labels are not looked at.
+
+        Raises:
+            ConfigError: the two outputs differ in shape.
+        """
+        with torch.no_grad():
+            wanted = self.teacher(images).float()
+        found = model(images).float()
+        if found.shape != wanted.shape:
+            raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")
+        return {"loss": F.mse_loss(found, wanted) / wanted.var(0).mean().clamp_min(1e-12)}
+
+
 class AddPenalty:
     """Another task with extra terms in its loss, and a look at the gradients before each step.
 
