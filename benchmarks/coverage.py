@@ -35,12 +35,16 @@ from torch import nn
 
 import slimming
 from slimming.bench import count
-from slimming.contract import Trial, check
+from slimming.contract import examine
 from slimming.families.traced.origin import input_shape
 from slimming.families.traced.proof import outputs
+from slimming.family import ORIGIN
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, None)
 """Image sizes to try, the smallest that a model takes is used; None is its own."""
+FEWER: dict[str, Any] = {"depth": 2, "depths": (1, 1, 1, 1), "layers": (1, 1, 1, 1)}
+LARGE = 15_000_000
+"""Models with more parameters are made with few blocks, where their constructor allows it; the row says so."""
 CI = ("resnet", "swin_transformer", "eva", "mobilevit", "densenet")
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTModel", {}),
@@ -128,29 +132,54 @@ def variants(module: str, every: bool) -> list[str]:
             except Exception:  # a few cannot be made on the meta device
                 model = timm.create_model(name).to("meta")
         classes = frozenset(f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules())
-        size = sum(parameter.numel() for parameter in model.parameters())
+        size = parameters(model)
         found[classes] = min(found.get(classes, (size, name)), (size, name))
     names = [name for _, name in sorted(found.values())]
     return names if every else names[:1]
 
 
 def small_timm(name: str) -> nn.Module:
-    """The model at the smallest image size that it takes."""
-    import timm
-
+    """The model at the smallest image size that it takes, and with few blocks where it is large."""
     error: Exception | None = None
     for size in SIZES:
         overlay: dict[str, Any] = {} if size is None else {"pretrained_cfg_overlay": {"input_size": (3, size, size)}}
         options: tuple[dict[str, Any], ...] = ({"img_size": size}, {}) if size else ({},)
         for sized in options:
             try:
-                model = timm.create_model(name, **sized, **overlay).eval()
+                model, fewer = shallow(name, {**sized, **overlay})
                 with torch.no_grad():
                     model(torch.randn(1, *input_shape(model)))
+                # So that the slim model is made the same way when it is loaded.
+                model.__dict__[ORIGIN] = {"name": name, "arguments": {**sized, **overlay, **fewer}}
                 return model
             except Exception as raised:  # hosts raise anything where a size does not fit
                 error = raised
     raise RuntimeError(f"{name} takes no image: {error}")
+
+
+def shallow(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in evaluation mode, and the argument that made it less deep if it has many parameters."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            size = parameters(timm.create_model(name, **options))
+        except Exception:  # a few cannot be made on the meta device
+            size = 0
+    if size > LARGE:
+        for fewer in [{key: value} for key, value in FEWER.items()]:
+            try:
+                model = timm.create_model(name, **options, **fewer).eval()
+            except Exception:  # its constructor has no such argument
+                continue
+            if parameters(model) < size:
+                return model, fewer
+    return timm.create_model(name, **options).eval(), {}
+
+
+def parameters(model: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def small_transformers(name: str) -> nn.Module:
@@ -210,7 +239,7 @@ def in_process(work: Callable[[], dict[str, Any]], seconds: int) -> dict[str, An
 
 def judge(model: nn.Module, path: Path, onnx: bool) -> dict[str, Any]:
     """Run the contract, and leave the slim model with its output at ``path``."""
-    found = check(model)
+    found, trial = examine(model)
     reason = next((f"{step.name}: {step.detail}" for step in found.steps if not step.held), None)
     result: dict[str, Any] = {
         "ok": found.ok,
@@ -221,11 +250,10 @@ def judge(model: nn.Module, path: Path, onnx: bool) -> dict[str, Any]:
         "steps": {step.name: step.detail for step in found.steps},
         "uncovered": list(found.uncovered),
         "input": list(input_shape(model)),
-        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "params": parameters(model),
+        "made_with": {k: v for k, v in model.__dict__.get(ORIGIN, {}).get("arguments", {}).items() if k in FEWER},
     }
-    if found.ok:
-        trial = Trial(model)
-        trial.exact()
+    if found.ok and trial is not None:
         slimming.save(trial.small, path)
         expected = [out.detach() for out in outputs(trial.small, trial.image)]
         torch.save({"image": trial.image, "outputs": expected}, path.parent / "expected.pt")
@@ -293,7 +321,19 @@ def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
     result = {"name": "coverage", "machine": machine(settings.threads), "versions": versions(), "rows": rows}
     (settings.output / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
-    header = ["model", "file", "kinds", "MACs covered", "params", "exact", "reloads", "ONNX", "torch-pruning", "s"]
+    header = [
+        "model",
+        "file",
+        "made with",
+        "kinds",
+        "MACs covered",
+        "params",
+        "exact",
+        "reloads",
+        "ONNX",
+        "torch-pruning",
+        "s",
+    ]
     lines = []
     for key, one in sorted(rows.items()):
         theirs = one["torch_pruning"]
@@ -302,6 +342,7 @@ def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
             [
                 key,
                 one["family"],
+                ", ".join(f"{k}={v}" for k, v in one.get("made_with", {}).items()) or "–",
                 ", ".join(f"{number} {kind}" for kind, number in one.get("kinds", {}).items()) or "–",
                 f"{one.get('covered_macs', 0):.0%}",
                 f"{one.get('covered_params', 0):.0%}",

@@ -96,11 +96,17 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
     >>> found.ok, round(found.covered_macs, 2)
     (True, 0.79)
     """
+    return examine(model, keep=keep, seed=seed)[0]
+
+
+def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Check, Trial | None]:
+    """Do what `check` does, and give the trial too, with the slim model; None where the model was not read."""
     began = time.perf_counter()
     try:
         anatomy = anatomy_of(model)
     except SlimmingError as error:
-        return Check(steps=(Step(name="reads", held=False, detail=str(error)),), seconds=time.perf_counter() - began)
+        step = Step(name="reads", held=False, detail=str(error))
+        return Check(steps=(step,), seconds=time.perf_counter() - began), None
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
     params, macs = _covered(anatomy)
     steps: list[Step] = []
@@ -117,7 +123,7 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
             first = (str(error).splitlines() or [""])[0]
             steps.append(Step(name=name, held=False, detail=f"{type(error).__name__}: {first}"))
             break
-    return Check(
+    found = Check(
         kinds=dict(kinds),
         covered_params=params,
         covered_macs=macs,
@@ -125,6 +131,7 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
         uncovered=anatomy.uncovered,
         seconds=time.perf_counter() - began,
     )
+    return found, trial
 
 
 def _covered(anatomy: Anatomy) -> tuple[float, float]:
