@@ -79,7 +79,7 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         else:
             reason = one.reason or str(made)
             reasons[reason] = reasons.get(reason, 0) + 1
-    uncovered = [f"{count} sets of channels: {reason}" for reason, count in sorted(reasons.items())]
+    uncovered = [f"{count} {'set' if count == 1 else 'sets'} of channels: {reason}" for reason, count in sorted(reasons.items())]
     return groups, uncovered
 
 
