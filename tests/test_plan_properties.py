@@ -278,7 +278,7 @@ def test_a_budget_needs_one_kind_of_limit() -> None:
         ({"keep": {}}, "at least one"),
         ({"keep": {"mlp": 0.5}, "macs": 0.5}, "keep ratios alone"),
         ({"keep": {"tokens": 0.5}}, "Did you mean 'token'"),
-        ({"keep": {"xyz": 0.5}}, "no kind 'xyz'; kinds are head_dim, head, mlp, token"),
+        ({"keep": {"xyz": 0.5}}, "no kind 'xyz'; kinds are head_dim, head, mlp, channel, token"),
     ):
         with pytest.raises(BudgetError, match=says):
             Budget(**arguments)

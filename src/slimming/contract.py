@@ -94,7 +94,7 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
     >>> import timm, slimming
     >>> found = slimming.check(timm.create_model("test_vit"))
     >>> found.ok, round(found.covered_macs, 2)
-    (True, 0.79)
+    (True, 0.87)
     """
     return examine(model, keep=keep, seed=seed)[0]
 
@@ -149,7 +149,8 @@ class Trial:
         self.model = copy.deepcopy(model).cpu().double().eval()
         self.seed, self.keep, self.anatomy = seed, keep, anatomy
         self.generator = torch.Generator().manual_seed(seed)
-        self.image = torch.randn(1, *anatomy.input_shape, generator=self.generator, dtype=torch.float64)
+        # Two images: with one, torch 2.15 can give wrong gradients behind a permuted batch of one head.
+        self.image = torch.randn(2, *anatomy.input_shape, generator=self.generator, dtype=torch.float64)
         self.plan: Plan
         self.small: nn.Module
 
@@ -166,8 +167,9 @@ class Trial:
         self.plan = plan(masks, budget, layout=FREE, score="mask")
         masks.apply_(self.plan)
         self.small = cut(masked, self.plan)
+        # On copies: some hosts keep tensors of a forward pass with its graph, and then cannot be copied any more.
         before, (ours, slope), (theirs, other) = (
-            _forward_backward(each, self.image) for each in (self.model, masked, self.small)
+            _forward_backward(copy.deepcopy(each), self.image) for each in (self.model, masked, self.small)
         )
         error = max(distance(ours, theirs), distance([slope], [other]))
         if not error <= EXACT:
@@ -194,7 +196,7 @@ class Trial:
             own = self.anatomy.structure.base.get("host") == "own"
             loaded = load(Path(directory) / "slim", dense=self.model if own else None)
         with torch.no_grad():
-            error = distance(outputs(self.small, self.image), outputs(loaded, self.image))
+            error = distance(outputs(copy.deepcopy(self.small), self.image), outputs(loaded, self.image))
         if error > EXACT:
             raise AssertionError(f"outputs differ by {error:.1e} after loading")
         return "the same outputs"

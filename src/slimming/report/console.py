@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slimming.report.model import Row, Spread, parse
-from slimming.report.numbers import Scale, decimals, percent, scale
+from slimming.report.numbers import NBSP, Scale, decimals, percent, scale
 from slimming.report.table import BYTES, NONE
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for row in every:
         cells = _cells(row, found.dense, units, times)
-        table.add_row(row.label, *(Text.assemble(a, ("\n" + b, "dim")) if b else Text(a) for a, b in cells))
+        # Plain spaces, so that a terminal's search finds what it shows; no cell breaks but the first.
+        below = [b.replace(NBSP, " ") for _, b in cells]
+        texts = [Text.assemble(a, ("\n" + b, "dim")) if b else Text(a) for (a, _), b in zip(cells, below, strict=True)]
+        table.add_row(row.label.replace(NBSP, " "), *texts)
     console.print(table)
 
 
