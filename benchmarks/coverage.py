@@ -46,6 +46,7 @@ FEWER: dict[str, Any] = {"depth": 2, "depths": (1, 1, 1, 1), "layers": (1, 1, 1,
 LARGE = 15_000_000
 """Models with more parameters are made with few blocks, where their constructor allows it; the row says so."""
 CI = ("resnet", "swin_transformer", "eva", "mobilevit", "densenet")
+WINDOWED = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTModel", {}),
     "deit": ("DeiTModel", {}),
@@ -56,11 +57,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_vision": ("CLIPVisionModel", {}),
     "siglip_vision": ("SiglipVisionModel", {}),
     "siglip2_vision": ("Siglip2VisionModel", {}),
-    "swin": ("SwinModel", {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4}),
-    "swinv2": ("Swinv2Model", {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4}),
-    "pvt": ("PvtModel", {"depths": [1, 1, 1, 1]}),
-    "pvt_v2": ("PvtV2Model", {"depths": [1, 1, 1, 1]}),
-    "segformer": ("SegformerModel", {"depths": [1, 1, 1, 1]}),
+    "swin": ("SwinModel", {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}),
+    "swinv2": (
+        "Swinv2Model",
+        {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4},
+    ),
+    "pvt": ("PvtModel", {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]}),
+    "pvt_v2": ("PvtV2Model", {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]}),
+    "segformer": ("SegformerModel", {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]}),
     "yolos": ("YolosModel", {}),
 }
 """Model type of transformers -> class and arguments of its configuration beside the small ones."""

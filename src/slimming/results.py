@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slimming.api import anatomy_of, cost
 from slimming.bench import machine, paired_times, speedup, summary
 from slimming.errors import ConfigError
-from slimming.groups import Anatomy, resolve
+from slimming.groups import Anatomy, Group, resolve
 from slimming.plan import FORMAT, Budget, Plan
 from slimming.searching import SearchResult
 from slimming.training.samples import Data, ImageDataset
@@ -104,8 +104,9 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
     kept = resolve(anatomy.groups, plan.kept)
     rows = _grid(anatomy)
     layers: dict[str, dict[str, Any]] = {}
+    with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
     for group in anatomy.groups:
-        layer = layers.setdefault(group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens"), {})
+        layer = layers.setdefault(_layer_of(group), {})
         if group.role in ("qk", "v"):
             heads = layer.setdefault("heads", [{"qk": n, "v": n, "of": n} for n in group.limits.parts])
             counts = [0] * len(heads)
@@ -115,6 +116,10 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
                 head[group.role] = count
         elif group.kind == "mlp":
             layer["mlp"] = {"kept": len(kept[group.name]), "of": group.size}
+        elif group.kind == "channel":
+            layer["channels"] = {"kept": len(kept[group.name]), "of": group.size}
+        elif group.kind == "head" and group.site not in with_dimensions:
+            layer["whole_heads"] = {"kept": len(kept[group.name]), "of": group.size}
         elif group.token is not None:
             layer["tokens"] = {
                 "grid": rows,
@@ -124,6 +129,13 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
         for head in layer.get("heads", []):
             head["qk"] = head["qk"] if head["v"] else 0
     return [{"name": name, **layer} for name, layer in layers.items()]
+
+
+def _layer_of(group: Group) -> str:
+    """The name under which a report shows a group: its block in a Vision Transformer, else its module."""
+    if group.kind == "channel":
+        return group.site
+    return group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
 
 
 def _grid(anatomy: Anatomy) -> list[int]:

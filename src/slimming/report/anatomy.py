@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from slimming.report.markup import Html, figure, join, svg, tag
 from slimming.report.model import Kept, Layer, Picture, Results, Row, Tokens
 from slimming.report.numbers import percent
-from slimming.report.palette import budget_colour, dash, kind_colour
+from slimming.report.palette import budget_colour, dash, kind_colour, kind_name
 from slimming.report.plot import NARROW, Axis, Point, Series, chart, legend
 
 LABELS = 26.0
 BAR = 150.0
 TILE = 112.0
 OTHERS = 3
+DEEP = 24
+"""Up to this many layers, those without units of a kind have a line too."""
 """Images beside the first that show the last block's tokens."""
 
 
@@ -22,7 +24,9 @@ def depth_curves(results: Results) -> Html:
     kinds: list[tuple[str, Callable[[Layer], Kept | None]]] = [
         ("Query and key dimensions", lambda layer: _total(layer.qk)),
         ("Value dimensions", lambda layer: _total(layer.v)),
+        ("Whole heads", lambda layer: layer.heads),
         ("MLP hidden units", lambda layer: layer.mlp),
+        ("Channels", lambda layer: layer.channels),
         ("Token positions", lambda layer: layer.tokens.count if layer.tokens else None),
     ]
     panels, shown = [], []
@@ -69,12 +73,16 @@ def dimensions(row: Row, *, count_tokens: bool) -> Html:
         if any(heads):
             parts.append(figure(_heads(row, layers, heads, role), title=title))
     bars: list[tuple[str, str, list[Kept | None]]] = [
+        ("head", "Whole heads", [layer.heads for layer in layers]),
         ("mlp", "MLP hidden units", [layer.mlp for layer in layers]),
+        ("channel", "Channels", [layer.channels for layer in layers]),
         ("token", "Token positions", [layer.tokens.count if layer.tokens else None for layer in layers]),
     ]
-    for kind, title, values in bars[: 2 if count_tokens else 1]:
+    for kind, title, values in bars if count_tokens else bars[:-1]:
+        # Layers of another kind have no bar here.
+        shown = [(layer, kept) for layer, kept in zip(layers, values, strict=True) if kept or len(layers) <= DEEP]
         if any(values):
-            parts.append(figure(_bars(row, layers, values, kind), title=title))
+            parts.append(figure(_bars(row, shown, kind), title=title))
     if not parts:
         return tag("p", "The results do not say what stays in each layer.")
     return tag("div", parts, class_="anatomy")
@@ -132,10 +140,11 @@ def _gone(x: float, y: float, step: float, height: float, tip: str) -> Html:
     return tag("g", tag("title", tip), box, cross)
 
 
-def _bars(row: Row, layers: Sequence[Layer], values: Sequence[Kept | None], kind: str) -> Html:
+def _bars(row: Row, shown: Sequence[tuple[Layer, Kept | None]], kind: str) -> Html:
+    layers = [layer for layer, _ in shown]
     height, left = _row_height(layers), _label_width(layers)
     parts = []
-    for place, (layer, kept) in enumerate(zip(layers, values, strict=True)):
+    for place, (layer, kept) in enumerate(shown):
         y = 16 + place * height
         parts.append(tag("text", layer.label, x=left - 6, y=y + height / 2 + 3.5, class_="tick end"))
         if kept is None:
@@ -154,10 +163,15 @@ def _bars(row: Row, layers: Sequence[Layer], values: Sequence[Kept | None], kind
         )
         number = tag("text", kept.kept, x=left + BAR + 38, y=y + height / 2 + 3.5, class_="tick end")
         parts.append(tag("g", tag("title", tip), full, bar, number))
-    most = max(kept.of for kept in values if kept)
+    most = max(kept.of for _, kept in shown if kept)
     parts.append(tag("text", f"of {most}", x=left + BAR + 38, y=11, class_="tick end"))
-    what = "MLP hidden units" if kind == "mlp" else "Token positions"
-    return svg(left + BAR + 40, 20 + len(layers) * height, f"{what} kept per layer under {row.label}.", parts)
+    what = kind_name(kind)
+    return svg(
+        left + BAR + 40,
+        20 + len(layers) * height,
+        f"{what[0].upper()}{what[1:]} kept per layer under {row.label}.",
+        parts,
+    )
 
 
 def picture_store(images: Sequence[Picture]) -> Html:

@@ -14,6 +14,8 @@ from slimming.errors import CheckpointError
 from slimming.plan import FORMAT
 from slimming.report.numbers import NBSP
 
+PARTS = {"mlp": "mlp", "channels": "channels", "heads": "whole_heads"}
+"""Field of a layer -> its key in the file, for what is one number per layer."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -63,6 +65,8 @@ class Layer:
         qk: query and key dimensions per head.
         v: value dimensions per head.
         mlp: hidden units.
+        channels: channels of convolutions.
+        heads: whole heads, where their dimensions stay.
         tokens: positions, of this layer or of the last one before it that cut some.
     """
 
@@ -71,6 +75,8 @@ class Layer:
     qk: tuple[Kept, ...] = ()
     v: tuple[Kept, ...] = ()
     mlp: Kept | None = None
+    channels: Kept | None = None
+    heads: Kept | None = None
     tokens: Tokens | None = None
 
 
@@ -309,7 +315,14 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
         return name, name
     keep = budget.get("keep")
     shares = {key: node.share() for key, node in (keep or budget).entries()}
-    words = {"macs": "MACs", "params": "params", "head_dim": "head dims", "mlp": "MLP", "token": "tokens"}
+    words = {
+        "macs": "MACs",
+        "params": "params",
+        "head_dim": "head dims",
+        "mlp": "MLP",
+        "channel": "channels",
+        "token": "tokens",
+    }
     known = [f"{100 * share:g} % {words.get(key, key)}".replace(" ", NBSP) for key, share in shares.items()]
     short = f"{100 * next(iter(shares.values())):g}{NBSP}%" if len(shares) == 1 else name
     return ", ".join(known) or name, short
@@ -336,15 +349,15 @@ def _layers(nodes: list[_Node]) -> tuple[Layer, ...]:
         own = node.get("tokens")
         # A position that one layer cut is gone for every later one, whether it names it or not.
         tokens = tokens if own is None else _tokens(own, tokens)
-        mlp = node.get("mlp")
+        parts = {field: node.get(key) for field, key in PARTS.items()}
         layers.append(
             Layer(
                 name=name,
                 label=label,
                 qk=tuple(_kept(head, "qk") for head in heads if head.get("qk") is not None),
                 v=tuple(_kept(head, "v") for head in heads if head.get("v") is not None),
-                mlp=None if mlp is None else _kept(mlp, "kept"),
                 tokens=tokens,
+                **{field: _kept(part, "kept") for field, part in parts.items() if part is not None},
             )
         )
     return tuple(layers)

@@ -17,6 +17,7 @@ KINDS = {
     "head_dim": ("head dimensions", "--qk"),
     "head": ("heads", "--v"),
     "mlp": ("MLP hidden units", "--mlp"),
+    "channel": ("channels", "--qk"),
     "token": ("token positions", "--token"),
 }
 

@@ -79,7 +79,8 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         else:
             reason = one.reason or str(made)
             reasons[reason] = reasons.get(reason, 0) + 1
-    uncovered = [f"{count} {'set' if count == 1 else 'sets'} of channels: {reason}" for reason, count in sorted(reasons.items())]
+    numbers = {reason: f"{count} sets" if count > 1 else "1 set" for reason, count in sorted(reasons.items())}
+    uncovered = [f"{number} of channels: {reason}" for reason, number in numbers.items()]
     return groups, uncovered
 
 
