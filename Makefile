@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup test test-slow lint format bench demo clean
+.PHONY: help setup test test-slow lint format bench sweep demo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/search_overhead.py
 	$(BIN)/python benchmarks/realised_speed.py
+
+# One member of a few families; `python -m benchmarks.coverage` is the whole.
+sweep: $(STAMP)
+	$(BIN)/python -m benchmarks.coverage --ci --again --output build/sweep
 
 demo: $(STAMP)
 	$(BIN)/slimming demo

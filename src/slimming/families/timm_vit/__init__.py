@@ -31,7 +31,16 @@ class TimmViT(Family):
     name = "timm-vit"
 
     def reads(self, model: nn.Module) -> bool:
-        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+        if not isinstance(model, VisionTransformer) or type(model) not in (
+            VisionTransformer,
+            VisionTransformerDistilled,
+        ):
+            return False
+        try:
+            block_sizes(model)
+        except UnsupportedModelError:  # blocks of another class, which tracing may still read
+            return False
+        return True
 
     def read(self, model: nn.Module) -> Anatomy:
         vit = _vit(model)
