@@ -215,7 +215,7 @@ def _forward_backward(model: nn.Module, image: Tensor) -> tuple[list[Tensor], Te
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value; infinite where shapes differ, or where there is nothing."""
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = [(one.detach(), other.detach()) for one, other in zip(ours, theirs, strict=True)]
     if not pairs or any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     return max(float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30) for one, other in pairs)
