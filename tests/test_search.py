@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimming
-from slimming.errors import ConfigError
-from slimming.training.samples import Data
+from slimming.errors import ConfigError, DataError
+from slimming.training.images import ImageSpec
+from slimming.training.samples import Data, ImageDataset
 
 JOB = Path(__file__).parent / "search_job.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -158,3 +159,18 @@ def test_a_kind_that_the_model_does_not_have_is_named(data: Data) -> None:
     with pytest.raises(ConfigError, match="token"):
         slimming.search(model, data, dataclasses.replace(config(), kinds=("mlp", "token")))
     assert not hasattr(model, "slimming_masks")
+
+
+def test_mean_and_std_of_the_data_take_the_place_of_the_models_own(folder: Path) -> None:
+    config = slimming.DataConfig(source=str(folder), augment="none", mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5))
+    plain = dataclasses.replace(config, mean=None, std=None)
+    theirs, own = slimming.open_data(config, make()).val, slimming.open_data(plain, make()).val
+    assert isinstance(theirs, ImageDataset)
+    assert isinstance(own, ImageDataset)
+    spec = ImageSpec.of_model(make())
+    pixels = own.sample(0, 0).image * torch.tensor(spec.std)[:, None, None] + torch.tensor(spec.mean)[:, None, None]
+    assert torch.allclose(theirs.sample(0, 0).image, pixels / 0.5, atol=1e-5)
+    with pytest.raises(DataError, match=r"data\.mean has 2 numbers, the model's images 3 channels"):
+        slimming.open_data(dataclasses.replace(config, mean=(0.5, 0.5)), make())
+    with pytest.raises(ConfigError, match="std is"):
+        slimming.DataConfig(source=str(folder), std=(0.5, 0.0, 0.5))

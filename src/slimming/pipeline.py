@@ -21,7 +21,7 @@ from torch import nn
 from slimming import checkpoint
 from slimming.api import anatomy_of, attach, cut, describe, plan, searched
 from slimming.bench import in_evaluation
-from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from slimming.errors import ConfigError, DataError, MissingExtraError, UnsupportedModelError
 from slimming.families.create import create_dense
 from slimming.io import atomic_json
 from slimming.plan import Budget, Plan, read_json
@@ -124,7 +124,8 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
         seed: decides the augmentation.
 
     Raises:
-        DataError: no such data, an empty class, one class only, labels out of range, splits that differ.
+        DataError: no such data, an empty class, one class only, labels out of range, splits that differ, or a mean
+            or std of another number of channels.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -135,7 +136,11 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     (8, ('AnnualCrop', 'Forest', 'HerbaceousVegetation'))
     """
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
-    return open_images(config, spec, seed)
+    asked = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
+    for name, value in asked.items():
+        if len(value) != spec.input_size[0]:
+            raise DataError(f"data.{name} has {len(value)} numbers, the model's images {spec.input_size[0]} channels.")
+    return open_images(config, dataclasses.replace(spec, **asked), seed)
 
 
 def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:

@@ -108,6 +108,9 @@ class DataConfig:
         stream: read ``hf:`` data as a stream instead of downloading it first.
         augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
             90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
+        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. Models of transformers keep
+            theirs in a processor, not in the model, and get ImageNet's unless it is given here.
+        std: standard deviation by channel, likewise.
     """
 
     source: str
@@ -120,6 +123,8 @@ class DataConfig:
     val_limit: int | None = None
     stream: bool = False
     augment: str = "light"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -134,6 +139,8 @@ class DataConfig:
                 _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.image_key == self.label_key:
             raise ConfigError(f"image_key and label_key are both {self.image_key!r}; name two columns.")
+        for value in self.std or ():
+            _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
             raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
