@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from slimming.groups import Anatomy, evaluate
@@ -56,17 +56,21 @@ def total(anatomy: Anatomy, kept: Mapping[str, int], *, element_bytes: int = 4) 
 
 def per_group(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, GroupCost]:
     """What each group accounts for: the cost that goes when all its kept units go and the rest stays."""
-    result = {}
-    for group in anatomy.groups:
-        gone = {**kept, group.name: 0}
-        for other in linked(anatomy, group.name):
+    return {group.name: together(anatomy, kept, [group.name]) for group in anatomy.groups}
+
+
+def together(anatomy: Anatomy, kept: Mapping[str, int], names: Iterable[str]) -> GroupCost:
+    """The cost that goes when all kept units of the groups ``names`` go at once and the rest stays."""
+    gone = dict(kept)
+    for name in names:
+        gone[name] = 0
+        for other in linked(anatomy, name):
             gone[other] = 0
-        touched = [o for o in anatomy.operations if _mentions(o.params, gone, kept) or _mentions(o.macs, gone, kept)]
-        result[group.name] = GroupCost(
-            params=sum(evaluate(o.params, kept) - evaluate(o.params, gone) for o in touched),
-            macs=sum(evaluate(o.macs, kept) - evaluate(o.macs, gone) for o in touched),
-        )
-    return result
+    touched = [o for o in anatomy.operations if _mentions(o.params, gone, kept) or _mentions(o.macs, gone, kept)]
+    return GroupCost(
+        params=sum(evaluate(o.params, kept) - evaluate(o.params, gone) for o in touched),
+        macs=sum(evaluate(o.macs, kept) - evaluate(o.macs, gone) for o in touched),
+    )
 
 
 def linked(anatomy: Anatomy, name: str) -> tuple[str, ...]:

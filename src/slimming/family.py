@@ -26,6 +26,8 @@ class Family(abc.ABC):
     """Reads one kind of model into plain data, and rebuilds and resizes it."""
 
     name: ClassVar[str]
+    runs_models: ClassVar[bool] = False
+    """Whether reading runs the model, which then cannot be on the meta device."""
 
     @abc.abstractmethod
     def reads(self, model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from slimming.api import anatomy_of, attach, cut, describe, plan, searched
 from slimming.bench import in_evaluation
 from slimming.errors import ConfigError, DataError, MissingExtraError, UnsupportedModelError
 from slimming.families.create import create_dense
+from slimming.families.hosts import classes_of, name_classes, reset_classes_
 from slimming.io import atomic_json
 from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
@@ -46,10 +47,11 @@ class ModelConfig:
     """The dense start.
 
     Attributes:
-        name: a timm model name, ``hf-hub:owner/name``, or a directory that `slimming.save` wrote.
-        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes timm's
+        name: a timm model name or ``hf-hub:owner/name``; ``transformers:owner/name`` or ``transformers:DIRECTORY``;
+            ``torchvision:name``; or a directory that `slimming.save` wrote.
+        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes the host's
             pretrained ones.
-        arguments: further arguments of timm's constructor, such as ``img_size``.
+        arguments: further arguments of the host's constructor, such as timm's ``img_size``.
     """
 
     name: str
@@ -107,10 +109,9 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
         raise ConfigError(f"{path} is a whole model: model.checkpoint and model.arguments have no effect; drop them.")
     model = checkpoint.load(path)
     notes = []
-    known = _classes_of(model)
+    known = classes_of(model)
     if classes is not None and known != classes:
-        reset: Any = model.reset_classifier
-        reset(classes)
+        reset_classes_(model, classes)
         notes.append(f"{path} knows {known} classes; its classifier was replaced by an untrained one for {classes}.")
     return model, notes
 
@@ -214,7 +215,7 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
         model, notes = open_model(model_config)
         check_input(model)
         data = open_data(data_config, model, seed)
-        if _classes_of(model) != len(data.classes):
+        if classes_of(model) != len(data.classes):
             model, notes = open_model(model_config, classes=len(data.classes))
     name_classes(model, data.classes)
     return model, data, notes
@@ -272,18 +273,6 @@ def check_training(where: str, config: TrainConfig, data: Data, directory: Path)
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
     except (ConfigError, MissingExtraError) as error:
         raise type(error)(f"{where}: {error}") from error
-
-
-def name_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
-    """Let the class names travel with the model, in timm's own field for them."""
-    settings: Any = getattr(model, "pretrained_cfg", None)
-    if settings is not None:
-        settings["label_names"] = list(classes)
-
-
-def _classes_of(model: nn.Module) -> int:
-    count: Any = getattr(model, "num_classes", 0)
-    return int(count)
 
 
 Judge = Callable[[nn.Module], dict[str, float]]

@@ -7,7 +7,8 @@ from typing import Any
 
 DESCRIPTION = """\
 Count and time one or more models, in turns; the first is the one that the others are compared with, usually the
-dense model. MODEL is a checkpoint directory, or a timm name (made with random weights: they do not change the time).
+dense model. MODEL is a checkpoint directory, or a name as in inspect (made with random weights, which do not change
+the time).
 
   slimming bench runs/dense/model runs/demo/macs-0.50/slim
   slimming bench deit_tiny_patch16_224 deit_small_patch16_224 --bench.batch_sizes 1,8
@@ -19,7 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     from slimming.cli.flags import add_flags
     from slimming.cli.jobs import BenchJob
 
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint directories or timm names, dense first")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="directories or names, dense first"
+    )
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
     parser.add_argument("--json", action="store_true", help="print JSON")

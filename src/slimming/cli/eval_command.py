@@ -76,10 +76,11 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
 
 def _fits(model: Any, data: Any, name: str, source: str) -> None:
     from slimming.errors import DataError
+    from slimming.families.hosts import classes_of
 
-    if model.num_classes != len(data.classes):
+    if (known := classes_of(model)) != len(data.classes):
         raise DataError(
-            f"{name} knows {model.num_classes} classes, the data of {source} has {len(data.classes)}; give the data "
+            f"{name} knows {known} classes, the data of {source} has {len(data.classes)}; give the data "
             "that it was trained for."
         )
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")

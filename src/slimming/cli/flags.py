@@ -111,6 +111,10 @@ def given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
     return values
 
 
+_OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]{}]*[\]}])")
+"""Commas between parts, not those of lists such as ``[1,2]``."""
+
+
 def parse_flag(hint: Any, text: str, where: str) -> Any:
     """The value that the text of a flag stands for; its type is checked where the dataclass is made.
 
@@ -135,13 +139,13 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
 
 
 def parse_pairs(text: str, where: str) -> dict[str, Any]:
-    """Read ``a=1,b.c=2`` as ``{"a": 1, "b": {"c": 2}}``.
+    """Read ``a=1,b.c=[2,3]`` as ``{"a": 1, "b": {"c": [2, 3]}}``.
 
     Raises:
         ConfigError: a part has no ``=``.
     """
     values: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, _OUTSIDE_BRACKETS.split(text)):
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {text!r}: {part!r} is not name=value.")

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 List what can go in a model: groups of units, the parameters and multiply-adds that go with each, and what is not
-covered. MODEL is a timm name (nothing is downloaded) or a checkpoint directory. Nothing is trained.
+covered. MODEL is a timm name, transformers:NAME (its config is fetched; or a local directory), torchvision:NAME, or a
+checkpoint directory; weights are not downloaded. Nothing is trained.
 
   slimming inspect deit_small_patch16_224
   slimming inspect vit_tiny_patch16_224 --model.arguments img_size=64,patch_size=8 --json
@@ -20,12 +21,12 @@ covered. MODEL is a timm name (nothing is downloaded) or a checkpoint directory.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="timm name or checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help="name of a model, or checkpoint directory")
     parser.add_argument(
         "--model.arguments",
         dest="model_arguments",
         metavar="A=1,B=2",
-        help="arguments of timm's constructor, such as img_size",
+        help="arguments of the host's constructor, such as timm's img_size",
     )
     parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
     parser.add_argument("--json", action="store_true", help="print JSON, every group included")
@@ -60,7 +61,7 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost)
         "params": found.params,
         "macs": found.macs,
         "memory_bytes": found.memory_bytes,
-        "kinds": by_kind(groups, found),
+        "kinds": by_kind(anatomy, groups),
         "groups": [
             {
                 "name": group.name,
@@ -77,14 +78,18 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost)
     }
 
 
-def by_kind(groups: tuple[Group, ...], found: Cost) -> dict[str, dict[str, int]]:
-    """Groups, units, params and MACs, summed per kind."""
+def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:
+    """Groups and units per kind, and the params and MACs that go when all of them go."""
+    from slimming.cost import together
+    from slimming.groups import keep_all
+
+    whole = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     result: dict[str, dict[str, int]] = {}
-    for group in groups:
-        sums = result.setdefault(group.kind, {"groups": 0, "units": 0, "params": 0, "macs": 0})
-        own = found.groups[group.name]
-        for key, value in (("groups", 1), ("units", group.size), ("params", own.params), ("macs", own.macs)):
-            sums[key] += value
+    for kind in dict.fromkeys(group.kind for group in groups):
+        members = [group for group in groups if group.kind == kind]
+        cost = together(anatomy, whole, [group.name for group in members])
+        units = sum(group.size for group in members)
+        result[kind] = {"groups": len(members), "units": units, "params": cost.params, "macs": cost.macs}
     return result
 
 
@@ -98,12 +103,12 @@ def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, 
         f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
     )
     say("")
-    say("What can go, by kind. Params and MACs are those that go when all units of the group go and the rest stays;")
+    say("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
     say("whole heads and the dimensions in them are two views of the same.")
-    console().print(_kinds_table(groups, found))
+    console().print(_kinds_table(anatomy, groups, found))
     say("")
     say("Block by block")
-    console().print(_blocks_table(groups, found))
+    console().print(_blocks_table(anatomy, groups, found))
     if each:
         say("")
         console().print(_groups_table(groups, found))
@@ -121,27 +126,43 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _kinds_table(groups: tuple[Group, ...], found: Cost) -> Any:
+def _kinds_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> Any:
     table = _table("kind", "groups", "units", "params", "share", "MACs", "share")
-    for kind, sums in by_kind(groups, found).items():
+    for kind, sums in by_kind(anatomy, groups).items():
         table.add_row(kind, str(sums["groups"]), f"{sums['units']:,}", *_costs(sums["params"], sums["macs"], found))
     return table
 
 
-def _blocks_table(groups: tuple[Group, ...], found: Cost) -> Any:
-    """One line per block: the sizes of its groups, and what its head dimensions and hidden units cost."""
-    table = _table("block", "QK", "V", "hidden", "tokens", "params", "share", "MACs", "share")
+def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> Any:
+    """One line per block: the sizes of its groups, and what goes with all of them but tokens."""
+    from slimming.cost import together
+    from slimming.groups import keep_all
+
+    whole = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
+    by_dimension = {group.site for group in groups if group.kind == "head_dim"}
     blocks: dict[str, list[Group]] = {}
     for group in groups:
-        block = group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
-        blocks.setdefault(block, []).append(group)
+        if not (group.kind == "head" and group.site in by_dimension):
+            blocks.setdefault(_block(group), []).append(group)
+    titles = {"qk": "QK", "v": "V", "head": "heads", "mlp": "hidden", "channel": "channels", "token": "tokens"}
+    present = {group.role for members in blocks.values() for group in members}
+    roles = [role for role in titles if role in present]
+    table = _table("block", *(titles[role] for role in roles), "params", "share", "MACs", "share")
     for block, members in blocks.items():
-        sizes = {group.role: _size(group) for group in members}
-        own = [found.groups[group.name] for group in members if group.kind in ("head_dim", "mlp")]
-        params, macs = sum(cost.params for cost in own), sum(cost.macs for cost in own)
-        shown = [sizes.get(role, "-") for role in ("qk", "v", "mlp", "token")]
-        table.add_row(block, *shown, *_costs(params, macs, found))
+        shown = ["+".join(_size(group) for group in members if group.role == role) or "-" for role in roles]
+        cost = together(anatomy, whole, [group.name for group in members if group.kind != "token"])
+        table.add_row(block, *shown, *_costs(cost.params, cost.macs, found))
     return table
+
+
+def _block(group: Group) -> str:
+    """The block that a group is in: its name up to the attention, the MLP, or the last number."""
+    for part in (".attn", ".mlp"):
+        if part in group.name:
+            return group.name.partition(part)[0]
+    parts = group.name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else ".".join(parts[:-1]) or group.name
 
 
 def _groups_table(groups: tuple[Group, ...], found: Cost) -> Any:

@@ -12,16 +12,18 @@ from torch import nn
 from slimming import checkpoint
 from slimming.api import anatomy_of
 from slimming.errors import CheckpointError, ConfigError
+from slimming.families import family_of
 from slimming.families.create import create_untrained
+from slimming.families.hosts import is_hosted
 from slimming.searching import RECORD
 
 
 def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
-    """Open a checkpoint directory, or make a timm model without its weights, for looking and timing only.
+    """Open a checkpoint directory, or make a model without its weights, for looking and timing only.
 
     Raises:
         CheckpointError: no such directory, or a damaged one.
-        UnsupportedModelError: timm has no such model, or no family reads it.
+        UnsupportedModelError: the host has no such model, or no family reads it.
         ConfigError: arguments with a checkpoint, which has its own.
     """
     path = Path(name)
@@ -29,9 +31,12 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         if arguments:
             raise ConfigError(f"{path} is a whole model: model.arguments have no effect; drop them.")
         return load_checkpoint(path)
-    if (os.sep in name and not name.startswith("hf-hub:")) or name in (".", ".."):
+    addressed = name.startswith("hf-hub:") or is_hosted(name)
+    if (os.sep in name and not addressed) or name in (".", ".."):
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote, or a timm name.")
     model = create_untrained(name, arguments, device=device)
+    if device == "meta" and family_of(model).runs_models:
+        model = create_untrained(name, arguments)
     anatomy_of(model)
     return model
 

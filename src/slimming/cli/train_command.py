@@ -65,10 +65,12 @@ def execute(arguments: argparse.Namespace) -> None:
 def _fits(teacher: Any, model: Any, name: str | None) -> None:
     from slimming.api import anatomy_of
     from slimming.errors import ConfigError
+    from slimming.families.hosts import classes_of
 
-    if teacher.num_classes != model.num_classes:
+    known, wanted = classes_of(teacher), classes_of(model)
+    if known != wanted:
         raise ConfigError(
-            f"The teacher {name} knows {teacher.num_classes} classes, the model {model.num_classes}; give a teacher "
+            f"The teacher {name} knows {known} classes, the model {wanted}; give a teacher "
             "that was trained on this data."
         )
     taken, given = anatomy_of(teacher).input_shape, anatomy_of(model).input_shape

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.families.hosts import classes_of, classifier_of, is_hosted, make
 from slimming.family import ORIGIN
 
 WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
@@ -29,29 +30,30 @@ def create_dense(
     classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """Make a dense timm model with pretrained weights.
+    """Make a dense model with pretrained weights.
 
     Args:
-        name: a timm model name, with or without tag, or ``hf-hub:owner/name``.
-        checkpoint: a ``.safetensors`` file, or a ``.pth`` of plain tensors; None takes timm's pretrained weights.
+        name: a timm model name, with or without tag, or ``hf-hub:owner/name``; or one that `hosts.make` takes.
+        checkpoint: a ``.safetensors`` file, or a ``.pth`` of plain tensors; None takes the host's pretrained weights.
         classes: number of classes wanted; the classifier is replaced if the weights have another number.
-        arguments: further arguments of timm's constructor.
+        arguments: further arguments of the host's constructor.
 
     Returns:
         The model, and notes for the user on what was replaced.
 
     Raises:
-        UnsupportedModelError: timm has no such model, or it does not take the arguments.
+        UnsupportedModelError: the host has no such model, or it does not take the arguments.
         CheckpointError: the weights are missing, damaged, of another model, or more than plain tensors.
     """
     options = dict(arguments or {})
     _check_name(name)
     if checkpoint is None:
-        return _from_hub(name, classes, options)
+        return _from_host(name, classes, options) if is_hosted(name) else _from_hub(name, classes, options)
     state = read_state(Path(checkpoint))
-    if classes is not None:
-        options["num_classes"] = classes
-    model = create_untrained(name, options)
+    if is_hosted(name):
+        model = make(name, options, pretrained=False, classes=classes)
+    else:
+        model = create_untrained(name, options if classes is None else {**options, "num_classes": classes})
     notes = _load_(model, state, checkpoint)
     return model, notes
 
@@ -59,13 +61,16 @@ def create_dense(
 def create_untrained(
     name: str, arguments: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Make a dense timm model with random weights, or on the ``"meta"`` device without any.
+    """Make a dense model with random weights, or on the ``"meta"`` device without any.
 
     Raises:
-        UnsupportedModelError: timm has no such model, or it does not take the arguments.
+        UnsupportedModelError: the host has no such model, or it does not take the arguments.
     """
     _check_name(name)
     options = dict(arguments or {})
+    if is_hosted(name):
+        with torch.device(device):
+            return make(name, options, pretrained=False)
     try:
         with torch.device(device):
             return _signed(timm.create_model(name, pretrained=False, **options), name, options)
@@ -81,7 +86,7 @@ def _signed(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modul
 
 def _check_name(name: str) -> None:
     bare = name.partition(".")[0]
-    if not name.startswith("hf-hub:") and not timm.is_model(bare):
+    if not is_hosted(name) and not name.startswith("hf-hub:") and not timm.is_model(bare):
         hint = nearest(bare, timm.list_models())
         raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}.{hint}")
 
@@ -140,6 +145,14 @@ def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[
     return model, []
 
 
+def _from_host(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    known = classes_of(model := make(name, options, pretrained=True))
+    if classes in (None, known):
+        return model, []
+    model = make(name, options, pretrained=True, classes=classes)
+    return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
+
+
 def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> list[str]:
     """Load ``state``, leaving a classifier of another number of classes as it was made."""
     own = model.state_dict()
@@ -164,6 +177,6 @@ def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> li
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """Names of the classifier modules, as timm's own configuration gives them."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    """Names of the classifier modules, as timm's own configuration gives them; of other hosts, the last layer."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or classifier_of(model) or "head"
     return [names] if isinstance(names, str) else list(names)

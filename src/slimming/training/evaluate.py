@@ -11,6 +11,7 @@ from slimming.errors import DataError
 from slimming.training.batches import validation_batches
 from slimming.training.guards import memory_errors
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
+from slimming.training.tasks import both_heads
 
 
 def evaluate(
@@ -28,7 +29,7 @@ def evaluate(
     back as it was; it is not moved unless ``device`` is given.
 
     Args:
-        model: gives logits (B, K).
+        model: gives logits (B, K), or an object that holds ``logits``.
         images: the validation part of `Data`.
         batch_size: images per forward pass.
         device: where to compute; None means where the model's first parameter is.
@@ -61,7 +62,7 @@ def evaluate(
                 if not len(batch.labels):
                     continue
                 labels = batch.labels.to(place)
-                logits = model(batch.images.to(place)).float()
+                logits = both_heads(model(batch.images.to(place)))[0].float()
                 correct = (logits.argmax(1) == labels).sum()
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)

@@ -56,9 +56,25 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) 
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def both_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return (class logits, distillation logits or None) of a model's output in training."""
-    return output if isinstance(output, tuple) else (output, None)
+def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Return (class logits, distillation logits or None) of a model's output.
+
+    Args:
+        output: logits (B, K); two of them, as timm's distilled models give in training; or an object that holds
+            ``logits``, as in transformers and torchvision.
+
+    Raises:
+        ConfigError: there are no logits in it.
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits, None
+    if isinstance(logits, tuple) and len(logits) == 2:
+        return logits
+    raise ConfigError(
+        f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that gives them, or "
+        "give a task of your own."
+    )
 
 
 class ClassificationTask:
@@ -166,7 +182,7 @@ class DistilTask:
             ConfigError: teacher and student have different numbers of classes or widths of features.
         """
         with torch.no_grad():
-            wanted = self.teacher(images).float()
+            wanted = both_heads(self.teacher(images))[0].float()
         logits, second = both_heads(model(images))
         learner = logits if second is None else second
         if wanted.shape != learner.shape:
@@ -233,7 +249,7 @@ class MatchTask(ClassificationTask):
             ConfigError: the two outputs differ in shape.
         """
         with torch.no_grad():
-            wanted = self.teacher(images).float()
+            wanted = both_heads(self.teacher(images))[0].float()
         found = model(images).float()
         if found.shape != wanted.shape:
             raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")

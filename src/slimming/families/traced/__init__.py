@@ -31,6 +31,7 @@ class Traced(Family):
     """Reader of every model that has no family of its own."""
 
     name = "traced"
+    runs_models = True
 
     def __init__(self, others: Sequence[Family] = ()) -> None:
         self._families = {family.name: family for family in (*others, self)}

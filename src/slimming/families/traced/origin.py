@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.errors import CheckpointError, ConfigError
+from slimming.families.hosts import classes_of
 from slimming.family import ORIGIN, difference
 from slimming.io import check_json
 
@@ -37,8 +38,10 @@ def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None)
     module = type(model).__module__
     if module.startswith("transformers."):
         makers = _transformers_candidates(model)
+    elif module.startswith("torchvision."):
+        makers = _torchvision_candidates(model)
     else:
-        makers = _timm_candidates(model) if _timm_config(model) else _torchvision_candidates(model)
+        makers = _timm_candidates(model)
     why = "it is not a model that timm, transformers or torchvision makes by name"
     for base in makers:
         try:
@@ -54,13 +57,30 @@ def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None)
 
 
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The base of a slim model, with the number of classes that its user may have changed since the cut."""
+    """The base of a slim model, with what its user may have changed since the cut: the number of classes, names."""
     if base["host"] == "transformers":
-        return {**base, "config": _config(model)}
+        return {**base, "config": _config(model), "images": _image_settings(model)}
+    if base["host"] == "torchvision":
+        arguments = dict(base["arguments"])
+        if "num_classes" in arguments:
+            arguments["num_classes"] = classes_of(model)
+        return {**base, "arguments": arguments, "images": _image_settings(model)}
     classes = getattr(model, "num_classes", None)
     if base["host"] != "timm" or not isinstance(classes, int) or base["arguments"].get("num_classes") == classes:
         return dict(base)
     return {**base, "arguments": {**base["arguments"], "num_classes": classes}}
+
+
+def _image_settings(model: nn.Module) -> dict[str, Any]:
+    """What the model says of its images and classes, as JSON has it."""
+    config = _timm_config(model)
+    return {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+
+
+def _give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    config |= {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    model.pretrained_cfg = model.default_cfg = config
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
@@ -119,7 +139,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Ways in which timm may have made ``model``, the plainest first."""
     config = _timm_config(model)
-    kept = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+    kept = _image_settings(model)
     noted = model.__dict__.get(ORIGIN)
     if noted is not None:
         arguments = {key: _plain(value) for key, value in noted["arguments"].items()}
@@ -158,9 +178,7 @@ def _make_timm(base: Mapping[str, Any]) -> nn.Module:
         # timm would take the name for an address on the hub and go there.
         raise ValueError("there is no such architecture")
     model = timm.create_model(name, pretrained=False, **arguments)
-    config = dict(getattr(model, "pretrained_cfg", None) or {})
-    config |= {key: tuple(v) if isinstance(v, list) else v for key, v in base["config"].items()}
-    model.pretrained_cfg = model.default_cfg = config
+    _give_image_settings_(model, base["config"])
     return model
 
 
@@ -187,13 +205,16 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         builder = torchvision.models.get_model_builder(name)
         if builder.__module__ == module:
             for extra in extras:
-                yield {"host": "torchvision", "name": name, "arguments": {**arguments, **extra}}
+                chosen = {**arguments, **extra}
+                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": _image_settings(model)}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
     import torchvision
 
-    return torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
+    model = torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
+    _give_image_settings_(model, base.get("images", {}))
+    return model
 
 
 def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
@@ -203,7 +224,7 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
         return
     base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
     for arguments in ({}, {"add_pooling_layer": False}):
-        yield {**base, "config": _config(model), "arguments": arguments}
+        yield {**base, "config": _config(model), "arguments": arguments, "images": _image_settings(model)}
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -221,7 +242,9 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
         raise ValueError(f"there is no configuration {base['config_class']!r}")
     config = config_class.from_dict(json.loads(json.dumps(base["config"])))
-    return cls(config, **base.get("arguments", {}))
+    model = cls(config, **base.get("arguments", {}))
+    _give_image_settings_(model, base.get("images", {}))
+    return model
 
 
 class _NumbersApart(TorchFunctionMode):

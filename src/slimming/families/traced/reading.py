@@ -126,9 +126,12 @@ def _idle(model: nn.Module, example: Tensor) -> list[str]:
 
 def _trial(model: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU with drawn weights; reading needs no others."""
-    trial = copy.deepcopy(model)
-    meta = any(tensor.is_meta for tensor in [*trial.parameters(), *trial.buffers()])
-    trial = (trial.to_empty(device="cpu") if meta else trial.cpu()).double().eval().requires_grad_(True)
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        # Tables of positions would have no values.
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is on the meta device, and is read by running it: make it on the CPU."
+        )
+    trial = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
     for module in trial.modules():
         module.__dict__.pop(STRUCTURE, None)
     randomise_(trial)

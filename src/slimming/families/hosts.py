@@ -1,0 +1,137 @@
+"""Dense models of transformers and torchvision by name, and what classifiers of all hosts have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
+
+TRANSFORMERS, TORCHVISION = "transformers:", "torchvision:"
+
+
+def is_hosted(name: str) -> bool:
+    """Whether ``name`` is of another host than timm: ``transformers:…`` or ``torchvision:…``."""
+    return name.startswith((TRANSFORMERS, TORCHVISION))
+
+
+def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: int | None = None) -> nn.Module:
+    """Make an image classifier by name.
+
+    Args:
+        name: ``transformers:owner/name`` or ``transformers:DIRECTORY``, with a config.json; or ``torchvision:name``.
+        arguments: fields of transformers' configuration, or arguments of torchvision's constructor.
+        pretrained: take the host's weights; otherwise random ones.
+        classes: number of classes; a classifier of another number is replaced by an untrained one.
+
+    Raises:
+        UnsupportedModelError: the host has no such classifier, or does not take the arguments.
+        CheckpointError: its files or weights could not be loaded.
+        MissingExtraError: transformers is not installed.
+    """
+    host, _, bare = name.partition(":")
+    maker = _from_transformers if host == "transformers" else _from_torchvision
+    try:
+        model = maker(bare, dict(arguments), pretrained)
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(f"{host} cannot make {bare!r} with {dict(arguments)}: {_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{bare!r} of {host} could not be loaded ({_line(error)}). Check the name and the network, or give a "
+            "local directory or a local file of weights."
+        ) from error
+    if classes is not None and classes != classes_of(model):
+        reset_classes_(model, classes)
+    return model
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "Models of transformers need an extra: pip install 'slimming[transformers]'."
+        ) from error
+    maker: Any = transformers.AutoModelForImageClassification
+    if pretrained:  # safetensors only: nothing is unpickled
+        model = maker.from_pretrained(name, use_safetensors=True, **arguments)
+    else:
+        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **arguments))
+    mixin: Any = transformers.ImageProcessingMixin
+    try:
+        found = mixin.get_image_processor_dict(name)[0]
+    except OSError:
+        found = {}
+    own = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    model.pretrained_cfg = {key: tuple(value) for key, value in own.items() if value}
+    return model.eval()
+
+
+def _from_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UnsupportedModelError(f"torchvision has no classifier {name!r}.{nearest(name, known)}")
+    model: Any = torchvision.models.get_model(name, weights=None, **arguments)
+    if pretrained:
+        weights: Any = torchvision.models.get_model_weights(name).DEFAULT
+        model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+    return model.eval()
+
+
+def classes_of(model: nn.Module) -> int:
+    """How many classes ``model`` tells apart; 0 if it has no classifier that could say."""
+    known = getattr(model, "num_classes", None)  # timm
+    if known is None:
+        known = getattr(getattr(model, "config", None), "num_labels", None)  # transformers
+    if isinstance(known, int):
+        return known
+    name = classifier_of(model)
+    layer = model.get_submodule(name) if name else None
+    return int(getattr(layer, "out_features", None) or getattr(layer, "out_channels", 0))
+
+
+def classifier_of(model: nn.Module) -> str | None:
+    """Name of the layer that gives the logits: the last Linear or 1 x 1 convolution."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    ]
+    return layers[-1] if layers else None
+
+
+def reset_classes_(model: Any, classes: int) -> None:
+    """Replace the classifier of ``model`` by an untrained one for so many classes.
+
+    Raises:
+        UnsupportedModelError: there is no classifier.
+    """
+    if (reset := getattr(model, "reset_classifier", None)) is not None:  # timm
+        reset(classes)
+        return
+    name = classifier_of(model)
+    if name is None:
+        raise UnsupportedModelError(f"This {type(model).__name__} has no classifier to replace.")
+    old: Any = model.get_submodule(name)
+    with torch.device(old.weight.device):
+        if isinstance(old, nn.Linear):
+            new: nn.Module = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+        else:
+            new = nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
+    model.set_submodule(name, new.to(old.weight.dtype))
+    if (config := getattr(model, "config", None)) is not None:  # transformers
+        config.num_labels = model.num_labels = classes
+
+
+def name_classes(model: Any, classes: tuple[str, ...]) -> None:
+    """Let the names of the classes travel with the model, in timm's field for them."""
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": list(classes)}
