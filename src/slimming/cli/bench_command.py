@@ -20,9 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     from slimming.cli.flags import add_flags
     from slimming.cli.jobs import BenchJob
 
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="directories or names, dense first"
-    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="directories or names, dense first")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
     parser.add_argument("--json", action="store_true", help="print JSON")
