@@ -2,14 +2,14 @@
 
     python -m benchmarks.coverage                     the smallest member of every model file of timm, all hosts
     python -m benchmarks.coverage --every             one member of every structurally different variant
-    python -m benchmarks.coverage --only swin,eva     some model files (or hosts: torchvision, transformers)
+    python -m benchmarks.coverage --only swin,eva     some model files, hosts (torchvision, transformers), or rows
     python -m benchmarks.coverage --ci                a few, to see that the sweep itself works
 
 For each model: its groups are read; weights and statistics are drawn anew; a random plan keeps about half the
 units; masked must equal cut in float64, forward and backward; the slim model is saved, and loaded in another
-process; costs by formula are held against the counted forward; `--onnx` exports it. Beside it, what
-torch-pruning makes of the same model at the same ratio, then a forward pass (whole heads and their numbers given
-for every joint projection, the classifier kept, as its documentation says for transformers).
+process; costs by formula are held against the counted forward; `--onnx` exports it (also where the row is there
+already). Beside it, what torch-pruning makes of the same model at the same ratio, then a forward pass (whole heads
+and their numbers given for every joint projection, the classifier kept, as its documentation says for transformers).
 
 Rows that a previous call finished are kept; `--again` makes them anew. Every model runs in a process of its own
 with a time limit; one that runs out of it is a row that says so.
@@ -99,6 +99,10 @@ def main() -> None:
     for key, family, make in targets(only, settings.every):
         done = rows.get(key)
         if done is not None and not settings.again and (done["exact"] or not settings.failed):
+            if settings.onnx and done["exact"] and "onnx" not in done:
+                done["onnx"] = onnx_alone(make, settings.seconds)
+                print(key, "ONNX:", done["onnx"], flush=True)
+                write(rows, settings)
             continue
         rows[key] = {"family": family, **row(make, settings)}
         print(key, json.dumps(rows[key]["summary"]), flush=True)
@@ -111,19 +115,25 @@ def main() -> None:
 def targets(only: tuple[str, ...] | None, every: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
     """Key, family and maker of each model."""
     import timm
+    import torchvision
+
+    def wanted(*names: str) -> bool:
+        return only is None or any(name in only for name in names)
 
     for module in timm.list_modules():
-        if only is None or module in only:
+        rows = {f"timm/{name}" for name in timm.list_models(module=module)}
+        if wanted(module):
             for name in variants(module, every):
                 yield f"timm/{name}", module, lambda name=name: small_timm(name)
-    if only is None or "torchvision" in only:
-        import torchvision
-
-        for name in torchvision.models.list_models(module=torchvision.models):
-            yield f"torchvision/{name}", "torchvision", lambda name=name: torchvision.models.get_model(name)
-    if only is None or "transformers" in only:
-        for name in TRANSFORMERS:
-            yield f"transformers/{name}", "transformers", lambda name=name: small_transformers(name)
+        elif only is not None:
+            for key in sorted(rows.intersection(only)):
+                yield key, module, lambda key=key: small_timm(key.removeprefix("timm/"))
+    for name in torchvision.models.list_models(module=torchvision.models):
+        if wanted("torchvision", key := f"torchvision/{name}"):
+            yield key, "torchvision", lambda name=name: small_torchvision(name)
+    for name in TRANSFORMERS:
+        if wanted("transformers", key := f"transformers/{name}"):
+            yield key, "transformers", lambda name=name: small_transformers(name)
 
 
 def variants(module: str, every: bool) -> list[str]:
@@ -196,7 +206,42 @@ def small_transformers(name: str) -> nn.Module:
     config = getattr(transformers, cls).config_class()
     known = config.to_dict()
     config = type(config)(**{k: v for k, v in {**SMALL, **extra}.items() if k in known and (k not in extra or v)})
-    return getattr(transformers, cls)(config).eval()
+    model = getattr(transformers, cls)(config).eval()
+    return OfPatches(model) if cls == "Siglip2VisionModel" else model
+
+
+class OfPatches(nn.Module):
+    """SigLIP 2 takes patches of images of any size; this makes them of one image (B, 3, 64, 64)."""
+
+    image_size = 64
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> Any:
+        """Cut the image into patches (B, 16, 768), row by row."""
+        patches = nn.functional.unfold(image, 16, stride=16).transpose(1, 2)
+        mask = torch.ones(patches.shape[:2], dtype=torch.long)
+        return self.model(patches, pixel_attention_mask=mask, spatial_shapes=torch.tensor([[4, 4]] * len(image)))
+
+
+def small_torchvision(name: str) -> nn.Module:
+    """The model at full size, at the smallest image size that it takes."""
+    import torchvision
+
+    for size in SIZES:
+        sized = {"image_size": size} if size and name.startswith("vit_") else {}
+        model: Any = torchvision.models.get_model(name, **sized).eval()
+        if size:
+            model.image_size = size
+        try:
+            with torch.no_grad():
+                model(torch.randn(1, *input_shape(model)))
+        except Exception:  # it does not take images as small
+            continue
+        return model
+    raise RuntimeError(f"{name} takes no image")
 
 
 def row(make: Callable[[], nn.Module], settings: argparse.Namespace) -> dict[str, Any]:
@@ -206,7 +251,7 @@ def row(make: Callable[[], nn.Module], settings: argparse.Namespace) -> dict[str
         path = Path(directory) / "slim"
         ours = in_process(lambda: judge(make(), path, settings.onnx), settings.seconds)
         if ours.get("saved"):
-            fresh = in_process(lambda: reloaded(path), settings.seconds)
+            fresh = in_process(lambda: reloaded(path, make), settings.seconds)
             ours["reloads"] = fresh.get("reloads", False)
             ours["reload_error"] = fresh.get("error")
     theirs = in_process(lambda: torch_pruning(make()), settings.seconds)
@@ -278,10 +323,20 @@ def exported(model: nn.Module, image: torch.Tensor) -> str:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def reloaded(path: Path) -> dict[str, Any]:
-    """Load in a process that never saw the model, and compare."""
+def onnx_alone(make: Callable[[], nn.Module], seconds: int) -> str:
+    """The entry of a row that was made without it."""
+    with tempfile.TemporaryDirectory() as directory:
+        found = in_process(lambda: judge(make(), Path(directory) / "slim", onnx=True), seconds)
+    return found.get("onnx") or found.get("error") or "not exact this time"
+
+
+def reloaded(path: Path, make: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Load in a process that never saw the model, and compare; a wrapper of ours is made here."""
     kept = torch.load(path.parent / "expected.pt", weights_only=True)
-    model = slimming.load(path)
+    try:
+        model = slimming.load(path)
+    except slimming.errors.CheckpointError:
+        model = slimming.load(path, dense=make())
     with torch.no_grad():
         found = outputs(model, kept["image"])
     same = all(

@@ -82,3 +82,16 @@ def test_a_model_that_does_not_pass_says_where() -> None:
     found = slimming.check(nn.Linear(3, 4))
     assert not found.ok
     assert "does not take one image" in str(found)
+
+
+def test_joins_that_torch_pruning_cannot_follow_are_passed_over() -> None:
+    groups = slimming.describe(small("cs3darknet_s").eval())
+    assert len(groups) >= 15
+    assert {group.kind for group in groups} == {"channel"}
+
+
+def test_a_model_without_values_is_named_not_read() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("test_resnet")
+    with pytest.raises(slimming.errors.UnsupportedModelError, match="make it on the CPU"):
+        slimming.describe(model)

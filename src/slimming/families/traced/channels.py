@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,20 +145,30 @@ def _as_it_is(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _passing_over() -> Iterator[None]:
-    """Pass over reshapes whose channels torch-pruning cannot follow; the proof finds the groups that they spoil."""
+    """Pass over reshapes and joins whose channels torch-pruning cannot follow; the proof finds groups they spoil."""
     from torch_pruning.dependency import index_mapping
 
-    follow = index_mapping.update_reshape_index_mapping
+    followed = {
+        # A residual sum over one part of a split, joined with the other part, has no size there.
+        "update_concat_index_mapping": TypeError,
+        "update_reshape_index_mapping": ArithmeticError,
+    }
+    kept = {name: getattr(index_mapping, name) for name in followed}
 
-    def follow_or_pass(graph: Any, node: Any) -> None:
-        with contextlib.suppress(ArithmeticError):
-            follow(graph, node)
+    def passing(follow: Callable[[Any, Any], None], error: type[Exception]) -> Callable[[Any, Any], None]:
+        def follow_or_pass(graph: Any, node: Any) -> None:
+            with contextlib.suppress(error):
+                follow(graph, node)
 
-    index_mapping.update_reshape_index_mapping = follow_or_pass
+        return follow_or_pass
+
+    for name, error in followed.items():
+        setattr(index_mapping, name, passing(kept[name], error))
     try:
         yield
     finally:
-        index_mapping.update_reshape_index_mapping = follow
+        for name, follow in kept.items():
+            setattr(index_mapping, name, follow)
 
 
 class _TokensApart(TorchFunctionMode):

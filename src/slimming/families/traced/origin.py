@@ -121,6 +121,8 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
         parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
         for part in (owner, *parts):
             size = getattr(part, "image_size", None) or getattr(part, "img_size", None)
+            if isinstance(size, (tuple, list)) and len(size) == 3:
+                return (int(size[0]), int(size[1]), int(size[2]))
             if isinstance(size, (int, tuple, list)):
                 return (int(getattr(part, "num_channels", channels)), *_pair(size))
     wanted = _timm_config(model).get("input_size")
