@@ -143,6 +143,8 @@ _ROWS: dict[str, Row] = {
     ),
     "models.eva.EvaAttention": _unless(_norm, Heads(inputs={**_BIASED, **_PROJECTED, "gate": 1}, unbound=True)),
     "models.fastvit.Attention": _UNBOUND,
+    # Closed: its gates and contexts are split so often that torch-pruning does not come to an end.
+    "models.focalnet.FocalModulation": Heads(inputs={}, why_not="focal modulation has none"),
     "models.gcvit.WindowAttentionGlobal": _gcvit,
     "models.gemma4_vit.Gemma4Attention": Heads(
         inputs=_PROJECTED, output="o_proj", count="num_kv_heads", sizes=("num_heads",)
