@@ -174,7 +174,7 @@ class Crops:
                 rows = places[0] + pixels
                 columns = places[1] + torch.where(mirrored, pixels.flip(0), pixels)
                 crops = self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-                yield crops.permute(0, 3, 1, 2), self.labels[chosen]
+                yield crops.permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
 
 
 def whole(images: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
