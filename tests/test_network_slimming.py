@@ -100,3 +100,40 @@ def test_the_preset_is_the_papers() -> None:
     train = config.train
     assert (train.epochs, train.batch_size, train.lr, train.weight_decay) == (160, 64, 0.1, 1e-4)
     assert (train.optimizer, train.schedule) == ("nesterov", "step")
+
+
+class Growing(nn.Module):
+    """Two layers of a dense block: a channel of the stem passes two norms, and the second holds two groups."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.two = nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.two(torch.cat([x, self.one(x)], 1))
+
+
+def test_what_is_collected_sums_over_the_norms_of_a_channel() -> None:
+    model = Growing()
+    randomise_(model)
+    masks = slimming.attach(model, norms=True, penalty={"channel": 1e-3})
+    masks.penalty_sum = True
+    loss = model(torch.randn(4, 3, 16, 16)).square().mean()
+    (loss + masks.penalty()).backward()
+    masks.collect()
+    first, second = model.one[0], model.two[0]
+    assert isinstance(first, nn.BatchNorm2d)
+    assert isinstance(second, nn.BatchNorm2d)
+
+    def change(norm: nn.BatchNorm2d) -> torch.Tensor:
+        assert norm.weight.grad is not None
+        return (norm.weight * (norm.weight.grad - 1e-3 * norm.weight.sign())).detach()
+
+    stem, grown = (next(n for n in masks if n.startswith(start)) for start in ("stem", "one"))
+    assert torch.allclose(masks.collected[stem], (change(first) + change(second)[:8]).square(), rtol=1e-4)
+    assert torch.allclose(masks.collected[grown], change(second)[8:].square(), rtol=1e-4)

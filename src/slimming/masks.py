@@ -156,22 +156,40 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             groups = self.of_kind(kind)
             weight = self.penalty_weights.get(kind, 0.0)
             weight /= 1 if self.penalty_sum else sum(group.size for group in groups)
-            pairs = [(group.name, self[group.name].grad) for group in groups]
-            grads = {name: grad for name, grad in pairs if grad is not None}
-            if not grads:
-                continue
-            # All groups of a kind at once: the vectors are short, and one operation costs more than its numbers.
-            mask, grad = torch.cat([self[name].detach() for name in grads]), torch.cat(list(grads.values()))
-            factor, slope = mask, torch.ones_like(mask)
-            if groups[0].token is not None and self.tokens == MULTIPLY:
-                factor = torch.tanh(mask)
-                slope = 1 - factor.square()
-            # Relative to the factor: d loss / d factor = (d loss / d mask) / (d factor / d mask).
-            task = grad / slope.clamp_min(1e-6) - weight * factor.sign()
-            squares = (factor * task).square().split([len(grad) for grad in grads.values()])
-            for name, square in zip(grads, squares, strict=True):
+            for name, square in {**self._squares(groups, weight), **self._norm_squares(groups, weight)}.items():
                 self.collected[name] = self.collected[name].to(square.device).lerp_(square, share)
         self.collected["steps"] += 1
+
+    def _squares(self, groups: Sequence[Group], weight: float) -> dict[str, Tensor]:
+        """(factor x gradient of the task loss)^2 per unit, for the masks of one kind that are parameters."""
+        pairs = [(group.name, self[group.name].grad) for group in groups if group.name not in self._norms]
+        grads = {name: grad for name, grad in pairs if grad is not None}
+        if not grads:
+            return {}
+        # All groups of a kind at once: the vectors are short, and one operation costs more than its numbers.
+        mask, grad = torch.cat([self[name].detach() for name in grads]), torch.cat(list(grads.values()))
+        factor, slope = mask, torch.ones_like(mask)
+        if groups[0].token is not None and self.tokens == MULTIPLY:
+            factor = torch.tanh(mask)
+            slope = 1 - factor.square()
+        # Relative to the factor: d loss / d factor = (d loss / d mask) / (d factor / d mask).
+        task = grad / slope.clamp_min(1e-6) - weight * factor.sign()
+        squares = (factor * task).square().split([len(grad) for grad in grads.values()])
+        return dict(zip(grads, squares, strict=True))
+
+    def _norm_squares(self, groups: Sequence[Group], weight: float) -> dict[str, Tensor]:
+        """The same where scales of BatchNorms are the masks: a unit goes with all its scales at once."""
+        result = {}
+        for group in groups:
+            found = [(scale, scale.grad, places) for scale, places in self._norms.get(group.name, [])]
+            changes = [
+                (scale[places] * (grad[places] - weight * scale[places].sign())).sum(1)
+                for scale, grad, places in found
+                if grad is not None
+            ]
+            if changes:
+                result[group.name] = torch.stack(changes).sum(0).square()
+        return result
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict as it would be without masks: plain names, masks left out."""
