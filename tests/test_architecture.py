@@ -24,6 +24,7 @@ LAYERS = {
     "io": 0,
     "groups": 1,
     "plan": 1,
+    "solve": 1,
     "family": 1,
     "macs": 1,
     "families": 2,

@@ -17,12 +17,12 @@ from slimming import checkpoint, masks, rank
 from slimming.bench import count
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
-from slimming.errors import CheckpointError, ConfigError
-from slimming.families import family_of
+from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
+from slimming.families import family_called, family_of
 from slimming.groups import Anatomy, Group, keep_all
 from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.masks import SoftMasks
-from slimming.plan import FORMAT, Budget, Layout, Plan, Structure
+from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
 
 DEFAULT_PENALTY: Mapping[str, float] = {"head_dim": 1.0, "head": 1.0, "mlp": 1.0, "channel": 1.0, "token": 0.25}
 """Weights of the mean |mask| per kind; for DeiT-S they equal the paper's W1, W2, W3 on sums (joint search)."""
@@ -144,8 +144,9 @@ def plan(
     layout: Layout | None = None,
     score: str | None = None,
     fold: bool | None = None,
+    solver: str | None = None,
 ) -> Plan:
-    """Decide which units stay under ``budget``. Larger budgets keep all that smaller ones keep.
+    """Decide which units stay under ``budget``.
 
     Args:
         source: a search result, attached masks, or a scores file.
@@ -153,8 +154,13 @@ def plan(
         layout: which sizes the layers may get; by default that of the search, else equal heads and multiples of 8.
         score: which score of attached masks to use, see `SoftMasks.scores`; other sources have theirs.
         fold: False makes the masks of what stays 1 at the cut, as in the paper; by default as the search says.
+        solver: ``"nested"`` takes units away in one order, so that larger budgets keep all that smaller ones keep;
+            it is the default for one limit. ``"exact"`` keeps the most total score that fits, by linear programming
+            (see `slimming.solve`): the default for several limits, which one order meets badly. Its plans are not
+            nested. Keep ratios need no solver.
 
     Raises:
+        ConfigError: there is no such solver.
         BudgetError: the budget cannot be reached; the message says the smallest that can.
         PlanError: the scores are of another model or not finite.
         CheckpointError: the scores file is damaged.
@@ -174,19 +180,39 @@ def plan(
     else:
         anatomy, scores = load_scores(source)
         rating = Rating(anatomy=anatomy, scores=scores)
+    solver = solver or ("nested" if len(budget.limits) < 2 else "exact")
+    if solver not in SOLVERS:
+        raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
+    layout = layout or rating.layout
+    if budget.memory_bytes is not None:
+        _check_memory(rating.anatomy, layout)
     return rank.make_plan(
         rating.anatomy,
         rating.scores,
         budget,
-        layout or rating.layout,
+        layout,
         partial(_measure, rating.anatomy),
         fold=rating.fold if fold is None else fold,
+        solver=solver,
     )
 
 
 def _measure(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, int]:
     found = total(anatomy, kept)
-    return {"params": found.params, "macs": found.macs}
+    return {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+
+
+def _check_memory(anatomy: Anatomy, layout: Layout) -> None:
+    whole = keep_all(anatomy.groups)
+    if not family_called(anatomy.structure.family).has_memory_formula(anatomy, whole):
+        raise BudgetError(
+            "This model was read by tracing, and its memory has no formula to plan with. Give params or macs; "
+            "slimming.cost counts the memory of a plan."
+        )
+    if not layout.equal_heads:
+        raise BudgetError(
+            "Heads of several sizes have no formula for memory. Give layout.equal_heads, or params or macs."
+        )
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:

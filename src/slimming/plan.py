@@ -19,62 +19,85 @@ KINDS = ("head_dim", "head", "mlp", "channel", "token")
 """The kinds of unit, in the order in which they are shown."""
 
 
+METRICS = ("params", "macs", "memory_bytes")
+"""What a budget can limit, see `slimming.cost.Cost`."""
+
+LEAST_ABSOLUTE = 1000
+"""Limits from here on are absolute numbers; a limit between 1 and this is taken for a mistake."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the slim model may cost, as shares of the dense model in (0, 1].
+    """What the slim model may cost.
 
-    Give keep ratios per kind, or ``params``, or ``macs``, or both of the latter (then both hold).
+    Give keep ratios per kind, or one or more of ``params``, ``macs`` and ``memory_bytes``, which then all hold. A
+    limit in (0, 1] is a share of the dense model, one of 1000 or more is absolute.
 
     Attributes:
         keep: kind of unit -> share of its units that may stay, over the whole network (ViT-Slim, section 3.3).
-        params: share of the parameters.
-        macs: share of the multiply-adds of one image.
+        params: parameters.
+        macs: multiply-adds of one image.
+        memory_bytes: weights and peak activations of one image, in float32; see `slimming.cost`.
 
     Raises:
-        BudgetError: nothing was given, or a share is not in (0, 1].
+        BudgetError: nothing was given, or a limit is neither a share nor an absolute number.
 
-    >>> Budget(macs=0.5).name
-    'macs-0.50'
+    >>> Budget(macs=0.5).name, Budget(macs=1.2e9, params=0.7).name
+    ('macs-0.50', 'macs-1.2G_params-0.70')
     """
 
     keep: Mapping[str, float] | None = None
     params: float | None = None
     macs: float | None = None
+    memory_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        shares = {"params": self.params, "macs": self.macs}
+        limits = self.limits
+        for name, value in limits.items():
+            self._check(name, value, absolute=True)
         if self.keep is not None:
-            if not self.keep or any(value is not None for value in shares.values()):
-                raise BudgetError("A budget takes keep ratios alone (at least one), or params and macs.")
-            for kind in self.keep:
+            if not self.keep or limits:
+                raise BudgetError(f"A budget takes keep ratios alone (at least one), or {', '.join(METRICS)}.")
+            for kind, ratio in self.keep.items():
                 if kind not in KINDS:
                     hint = nearest(kind, KINDS)
                     raise BudgetError(f"There is no kind {kind!r}; kinds are {', '.join(KINDS)}.{hint}")
-            shares |= {f"keep[{kind!r}]": ratio for kind, ratio in self.keep.items()}
-        given = {name: value for name, value in shares.items() if value is not None}
-        if not given:
+                self._check(f"keep[{kind!r}]", ratio, absolute=False)
+        elif not limits:
             raise BudgetError('A budget needs a limit: Budget(macs=0.5), or params=…, or keep={"mlp": 0.7}.')
-        for name, value in given.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not 0 < value <= 1:
-                raise BudgetError(
-                    f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1."
-                )
+
+    @staticmethod
+    def _check(name: str, value: Any, *, absolute: bool) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (0 < value <= 1 or (absolute and value >= LEAST_ABSOLUTE)):
+            rest = f"; or an absolute number of {LEAST_ABSOLUTE} or more" if absolute else ""
+            raise BudgetError(
+                f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1{rest}."
+            )
 
     @property
     def limits(self) -> dict[str, float]:
-        """The shares of ``params`` and ``macs`` that were given."""
-        return {k: v for k, v in (("params", self.params), ("macs", self.macs)) if v is not None}
+        """The limits that were given, by metric."""
+        return {name: value for name in METRICS if (value := getattr(self, name)) is not None}
 
     @property
     def name(self) -> str:
         """A name for files and tables, such as ``"macs-0.50"``."""
-        shares = self.keep if self.keep is not None else self.limits
-        return "_".join(f"{key}-{shares[key]:.2f}" for key in sorted(shares))
+        values = self.keep if self.keep is not None else self.limits
+        return "_".join(f"{key}-{_short(values[key])}" for key in sorted(values))
 
     def to_dict(self) -> dict[str, Any]:
         """The limits that were given, as JSON takes them."""
         return {"keep": dict(self.keep)} if self.keep is not None else dict(self.limits)
+
+
+def _short(value: float) -> str:
+    if value <= 1:
+        return f"{value:.2f}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +121,9 @@ class Layout:
         if self.multiple < 1:
             raise ConfigError(f"layout.multiple={self.multiple}: give 1 (any size) or more, for example 8.")
 
+
+SOLVERS = ("nested", "exact")
+"""Ways to make a plan under limits, see `slimming.plan`."""
 
 FREE = Layout(equal_heads=False, multiple=1)
 """Every unit on its own, as in the paper."""
@@ -143,6 +169,8 @@ class Plan:
         kept: group name -> kept units, ascending.
         sizes: group name -> number of units in the model that the plan was made for.
         budget: the budget that it answers, as `Budget.to_dict` gives it.
+        solution: how the units were chosen: ``{"solver": "nested"}``, or the exact solver's ``kept_score`` (share of
+            the total score that stays) and ``gap`` (by how much of it a better choice could be, at most).
         fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
             what stays 1, as the paper does.
     """
@@ -150,6 +178,7 @@ class Plan:
     kept: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, int]
     budget: Mapping[str, Any] = field(default_factory=dict)
+    solution: Mapping[str, Any] = field(default_factory=dict)
     fold: bool = True
 
     def __post_init__(self) -> None:
@@ -167,7 +196,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
         groups = {name: {"size": self.sizes[name], "kept": list(units)} for name, units in self.kept.items()}
-        return {"format": FORMAT, "budget": dict(self.budget), "fold": self.fold, "groups": groups}
+        how = {"budget": dict(self.budget), "solution": dict(self.solution), "fold": self.fold}
+        return {"format": FORMAT, **how, "groups": groups}
 
     @staticmethod
     def from_dict(value: Any, *, source: str = "plan") -> Plan:
@@ -181,7 +211,8 @@ class Plan:
             groups = value["groups"]
             kept = {name: tuple(int(unit) for unit in entry["kept"]) for name, entry in groups.items()}
             sizes = {name: int(entry["size"]) for name, entry in groups.items()}
-            return Plan(kept=kept, sizes=sizes, budget=value["budget"], fold=bool(value["fold"]))
+            solution = dict(value.get("solution", {}))
+            return Plan(kept=kept, sizes=sizes, budget=value["budget"], solution=solution, fold=bool(value["fold"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{source} is damaged: {error!r}. Make the plan again.") from error
 

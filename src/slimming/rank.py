@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from slimming.errors import BudgetError, PlanError
 from slimming.groups import Anatomy, Group, resolve
 from slimming.plan import KINDS, Budget, Layout, Plan
+from slimming.solve import GAP, knapsack
 
 Measure = Callable[[Mapping[str, int]], Mapping[str, int]]
 """From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
@@ -38,7 +40,14 @@ class Chunk:
 
 
 def make_plan(
-    anatomy: Anatomy, scores: Mapping[str, Tensor], budget: Budget, layout: Layout, measure: Measure, *, fold: bool
+    anatomy: Anatomy,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    layout: Layout,
+    measure: Measure,
+    *,
+    fold: bool,
+    solver: str = "nested",
 ) -> Plan:
     """The plan that keeps the most valuable units under ``budget``.
 
@@ -49,6 +58,7 @@ def make_plan(
         layout: which sizes the layers may get.
         measure: what a choice costs.
         fold: stored in the plan, see `Plan`.
+        solver: ``"nested"`` or ``"exact"``; keep ratios need neither.
 
     Raises:
         PlanError: scores of another model, or scores that are not finite.
@@ -56,16 +66,20 @@ def make_plan(
     """
     groups = _scored_groups(anatomy, scores)
     chunks = _all_chunks(groups, scores, layout)
+    solution: dict[str, Any] = {"solver": "nested"}
     if budget.keep is not None:
         dropped = _for_keep_ratios(groups, chunks, budget)
     else:
         dropped = _for_limits(anatomy, chunks, budget, measure)
+        if solver == "exact":
+            dropped, solution = _exactly(anatomy, chunks, budget, measure, dropped)
     kept = {g.name: tuple(unit for unit in range(g.size) if unit not in dropped.get(g.name, ())) for g in groups}
     complete = resolve(anatomy.groups, kept)
     return Plan(
         kept={group.name: complete[group.name] for group in groups},
         sizes={group.name: group.size for group in groups},
         budget=budget.to_dict(),
+        solution=solution,
         fold=fold,
     )
 
@@ -255,7 +269,7 @@ def _dropped(chunks: Iterable[Chunk]) -> dict[str, set[int]]:
 def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure) -> dict[str, set[int]]:
     full = {group.name: group.size for group in anatomy.groups}
     dense = measure(full)
-    limits = {name: share * dense[name] for name, share in budget.limits.items()}
+    limits = _absolute(budget, dense)
     names = {name for chunk in chunks for name, _ in chunk.units}
     price = {name: _unit_price(anatomy, name, full, dense, limits, measure) for name in names}
     order = _sequence(chunks, lambda chunk: sum(price[name] for name, _ in chunk.units))
@@ -271,14 +285,109 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
 
     if not fits(len(order)):
         least = cost_after(len(order))
-        reach = ", ".join(f"{name} {_rounded_up(least[name] / dense[name])}" for name in limits)
-        wanted = ", ".join(f"{name} {share}" for name, share in budget.limits.items())
+        reach = ", ".join(
+            f"{name} {_rounded_up(least[name] / dense[name])}"
+            + (f" ({least[name]:,})" if budget.limits[name] > 1 else "")
+            for name in limits
+        )
+        wanted = ", ".join(f"{name} {limit:,.10g}" for name, limit in budget.limits.items())
         raise BudgetError(
             f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
             "of the dense model. Give a larger budget, attach more kinds, or allow smaller layout multiples."
         )
     count = bisect_left(range(len(order) + 1), True, key=fits)
     return _dropped(order[:count])
+
+
+def _exactly(
+    anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure, start: dict[str, set[int]]
+) -> tuple[dict[str, set[int]], dict[str, Any]]:
+    """Improve ``start`` to the choice of the largest total score within the limits.
+
+    Where costs are sums over layers, as of hidden units and head dimensions, it is the best there is. Tokens times
+    dimensions, or channels in times channels out, are made linear at the last answer and solved again, a few times;
+    the gap is then that of the linear problem.
+    """
+    full = {group.name: group.size for group in anatomy.groups}
+    limits = _absolute(budget, measure(full))
+    names = list(dict.fromkeys(name for chunk in chunks for name, _ in chunk.units))
+    values = [max(chunk.score, 0.0) * len(chunk.units) for chunk in chunks]
+    before = _before(chunks)
+
+    def counts(dropped: Mapping[str, set[int]]) -> dict[str, int]:
+        kept = {name: [u for u in range(full[name]) if u not in units] for name, units in dropped.items()}
+        return {name: len(units) for name, units in resolve(anatomy.groups, kept).items()}
+
+    def worth(dropped: Mapping[str, set[int]]) -> float:
+        return sum(v for v, c in zip(values, chunks, strict=True) if not _gone(c, dropped))
+
+    def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, int]) -> Any:
+        """What one more unit of a group costs, or one less where all are there, per metric."""
+        gone = dropped.get(name, set())
+        if anatomy.group(name).role in ("head", "qkv"):  # others hold the same slices
+            there = counts({**dropped, name: gone - {next(iter(gone))} if gone else {0}})
+        else:
+            there = {**here, name: here[name] + (1 if gone else -1)}
+        then = measure(there)
+        return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
+
+    best, gap, current = start, 0.0, start
+    if len(limits) > 1 and "macs" in limits:
+        # The one order that holds both ends far below one of them, a poor place to make costs linear at.
+        current = _for_limits(anatomy, chunks, Budget(macs=budget.macs), measure)
+    tight = dict.fromkeys(limits, 0.0)
+    for _ in range(_ROUNDS):
+        here = counts(current)
+        now = measure(here)
+        unit = {name: change(name, current, here, now) for name in names}
+        prices = {m: [sum(unit[name][m] for name, _ in chunk.units) for chunk in chunks] for m in limits}
+        stays = [not _gone(chunk, current) for chunk in chunks]
+        room = {
+            m: limit - tight[m] - now[m] + sum(p for p, stay in zip(prices[m], stays, strict=True) if stay)
+            for m, limit in limits.items()
+        }
+        found = knapsack(values, prices, room, before)
+        if found is None:
+            break
+        chosen = _dropped(chunk for chunk, stay in zip(chunks, found.kept, strict=True) if not stay)
+        reached = measure(counts(chosen))
+        over = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
+        if not any(over.values()):
+            gap = max(0.0, found.bound - found.value)
+            settled = chosen == current
+            gained = worth(chosen) - worth(best)
+            if gained > 0:
+                best = chosen
+            if settled or gained < GAP * worth(best):
+                break
+            current = chosen
+        tight = {m: tight[m] + excess for m, excess in over.items()}
+    total = sum(values) or 1.0
+    return best, {"solver": "exact", "kept_score": worth(best) / total, "gap": gap / total}
+
+
+_ROUNDS = 6
+
+
+def _gone(chunk: Chunk, dropped: Mapping[str, set[int]]) -> bool:
+    name, unit = chunk.units[0]
+    return unit in dropped.get(name, ())
+
+
+def _before(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
+    """Pairs of neighbours in one chain: if the first stays, so does the second, which goes later."""
+    last: dict[tuple[str, int], int] = {}
+    pairs = []
+    for place, chunk in enumerate(chunks):
+        if chunk.chain in last:
+            pairs.append((last[chunk.chain], place))
+        last[chunk.chain] = place
+    return pairs
+
+
+def _absolute(budget: Budget, dense: Mapping[str, int]) -> dict[str, float]:
+    """The limits of ``budget`` as numbers, given those of the dense model."""
+    return {name: limit * dense[name] if limit <= 1 else limit for name, limit in budget.limits.items()}
 
 
 def _rounded_up(share: float) -> str:

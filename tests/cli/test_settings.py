@@ -132,7 +132,7 @@ def test_every_flag_says_what_it_does(job: type) -> None:
 
 
 def test_attribute_texts_are_one_line_each() -> None:
-    assert attribute_texts(Budget)["macs"] == "share of the multiply-adds of one image."
+    assert attribute_texts(Budget)["macs"] == "multiply-adds of one image."
 
 
 def test_the_printed_settings_are_those_that_differ() -> None:

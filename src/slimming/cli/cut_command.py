@@ -17,6 +17,7 @@ slim checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what s
 --plan it may be any checkpoint.
 
   slimming cut runs/search --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
+  slimming cut runs/search --budget macs=1.2e9,params=12e6 --output runs/cut
   slimming cut runs/dense/model --plan plan.json --output runs/cut
 """
 
@@ -37,6 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="one size for all heads of a layer (default: as searched)")  # fmt: skip
     parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
                         help="sizes are multiples of this (default: as searched)")  # fmt: skip
+    parser.add_argument("--solver", metavar="NAME",
+                        help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -111,7 +114,8 @@ def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], d
     result = load_search(found)
     layout = _layout(arguments, result.config.layout)
     record = {"source": str(source), "search": plain(result.config), "versions": versions()}
-    return result.model, {budget.name: plan(result, budget, layout=layout) for budget in budgets}, record
+    plans = {budget.name: plan(result, budget, layout=layout, solver=arguments.solver) for budget in budgets}
+    return result.model, plans, record
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:

@@ -12,7 +12,7 @@ from typing import Any
 
 from slimming.errors import CheckpointError
 from slimming.plan import FORMAT
-from slimming.report.numbers import NBSP
+from slimming.report.numbers import NBSP, scale
 
 PARTS = {"mlp": "mlp", "channels": "channels", "heads": "whole_heads"}
 """Field of a layer -> its key in the file, for what is one number per layer."""
@@ -314,18 +314,25 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
     if budget is None or not budget.mapping():
         return name, name
     keep = budget.get("keep")
-    shares = {key: node.share() for key, node in (keep or budget).entries()}
+    limits = {key: node.positive() for key, node in (keep or budget).entries()}
     words = {
         "macs": "MACs",
         "params": "params",
+        "memory_bytes": "memory",
         "head_dim": "head dims",
         "mlp": "MLP",
         "channel": "channels",
         "token": "tokens",
     }
-    known = [f"{100 * share:g} % {words.get(key, key)}".replace(" ", NBSP) for key, share in shares.items()]
-    short = f"{100 * next(iter(shares.values())):g}{NBSP}%" if len(shares) == 1 else name
+    values = {key: f"{100 * limit:g} %" if limit <= 1 else _absolute(key, limit) for key, limit in limits.items()}
+    known = [f"{value} {words.get(key, key)}".replace(" ", NBSP) for key, value in values.items()]
+    short = next(iter(values.values())).replace(" ", NBSP) if len(values) == 1 else name
     return ", ".join(known) or name, short
+
+
+def _absolute(metric: str, limit: float) -> str:
+    unit = scale([limit], base="B" if metric == "memory_bytes" else "")
+    return f"{unit.show(limit)} {unit.unit}"
 
 
 def _spreads(node: _Node, key: str) -> dict[int, Spread]:

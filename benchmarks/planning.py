@@ -1,0 +1,92 @@
+"""How well and how fast plans are made: both solvers, one and several limits, random scores.
+
+    python benchmarks/planning.py [--model deit_base_patch16_224]
+
+Scores are drawn evenly at random, which is harder than scores of a search: every unit is nearly as good as another.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import timm
+import torch
+
+import slimming
+from common import Spread, parser, table, write
+from slimming.api import Rated, Rating, anatomy_of
+from slimming.plan import SOLVERS, Budget
+
+BUDGETS = (
+    Budget(macs=0.5),
+    Budget(params=0.5),
+    Budget(memory_bytes=0.6),
+    Budget(macs=0.5, params=0.6),
+    Budget(macs=0.3, params=0.4),
+    Budget(macs=0.5, params=0.6, memory_bytes=0.65),
+)
+
+
+class Scored(Rated):
+    """Random scores for head dimensions, hidden units and tokens."""
+
+    def __init__(self, model: torch.nn.Module, seed: int) -> None:
+        dice = torch.Generator().manual_seed(seed)
+        anatomy = anatomy_of(model)
+        groups = [group for group in anatomy.groups if group.role in ("qk", "v", "mlp", "token")]
+        self.scores = {group.name: torch.rand(group.size, generator=dice) for group in groups}
+        self.found = Rating(anatomy=anatomy, scores=self.scores)
+
+    @property
+    def rating(self) -> Rating:
+        """The scores."""
+        return self.found
+
+    def share(self, plan: slimming.Plan) -> float:
+        """The share of the total score that ``plan`` keeps."""
+        kept = sum(float(self.scores[name][list(units)].sum()) for name, units in plan.kept.items())
+        return kept / sum(float(score.sum()) for score in self.scores.values())
+
+
+def main() -> None:
+    """Plan, measure, write the table."""
+    arguments = parser(__doc__, rounds=3)
+    arguments.add_argument("--model", default="deit_base_patch16_224")
+    settings = arguments.parse_args()
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    model = timm.create_model(settings.model)
+    scored, whole = Scored(model, settings.seed), slimming.cost(model)
+    slimming.plan(scored, BUDGETS[0], solver="exact")  # imports what it needs
+    rows: list[dict[str, Any]] = []
+    for budget in BUDGETS:
+        for solver in SOLVERS:
+            seconds = []
+            for _ in range(settings.rounds):
+                began = time.perf_counter()
+                plan = slimming.plan(scored, budget, solver=solver)
+                seconds.append(time.perf_counter() - began)
+            cost = slimming.cost(model, plan)
+            shares = {key: getattr(cost, key) / getattr(whole, key) for key in ("macs", "params", "memory_bytes")}
+            kept, gap = scored.share(plan), plan.solution.get("gap")
+            rows.append(
+                {"budget": budget.name, "solver": solver, **shares, "score": kept, "gap": gap, "s": Spread.of(seconds)}
+            )
+    lines = [
+        [
+            row["budget"].replace("_", " ").replace("memory bytes", "memory"),
+            row["solver"],
+            *(f"{row[key]:.2%}" for key in ("macs", "params", "memory_bytes", "score")),
+            "–" if row["gap"] is None else f"{row['gap']:.3%}",
+            row["s"].text(2),
+        ]
+        for row in rows
+    ]
+    header = ["budget", "solver", "MACs", "params", "memory", "score kept", "gap to the bound", "s"]
+    text = f"{settings.model}, random scores, default layout.\n\n{table(header, lines)}"
+    write(settings.output, "planning", settings=settings, rows=rows, markdown=text)
+
+
+if __name__ == "__main__":
+    main()

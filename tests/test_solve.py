@@ -1,0 +1,130 @@
+"""The exact solver, against trying every choice; and plans made with it."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import slimming
+from slimming.api import Rated, Rating, _measure, anatomy_of
+from slimming.errors import BudgetError, ConfigError
+from slimming.plan import Budget, Layout
+from slimming.rank import make_plan
+from slimming.solve import GAP, knapsack
+
+number = st.integers(0, 20)
+items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(items, st.tuples(st.integers(0, 60), st.integers(0, 60)), st.booleans())
+def test_no_choice_is_better(rows: list[tuple[int, int, int]], room: tuple[int, int], chained: bool) -> None:
+    values, first, second = zip(*rows, strict=True)
+    before = [(place, place + 1) for place in range(0, len(rows) - 1, 2)] if chained else []
+    found = knapsack(values, {"a": first, "b": second}, {"a": room[0], "b": room[1]}, before)
+    assert found is not None
+
+    def fits(kept: tuple[bool, ...]) -> bool:
+        sums = [sum(price for price, one in zip(prices, kept, strict=True) if one) for prices in (first, second)]
+        return sums[0] <= room[0] and sums[1] <= room[1] and all(kept[b] for a, b in before if kept[a])
+
+    assert fits(found.kept)
+    best = max(
+        sum(value for value, one in zip(values, kept, strict=True) if one)
+        for kept in product((False, True), repeat=len(rows))
+        if fits(kept)
+    )
+    assert found.value >= best * (1 - GAP) - 1e-9
+    assert found.bound >= best - 1e-6
+
+
+def test_nothing_fits() -> None:
+    assert knapsack([1.0], {"a": [1.0]}, {"a": -1.0}, []) is None
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("deit_tiny_patch16_224", img_size=96)
+
+
+class Scored(Rated):
+    def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
+        dice = torch.Generator().manual_seed(0)
+        anatomy = anatomy_of(model)
+        groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "token")]
+        self.scores = {g.name: torch.rand(g.size, generator=dice) for g in groups}
+        self.found = Rating(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
+
+    @property
+    def rating(self) -> Rating:
+        return self.found
+
+    def share(self, plan: slimming.Plan) -> float:
+        kept = sum(float(self.scores[name][list(units)].sum()) for name, units in plan.kept.items())
+        return kept / sum(float(score.sum()) for score in self.scores.values())
+
+
+LIMITS = [
+    Budget(macs=0.5),
+    Budget(params=0.5),
+    Budget(macs=0.5, params=0.6),
+    Budget(macs=0.3, params=0.4),
+    Budget(macs=1.5e8, params=4e6),
+    Budget(macs=0.6, memory_bytes=0.9),
+]
+
+
+@pytest.mark.parametrize("budget", LIMITS, ids=lambda budget: budget.name)
+def test_exact_plans_hold_and_keep_at_least_what_nested_ones_keep(model: nn.Module, budget: Budget) -> None:
+    scored = Scored(model)
+    nested, exact = (slimming.plan(scored, budget, solver=name) for name in ("nested", "exact"))
+    whole, found = slimming.cost(model), slimming.cost(model, exact)
+    for metric, limit in budget.limits.items():
+        assert getattr(found, metric) <= (limit * getattr(whole, metric) if limit <= 1 else limit)
+    assert exact.solution["solver"] == "exact"
+    assert 0 <= exact.solution["gap"] < 0.01
+    assert exact.solution["kept_score"] > 0
+    assert scored.share(exact) >= scored.share(nested) - 1e-3
+    assert slimming.plan(scored, budget).solution["solver"] == ("nested" if len(budget.limits) == 1 else "exact")
+
+
+def test_several_limits_are_both_nearly_met(model: nn.Module) -> None:
+    whole = slimming.cost(model)
+    found = slimming.cost(model, slimming.plan(Scored(model), Budget(macs=0.5, params=0.6)))
+    assert 0.495 <= found.macs / whole.macs <= 0.5
+    assert 0.594 <= found.params / whole.params <= 0.6
+
+
+def test_channels_in_times_channels_out(model: nn.Module) -> None:
+    net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    anatomy = anatomy_of(net)
+    scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
+    measure = partial(_measure, anatomy)
+    plan = make_plan(anatomy, scores, Budget(macs=0.5, params=0.5), Layout(), measure, fold=True, solver="exact")
+    whole, found = slimming.cost(net), slimming.cost(net, plan)
+    assert found.macs <= 0.5 * whole.macs
+    assert found.params <= 0.5 * whole.params
+
+
+def test_what_cannot_be_planned_is_named(model: nn.Module) -> None:
+    scored = Scored(model)
+    with pytest.raises(ConfigError, match="There is no solver 'exakt'"):
+        slimming.plan(scored, Budget(macs=0.5), solver="exakt")
+    with pytest.raises(BudgetError, match=r"Budget macs 1,000 cannot be reached.*macs 0\.\d+ \([\d,]+\) of the dense"):
+        slimming.plan(scored, Budget(macs=1000))
+    with pytest.raises(BudgetError, match="Heads of several sizes have no formula"):
+        slimming.plan(scored, Budget(memory_bytes=0.5), layout=Layout(equal_heads=False))
+    net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    with pytest.raises(BudgetError, match="was read by tracing"):
+        slimming.plan(slimming.attach(net), Budget(memory_bytes=0.5), score="mask")
+    for wrong in (1.5, 999, -1, float("nan"), True):
+        with pytest.raises(BudgetError, match="or an absolute number of 1000 or more"):
+            Budget(macs=wrong)
