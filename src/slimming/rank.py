@@ -266,6 +266,13 @@ def _dropped(chunks: Iterable[Chunk]) -> dict[str, set[int]]:
     return result
 
 
+def _counts(anatomy: Anatomy, dropped: Mapping[str, set[int]]) -> dict[str, int]:
+    """How many units of every group stay when ``dropped`` goes."""
+    sizes = {group.name: group.size for group in anatomy.groups}
+    kept = {name: [unit for unit in range(sizes[name]) if unit not in units] for name, units in dropped.items()}
+    return {name: len(units) for name, units in resolve(anatomy.groups, kept).items()}
+
+
 def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure) -> dict[str, set[int]]:
     full = {group.name: group.size for group in anatomy.groups}
     dense = measure(full)
@@ -275,9 +282,7 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
     order = _sequence(chunks, lambda chunk: sum(price[name] for name, _ in chunk.units))
 
     def cost_after(count: int) -> Mapping[str, int]:
-        gone = _dropped(order[:count])
-        kept = {name: [u for u in range(full[name]) if u not in units] for name, units in gone.items()}
-        return measure({name: len(units) for name, units in resolve(anatomy.groups, kept).items()})
+        return measure(_counts(anatomy, _dropped(order[:count])))
 
     def fits(count: int) -> bool:
         cost = cost_after(count)
@@ -314,10 +319,6 @@ def _exactly(
     values = [max(chunk.score, 0.0) * len(chunk.units) for chunk in chunks]
     before = _before(chunks)
 
-    def counts(dropped: Mapping[str, set[int]]) -> dict[str, int]:
-        kept = {name: [u for u in range(full[name]) if u not in units] for name, units in dropped.items()}
-        return {name: len(units) for name, units in resolve(anatomy.groups, kept).items()}
-
     def worth(dropped: Mapping[str, set[int]]) -> float:
         return sum(v for v, c in zip(values, chunks, strict=True) if not _gone(c, dropped))
 
@@ -325,19 +326,19 @@ def _exactly(
         """What one more unit of a group costs, or one less where all are there, per metric."""
         gone = dropped.get(name, set())
         if anatomy.group(name).role in ("head", "qkv"):  # others hold the same slices
-            there = counts({**dropped, name: gone - {next(iter(gone))} if gone else {0}})
+            there = _counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}})
         else:
             there = {**here, name: here[name] + (1 if gone else -1)}
         then = measure(there)
         return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
 
-    best, gap, current = start, 0.0, start
+    best, gap, current = start, float("nan"), start
     if len(limits) > 1 and "macs" in limits:
         # The one order that holds both ends far below one of them, a poor place to make costs linear at.
         current = _for_limits(anatomy, chunks, Budget(macs=budget.macs), measure)
     tight = dict.fromkeys(limits, 0.0)
     for _ in range(_ROUNDS):
-        here = counts(current)
+        here = _counts(anatomy, current)
         now = measure(here)
         unit = {name: change(name, current, here, now) for name in names}
         prices = {m: [sum(unit[name][m] for name, _ in chunk.units) for chunk in chunks] for m in limits}
@@ -350,7 +351,7 @@ def _exactly(
         if found is None:
             break
         chosen = _dropped(chunk for chunk, stay in zip(chunks, found.kept, strict=True) if not stay)
-        reached = measure(counts(chosen))
+        reached = measure(_counts(anatomy, chosen))
         over = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
         if not any(over.values()):
             gap = max(0.0, found.bound - found.value)
@@ -362,6 +363,8 @@ def _exactly(
                 break
             current = chosen
         tight = {m: tight[m] + excess for m, excess in over.items()}
+    if math.isnan(gap):
+        return start, {"solver": "nested"}  # no linear problem led to a choice that holds
     total = sum(values) or 1.0
     return best, {"solver": "exact", "kept_score": worth(best) / total, "gap": gap / total}
 

@@ -68,9 +68,8 @@ def create_untrained(
     """
     _check_name(name)
     options = dict(arguments or {})
-    if is_hosted(name):
-        with torch.device(device):
-            return make(name, options, pretrained=False)
+    if is_hosted(name):  # read by running it, so never without values
+        return make(name, options, pretrained=False)
     try:
         with torch.device(device):
             return _signed(timm.create_model(name, pretrained=False, **options), name, options)
