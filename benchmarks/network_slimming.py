@@ -5,9 +5,9 @@
 DIR of the data holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note). The networks
 are those of the paper, shallower and narrower, trained from scratch: once plainly (the error before) and once with
 the L1 penalty on the scales of their BatchNorms (preset `network-slimming`), which is the search. Each share of the
-channels is cut from that one search and fine-tuned on labels. The VGG goes on for more passes. Subgradients shrink a
-scale step by step, and there are 53 times fewer steps here than in the paper, so the penalty's weight is the paper's
-times --penalty-scale.
+channels is cut from that one search, by |γ| as in the paper and by our default score, and fine-tuned on labels. The
+VGG goes on for more passes. Subgradients shrink a scale step by step, and there are 53 times fewer steps here than in
+the paper, so the penalty's weight is the paper's times --penalty-scale.
 
 --work keeps the states of the trainings, so that a call that was stopped goes on; finished rows are kept too.
 """
@@ -148,6 +148,7 @@ def main() -> None:
         job.plain()
         for share in CUTS[name]:
             job.cut(share)
+            job.cut(share, "taylor")
         if name == "vgg":
             job.passes()
 
@@ -201,12 +202,12 @@ class Job:
             slimming.train(model, self.data, self.training(), directory=self.work / "plain", resume=True)
             self.note(key, model, error=self.error(model))
 
-    def cut(self, share: float) -> None:
-        """Cut ``share`` of the channels from the search and fine-tune."""
-        if (key := f"{self.name}/{share}") not in self.rows:
+    def cut(self, share: float, score: str | None = None) -> None:
+        """Cut ``share`` of the channels from the search, by |γ| or another score, and fine-tune."""
+        if (key := f"{self.name}/{share}" + (f" {score}" if score else "")) not in self.rows:
             result = self.search()
             searched = self.error(result.model)
-            small, error = self.tuned(result, share, f"cut-{share}")
+            small, error = self.tuned(result, share, f"cut-{share}-{score or 'scale'}", score)
             self.note(key, small, searched=searched, **error)
 
     def passes(self) -> None:
@@ -214,7 +215,7 @@ class Job:
         names = [f"{self.name}/pass {turn}" for turn in range(2, self.settings.passes + 1)]
         if all(name in self.rows for name in names):
             return
-        small = self.tuned(self.search(), 0.5, "cut-0.5")[0]
+        small = self.tuned(self.search(), 0.5, "cut-0.5-scale")[0]
         for turn, name in enumerate(names, start=2):
             short = self.settings.tune_epochs
             result = slimming.search(
@@ -230,9 +231,15 @@ class Job:
         config = self.config(self.settings.epochs)
         return slimming.search(model, self.data, config, directory=self.work / "search", resume=True)
 
-    def tuned(self, result: slimming.SearchResult, share: float, place: str) -> tuple[nn.Module, dict[str, float]]:
+    def tuned(
+        self, result: slimming.SearchResult, share: float, place: str, score: str | None = None
+    ) -> tuple[nn.Module, dict[str, float]]:
         """Cut and fine-tune; the model, and its errors on the way."""
-        plan = slimming.plan(result, slimming.Budget(keep={"channel": 1 - share}))
+        budget = slimming.Budget(keep={"channel": 1 - share})
+        if score is None:
+            plan = slimming.plan(result, budget)
+        else:
+            plan = slimming.plan(result.masks, budget, layout=result.config.layout, score=score)
         # Not channels_last: torch 2.15 crashes there on a CPU, in the gradient of 1 x 1 convolutions of stride 2
         # with 3 channels, which plain nn.Conv2d(3, 46, 1, 2) shows.
         small = slimming.cut(result.model, plan).to(memory_format=torch.contiguous_format)
@@ -277,11 +284,12 @@ class Job:
 def write(settings: Any, rows: dict[str, Any]) -> None:
     """Write the rows and the table."""
     lines = []
-    for key, row in rows.items():
+    for key, row in sorted(rows.items(), key=lambda item: list(NETS).index(item[0].split("/")[0])):
         name, what = key.split("/")
         plain = rows[f"{name}/plain"]
         cells = [f"{row[column]:.2%}" if column in row else "–" for column in ("searched", "cut", "error")]
-        label = what if what[0] == "p" else f"{float(what):.0%} of the channels cut"
+        share, _, score = what.partition(" ")
+        label = what if what[0] == "p" else f"{float(share):.0%} of the channels cut{score and ', by Taylor score'}"
         shares = [f"{1 - row[column] / plain[column]:.1%}" for column in ("params", "macs")]
         lines.append([name, label, *cells, *(["–", "–"] if what == "plain" else shares)])
     header = ["network", "row", "error searched", "error cut", "error fine-tuned", "params cut", "MACs cut"]
