@@ -325,10 +325,10 @@ def _exactly(
     def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, int]) -> Any:
         """What one more unit of a group costs, or one less where all are there, per metric."""
         gone = dropped.get(name, set())
-        if anatomy.group(name).role in ("head", "qkv"):  # others hold the same slices
-            there = _counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}})
-        else:
+        if _goes_alone(anatomy.group(name)):
             there = {**here, name: here[name] + (1 if gone else -1)}
+        else:
+            there = _counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}})
         then = measure(there)
         return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
 
@@ -398,6 +398,16 @@ def _rounded_up(share: float) -> str:
     return f"{math.ceil(share * 1e4) / 1e4:.4f}"
 
 
+def _goes_alone(group: Group) -> bool:
+    """Whether one unit of a whole group takes nothing of other groups along.
+
+    Tokens go from the deepest block up, so that one more token costs its own block only.
+    """
+    if group.role in ("qk", "v"):
+        return min(group.limits.parts, default=0) > 1
+    return group.role in ("mlp", "token")
+
+
 def _unit_price(
     anatomy: Anatomy,
     name: str,
@@ -407,8 +417,7 @@ def _unit_price(
     measure: Measure,
 ) -> float:
     """What one unit of a group costs, as the sum of its shares of the limits."""
-    if anatomy.group(name).token is not None:
-        # Tokens go from the deepest block up, so that one more token costs its own block only.
+    if _goes_alone(anatomy.group(name)):
         less = measure({**full, name: full[name] - 1})
     else:
         kept = resolve(anatomy.groups, {name: range(1, full[name])})
