@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import slimming
-from common import machine, parser, table, versions
+from common import parser, store, table
 from slimming.demo import HERE
 
 BUDGETS = (0.7, 0.5, 0.3)
@@ -64,7 +64,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def main() -> None:
     """Fill the rows that are missing, then write the table."""
-    arguments = parser(__doc__, rounds=1)
+    arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, default=HERE / "assets" / "eurosat")
     arguments.add_argument("--note", default="EuroSAT, the embedded subset")
     arguments.add_argument("--work", type=Path, required=True, help="directory for the runs")
@@ -124,22 +124,12 @@ def write(settings: Any, rows: dict[str, Any]) -> None:
         cost = [f"{dense['params'] / 1e6:.2f} M", f"{dense['macs'] / 1e6:.0f} M"]
         lines.append([name, ", ".join(row["kinds"]), *cost, f"{dense['top1']:.1%}", *cells])
     text = (
-        f"# architectures\n\n{settings.note}. Each model trained from scratch for {settings.dense_steps} steps of "
+        f"{settings.note}. Each model trained from scratch for {settings.dense_steps} steps of "
         f"{settings.batch} images, searched for {settings.search_steps}, retrained for {settings.retrain_steps} at "
         "each budget (share of the MACs): top-1 straight after the cut → after retraining. "
         f"Seed {settings.seed}, one run; 1,000 held-out images, so a difference below 2 points says little.\n\n"
     )
-    chosen = {k: v for k, v in vars(settings).items() if k not in ("output", "data", "work", "rounds", "only")}
-    result = {
-        "name": "architectures",
-        "settings": chosen,
-        "machine": machine(settings.threads),
-        "versions": versions(),
-        "rows": rows,
-    }
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / "architectures.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (settings.output / "architectures.md").write_text(text + table(header, lines), "utf-8")
+    store("architectures", settings, text + table(header, lines), rows=rows)
 
 
 if __name__ == "__main__":

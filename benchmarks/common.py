@@ -42,10 +42,11 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.p25:.{digits}f}–{self.p75:.{digits}f})"
 
 
-def parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """An argument parser with what all benchmarks take."""
+def parser(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """An argument parser with what all benchmarks take; ``rounds`` only where something is timed."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--rounds", type=int, default=rounds, help="measurements of each case")
+    if rounds is not None:
+        found.add_argument("--rounds", type=int, default=rounds, help="measurements of each case")
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--output", type=Path, default=RESULTS, help="directory of the result files")
@@ -117,27 +118,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def write(
-    directory: Path,
-    name: str,
-    *,
-    settings: argparse.Namespace,
-    rows: Sequence[Mapping[str, Any]],
-    markdown: str,
-) -> None:
-    """Write ``name.json`` (everything) and ``name.md`` (the table) to ``directory``, and print the table.
+def write(name: str, *, settings: argparse.Namespace, rows: Sequence[Mapping[str, Any]], markdown: str) -> None:
+    """`store` for timings: a line below the table says where they were taken; the table is printed.
 
     `Spread` values in ``rows`` become objects.
     """
     plain = [{key: asdict(value) if isinstance(value, Spread) else value for key, value in row.items()} for row in rows]
-    chosen = {key: value for key, value in vars(settings).items() if key != "output"}
     where, used = machine(settings.threads), versions()
-    result = {"name": name, "settings": chosen, "machine": where, "versions": used, "rows": plain}
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    words = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    words = ", ".join(f"{key} {value}" for key, value in chosen(settings).items())
     place = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
     stack = ", ".join(f"{key} {value}" for key, value in used.items())
     text = f"{markdown}\nMedian (quartiles). {place}; {stack}; {words}.\n"
-    (directory / f"{name}.md").write_text(f"# {name}\n\n{text}", "utf-8")
+    store(name, settings, text, rows=plain)
     print(text)
+
+
+def chosen(settings: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a result depends on: no places, and not which part of it this call made."""
+    return {k: v for k, v in vars(settings).items() if not isinstance(v, Path) and k not in ("only", "again", "failed")}
+
+
+def store(name: str, settings: argparse.Namespace, markdown: str, **content: Any) -> None:
+    """Write ``name.json`` (where, with what, ``content``) and ``name.md`` to the directory of ``settings``."""
+    head = {"name": name, "settings": chosen(settings), "machine": machine(settings.threads), "versions": versions()}
+    settings.output.mkdir(parents=True, exist_ok=True)
+    (settings.output / f"{name}.json").write_text(json.dumps(head | content, indent=1) + "\n", "utf-8")
+    (settings.output / f"{name}.md").write_text(f"# {name}\n\n{markdown}", "utf-8")

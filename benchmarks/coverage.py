@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import RESULTS, machine, table, versions
+from benchmarks.common import RESULTS, store, table
 from torch import nn
 
 import slimming
@@ -379,9 +379,6 @@ def torch_pruning(model: nn.Module) -> dict[str, Any]:
 
 def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
     """Write all rows so far, and the table."""
-    settings.output.mkdir(parents=True, exist_ok=True)
-    result = {"name": "coverage", "machine": machine(settings.threads), "versions": versions(), "rows": rows}
-    (settings.output / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
     header = [
         "model",
         "file",
@@ -418,12 +415,12 @@ def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
     wide = [one for one in exact if one["covered_macs"] >= 0.6]
     runs = [one for one in rows.values() if one["torch_pruning"].get("result") == "runs"]
     text = (
-        f"# coverage\n\n{len(rows)} architectures: {len(exact)} read and exact, {len(wide)} of them with at least "
+        f"{len(rows)} architectures: {len(exact)} read and exact, {len(wide)} of them with at least "
         f"60 % of their MACs in units that can go. torch-pruning cuts and still runs {len(runs)} of them. "
         "Exact: masked equals cut in float64 within 1e-9, forward and backward, with every weight random; costs by "
         "formula equal the counted ones within 0.5 %; the slim model saves and loads.\n\n"
     )
-    (settings.output / "coverage.md").write_text(text + table(header, lines))
+    store("coverage", settings, text + table(header, lines), rows=rows)
 
 
 def _short(text: str | None) -> str:

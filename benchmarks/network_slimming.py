@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
-from common import machine, parser, table, versions
+from common import parser, store, table
 from slimming.training.batches import validation_batches
 from slimming.training.samples import Data
 
@@ -126,7 +126,7 @@ NETS = {"vgg": vgg, "resnet": resnet, "densenet": densenet}
 
 def main() -> None:
     """Fill the rows that are missing, then write the table."""
-    arguments = parser(__doc__, rounds=1)
+    arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
     arguments.add_argument("--work", type=Path, required=True, help="directory for the states of the trainings")
     arguments.add_argument("--note", default="CIFAR-10, re-encoded JPEG q95")
@@ -299,24 +299,14 @@ def write(settings: Any, rows: dict[str, Any]) -> None:
         if key.endswith("plain")
     )
     text = (
-        f"# network_slimming\n\n{settings.note}. {settings.epochs:g} epochs of plain training and of search from "
+        f"{settings.note}. {settings.epochs:g} epochs of plain training and of search from "
         f"scratch, {settings.tune_epochs:g} of fine-tuning, batch 64; later passes search and fine-tune for "
         f"{settings.tune_epochs:g} each and cut half of the channels that are left. Penalty {settings.penalty_scale:g} "
         "times the paper's, for 53 times fewer steps. The error of the row “plain” is "
         f"the one before. Seed {settings.seed}, one run; 10,000 test images, so a difference below 0.9 points says "
         f"nothing. Dense: {dense}.\n\n"
     )
-    chosen = {k: v for k, v in vars(settings).items() if k not in ("output", "data", "work", "rounds", "only")}
-    result = {
-        "name": "network_slimming",
-        "settings": chosen,
-        "machine": machine(settings.threads),
-        "versions": versions(),
-        "rows": rows,
-    }
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / "network_slimming.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (settings.output / "network_slimming.md").write_text(text + table(header, lines), "utf-8")
+    store("network_slimming", settings, text + table(header, lines), rows=rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 import slimming
-from common import machine, parser, table, versions
+from common import parser, store, table
 from slimming.plan import Budget
 
 EMBEDDED = Path(slimming.__file__).parent / "demo" / "assets"
@@ -38,7 +38,7 @@ PRESETS = ("paper", "default")
 
 def main() -> None:
     """Fill the cells that are missing, then write the table."""
-    arguments = parser(__doc__, rounds=1)
+    arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, default=EMBEDDED / "eurosat")
     arguments.add_argument("--dense", type=Path, default=EMBEDDED)
     arguments.add_argument("--embedded", action="store_true", help="the demo's model and images")
@@ -114,7 +114,6 @@ def one_search(dense: Any, data: Any, settings: Any, seed: int, preset: str, kin
 def write(settings: Any, cells: dict[str, Any], top1: float, dense: torch.nn.Module) -> None:
     """Write all cells so far, and the table of means over seeds."""
     cost = slimming.cost(dense)
-    chosen = {k: v for k, v in vars(settings).items() if k not in ("output", "data", "dense", "rounds", "seed")}
     rows = []
     for name in KINDS:
         for ratio in RATIOS:
@@ -127,23 +126,13 @@ def write(settings: Any, cells: dict[str, Any], top1: float, dense: torch.nn.Mod
     for preset in PRESETS:
         header += [f"{preset}: MACs", "top-1 cut", "top-1 retrained"]
     dense_row = {"params": cost.params, "macs": cost.macs, "top1": top1}
-    result = {
-        "name": name_of(settings),
-        "settings": chosen,
-        "machine": machine(settings.threads),
-        "versions": versions(),
-        "dense": dense_row,
-        "cells": cells,
-    }
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / f"{name_of(settings)}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = (
-        f"# {name_of(settings)}\n\nDense: top-1 {top1:.2%}, {cost.params:,} params, {cost.macs / 1e6:.1f} MMACs. "
+        f"Dense: top-1 {top1:.2%}, {cost.params:,} params, {cost.macs / 1e6:.1f} MMACs. "
         f"{settings.note}; {settings.search_steps} search and {settings.retrain_steps} retraining steps of "
         f"{settings.batch} images, learning rate 5e-4, distilled from the dense model. Mean over seeds, with the "
         "range in brackets where there are several; MACs as a share of dense.\n\n"
     )
-    (settings.output / f"{name_of(settings)}.md").write_text(text + table(header, rows))
+    store(name_of(settings), settings, text + table(header, rows), dense=dense_row, cells=cells)
 
 
 def _share(found: list[dict[str, float]], key: str) -> str:

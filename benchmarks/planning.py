@@ -8,6 +8,7 @@ Scores are drawn evenly at random, which is harder than scores of a search: ever
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -15,7 +16,6 @@ import torch
 
 import slimming
 from common import Spread, parser, table, write
-from slimming.api import Rated, Rating, anatomy_of
 from slimming.plan import SOLVERS, Budget
 
 BUDGETS = (
@@ -28,25 +28,10 @@ BUDGETS = (
 )
 
 
-class Scored(Rated):
-    """Random scores for head dimensions, hidden units and tokens."""
-
-    def __init__(self, model: torch.nn.Module, seed: int) -> None:
-        dice = torch.Generator().manual_seed(seed)
-        anatomy = anatomy_of(model)
-        groups = [group for group in anatomy.groups if group.role in ("qk", "v", "mlp", "token")]
-        self.scores = {group.name: torch.rand(group.size, generator=dice) for group in groups}
-        self.found = Rating(anatomy=anatomy, scores=self.scores)
-
-    @property
-    def rating(self) -> Rating:
-        """The scores."""
-        return self.found
-
-    def share(self, plan: slimming.Plan) -> float:
-        """The share of the total score that ``plan`` keeps."""
-        kept = sum(float(self.scores[name][list(units)].sum()) for name, units in plan.kept.items())
-        return kept / sum(float(score.sum()) for score in self.scores.values())
+def share(masks: Mapping[str, torch.Tensor], plan: slimming.Plan) -> float:
+    """The share of the total score that ``plan`` keeps."""
+    kept = sum(float(masks[name][list(units)].sum()) for name, units in plan.kept.items())
+    return kept / sum(float(mask.sum()) for mask in masks.values())
 
 
 def main() -> None:
@@ -57,19 +42,22 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = timm.create_model(settings.model)
-    scored, whole = Scored(model, settings.seed), slimming.cost(model)
-    slimming.plan(scored, BUDGETS[0], solver="exact")  # imports what it needs
+    whole = slimming.cost(model)
+    masks = slimming.attach(model, [group for group in slimming.describe(model) if group.kind != "head"])
+    for mask in masks.values():
+        torch.nn.init.uniform_(mask)
+    slimming.plan(masks, BUDGETS[0], score="mask", solver="exact")  # imports what it needs
     rows: list[dict[str, Any]] = []
     for budget in BUDGETS:
         for solver in SOLVERS:
             seconds = []
             for _ in range(settings.rounds):
                 began = time.perf_counter()
-                plan = slimming.plan(scored, budget, solver=solver)
+                plan = slimming.plan(masks, budget, score="mask", solver=solver)
                 seconds.append(time.perf_counter() - began)
             cost = slimming.cost(model, plan)
             shares = {key: getattr(cost, key) / getattr(whole, key) for key in ("macs", "params", "memory_bytes")}
-            kept, gap = scored.share(plan), plan.solution.get("gap")
+            kept, gap = share(masks, plan), plan.solution.get("gap")
             rows.append(
                 {"budget": budget.name, "solver": solver, **shares, "score": kept, "gap": gap, "s": Spread.of(seconds)}
             )
@@ -85,7 +73,7 @@ def main() -> None:
     ]
     header = ["budget", "solver", "MACs", "params", "memory", "score kept", "gap to the bound", "s"]
     text = f"{settings.model}, random scores, default layout.\n\n{table(header, lines)}"
-    write(settings.output, "planning", settings=settings, rows=rows, markdown=text)
+    write("planning", settings=settings, rows=rows, markdown=text)
 
 
 if __name__ == "__main__":

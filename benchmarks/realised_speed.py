@@ -135,7 +135,7 @@ def main() -> None:
     rows = [row for batch in settings.batches for row in measure(dense, slims, batch, settings)]
     header = ["batch", "MACs asked", "layout", "GMACs", "latency, ms", "speed-up", "converted", "≥ 0.95"]
     markdown = table(header, [_cells(row) for row in rows])
-    write(settings.output, "realised_speed", settings=settings, rows=rows, markdown=markdown)
+    write("realised_speed", settings=settings, rows=rows, markdown=markdown)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def main() -> None:
         for row in rows
     ]
     markdown = table(["masks on", "step, ms", "over the plain step", "limit", "held"], cells)
-    write(settings.output, "search_overhead", settings=settings, rows=rows, markdown=markdown)
+    write("search_overhead", settings=settings, rows=rows, markdown=markdown)
 
 
 def _word(held: bool | None) -> str:

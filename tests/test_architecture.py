@@ -30,6 +30,7 @@ LAYERS = {
     "families": 2,
     "masks": 2,
     "token_gates": 2,
+    "chunks": 2,
     "rank": 2,
     "cost": 2,
     "cut": 2,
@@ -50,6 +51,7 @@ LAYERS = {
 }
 SIDEWAYS = {
     ("cut", "layers"),
+    ("rank", "chunks"),
     ("families", "layers"),
     ("masks", "token_gates"),
     ("searching", "api"),

@@ -19,9 +19,9 @@ def small(name: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "vit_tiny_r_s16_p8_224"])
 def test_models_that_work_pass(name: str) -> None:
-    model = small(name)
+    model = small(name, **({"img_size": 64, "depth": 6} if "_r_" in name else {}))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     found = slimming.check(model)
     assert found.ok, str(found)
@@ -95,3 +95,14 @@ def test_a_model_without_values_is_named_not_read() -> None:
         model = timm.create_model("test_resnet")
     with pytest.raises(slimming.errors.UnsupportedModelError, match="make it on the CPU"):
         slimming.describe(model)
+
+
+def test_what_stays_is_named_where_attention_has_no_heads() -> None:
+    from timm.models.focalnet import FocalNet
+
+    model = FocalNet(depths=(1, 1), embed_dim=16, num_classes=10)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert [group.kind for group in slimming.describe(model)] == ["mlp", "mlp"]
+    assert "layers.0.blocks.0.modulation heads: focal modulation has none" in str(found)

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slimming.api import Rated, Rating, _measure, anatomy_of, plan
+from slimming.chunks import Chunk, in_chain
 from slimming.cut import complete
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
 from slimming.groups import Anatomy, Group
 from slimming.plan import FREE, KINDS, Budget, Layout, Plan
-from slimming.rank import Chunk, _chain, _sequence, make_plan
+from slimming.rank import _sequence, make_plan
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -366,5 +367,5 @@ def test_a_chain_goes_in_its_order_whatever_its_chunks_cost() -> None:
 
 
 def test_scores_along_a_chain_never_fall() -> None:
-    chunks = _chain("a", 0, [[("a", 0)], [("a", 1), ("a", 2)], [("a", 3)]], {"a": [3.0, 1.0, 2.0, 5.0]})
+    chunks = in_chain("a", 0, [[("a", 0)], [("a", 1), ("a", 2)], [("a", 3)]], {"a": [3.0, 1.0, 2.0, 5.0]})
     assert [chunk.score for chunk in chunks] == [3.0, 3.0, 5.0]

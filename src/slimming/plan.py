@@ -92,12 +92,11 @@ class Budget:
 
 
 def _short(value: float) -> str:
+    """A share with two digits, or an absolute number with its unit."""
     if value <= 1:
         return f"{value:.2f}"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
+    size, letter = next(unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= unit[0])
+    return f"{value / size:.4g}{letter}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +168,9 @@ class Plan:
         kept: group name -> kept units, ascending.
         sizes: group name -> number of units in the model that the plan was made for.
         budget: the budget that it answers, as `Budget.to_dict` gives it.
-        solution: how the units were chosen: ``{"solver": "nested"}``, or the exact solver's ``kept_score`` (share of
-            the total score that stays) and ``gap`` (by how much of it a better choice could be, at most).
+        solution: how the units were chosen under limits: ``{"solver": "nested"}``, or the exact solver's
+            ``kept_score`` (share of the total score that stays) and ``gap`` (by how much of it a better choice could
+            be, at most).
         fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
             what stays 1, as the paper does.
     """

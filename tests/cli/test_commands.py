@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import slimming as library
 from slimming import demo
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
@@ -234,3 +235,25 @@ def test_debug_shows_where(slimming: Call) -> None:
     shown = slimming("inspect", "nothing", "--debug")
     assert shown.code == 2
     assert "Traceback" in shown.err
+
+
+def test_cut_by_absolute_limits_and_a_chosen_solver(slimming: Call, finished: Path, tmp_path: Path) -> None:
+    dense = json.loads((finished / "results.json").read_text())["dense"]
+    macs, params = int(0.8 * dense["macs"]), int(0.9 * dense["params"])
+    done = slimming("cut", finished, "--budget", f"macs={macs},params={params}", "--output", tmp_path / "both")
+    assert done.code == 0, done.err
+    (made,) = (tmp_path / "both").iterdir()
+    plan = json.loads((made / "plan.json").read_text())
+    assert plan["solution"]["solver"] == "exact"
+    small = library.load(made / "cut")
+    assert library.cost(small).macs <= macs
+    assert library.cost(small).params <= params
+    assert library.cost(small).macs > 0.5 * macs
+    done = slimming("cut", finished, "--budget", "macs=0.8", "--solver", "exact", "--output", tmp_path / "exact")
+    assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "exact" / "macs-0.80" / "plan.json").read_text())
+    assert plan["solution"]["solver"] == "exact"
+    wrong = slimming("cut", finished, "--budget", "macs=0.8", "--solver", "exakt", "--output", tmp_path / "no")
+    assert wrong.code == 2
+    assert "There is no solver 'exakt'; solvers are nested, exact. Did you mean 'exact'?" in wrong.err
+    assert not (tmp_path / "no").exists()

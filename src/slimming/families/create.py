@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
-from slimming.families.hosts import classes_of, classifier_of, is_hosted, make
+from slimming.families.hosts import classes_of, classifier_of, is_hosted, make, reset_classes_
 from slimming.family import ORIGIN
 
 WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
@@ -146,9 +146,9 @@ def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[
 
 def _from_host(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     known = classes_of(model := make(name, options, pretrained=True))
-    if classes in (None, known):
+    if classes is None or classes == known:
         return model, []
-    model = make(name, options, pretrained=True, classes=classes)
+    reset_classes_(model, classes)
     return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
 
 

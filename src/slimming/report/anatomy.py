@@ -14,9 +14,9 @@ LABELS = 26.0
 BAR = 150.0
 TILE = 112.0
 OTHERS = 3
+"""Images beside the first that show the last block's tokens."""
 DEEP = 24
 """Up to this many layers, those without units of a kind have a line too."""
-"""Images beside the first that show the last block's tokens."""
 
 
 def depth_curves(results: Results) -> Html:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from slimming.errors import CheckpointError
-from slimming.plan import FORMAT
+from slimming.plan import FORMAT, LEAST_ABSOLUTE
 from slimming.report.numbers import NBSP, scale
 
 PARTS = {"mlp": "mlp", "channels": "channels", "heads": "whole_heads"}
@@ -225,6 +225,11 @@ class _Node:
             raise self.wrong("between 0 and 1")
         return self.number()
 
+    def limit(self) -> float:
+        if not (0 < self.number() <= 1 or self.number() >= LEAST_ABSOLUTE):
+            raise self.wrong(f"a share between 0 and 1, or at least {LEAST_ABSOLUTE}")
+        return self.number()
+
     def count(self) -> int:
         if self.number() < 0 or self.number() != int(self.number()):
             raise self.wrong("a whole number of at least 0")
@@ -314,7 +319,7 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
     if budget is None or not budget.mapping():
         return name, name
     keep = budget.get("keep")
-    limits = {key: node.positive() for key, node in (keep or budget).entries()}
+    limits = {key: node.share() if keep else node.limit() for key, node in (keep or budget).entries()}
     words = {
         "macs": "MACs",
         "params": "params",

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
-from slimming.families.timm_vit.base import build, constructor, rebased
+from slimming.families.timm_vit.base import build, constructor, input_channels, rebased
 from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
@@ -58,7 +58,7 @@ class TimmViT(Family):
             operations=operations(vit, blocks, {group.name for group in groups}),
             structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks)),
             uncovered=tuple(uncovered),
-            input_shape=(vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size),
+            input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
 
     def base(self, model: nn.Module) -> dict[str, Any]:
@@ -69,8 +69,9 @@ class TimmViT(Family):
         return build(base)
 
     def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
-        # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell.
-        return all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
+        # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell. What a
+        # hybrid's layers in front of the patches hold is not in its operations.
+        return bool(anatomy.operations[0].live) and all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         blocks = [_after(sizes, kept)[0] for sizes in _blocks(anatomy)]

@@ -89,6 +89,11 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
     return model
 
 
+def input_channels(vit: VisionTransformer) -> int:
+    """Channels of the images that ``vit`` takes; a hybrid has layers in front of its patch projection."""
+    return next(module.in_channels for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
+
+
 @cache
 def _defaults(class_name: str, architecture: str | None) -> Mapping[str, Any]:
     """The arguments that timm takes for an architecture when none are given."""
@@ -107,7 +112,7 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
     width = vit.embed_dim
     return {
         **_changeable(vit),
-        "in_chans": vit.patch_embed.proj.in_channels,
+        "in_chans": input_channels(vit),
         "embed_dim": width,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,

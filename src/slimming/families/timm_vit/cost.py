@@ -6,12 +6,16 @@ module's caller keeps the module's input until the call returns.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Set
 
-from timm.layers import GluMlp, QuickGELU
+import torch
+from timm.layers import GluMlp, HybridEmbed, QuickGELU
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from slimming.families.timm_vit.base import input_channels
 from slimming.families.timm_vit.sizes import BlockSizes
 from slimming.groups import Dim, Operation, Product
 
@@ -49,15 +53,24 @@ def _tokens(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str]) -> Dim:
 def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
     patches = Dim(fixed=vit.patch_embed.num_patches)
     kernel = Dim(fixed=vit.patch_embed.proj.weight[0].numel())
+    macs: list[Product] = [(patches, kernel, width)]
     own = [vit.cls_token, vit.reg_token, vit.pos_embed, getattr(vit, "dist_token", None)]
     params = _numel(vit.patch_embed, vit.norm_pre) + sum(p.numel() for p in own if p is not None)
     copies = 1 if vit.pos_embed is None else 2
-    return Operation(
-        name="patch_embed",
-        macs=((patches, kernel, width),),
-        params=((Dim(fixed=params),),),
-        live=((patches, width), *((sequence, width),) * copies),
-    )
+    live: tuple[Product, ...] = ((patches, width), *((sequence, width),) * copies)
+    if isinstance(vit.patch_embed, HybridEmbed):
+        macs.append((Dim(fixed=_macs_in_front(vit)),))
+        live = ()
+    return Operation(name="patch_embed", macs=tuple(macs), params=((Dim(fixed=params),),), live=live)
+
+
+def _macs_in_front(vit: VisionTransformer) -> int:
+    """What the layers multiply that a hybrid has in front of its patch projection."""
+    layers = copy.deepcopy(vit.patch_embed.backbone).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        layers(torch.empty(1, input_channels(vit), *vit.patch_embed.img_size, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _block_operations(

@@ -1,0 +1,176 @@
+"""From scores to chunks: units that go together, in chains that go in order.
+
+A layout decides how many units a chunk has; nothing here depends on a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slimming.groups import Group
+from slimming.plan import Layout
+
+_FEWEST_SIZES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Units that go together, and the average score of one of them.
+
+    Chunks of one chain go in order: a later one never goes before an earlier one.
+    """
+
+    units: tuple[tuple[str, int], ...]
+    score: float
+    chain: tuple[str, int]
+
+
+def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
+    """Everything that may go, given one score per unit of each group, in the sizes that ``layout`` allows."""
+    chunks: list[Chunk] = []
+    by_site: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        by_site.setdefault(group.site, {})[group.role] = group
+    for roles in by_site.values():
+        chunks += _attention_chunks(roles, scores, layout)
+        for role in ("mlp", "channel"):
+            if role in roles:
+                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout))
+        if "head" in roles:
+            chunks += _plain_chunks(roles["head"], scores, 1)
+    tokens = [group for group in groups if group.token is not None]
+    return chunks + _token_chunks(tokens, scores)
+
+
+def _multiple(size: int, layout: Layout) -> int:
+    """The multiple to use for ``size`` units: halved until it divides them into enough pieces."""
+    multiple = layout.multiple
+    while multiple > 1 and (size % multiple or size // multiple < _FEWEST_SIZES):
+        multiple //= 2
+    return multiple
+
+
+def _ascending(score: Tensor, units: Sequence[int]) -> list[int]:
+    values = score.tolist()
+    return sorted(units, key=lambda unit: (values[unit], unit))
+
+
+def _bundles(units: Sequence[int], multiple: int) -> list[list[int]]:
+    return [list(units[start : start + multiple]) for start in range(0, len(units), multiple)]
+
+
+def in_chain(
+    name: str, number: int, bundles: Iterable[Sequence[tuple[str, int]]], scores: Mapping[str, list[float]]
+) -> list[Chunk]:
+    """Chunks of one chain, their scores made non-decreasing so that sorting keeps their order."""
+    chunks: list[Chunk] = []
+    floor = -float("inf")
+    for bundle in bundles:
+        mean = sum(scores[group][unit] for group, unit in bundle) / len(bundle)
+        floor = max(floor, mean)
+        chunks.append(Chunk(units=tuple(bundle), score=floor, chain=(name, number)))
+    return chunks
+
+
+def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int) -> list[Chunk]:
+    """Bundles from the lowest score up; the best bundle always stays."""
+    order = _ascending(scores[group.name], range(group.size))
+    bundles = [[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)]
+    return in_chain(group.name, 0, bundles[:-1], {group.name: scores[group.name].tolist()})
+
+
+def _attention_chunks(roles: Mapping[str, Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
+    members = [roles[role] for role in ("qkv", "qk", "v") if role in roles]
+    if not members:
+        return []
+    values = {group.name: scores[group.name].tolist() for group in members}
+    same = all(len(set(group.limits.parts)) == 1 for group in members)
+    if layout.equal_heads and same and len({group.limits.parts for group in members}) == 1:
+        per_head = members[0].limits.parts[0]
+        multiple = _multiple(per_head, layout)
+        heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple)]
+        steps = [[pair for bundles in heads for pair in bundles[step]] for step in range(per_head // multiple - 1)]
+        return in_chain(members[0].site, 0, steps, values)
+    return _uneven_chunks(roles, scores, values, layout)
+
+
+def _head_bundles(group: Group, score: Tensor, multiple: int) -> list[list[list[tuple[str, int]]]]:
+    """Per head, its units from the lowest score up in bundles."""
+    owner = group.part_of_unit
+    heads = []
+    for head in range(len(group.limits.parts)):
+        order = _ascending(score, [unit for unit in range(group.size) if owner[unit] == head])
+        heads.append([[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)])
+    return heads
+
+
+def _uneven_chunks(
+    roles: Mapping[str, Group], scores: Mapping[str, Tensor], values: Mapping[str, list[float]], layout: Layout
+) -> list[Chunk]:
+    """Each head on its own. The last V of a head takes its QK along; one head always stays."""
+    bundles = {
+        role: _head_bundles(roles[role], scores[roles[role].name], _multiple(min(roles[role].limits.parts), layout))
+        for role in ("qkv", "qk", "v")
+        if role in roles
+    }
+    chunks: list[Chunk] = []
+    if "qk" in bundles:
+        for head, own in enumerate(bundles["qk"]):
+            chunks += in_chain(roles["qk"].name, head, own[:-1], values)
+    carrier = "qkv" if "qkv" in bundles else "v"
+    if carrier not in bundles:
+        return chunks
+    name = roles[carrier].name
+    if "head" in roles:
+        # The head that the chunks of whole heads leave, ties included.
+        last = _ascending(scores[roles["head"].name], range(roles["head"].size))[-1]
+    else:
+        best = [max(values[name][unit] for _, unit in own[-1]) for own in bundles[carrier]]
+        last = best.index(max(best))
+    for head, own in enumerate(bundles[carrier]):
+        steps = [list(bundle) for bundle in own]
+        if head == last:
+            steps = steps[:-1]
+        elif "qk" in bundles:
+            steps[-1] = [*steps[-1], *bundles["qk"][head][-1]]
+        chain = in_chain(name, head, steps, values)
+        if head != last and "qk" in bundles:
+            rest = tuple(pair for bundle in bundles["qk"][head][:-1] for pair in bundle)
+            final = chain[-1]
+            chain[-1] = Chunk(units=final.units + rest, score=final.score, chain=final.chain)
+        chunks += chain
+    return chunks
+
+
+def _token_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> list[Chunk]:
+    """One chain per position, from the deepest block up: a token that leaves a block is gone in all deeper ones.
+
+    A position's score in a block is at most what it is in shallower blocks, so that the chain is ascending.
+    """
+    at: dict[int, list[tuple[str, int, float]]] = {}
+    for group in groups:
+        assert group.token is not None
+        for unit, position in enumerate(group.token.positions):
+            at.setdefault(position, []).append((group.name, unit, float(scores[group.name][unit])))
+    protected = _last_positions(groups, at)
+    chunks: list[Chunk] = []
+    for position, visits in at.items():
+        if position == protected:
+            continue
+        low = float("inf")
+        capped = []
+        for name, unit, score in visits:
+            low = min(low, score)
+            capped.append((name, unit, low))
+        for name, unit, score in reversed(capped):
+            chunks.append(Chunk(units=((name, unit),), score=score, chain=("tokens", position)))
+    return chunks
+
+
+def _last_positions(groups: Sequence[Group], at: Mapping[int, list[tuple[str, int, float]]]) -> int | None:
+    """The position that always stays: the one present in every block with the best lowest score."""
+    candidates = {p: min(score for *_, score in visits) for p, visits in at.items() if len(visits) == len(groups)}
+    return max(candidates, key=lambda position: (candidates[position], -position)) if candidates else None
