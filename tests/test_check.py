@@ -19,7 +19,10 @@ def small(name: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "vit_tiny_r_s16_p8_224"])
+MODELS = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "vit_tiny_r_s16_p8_224"]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_models_that_work_pass(name: str) -> None:
     model = small(name, **({"img_size": 64, "depth": 6} if "_r_" in name else {}))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -71,7 +71,8 @@ class TimmViT(Family):
     def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
         # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell. What a
         # hybrid's layers in front of the patches hold is not in its operations.
-        return bool(anatomy.operations[0].live) and all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
+        plain = bool(anatomy.operations[0].live)
+        return plain and all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         blocks = [_after(sizes, kept)[0] for sizes in _blocks(anatomy)]
