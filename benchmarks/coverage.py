@@ -45,6 +45,11 @@ SIZES = (64, 96, 128, 160, 192, 224, 256, None)
 FEWER: dict[str, Any] = {"depth": 2, "depths": (1, 1, 1, 1), "layers": (1, 1, 1, 1)}
 LARGE = 15_000_000
 """Models with more parameters are made with few blocks, where their constructor allows it; the row says so."""
+TOO_LARGE = (
+    "convnext_large", "regnet_y_128gf", "regnet_y_32gf", "vgg13", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_h_14",
+    "vit_l_16", "vit_l_32",
+)  # fmt: skip
+"""Classifiers of torchvision above 120 million parameters that are larger members of rows that are there."""
 CI = ("resnet", "swin_transformer", "eva", "mobilevit", "densenet")
 WINDOWED = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,7 +134,7 @@ def targets(only: tuple[str, ...] | None, every: bool) -> Iterator[tuple[str, st
             for key in sorted(rows.intersection(only)):
                 yield key, module, lambda key=key: small_timm(key.removeprefix("timm/"))
     for name in torchvision.models.list_models(module=torchvision.models):
-        if wanted("torchvision", key := f"torchvision/{name}"):
+        if wanted("torchvision", key := f"torchvision/{name}") and name not in TOO_LARGE:
             yield key, "torchvision", lambda name=name: small_torchvision(name)
     for name in TRANSFORMERS:
         if wanted("transformers", key := f"transformers/{name}"):
@@ -137,7 +142,10 @@ def targets(only: tuple[str, ...] | None, every: bool) -> Iterator[tuple[str, st
 
 
 def variants(module: str, every: bool) -> list[str]:
-    """The smallest model of each set of layer classes in one model file of timm; only the smallest by default."""
+    """The smallest model of each structure in one model file of timm; only the smallest by default.
+
+    A structure is the set of classes of the modules that hold parameters, so that another activation is no other.
+    """
     import timm
 
     found: dict[frozenset[str], tuple[int, str]] = {}
@@ -147,7 +155,8 @@ def variants(module: str, every: bool) -> list[str]:
                 model = timm.create_model(name)
             except Exception:  # a few cannot be made on the meta device
                 model = timm.create_model(name).to("meta")
-        classes = frozenset(f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules())
+        owners = (m for m in model.modules() if any(True for _ in m.parameters()))
+        classes = frozenset(f"{type(m).__module__}.{type(m).__qualname__}" for m in owners)
         size = parameters(model)
         found[classes] = min(found.get(classes, (size, name)), (size, name))
     names = [name for _, name in sorted(found.values())]
