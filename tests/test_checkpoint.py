@@ -294,7 +294,7 @@ def _same_json(one: bytes, other: bytes) -> bool:
         (lambda v: v["layers"]["blocks.0"].update(hidden="many"), "structure of blocks.0 is damaged"),
         (lambda v: v["layers"]["blocks.0"].update(hidden=7), "do not fit"),
         (lambda v: v["layers"]["blocks.0"].update(hidden=-7), "damaged|do not fit"),
-        (lambda v: v["layers"]["blocks.0"].update(heads=[]), "damaged"),
+        (lambda v: v["layers"]["blocks.0"].update(heads=[]), "do not fit"),
         (lambda v: v["layers"]["blocks.0"].update(positions=[99]), "damaged"),
         (lambda v: v["layers"].update({"blocks.77": v["layers"]["blocks.0"]}), "damaged|do not fit"),
     ],

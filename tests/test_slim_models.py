@@ -350,7 +350,7 @@ def test_parts_that_no_group_covers_are_named() -> None:
     reasons = " ".join(anatomy_of(inner).uncovered)
     assert "blocks.1.attn: a norm over all heads" in reasons
     assert "blocks.1.mlp: a norm over the hidden units" in reasons
-    assert {group.kind for group in slimming.describe(inner)} == {"token"}
+    assert {group.kind for group in slimming.describe(inner)} == {"token", "width"}
     dropped = Variant("dropped", "vit_tiny_patch16_224", {"patch_drop_rate": 0.5}).make()
     assert any("patch dropout" in reason for reason in anatomy_of(dropped).uncovered)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from itertools import product
 
@@ -128,3 +129,26 @@ def test_what_cannot_be_planned_is_named(model: nn.Module) -> None:
     for wrong in (1.5, 999, -1, float("nan"), True):
         with pytest.raises(BudgetError, match="or an absolute number of 1000 or more"):
             Budget(macs=wrong)
+
+
+@pytest.mark.parametrize("budget", [Budget(macs=0.5), Budget(params=0.4), Budget(macs=0.5, params=0.5)], ids=str)
+def test_width_and_whole_branches_are_planned_with_the_rest(model: nn.Module, budget: Budget) -> None:
+    joint = copy.deepcopy(model)
+    masks = slimming.attach(joint, [group for group in slimming.describe(joint) if group.kind != "head"])
+    with torch.no_grad():
+        for name, mask in masks.items():
+            # A feature of the width, or a whole branch, is worth about what its units are.
+            scale = 30 if name == "embedding" else 100 if name.endswith("branch") else 1
+            mask.copy_(scale * torch.rand(mask.shape, generator=torch.Generator().manual_seed(len(name))))
+    whole = slimming.cost(model)
+    for solver in ("nested", "exact"):
+        plan = slimming.plan(masks, budget, score="mask", solver=solver)
+        small = slimming.cut(joint, plan)
+        found, formula = slimming.cost(small), slimming.cost(model, plan)
+        assert (found.macs, found.params) == (formula.macs, formula.params)
+        for metric, share in budget.limits.items():
+            assert getattr(found, metric) <= share * getattr(whole, metric)
+        if solver == "exact":
+            assert plan.solution["solver"] == "exact"
+            assert max(getattr(found, m) / getattr(whole, m) / share for m, share in budget.limits.items()) > 0.98
+        assert len(plan.kept["embedding"]) % 8 == 0

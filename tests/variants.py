@@ -96,10 +96,14 @@ def roles_of(style: str) -> set[str]:
         "coupled": {"qkv", "mlp"},
         "heads": {"head", "mlp"},
         "heads and dimensions": {"head", "qk", "v", "token"},
+        "joint": {"qk", "v", "mlp", "token", "branch", "width"},
     }.get(style, {style})
 
 
-STYLES = ("free", "equal", "coupled", "heads", "heads and dimensions", "token", "mlp", "qk", "v", "qkv", "head")
+STYLES = (
+    "free", "equal", "coupled", "heads", "heads and dimensions", "joint", "token", "mlp", "qk", "v", "qkv", "head",
+    "branch", "width",
+)  # fmt: skip
 
 
 def draw(anatomy: Anatomy, style: str, seed: int = 0) -> tuple[list[Group], Plan]:
@@ -126,6 +130,10 @@ def _any_units(members: list[Group], dice: random.Random) -> dict[str, Sequence[
     kept: dict[str, Sequence[int]] = {}
     for group in members:
         parts = group.limits.parts
+        if group.role == "branch":
+            # The first block keeps its MLP, the second one its attention, so that something reads every token.
+            kept[group.name] = (0,) if group.name in ("blocks.0.mlp.branch", "blocks.1.attn.branch") else ()
+            continue
         if not parts:
             # The first unit stays everywhere: positions must have one that no block loses.
             others = dice.randrange(group.size // 2 - 1, group.size - 1)

@@ -24,7 +24,15 @@ from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
 
-DEFAULT_PENALTY: Mapping[str, float] = {"head_dim": 1.0, "head": 1.0, "mlp": 1.0, "channel": 1.0, "token": 0.25}
+DEFAULT_PENALTY: Mapping[str, float] = {
+    "head_dim": 1.0,
+    "head": 1.0,
+    "mlp": 1.0,
+    "channel": 1.0,
+    "token": 0.25,
+    "block": 1.0,
+    "width": 1.0,
+}
 """Weights of the mean |mask| per kind; for DeiT-S they equal the paper's W1, W2, W3 on sums (joint search)."""
 
 
@@ -103,15 +111,16 @@ def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> lis
 
     Args:
         groups: what `describe` gives.
-        kinds: kinds to take; None takes all, except heads whose dimensions can go on their own: such a head goes
-            when its last V dimension does.
+        kinds: kinds to take; None takes all except whole attentions and MLPs, the embedding width, and heads whose
+            dimensions can go on their own: such a head goes when its last V dimension does.
 
     Raises:
         ConfigError: there is no group of one of ``kinds``.
     """
     if kinds is None:
         has_dimensions = {group.site for group in groups if group.kind == "head_dim"}
-        return [group for group in groups if group.kind != "head" or group.site not in has_dimensions]
+        inner = [group for group in groups if group.kind not in ("block", "width")]
+        return [group for group in inner if group.kind != "head" or group.site not in has_dimensions]
     missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
     if missing:
         raise ConfigError(f"This model has no groups of kind {missing[0]!r}; take it out of search.kinds.")

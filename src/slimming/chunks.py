@@ -36,11 +36,14 @@ def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: La
         by_site.setdefault(group.site, {})[group.role] = group
     for roles in by_site.values():
         chunks += _attention_chunks(roles, scores, layout)
-        for role in ("mlp", "channel"):
+        for role in ("mlp", "channel", "width"):
             if role in roles:
                 chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout))
         if "head" in roles:
             chunks += _plain_chunks(roles["head"], scores, 1)
+        if "branch" in roles:
+            name = roles["branch"].name
+            chunks.append(Chunk(units=((name, 0),), score=float(scores[name][0]), chain=(name, 0)))
     tokens = [group for group in groups if group.token is not None]
     return chunks + _token_chunks(tokens, scores)
 

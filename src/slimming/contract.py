@@ -157,7 +157,8 @@ class Trial:
     def exact(self) -> str:
         """Cut, and hold outputs and the image's gradient against those of the masked model."""
         randomise_(self.model, self.seed)
-        groups: list[Group] = searched([group for group in self.anatomy.groups if group.role != "qkv"])
+        every = [group for group in self.anatomy.groups if group.role != "qkv"]
+        groups: list[Group] = searched(every) + [group for group in every if group.kind in ("block", "width")]
         masked = copy.deepcopy(self.model)
         masks = attach(masked, groups)
         with torch.no_grad():

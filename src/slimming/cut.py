@@ -38,9 +38,10 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
         PlanError: the plan was made for another model, or leaves a group without a unit.
     """
     kept = resolve_plan(anatomy.groups, plan)
+    gone = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
     # What the plan itself leaves empty comes first: other groups go only because of it.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
-        if group.role != "qkv" and len(kept[group.name]) < group.limits.minimum:
+        if group.role != "qkv" and group.site not in gone and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(
                 f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
                 f"at least {group.limits.minimum} must stay."

@@ -43,7 +43,7 @@ class Limits:
     """What a plan must respect in one group.
 
     Attributes:
-        minimum: fewest units that may stay, at least 1.
+        minimum: fewest units that may stay; 0 only where nothing else needs one.
         parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
     """
 
@@ -92,6 +92,7 @@ class Group:
         slices: every tensor slice that goes with each unit; empty for tokens.
         scales: where the soft mask multiplies; empty for tokens.
         token: where a token group acts; None for other kinds.
+        norms: names of the norms that take statistics over the units: once some go, over those that stay.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Group:
     slices: tuple[Slices, ...] = ()
     scales: tuple[Scale, ...] = ()
     token: TokenSite | None = None
+    norms: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         parts = f", parts={self.limits.parts}" if self.limits.parts else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,50 @@ class UnevenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return "heads (qk, v): " + ", ".join(f"{count}x({qk}, {v})" for count, qk, v in self.runs)
+
+
+class PartialBlock(nn.Module):
+    """A transformer block of timm that lost its attention, its MLP, or both; what is left keeps its names.
+
+    Args:
+        block: the block whose modules it takes over.
+        attention: whether the attention with its norm stays.
+        mlp: whether the MLP with its norm stays.
+        post_norm: whether norms follow attention and MLP instead of leading to them.
+    """
+
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+    ls1: Any
+    ls2: Any
+    drop_path1: Any
+    drop_path2: Any
+
+    def __init__(self, block: nn.Module, *, attention: bool, mlp: bool, post_norm: bool) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        gone = [] if attention else ["norm1", "attn", "ls1", "drop_path1"]
+        gone += [] if mlp else ["norm2", "mlp", "ls2", "drop_path2"]
+        for name, module in block.named_children():
+            # An attribute, no child: weights of what is gone are then refused like any others that do not fit.
+            setattr(self, name, None if name in gone else module)
+        self.train(block.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Add what is left of the branches: (B, N, D) -> (B, N, D)."""
+        if self.attn is not None:
+            branch = self.attn(x if self.post_norm else self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.norm1(branch) if self.post_norm else self.ls1(branch))
+        if self.mlp is not None:
+            branch = self.mlp(x if self.post_norm else self.norm2(x))
+            x = x + self.drop_path2(self.norm2(branch) if self.post_norm else self.ls2(branch))
+        return x
+
+    def extra_repr(self) -> str:
+        gone = [name for name in ("attn", "mlp") if getattr(self, name) is None]
+        return f"without {' and '.join(gone)}"
 
 
 class SomeHeadsAttention(nn.MultiheadAttention):

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from slimming.errors import ConfigError, PlanError
 from slimming.groups import Anatomy, Group, resolve_plan
+from slimming.kept_norms import keep_in_norms
 from slimming.plan import Plan
 from slimming.token_gates import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
 
@@ -77,6 +78,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self._parameters: dict[str, nn.Parameter] = {}
         self._norms: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         self._remove_gates: list[Callable[[], None]] = []
+        self._widen_norms: list[Callable[[], None]] = []
         self.collected: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> nn.Parameter:
@@ -270,6 +272,9 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             if group.token is not None or not plan.fold:
                 mask[stays] = one
             mask[~stays] = 0.0
+            if group.norms:
+                self._undo_(self._widen_norms)
+                self._widen_norms = keep_in_norms(self.model, group.norms, kept[group.name])
 
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
         """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""
@@ -287,10 +292,14 @@ class SoftMasks(Mapping[str, nn.Parameter]):
     def detach_(self) -> None:
         """Take every mask away and give the weights back as they are without."""
         self._remove_scales(fold=False)
-        for remove in self._remove_gates:
-            remove()
-        self._remove_gates = []
+        self._undo_(self._remove_gates)
+        self._undo_(self._widen_norms)
         self._drop(list(self.groups))
+
+    @staticmethod
+    def _undo_(hooks: list[Callable[[], None]]) -> None:
+        while hooks:
+            hooks.pop()()
 
     def _drop(self, groups: list[Group]) -> None:
         names = {group.name for group in groups}

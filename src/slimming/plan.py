@@ -15,7 +15,7 @@ from slimming.io import atomic_json, seal, unseal
 FORMAT = 1
 """Version of the JSON formats below; a file with a larger number is refused."""
 
-KINDS = ("head_dim", "head", "mlp", "channel", "token")
+KINDS = ("head_dim", "head", "mlp", "channel", "token", "block", "width")
 """The kinds of unit, in the order in which they are shown."""
 
 

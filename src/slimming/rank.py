@@ -24,7 +24,7 @@ from slimming.solve import GAP, knapsack
 Measure = Callable[[Mapping[str, int]], Mapping[str, int]]
 """From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
 
-_ROUNDS = 6
+_ROUNDS = 10
 """How often costs are made linear anew, at most."""
 
 
@@ -153,16 +153,20 @@ def _exactly(
 
     Where costs are sums over layers, as of hidden units and head dimensions, it is the best there is. Tokens times
     dimensions, or channels in times channels out, are made linear at the last answer and solved again, a few times;
-    the gap is then that of the linear problem.
+    the gap is then that of the linear problem. Which whole attentions and MLPs go is left as one order has it.
     """
     full = {group.name: group.size for group in anatomy.groups}
     limits = _absolute(budget, measure(full))
-    names = list(dict.fromkeys(name for chunk in chunks for name, _ in chunk.units))
-    values = [max(chunk.score, 0.0) * len(chunk.units) for chunk in chunks]
-    before = _before(chunks)
+    site = {group.name: group.site for group in anatomy.groups}
+
+    def value(chunk: Chunk) -> float:
+        return max(chunk.score, 0.0) * len(chunk.units)
+
+    def stay(dropped: Mapping[str, set[int]]) -> list[Chunk]:
+        return [c for c in chunks if not _gone(c, dropped) and f"{site[c.units[0][0]]}.branch" not in dropped]
 
     def worth(dropped: Mapping[str, set[int]]) -> float:
-        return sum(v for v, c in zip(values, chunks, strict=True) if not _gone(c, dropped))
+        return sum(map(value, stay(dropped)))
 
     def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, int]) -> Any:
         """What one more unit of a group costs, or one less where all are there, per metric."""
@@ -178,13 +182,19 @@ def _exactly(
     if len(limits) > 1 and "macs" in limits:
         # The one order that holds both ends far below one of them, a poor place to make costs linear at.
         current = _for_limits(anatomy, chunks, Budget(macs=budget.macs), measure)
+    branches = {group.name for group in anatomy.groups if group.role == "branch"}
+    whole = {name: units for name, units in current.items() if name in branches}
+    chosen_from = [c for c in chunks if c.units[0][0] not in branches and f"{site[c.units[0][0]]}.branch" not in whole]
+    names = list(dict.fromkeys(name for chunk in chosen_from for name, _ in chunk.units))
+    values = [value(chunk) for chunk in chosen_from]
+    before = _before(chosen_from)
     tight = dict.fromkeys(limits, 0.0)
     for _ in range(_ROUNDS):
         here = _counts(anatomy, current)
         now = measure(here)
         unit = {name: change(name, current, here, now) for name in names}
-        prices = {m: [sum(unit[name][m] for name, _ in chunk.units) for chunk in chunks] for m in limits}
-        stays = [not _gone(chunk, current) for chunk in chunks]
+        prices = {m: [sum(unit[name][m] for name, _ in chunk.units) for chunk in chosen_from] for m in limits}
+        stays = [not _gone(chunk, current) for chunk in chosen_from]
         room = {
             m: limit - tight[m] - now[m] + sum(p for p, stay in zip(prices[m], stays, strict=True) if stay)
             for m, limit in limits.items()
@@ -192,25 +202,29 @@ def _exactly(
         found = knapsack(values, prices, room, before)
         if found is None:
             break
-        chosen = _dropped(chunk for chunk, stay in zip(chunks, found.kept, strict=True) if not stay)
+        goes = (chunk for chunk, stay in zip(chosen_from, found.kept, strict=True) if not stay)
+        chosen = {**_dropped(goes), **whole}
         reached = measure(_counts(anatomy, chosen))
         over = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
         if not any(over.values()):
             bound = found.bound
             if any(tight.values()):  # of the limits themselves
-                whole = {metric: room[metric] + tight[metric] for metric in limits}
-                bound = (knapsack(values, prices, whole, before) or found).bound
+                wide = {metric: room[metric] + tight[metric] for metric in limits}
+                bound = (knapsack(values, prices, wide, before) or found).bound
+            bound += sum(value(chunk) for chunk in chunks if chunk.units[0][0] in branches.difference(whole))
             settled = chosen == current
             gained = worth(chosen) - worth(best)
             if gained > 0:
                 best = chosen
             if settled or gained < GAP * worth(best):
                 break
-            current = chosen
-        tight = {m: tight[m] + excess for m, excess in over.items()}
+        # Where costs are products, the next linear problem is nearer to them; a small excess is taken off the room.
+        near = all(excess < 0.01 * limits[m] for m, excess in over.items())
+        tight = {m: tight[m] + excess if near else 0.0 for m, excess in over.items()}
+        current = chosen
     if bound is None:
         return start, {"solver": "nested"}  # no linear problem led to a choice that holds
-    total = sum(values) or 1.0
+    total = sum(map(value, chunks)) or 1.0
     gap = max(0.0, bound - worth(best))
     return best, {"solver": "exact", "kept_score": worth(best) / total, "gap": gap / total}
 
@@ -248,7 +262,7 @@ def _goes_alone(group: Group) -> bool:
     """
     if group.role in ("qk", "v"):
         return min(group.limits.parts, default=0) > 1
-    return group.role in ("mlp", "token")
+    return group.role in ("mlp", "token", "width")
 
 
 def _unit_price(

@@ -93,10 +93,19 @@ def row_entry(
         "top1_cut": top1_cut,
         "top1": top1,
         "seconds": dict(seconds),
+        **_width(dense, plan),
         "layers": layers_of(dense, plan),
         "checkpoint": f"{budget.name}/slim",
         "log": f"{budget.name}/log.jsonl",
     }
+
+
+def _width(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
+    """How much of the embedding width stays, for models where it can go."""
+    for group in anatomy.groups:
+        if group.kind == "width":
+            return {"width": {"kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}}
+    return {}
 
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
@@ -106,6 +115,8 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
     for group in anatomy.groups:
+        if group.kind in ("block", "width"):
+            continue  # a branch that went shows as its inner units, which went with it
         layer = layers.setdefault(_layer_of(group), {})
         if group.role in ("qk", "v"):
             heads = layer.setdefault("heads", [{"qk": n, "v": n, "of": n} for n in group.limits.parts])

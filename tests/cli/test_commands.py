@@ -174,10 +174,13 @@ def test_inspect(slimming: Call, finished: Path) -> None:
     assert shown.code == 0, shown.err
     assert "22.05 M params" in shown.out
     assert re.search(r"blocks\.11 +6 x 64 +6 x 64 +1536 +196 ", shown.out)
-    assert "not covered:" in shown.out
+    assert re.search(r"width +1 +384 ", shown.out)
+    assert (
+        "not covered: embedding width: the pooling attention" in slimming("inspect", "vit_base_patch16_siglip_224").out
+    )
     found = json.loads(slimming("inspect", finished / "macs-0.70" / "slim", "--json").out)
     assert found["input"] == [3, 16, 16]
-    assert set(found["kinds"]) == {"head_dim", "head", "mlp", "token"}
+    assert set(found["kinds"]) == {"head_dim", "head", "mlp", "token", "block", "width"}
     assert found["macs"] <= 0.7 * json.loads((finished / "results.json").read_text())["dense"]["macs"]
     assert found["kinds"]["token"]["units"] < 2 * 4
     assert "blocks.0.attn.qk" in slimming("inspect", "test_vit", "--groups").out

@@ -144,13 +144,15 @@ def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> A
     for group in groups:
         if not (group.kind == "head" and group.site in by_dimension):
             blocks.setdefault(_block(group), []).append(group)
+    # What goes with a whole attention or MLP is what goes with all its units; the width has a line below.
+    blocks = {name: members for name, members in blocks.items() if members[0].kind != "width"}
     titles = {"qk": "QK", "v": "V", "head": "heads", "mlp": "hidden", "channel": "channels", "token": "tokens"}
     present = {group.role for members in blocks.values() for group in members}
     roles = [role for role in titles if role in present]
     table = _table("block", *(titles[role] for role in roles), "params", "share", "MACs", "share")
     for block, members in blocks.items():
         shown = ["+".join(_size(group) for group in members if group.role == role) or "-" for role in roles]
-        cost = together(anatomy, whole, [group.name for group in members if group.kind != "token"])
+        cost = together(anatomy, whole, [group.name for group in members if group.kind not in ("token", "block")])
         table.add_row(block, *shown, *_costs(cost.params, cost.macs, found))
     return table
 

@@ -83,6 +83,9 @@ def dimensions(row: Row, *, count_tokens: bool) -> Html:
         shown = [(layer, kept) for layer, kept in zip(layers, values, strict=True) if kept or len(layers) <= DEEP]
         if any(values):
             parts.append(figure(_bars(row, shown, kind), title=title))
+    if row.width is not None and row.width.kept < row.width.of:
+        everywhere = Layer(name="embedding", label="all")
+        parts.append(figure(_bars(row, [(everywhere, row.width)], "width"), title="Embedding width"))
     if not parts:
         return tag("p", "The results do not say what stays in each layer.")
     return tag("div", parts, class_="anatomy")

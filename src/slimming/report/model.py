@@ -97,6 +97,7 @@ class Row:
         top1: the same after retraining.
         seconds: stage -> how long it took.
         layers: what stays.
+        width: embedding width, where it can go.
         log: the log of its retraining, relative to the run's directory.
     """
 
@@ -112,6 +113,7 @@ class Row:
     top1: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
+    width: Kept | None = None
     log: str | None = None
 
 
@@ -310,6 +312,7 @@ def _row(node: _Node, *, dense: bool) -> Row:
         top1=_maybe(node, "top1", _Node.share),
         seconds={key: found.number() for key, found in _children(node, "seconds")},
         layers=_layers(_list(node, "layers")),
+        width=_maybe(node, "width", lambda found: _kept(found, "kept")),
         log=_maybe(node, "log", _Node.text),
     )
 
@@ -328,6 +331,8 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
         "mlp": "MLP",
         "channel": "channels",
         "token": "tokens",
+        "block": "branches",
+        "width": "width",
     }
     values = {key: f"{100 * limit:g} %" if limit <= 1 else _absolute(key, limit) for key, limit in limits.items()}
     known = [f"{value} {words.get(key, key)}".replace(" ", NBSP) for key, value in values.items()]

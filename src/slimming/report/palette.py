@@ -19,6 +19,8 @@ KINDS = {
     "mlp": ("MLP hidden units", "--mlp"),
     "channel": ("channels", "--qk"),
     "token": ("token positions", "--token"),
+    "block": ("whole attentions and MLPs", "--accent"),
+    "width": ("embedding features", "--accent"),
 }
 
 

@@ -6,7 +6,7 @@ timm makes the dense model again and `resize` how to give modules other sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
+from slimming.families.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
 from slimming.family import STRUCTURE, Family, Kept, take
-from slimming.groups import Anatomy
+from slimming.groups import Anatomy, Group
 from slimming.plan import Structure
 
 
@@ -52,11 +53,14 @@ class TimmViT(Family):
             for depth, sizes in enumerate(blocks)
             for group in block_groups(vit, depth, sizes, tokens=why_not is None, uncovered=uncovered)
         ]
-        uncovered.append("patch embedding, positions, norms, classifier and embedding width stay whole")
+        if (why_not := width_why_not(vit)) is None:
+            groups.append(width_group(vit, blocks))
+        else:
+            uncovered.append(f"embedding width: {why_not}")
         return Anatomy(
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
-            structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks)),
+            structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
             uncovered=tuple(uncovered),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
@@ -72,31 +76,30 @@ class TimmViT(Family):
         # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell. What a
         # hybrid's layers in front of the patches hold is not in its operations.
         plain = bool(anatomy.operations[0].live)
-        return plain and all(is_even(_after(sizes, kept)[0].heads) for sizes in _blocks(anatomy))
+        return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
-        blocks = [_after(sizes, kept)[0] for sizes in _blocks(anatomy)]
-        return replace(anatomy.structure, layers=_layers(blocks))
+        width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)
+        return replace(anatomy.structure, layers=_layers([after for after, _ in _all_after(anatomy, kept)], width))
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = dict(state)
-        for sizes in _blocks(anatomy):
-            after, order = _after(sizes, kept)
-            _select_attention_(result, sizes, after, order)
+        for sizes, (after, order) in zip(_blocks(anatomy), _all_after(anatomy, kept), strict=True):
+            if after.heads:
+                _select_attention_(result, sizes, after, order)
             hidden = f"{sizes.name}.mlp.hidden"
-            if hidden not in kept:
-                continue
-            for slices in anatomy.group(hidden).slices:
-                width = len(slices.index[0])
-                places = [slices.index[unit][part] for part in range(width) for unit in kept[hidden]]
-                result[slices.tensor] = take(result[slices.tensor], {slices.dim: places})
-        return result
+            if hidden in kept and after.hidden:
+                _select_units_(result, anatomy.group(hidden), kept[hidden])
+        if WIDTH in kept:
+            _select_units_(result, anatomy.group(WIDTH), kept[WIDTH])
+        return {name: tensor for name, tensor in result.items() if not name.startswith(_gone(anatomy, kept))}
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         vit = _vit(model)
-        blocks = [BlockSizes.from_dict(name, entry) for name, entry in structure.layers.items()]
+        blocks = _of_layers(structure.layers)
         for sizes in blocks:
-            resize_block_(vit.get_submodule(sizes.name), sizes)
+            resize_block_(vit, sizes)
+        resize_width_(vit, width_of(structure.layers))
         place_token_selects_(vit, blocks)
         vit.__dict__[STRUCTURE] = structure
 
@@ -108,15 +111,39 @@ def _vit(model: nn.Module) -> VisionTransformer:
 
 
 def _blocks(anatomy: Anatomy) -> list[BlockSizes]:
-    return [BlockSizes.from_dict(name, entry) for name, entry in anatomy.structure.layers.items()]
+    return _of_layers(anatomy.structure.layers)
 
 
-def _layers(blocks: list[BlockSizes]) -> dict[str, Any]:
-    return {sizes.name: {k: v for k, v in asdict(sizes).items() if k != "name"} for sizes in blocks}
+def _of_layers(layers: Mapping[str, Any]) -> list[BlockSizes]:
+    return [BlockSizes.from_dict(name, entry) for name, entry in layers.items() if name != WIDTH]
+
+
+def _layers(blocks: list[BlockSizes], width: int) -> dict[str, Any]:
+    entries = {sizes.name: {k: v for k, v in asdict(sizes).items() if k != "name"} for sizes in blocks}
+    return {**entries, WIDTH: {"width": width}}
 
 
 HeadOrder = list[tuple[list[int], list[int]]]
 """Per kept head, in the order of the slim model: its QK places and its V places in the dense model."""
+
+
+def _all_after(anatomy: Anatomy, kept: Kept) -> list[tuple[BlockSizes, HeadOrder]]:
+    """`_after` for every block: a token that left earlier is gone, also where a block has no group of its own."""
+    result: list[tuple[BlockSizes, HeadOrder]] = []
+    for sizes in _blocks(anatomy):
+        after, order = _after(sizes, kept)
+        if result:
+            present = set(result[-1][0].positions)
+            after = replace(after, positions=tuple(place for place in after.positions if place in present))
+        result.append((after, order))
+    return result
+
+
+def _gone(anatomy: Anatomy, kept: Kept) -> tuple[str, ...]:
+    """How the names of the tensors begin that go with their whole attention or MLP."""
+    inside = {"attn": ("norm1.", "attn.", "ls1."), "mlp": ("norm2.", "mlp.", "ls2.")}
+    sites = [g.site.rpartition(".") for g in anatomy.groups if g.role == "branch" and not kept[g.name]]
+    return tuple(f"{block}.{name}" for block, _, branch in sites for name in inside[branch])
 
 
 def _after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
@@ -142,11 +169,19 @@ def _after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
         positions = tuple(positions[unit] for unit in kept[f"{sizes.name}.tokens"])
     after = replace(
         sizes,
-        heads=tuple((len(qk), len(v)) for qk, v in order) if order else sizes.heads,
+        heads=tuple((len(qk), len(v)) for qk, v in order) if f"{site}.v" in kept else sizes.heads,
         hidden=len(kept.get(f"{sizes.name}.mlp.hidden", range(sizes.hidden))),
         positions=positions,
     )
     return after, order
+
+
+def _select_units_(state: dict[str, Tensor], group: Group, units: Sequence[int]) -> None:
+    """Replace every tensor of ``group`` in ``state`` by what ``units`` are of it."""
+    for slices in group.slices if len(units) < group.size else ():
+        parts = range(len(slices.index[0]))
+        places = [slices.index[unit][part] for part in parts for unit in units]
+        state[slices.tensor] = take(state[slices.tensor], {slices.dim: places})
 
 
 def _select_attention_(state: dict[str, Tensor], sizes: BlockSizes, after: BlockSizes, order: HeadOrder) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import GluMlp
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from slimming.families.timm_vit.sizes import BlockSizes
+from slimming.families.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.groups import Group, Limits, Scale, Slices, TokenSite
 
 Index = tuple[tuple[int, ...], ...]
@@ -29,9 +31,55 @@ def block_groups(
     vit: VisionTransformer, depth: int, sizes: BlockSizes, *, tokens: bool, uncovered: list[str]
 ) -> list[Group]:
     """The groups of one block; what cannot be cut is named in ``uncovered``."""
-    block = vit.get_submodule(sizes.name)
-    groups = _attention_groups(sizes, block.attn, uncovered) + _mlp_groups(sizes, block.mlp, uncovered)
-    return [*groups, _token_group(vit, depth, sizes)] if tokens else groups
+    block: Any = vit.get_submodule(sizes.name)
+    groups: list[Group] = []
+    if sizes.heads:
+        inside = _attention_groups(sizes, block.attn, uncovered)
+        groups += [
+            *inside,
+            *_branch(vit, f"{sizes.name}.attn", "norm1" if norm_follows(block) else "attn.proj", inside),
+        ]
+    if sizes.hidden:
+        inside = _mlp_groups(sizes, block.mlp, uncovered)
+        groups += [*inside, *_branch(vit, f"{sizes.name}.mlp", "norm2" if norm_follows(block) else "mlp.fc2", inside)]
+    # Tokens leave in front of a block; its attention is where their masks act.
+    return [*groups, _token_group(vit, depth, sizes)] if tokens and sizes.heads else groups
+
+
+def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -> list[Group]:
+    """A whole attention or MLP as one unit, where its inner units can go too.
+
+    Args:
+        vit: the model.
+        site: the module.
+        last: the layer of the block whose output is added to the residual stream.
+        inside: the groups of the module's inner units.
+    """
+    if not inside:
+        return []
+    owner = f"{site.rpartition('.')[0]}.{last}"
+    everything: dict[tuple[str, int, str], set[int]] = {}
+    for one in (one for group in inside for one in group.slices):
+        places = everything.setdefault((one.tensor, one.dim, one.side), set())
+        places.update(place for unit in one.index for place in unit)
+    return [
+        Group(
+            name=f"{site}.branch",
+            kind="block",
+            size=1,
+            site=site,
+            role="branch",
+            limits=Limits(minimum=0),
+            slices=tuple(
+                Slices(tensor=tensor, dim=dim, index=(tuple(sorted(places)),), side=side)
+                for (tensor, dim, side), places in everything.items()
+            ),
+            scales=tuple(
+                Scale(tensor=f"{owner}.{name}", dim=0, index=(tuple(range(len(tensor))),))
+                for name, tensor in vit.get_submodule(owner).named_parameters()
+            ),
+        )
+    ]
 
 
 def _single(count: int, *offsets: int) -> Index:

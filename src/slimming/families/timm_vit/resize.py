@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from timm.layers import GluMlp
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from slimming.families.timm_vit.sizes import BlockSizes
+from slimming.families.timm_vit.sizes import BlockSizes, head_sizes, norm_follows
 from slimming.family import linear_like
-from slimming.layers import Refusal, TokenSelect, UnevenAttention
+from slimming.layers import PartialBlock, Refusal, TokenSelect, UnevenAttention
 
 NEEDS_GRID = ("forward_intermediates", "prune_intermediate_layers", "get_intermediate_layers", "set_input_size")
 
 
 def is_even(heads: Sequence[tuple[int, int]]) -> bool:
-    """Whether timm's own attention can hold these heads: one size for all, QK and V alike."""
-    return len(set(heads)) == 1 and heads[0][0] == heads[0][1]
+    """Whether timm's own attention can hold these heads, if there are any: one size for all, QK and V alike."""
+    return not heads or (len(set(heads)) == 1 and heads[0][0] == heads[0][1])
 
 
 def query_factor(sizes: BlockSizes) -> float:
@@ -31,17 +32,16 @@ def query_factor(sizes: BlockSizes) -> float:
     return sizes.scale * math.sqrt(sizes.heads[0][0]) if is_even(sizes.heads) else 1.0
 
 
-def resize_block_(block: nn.Module, sizes: BlockSizes) -> None:
-    """Give the attention and the MLP of ``block`` the wanted sizes; contents of resized tensors are undefined."""
-    attention = block.attn
-    if isinstance(attention, UnevenAttention):
-        heads = tuple(attention.heads)
-    else:
-        heads = ((attention.head_dim, attention.head_dim),) * attention.num_heads
-    if heads != sizes.heads:
-        block.attn = _even(attention, sizes) if is_even(sizes.heads) else _uneven(attention, sizes)
+def resize_block_(vit: VisionTransformer, sizes: BlockSizes) -> None:
+    """Give the attention and the MLP of a block the wanted sizes; contents of resized tensors are undefined."""
+    block: Any = vit.get_submodule(sizes.name)
+    if (bool(sizes.heads), sizes.hidden > 0) != (block.attn is not None, block.mlp is not None):
+        block = PartialBlock(block, attention=bool(sizes.heads), mlp=sizes.hidden > 0, post_norm=norm_follows(block))
+        vit.blocks.add_module(sizes.name.removeprefix("blocks."), block)
+    if head_sizes(block.attn) != sizes.heads:
+        block.attn = _even(block.attn, sizes) if is_even(sizes.heads) else _uneven(block.attn, sizes)
     mlp = block.mlp
-    if mlp.fc2.in_features != sizes.hidden:
+    if mlp is not None and mlp.fc2.in_features != sizes.hidden:
         rows = 2 * sizes.hidden if isinstance(mlp, GluMlp) else sizes.hidden
         mlp.fc1 = linear_like(mlp.fc1, mlp.fc1.in_features, rows)
         mlp.fc2 = linear_like(mlp.fc2, sizes.hidden, mlp.fc2.out_features)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError
-from slimming.layers import TokenSelect, UnevenAttention
+from slimming.layers import PartialBlock, TokenSelect, UnevenAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class BlockSizes:
 
     Attributes:
         name: the block's module name.
-        heads: (QK, V) dimensions of each head, in order.
+        heads: (QK, V) dimensions of each head, in order; none where the attention is gone.
         scale: factor of the attention logits.
-        hidden: hidden units of the MLP.
+        hidden: hidden units of the MLP; 0 where it is gone.
         positions: patch positions that are present, as places in the dense grid, row by row.
     """
 
@@ -57,8 +57,8 @@ class BlockSizes:
                 hidden=int(entry["hidden"]),
                 positions=tuple(int(position) for position in entry["positions"]),
             )
-            every = [size for head in sizes.heads for size in head] + [sizes.hidden, len(sizes.positions)]
-            if not sizes.heads or min(every) < 1:
+            every = [size for head in sizes.heads for size in head] + [sizes.hidden + 1, len(sizes.positions)]
+            if min(every) < 1:
                 raise ValueError("a size below 1")
             return sizes
         except (KeyError, TypeError, ValueError) as error:
@@ -80,29 +80,40 @@ def block_sizes(vit: VisionTransformer) -> list[BlockSizes]:
             positions = tuple(positions[place - prefix] for place in block.index.tolist()[prefix:])
             continue
         name = f"blocks.{key}"
-        _check(name, block, Block, ResPostBlock)
-        _check(f"{name}.attn", block.attn, Attention, UnevenAttention)
-        _check(f"{name}.mlp", block.mlp, Mlp, GluMlp)
-        attention = block.attn
-        if isinstance(attention, UnevenAttention):
-            heads = tuple(attention.heads)
-        else:
-            heads = ((attention.head_dim, attention.head_dim),) * attention.num_heads
+        _check(name, block, Block, ResPostBlock, PartialBlock)
+        if block.attn is not None:
+            _check(f"{name}.attn", block.attn, Attention, UnevenAttention)
+        if block.mlp is not None:
+            _check(f"{name}.mlp", block.mlp, Mlp, GluMlp)
         result.append(
             BlockSizes(
                 name=name,
-                heads=heads,
-                scale=float(attention.scale),
-                hidden=block.mlp.fc2.in_features,
+                heads=head_sizes(block.attn),
+                scale=1.0 if block.attn is None else float(block.attn.scale),
+                hidden=0 if block.mlp is None else block.mlp.fc2.in_features,
                 positions=positions,
             )
         )
     return result
 
 
+def head_sizes(attention: nn.Module | None) -> tuple[tuple[int, int], ...]:
+    """(QK, V) dimensions of each head; none where there is no attention."""
+    if attention is None:
+        return ()
+    if isinstance(attention, UnevenAttention):
+        return tuple(attention.heads)
+    return ((int(attention.head_dim), int(attention.head_dim)),) * int(attention.num_heads)
+
+
+def norm_follows(block: nn.Module) -> bool:
+    """Whether the norms of ``block`` follow its attention and MLP instead of leading to them."""
+    return isinstance(block, ResPostBlock) or (isinstance(block, PartialBlock) and block.post_norm)
+
+
 def _check(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
     if type(module) not in classes:
-        readable = " and ".join(c.__name__ for c in classes if c is not UnevenAttention)
+        readable = " and ".join(c.__name__ for c in classes if c not in (UnevenAttention, PartialBlock))
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, which family timm-vit does not read (it reads {readable}). "
             "docs/add-a-family.md shows how to add a reader."
