@@ -43,7 +43,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     model = timm.create_model(settings.model)
     whole = slimming.cost(model)
-    masks = slimming.attach(model, [group for group in slimming.describe(model) if group.kind != "head"])
+    masks = slimming.attach(model)
     for mask in masks.values():
         torch.nn.init.uniform_(mask)
     slimming.plan(masks, BUDGETS[0], score="mask", solver="exact")  # imports what it needs

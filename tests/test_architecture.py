@@ -37,6 +37,7 @@ LAYERS = {
     "cut": 2,
     "layers": 2,
     "checkpoint": 3,
+    "latency": 3,
     "training": 3,
     "bench": 3,
     "report": 3,

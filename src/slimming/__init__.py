@@ -20,6 +20,7 @@ from slimming.plan import Budget, Layout, Plan
 
 if TYPE_CHECKING:
     from slimming.contract import Check, check
+    from slimming.latency import LatencyTable, build_latency_table
     from slimming.pipeline import ModelConfig, RunConfig, open_data, open_model, run
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
@@ -36,6 +37,7 @@ __all__ = [
     "Check",
     "DataConfig",
     "DistilConfig",
+    "LatencyTable",
     "Layout",
     "MatchTask",
     "ModelConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "SearchResult",
     "TrainConfig",
     "attach",
+    "build_latency_table",
     "check",
     "cost",
     "cut",
@@ -68,6 +71,8 @@ _LAZY = {
     "Check": "contract",
     "DataConfig": "training.config",
     "DistilConfig": "retrain",
+    "LatencyTable": "latency",
+    "build_latency_table": "latency",
     "ModelConfig": "pipeline",
     "RunConfig": "pipeline",
     "MatchTask": "training.tasks",

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
 from slimming.families import family_called, family_of
 from slimming.groups import Anatomy, Group, keep_all
 from slimming.io import atomic_write_bytes, seal, unseal
+from slimming.latency import LatencyTable
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
 
@@ -154,6 +155,7 @@ def plan(
     score: str | None = None,
     fold: bool | None = None,
     solver: str | None = None,
+    latency: LatencyTable | str | Path | None = None,
 ) -> Plan:
     """Decide which units stay under ``budget``.
 
@@ -167,9 +169,10 @@ def plan(
             it is the default for one limit. ``"exact"`` keeps the most total score that fits, by linear programming
             (see `slimming.solve`): the default for several limits, which one order meets badly. Its plans are not
             nested. Keep ratios need no solver.
+        latency: the table, or its file, that says how long a model takes; needed for limits of latency.
 
     Raises:
-        ConfigError: there is no such solver.
+        ConfigError: there is no such solver, or no latency table for a limit of latency.
         BudgetError: the budget cannot be reached; the message says the smallest that can.
         PlanError: the scores are of another model or not finite.
         CheckpointError: the scores file is damaged.
@@ -195,20 +198,35 @@ def plan(
     layout = layout or rating.layout
     if budget.memory_bytes is not None:
         _check_memory(rating.anatomy, layout)
-    return rank.make_plan(
-        rating.anatomy,
-        rating.scores,
-        budget,
-        layout,
-        partial(_measure, rating.anatomy),
-        fold=rating.fold if fold is None else fold,
-        solver=solver,
-    )
+    table = None
+    if budget.latency is not None or budget.latency_ms is not None:
+        table = _latency_table(latency, layout)
+    measure = partial(_measure, rating.anatomy, table)
+    fold = rating.fold if fold is None else fold
+    found = rank.make_plan(rating.anatomy, rating.scores, budget, layout, measure, fold=fold, solver=solver)
+    if table is None:
+        return found
+    counts = {name: len(units) for name, units in complete(rating.anatomy, found).items()}
+    return replace(found, solution={**found.solution, "latency_ms": table.predict(rating.anatomy, counts)})
 
 
-def _measure(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, int]:
+def _measure(anatomy: Anatomy, table: LatencyTable | None, kept: Mapping[str, int]) -> dict[str, float]:
     found = total(anatomy, kept)
-    return {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+    costs: dict[str, float] = {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+    if table is not None:
+        costs["latency"] = costs["latency_ms"] = table.predict(anatomy, kept)
+    return costs
+
+
+def _latency_table(given: LatencyTable | str | Path | None, layout: Layout) -> LatencyTable:
+    if given is None:
+        raise ConfigError(
+            "A budget of latency needs a table of the device: slimming latency-table build MODEL --output FILE, then "
+            "plan(…, latency=FILE) or --latency-table FILE."
+        )
+    if not layout.equal_heads:
+        raise BudgetError("Latency tables are of heads of one size. Give layout.equal_heads, or params or macs.")
+    return given if isinstance(given, LatencyTable) else LatencyTable.load(given)
 
 
 def _check_memory(anatomy: Anatomy, layout: Layout) -> None:

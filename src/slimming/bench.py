@@ -122,11 +122,15 @@ def paired_times(
     *,
     runs: int = 20,
     seconds: float = 2.0,
+    like: Tensor | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i."""
+    """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i.
+
+    The input is of the type and on the device of ``like``, by default of the model's first parameter.
+    """
     inputs = {}
     for name, model in models.items():
-        parameter = next(model.parameters())
+        parameter = next(model.parameters()) if like is None else like
         inputs[name] = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
         model.eval()
     # Two passes to warm up; the second tells how many passes make a block long enough for the clock.

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimming.groups import Anatomy
+from slimming.errors import UnsupportedModelError
+from slimming.groups import Anatomy, Piece
 from slimming.plan import Structure
 
 STRUCTURE = "slimming_structure"
@@ -60,6 +61,15 @@ class Family(abc.ABC):
     def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
         """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
         return False
+
+    def piece_module(
+        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        """A module that does what ``piece`` does at ``sizes``, for timing, and the shape of its input without batch.
+
+        A `torch.nn.Sequential` is so many copies of the piece.
+        """
+        raise UnsupportedModelError(f"Family {self.name} has no pieces to time.")
 
     @abc.abstractmethod
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:

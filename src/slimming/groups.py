@@ -178,6 +178,27 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A step of the forward pass that takes time, by what its time depends on.
+
+    Attributes:
+        name: the module, or another name where it is none.
+        kind: what it does, for example ``"attention"``.
+        like: what else tells two pieces of one kind apart.
+        axes: sizes that its time depends on, by name.
+        alive: a product that is 0 once the piece is gone.
+        unless_same: the piece does nothing, and is not there, while its tokens are as many as these.
+    """
+
+    name: str
+    kind: str
+    like: str
+    axes: tuple[tuple[str, Dim], ...]
+    alive: Product = ()
+    unless_same: Dim | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """Everything that the other stages need to know of a model, as plain data.
 
@@ -188,6 +209,7 @@ class Anatomy:
         uncovered: parts that cannot be cut, each with the reason.
         input_shape: channels, height and width of the image that the model takes.
         sizes: module -> its sizes, for families that resize modules by them.
+        pieces: the forward pass, for latency tables; empty where the family has none.
     """
 
     groups: tuple[Group, ...]
@@ -196,6 +218,7 @@ class Anatomy:
     uncovered: tuple[str, ...]
     input_shape: tuple[int, int, int]
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
 
     def group(self, name: str) -> Group:
         """The group called ``name``.

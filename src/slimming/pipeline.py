@@ -73,6 +73,7 @@ class RunConfig:
         distil: how it learns from the dense model; null trains on labels only.
         bench: how time is measured.
         note: a sentence on the data or the purpose, for the report.
+        latency_table: file of the latency table, where a budget limits the latency.
     """
 
     model: ModelConfig
@@ -84,6 +85,7 @@ class RunConfig:
     distil: DistilConfig | None = field(default_factory=DistilConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     note: str = ""
+    latency_table: str | None = None
 
     def __post_init__(self) -> None:
         names = [budget.name for budget in self.budgets]
@@ -252,7 +254,7 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> None:
     groups = searched(describe(model, coupled=config.search.coupled), config.search.kinds)
     masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
     for budget in config.budgets:
-        plan(masks, budget, layout=config.search.layout, score="mask")
+        plan(masks, budget, layout=config.search.layout, score="mask", latency=config.latency_table)
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
@@ -320,7 +322,7 @@ def _one_budget(
         say(f"{budget.name}: done before")
         return checkpoint.load(directory / "slim"), read_json(row_file)
     began = time.monotonic()
-    chosen = _plan(budget, result, directory)
+    chosen = _plan(budget, result, config.latency_table, directory)
     small = cut(result.model, chosen).eval()
     seconds = {"cut": time.monotonic() - began}
     top1_cut = judge(small)["top1"]
@@ -358,8 +360,8 @@ def _silent(line: str) -> None:
     """Say nothing: the first process speaks for all."""
 
 
-def _plan(budget: Budget, result: SearchResult, directory: Path) -> Plan:
+def _plan(budget: Budget, result: SearchResult, latency_table: str | None, directory: Path) -> Plan:
     target = directory / "plan.json"
     if not target.exists():
-        plan(result, budget).save(target)
+        plan(result, budget, latency=latency_table).save(target)
     return Plan.load(target)

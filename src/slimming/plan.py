@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ KINDS = ("head_dim", "head", "mlp", "channel", "token", "block", "width")
 """The kinds of unit, in the order in which they are shown."""
 
 
-METRICS = ("params", "macs", "memory_bytes")
-"""What a budget can limit, see `slimming.cost.Cost`."""
+METRICS = ("params", "macs", "memory_bytes", "latency", "latency_ms")
+"""What a budget can limit, see `slimming.cost.Cost` and `slimming.latency`."""
 
 LEAST_ABSOLUTE = 1000
 """Limits from here on are absolute numbers; a limit between 1 and this is taken for a mistake."""
@@ -30,14 +30,16 @@ LEAST_ABSOLUTE = 1000
 class Budget:
     """What the slim model may cost.
 
-    Give keep ratios per kind, or one or more of ``params``, ``macs`` and ``memory_bytes``, which then all hold. A
-    limit in (0, 1] is a share of the dense model, one of 1000 or more is absolute.
+    Give keep ratios per kind, or one or more limits, which then all hold. A limit of ``params``, ``macs`` or
+    ``memory_bytes`` in (0, 1] is a share of the dense model, one of 1000 or more is absolute.
 
     Attributes:
         keep: kind of unit -> share of its units that may stay, over the whole network (ViT-Slim, section 3.3).
         params: parameters.
         macs: multiply-adds of one image.
         memory_bytes: weights and peak activations of one image, in float32; see `slimming.cost`.
+        latency: share of the dense model's time of one pass, by a latency table.
+        latency_ms: milliseconds of one pass, by a latency table.
 
     Raises:
         BudgetError: nothing was given, or a limit is neither a share nor an absolute number.
@@ -50,11 +52,13 @@ class Budget:
     params: float | None = None
     macs: float | None = None
     memory_bytes: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         limits = self.limits
         for name, value in limits.items():
-            self._check(name, value, absolute=True)
+            self._check(name, value, absolute=name != "latency")
         if self.keep is not None:
             if not self.keep or limits:
                 raise BudgetError(f"A budget takes keep ratios alone (at least one), or {', '.join(METRICS)}.")
@@ -69,7 +73,10 @@ class Budget:
     @staticmethod
     def _check(name: str, value: Any, *, absolute: bool) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not (0 < value <= 1 or (absolute and value >= LEAST_ABSOLUTE)):
+        if name == "latency_ms":
+            if not number or value <= 0:
+                raise BudgetError(f"Budget latency_ms={value} is no time; give milliseconds above 0.")
+        elif not number or not (0 < value <= 1 or (absolute and value >= LEAST_ABSOLUTE)):
             rest = f"; or an absolute number of {LEAST_ABSOLUTE} or more" if absolute else ""
             raise BudgetError(
                 f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1{rest}."
@@ -80,11 +87,26 @@ class Budget:
         """The limits that were given, by metric."""
         return {name: value for name in METRICS if (value := getattr(self, name)) is not None}
 
+    def absolute(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """The limits as numbers, given those of the dense model."""
+        return {name: value * dense[name] if self.is_share(name) else value for name, value in self.limits.items()}
+
+    def alone(self, name: str) -> Budget:
+        """The budget with one of its limits."""
+        return replace(self, **{other: None for other in METRICS if other != name})
+
+    def is_share(self, name: str) -> bool:
+        """Whether the limit ``name`` is a share of the dense model."""
+        return name != "latency_ms" and self.limits[name] <= 1
+
     @property
     def name(self) -> str:
         """A name for files and tables, such as ``"macs-0.50"``."""
         values = self.keep if self.keep is not None else self.limits
-        return "_".join(f"{key}-{_short(values[key])}" for key in sorted(values))
+        return "_".join(
+            f"{key}-{values[key]:g}" if key == "latency_ms" else f"{key}-{_short(values[key])}"
+            for key in sorted(values)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The limits that were given, as JSON takes them."""
@@ -170,7 +192,7 @@ class Plan:
         budget: the budget that it answers, as `Budget.to_dict` gives it.
         solution: how the units were chosen under limits: ``{"solver": "nested"}``, or the exact solver's
             ``kept_score`` (share of the total score that stays) and ``gap`` (by how much of it a better choice could
-            be, at most).
+            be, at most); with a latency table also the ``latency_ms`` that it says.
         fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
             what stays 1, as the paper does.
     """

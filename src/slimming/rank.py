@@ -21,11 +21,15 @@ from slimming.groups import Anatomy, Group, resolve
 from slimming.plan import KINDS, Budget, Layout, Plan
 from slimming.solve import GAP, knapsack
 
-Measure = Callable[[Mapping[str, int]], Mapping[str, int]]
+Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
 """From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
 
 _ROUNDS = 10
 """How often costs are made linear anew, at most."""
+
+
+_FIRST = ("macs", "latency", "latency_ms", "params", "memory_bytes")
+"""Of several limits, the one by whose order the exact solver begins."""
 
 
 def make_plan(
@@ -118,12 +122,12 @@ def _counts(anatomy: Anatomy, dropped: Mapping[str, set[int]]) -> dict[str, int]
 def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure) -> dict[str, set[int]]:
     full = {group.name: group.size for group in anatomy.groups}
     dense = measure(full)
-    limits = _absolute(budget, dense)
+    limits = budget.absolute(dense)
     names = {name for chunk in chunks for name, _ in chunk.units}
     price = {name: _unit_price(anatomy, name, full, dense, limits, measure) for name in names}
     order = _sequence(chunks, lambda chunk: sum(price[name] for name, _ in chunk.units))
 
-    def cost_after(count: int) -> Mapping[str, int]:
+    def cost_after(count: int) -> Mapping[str, float]:
         return measure(_counts(anatomy, _dropped(order[:count])))
 
     def fits(count: int) -> bool:
@@ -134,7 +138,7 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
         least = cost_after(len(order))
         reach = ", ".join(
             f"{name} {_rounded_up(least[name] / dense[name])}"
-            + (f" ({least[name]:,})" if budget.limits[name] > 1 else "")
+            + ("" if budget.is_share(name) else f" ({least[name]:,.10g})")
             for name in limits
         )
         wanted = ", ".join(f"{name} {limit:,.10g}" for name, limit in budget.limits.items())
@@ -156,7 +160,7 @@ def _exactly(
     the gap is then that of the linear problem. Which whole attentions and MLPs go is left as one order has it.
     """
     full = {group.name: group.size for group in anatomy.groups}
-    limits = _absolute(budget, measure(full))
+    limits = budget.absolute(measure(full))
     site = {group.name: group.site for group in anatomy.groups}
 
     def value(chunk: Chunk) -> float:
@@ -168,7 +172,7 @@ def _exactly(
     def worth(dropped: Mapping[str, set[int]]) -> float:
         return sum(map(value, stay(dropped)))
 
-    def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, int]) -> Any:
+    def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, float]) -> Any:
         """What one more unit of a group costs, or one less where all are there, per metric."""
         gone = dropped.get(name, set())
         if _goes_alone(anatomy.group(name)):
@@ -179,9 +183,10 @@ def _exactly(
         return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
 
     best, current, bound = start, start, None
-    if len(limits) > 1 and "macs" in limits:
-        # The one order that holds both ends far below one of them, a poor place to make costs linear at.
-        current = _for_limits(anatomy, chunks, Budget(macs=budget.macs), measure)
+    if len(limits) > 1:
+        # The one order that holds all ends far below some of them, a poor place to make costs linear at.
+        first = next(name for name in _FIRST if name in limits)
+        current = _for_limits(anatomy, chunks, budget.alone(first), measure)
     branches = {group.name for group in anatomy.groups if group.role == "branch"}
     whole = {name: units for name, units in current.items() if name in branches}
     chosen_from = [c for c in chunks if c.units[0][0] not in branches and f"{site[c.units[0][0]]}.branch" not in whole]
@@ -245,11 +250,6 @@ def _before(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _absolute(budget: Budget, dense: Mapping[str, int]) -> dict[str, float]:
-    """The limits of ``budget`` as numbers, given those of the dense model."""
-    return {name: limit * dense[name] if limit <= 1 else limit for name, limit in budget.limits.items()}
-
-
 def _rounded_up(share: float) -> str:
     """A share as messages give it, never below ``share``, so that the named budget can be reached."""
     return f"{math.ceil(share * 1e4) / 1e4:.4f}"
@@ -269,7 +269,7 @@ def _unit_price(
     anatomy: Anatomy,
     name: str,
     full: Mapping[str, int],
-    dense: Mapping[str, int],
+    dense: Mapping[str, float],
     limits: Mapping[str, float],
     measure: Measure,
 ) -> float:

@@ -31,13 +31,11 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
 
-    import torch
-
     from slimming.api import anatomy_of, cost
     from slimming.bench import machine
     from slimming.cli.flags import given
     from slimming.cli.jobs import BenchJob, from_values
-    from slimming.cli.models import choose_device, open_named
+    from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.errors import ConfigError
     from slimming.results import measure_all
 
@@ -45,10 +43,7 @@ def execute(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     if len(set(arguments.models)) < len(arguments.models):
         raise ConfigError("A model is given twice; take one of them out.")
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ConfigError(f"--threads is {arguments.threads}; it must be at least 1.")
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     models = {name: open_named(name).to(device).eval() for name in arguments.models}
     shapes = {name: anatomy_of(model).input_shape for name, model in models.items()}
     for name, shape in shapes.items():

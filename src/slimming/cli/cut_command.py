@@ -18,6 +18,7 @@ slim checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what s
 
   slimming cut runs/search --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
   slimming cut runs/search --budget macs=1.2e9,params=12e6 --output runs/cut
+  slimming cut runs/search --budget latency_ms=12 --latency-table laptop.json --output runs/cut
   slimming cut runs/dense/model --plan plan.json --output runs/cut
 """
 
@@ -38,6 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="one size for all heads of a layer (default: as searched)")  # fmt: skip
     parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
                         help="sizes are multiples of this (default: as searched)")  # fmt: skip
+    parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, for budgets of "
+                        "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
                         help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
 
@@ -84,6 +87,7 @@ def _write(model: nn.Module, plans: dict[str, Plan], record: dict[str, object], 
         say(
             f"{output / name}: {found.params / dense.params:.1%} of the params, "
             f"{found.macs / dense.macs:.1%} of the MACs"
+            + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
         )
 
 
@@ -113,8 +117,11 @@ def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], d
         raise CheckpointError(f"{source} holds no finished search. Give a directory that slimming search wrote.")
     result = load_search(found)
     layout = _layout(arguments, result.config.layout)
+    table = arguments.latency_table
     record = {"source": str(source), "search": plain(result.config), "versions": versions()}
-    plans = {budget.name: plan(result, budget, layout=layout, solver=arguments.solver) for budget in budgets}
+    plans = {
+        budget.name: plan(result, budget, layout=layout, solver=arguments.solver, latency=table) for budget in budgets
+    }
     return result.model, plans, record
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a dense model, or retrain a cut one with a teacher",
     "eval": "top-1 of checkpoints on validation images",
     "bench": "what models cost: params, MACs, memory, measured latency",
+    "latency-table": "measure the pieces of a model here, for budgets of latency",
     "inspect": "what can go in a model, and what each part costs",
     "report": "write a run's report again and show its table",
     "demo": "the whole chain on an embedded model and embedded images",
@@ -79,12 +80,12 @@ def _run(words: Sequence[str]) -> int:
 
 def command(name: str) -> ModuleType:
     """The module of a command: ``DESCRIPTION``, ``arguments(parser)`` and ``execute(arguments)``."""
-    return import_module(f"slimming.cli.{name}_command")
+    return import_module(f"slimming.cli.{name.replace('-', '_')}_command")
 
 
 def overview() -> str:
     """What ``slimming --help`` prints."""
-    lines = [f"  {name:<9} {line}" for name, line in COMMANDS.items()]
+    lines = [f"  {name:<13} {line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
             "usage: slimming COMMAND ...",

@@ -62,6 +62,19 @@ def search_directory(path: Path) -> Path | None:
     return next((place for place in (path, path / "search") if (place / RECORD).exists()), None)
 
 
+def use_threads(count: int | None) -> None:
+    """Let torch use ``count`` threads; None leaves them as they are.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise ConfigError(f"--threads is {count}; it must be at least 1.")
+    torch.set_num_threads(count)
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device called ``name``; by default a GPU where there is one.
 

@@ -227,7 +227,9 @@ class _Node:
             raise self.wrong("between 0 and 1")
         return self.number()
 
-    def limit(self) -> float:
+    def limit(self, metric: str) -> float:
+        if metric == "latency_ms":
+            return self.positive()
         if not (0 < self.number() <= 1 or self.number() >= LEAST_ABSOLUTE):
             raise self.wrong(f"a share between 0 and 1, or at least {LEAST_ABSOLUTE}")
         return self.number()
@@ -322,11 +324,13 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
     if budget is None or not budget.mapping():
         return name, name
     keep = budget.get("keep")
-    limits = {key: node.share() if keep else node.limit() for key, node in (keep or budget).entries()}
+    limits = {key: node.share() if keep else node.limit(key) for key, node in (keep or budget).entries()}
     words = {
         "macs": "MACs",
         "params": "params",
         "memory_bytes": "memory",
+        "latency": "latency",
+        "latency_ms": "latency",
         "head_dim": "head dims",
         "mlp": "MLP",
         "channel": "channels",
@@ -334,13 +338,16 @@ def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
         "block": "branches",
         "width": "width",
     }
-    values = {key: f"{100 * limit:g} %" if limit <= 1 else _absolute(key, limit) for key, limit in limits.items()}
+    shares = {key: limit <= 1 and key != "latency_ms" for key, limit in limits.items()}
+    values = {key: f"{100 * limit:g} %" if shares[key] else _absolute(key, limit) for key, limit in limits.items()}
     known = [f"{value} {words.get(key, key)}".replace(" ", NBSP) for key, value in values.items()]
     short = next(iter(values.values())).replace(" ", NBSP) if len(values) == 1 else name
     return ", ".join(known) or name, short
 
 
 def _absolute(metric: str, limit: float) -> str:
+    if metric == "latency_ms":
+        return f"{limit:g} ms"
     unit = scale([limit], base="B" if metric == "memory_bytes" else "")
     return f"{unit.show(limit)} {unit.unit}"
 

@@ -18,11 +18,12 @@ from slimming.errors import UnsupportedModelError
 from slimming.families.timm_vit.base import build, constructor, input_channels, rebased
 from slimming.families.timm_vit.cost import operations
 from slimming.families.timm_vit.groups import block_groups, tokens_why_not
+from slimming.families.timm_vit.pieces import piece_module, pieces
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.families.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
 from slimming.family import STRUCTURE, Family, Kept, take
-from slimming.groups import Anatomy, Group
+from slimming.groups import Anatomy, Group, Piece
 from slimming.plan import Structure
 
 
@@ -61,6 +62,7 @@ class TimmViT(Family):
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
             structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
+            pieces=pieces(vit, blocks, {group.name for group in groups}),
             uncovered=tuple(uncovered),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
@@ -77,6 +79,11 @@ class TimmViT(Family):
         # hybrid's layers in front of the patches hold is not in its operations.
         plain = bool(anatomy.operations[0].live)
         return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
+
+    def piece_module(
+        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        return piece_module(_vit(model), piece, sizes)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)

@@ -32,12 +32,12 @@ def operations(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str
         blocks: its sizes.
         groups: names of the groups that exist; a size that no group names is fixed.
     """
-    width = _dim(WIDTH, vit.embed_dim, groups)
+    width = dim_of(WIDTH, vit.embed_dim, groups)
     sequence = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
     result = [_stem(vit, width, sequence)]
     first, incoming = sequence, sequence
     for sizes in blocks:
-        tokens = _tokens(vit, sizes, groups, incoming)
+        tokens = tokens_of(vit, sizes, groups, incoming)
         result += _block_operations(vit.get_submodule(sizes.name), sizes, groups, width, first, incoming, tokens)
         incoming = tokens
     return (*result, _head(vit, width, first, incoming), _logits(vit, width, incoming))
@@ -52,7 +52,8 @@ def _multiple(numel: int, vit: VisionTransformer, width: Dim) -> Product:
     return (Dim(fixed=numel // vit.embed_dim), width)
 
 
-def _tokens(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str], incoming: Dim) -> Dim:
+def tokens_of(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str], incoming: Dim) -> Dim:
+    """Tokens in a block, prefix included, given those in the block before."""
     name = f"{sizes.name}.tokens"
     if name in groups:
         return Dim(fixed=vit.num_prefix_tokens, groups=((name, 1),))
@@ -102,7 +103,7 @@ def _block_operations(
     # Where the norm comes after, attention and MLP read the residual stream itself instead of a normed copy.
     normed: tuple[Product, ...] = () if norm_follows(block) else ((tokens, width),)
     result = [Operation(name=f"{sizes.name}.tokens", live=((first, width), (incoming, width), (tokens, width)))]
-    attends = _alive(f"{sizes.name}.attn", groups)
+    attends = alive_of(f"{sizes.name}.attn", groups)
     if sizes.heads:
         operation = _attention(block, sizes, groups, width, tokens)
         result.append(_if_alive(operation, attends, (*held, *normed), held_if_fewer))
@@ -110,12 +111,12 @@ def _block_operations(
         # Beside the block's input there is the sum with the attention's output.
         attended: tuple[Product, ...] = ((tokens, width, *attends),) if sizes.heads else ()
         operation = _mlp(block, sizes, groups, width, tokens)
-        alive = _alive(f"{sizes.name}.mlp", groups)
+        alive = alive_of(f"{sizes.name}.mlp", groups)
         result.append(_if_alive(operation, alive, (*held, *attended, *normed), held_if_fewer))
     return result
 
 
-def _alive(site: str, groups: Set[str]) -> Product:
+def alive_of(site: str, groups: Set[str]) -> Product:
     """A factor that is 0 once the whole attention or MLP is gone, where it can go."""
     return (Dim(groups=((f"{site}.branch", 1),)),) if f"{site}.branch" in groups else ()
 
@@ -138,8 +139,8 @@ def _if_alive(
 
 def _attention(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, tokens: Dim) -> Operation:
     site, attention, one = f"{sizes.name}.attn", block.attn, Dim(fixed=1)
-    qk = _qk_dim(sizes, groups)
-    v = _dim(f"{site}.v", sizes.v_total, groups)
+    qk = qk_of(sizes, groups)
+    v = dim_of(f"{site}.v", sizes.v_total, groups)
     projected = qk + qk + v
     params: list[Product] = [(width, projected), (v, width)]
     params += [(projected, one)] if attention.qkv.bias is not None else []
@@ -155,7 +156,7 @@ def _attention(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, toke
 
 def _mlp(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, tokens: Dim) -> Operation:
     site, mlp, one = f"{sizes.name}.mlp", block.mlp, Dim(fixed=1)
-    hidden = _dim(f"{site}.hidden", sizes.hidden, groups)
+    hidden = dim_of(f"{site}.hidden", sizes.hidden, groups)
     gated = isinstance(mlp, GluMlp)
     rows = hidden + hidden if gated else hidden
     params: list[Product] = [(width, rows), (hidden, width), (Dim(fixed=_numel(mlp.norm)),)]
@@ -179,15 +180,16 @@ def _wide(width: Dim, sizes: BlockSizes, block: Any, *names: str) -> Product:
     return (Dim(fixed=len(tensors)), width)
 
 
-def _qk_dim(sizes: BlockSizes, groups: Set[str]) -> Dim:
+def qk_of(sizes: BlockSizes, groups: Set[str]) -> Dim:
     """QK dimensions of all heads; where QK stays whole they go with their heads, which are then of one size."""
     name, heads = f"{sizes.name}.attn.qk", f"{sizes.name}.attn.heads"
     if name not in groups and heads in groups:
         return Dim(groups=((heads, sizes.heads[0][0]),))
-    return _dim(name, sizes.qk_total, groups)
+    return dim_of(name, sizes.qk_total, groups)
 
 
-def _dim(name: str, size: int, groups: Set[str]) -> Dim:
+def dim_of(name: str, size: int, groups: Set[str]) -> Dim:
+    """The units of group ``name`` where it exists, else ``size``."""
     return Dim(groups=((name, 1),)) if name in groups else Dim(fixed=size)
 
 

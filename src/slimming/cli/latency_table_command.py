@@ -1,0 +1,68 @@
+"""``slimming latency-table``: measure the pieces of a model on this device."""
+
+from __future__ import annotations
+
+import argparse
+
+DESCRIPTION = """\
+Measure the pieces of a model (attention, MLP, token selection, patch embedding, head) at a grid of sizes, on this
+device, and write the table that budgets of latency are planned with. A table that is there already is gone on with.
+MODEL is a name as in inspect or a checkpoint directory; its weights do not matter. merge joins tables of one setting.
+
+  slimming latency-table build deit_small_patch16_224 --output laptop.json
+  slimming latency-table build deit_small_patch16_224 --batch-size 16 --threads 4 --output server.json
+  slimming latency-table merge one.json other.json --output both.json
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("action", choices=("build", "merge"), help="what to do")
+    parser.add_argument("inputs", nargs="+", metavar="MODEL|FILE", help="one model to build of, or tables to merge")
+    parser.add_argument("--output", metavar="FILE", required=True, help="the table")
+    parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
+                        help="arguments of the host's constructor, such as timm's img_size")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
+    parser.add_argument("--runtime", default="eager", metavar="NAME", help="eager or compile (default: eager)")
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    from typing import Any
+
+    from slimming.cli.flags import parse_flag
+    from slimming.cli.models import choose_device, open_named, use_threads
+    from slimming.cli.output import say
+    from slimming.errors import ConfigError, nearest
+    from slimming.latency import LatencyTable, build_latency_table
+
+    if arguments.action == "merge":
+        table, *others = (LatencyTable.load(path) for path in arguments.inputs)
+        for other in others:
+            table = table.merged(other)
+        table.save(arguments.output)
+        say(f"{arguments.output}: {len(table.points)} points")
+        return
+    import torch
+
+    if len(arguments.inputs) != 1:
+        raise ConfigError("Give one model to build a table of.")
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size is {arguments.batch_size}; it must be at least 1.")
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if arguments.dtype not in types:
+        raise ConfigError(f"--dtype is {arguments.dtype!r}; give {', '.join(types)}.{nearest(arguments.dtype, types)}")
+    use_threads(arguments.threads)
+    given = arguments.model_arguments
+    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
+    model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
+    table = build_latency_table(
+        model, batch_size=arguments.batch_size, runtime=arguments.runtime, path=arguments.output, say=say
+    )
+    say(
+        f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "
+        "of its pieces"
+    )

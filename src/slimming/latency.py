@@ -1,0 +1,346 @@
+"""How long a slim model takes, looked up in a table of its pieces that was measured on the device at hand.
+
+A table holds the time of attention, MLP, token selection, patch embedding and head at a grid of sizes, for one
+device, number of threads, type of numbers, batch size and runtime. Between the points of the grid it interpolates.
+Times of single pieces add up to a little more or less than a model's: the table's `calibration` is what the dense
+model took over what its pieces sum to.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slimming.bench import machine, paired_times, summary
+from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError, nearest
+from slimming.families import family_of
+from slimming.family import Family
+from slimming.groups import Anatomy, Piece, evaluate, keep_all
+from slimming.io import atomic_json, seal
+from slimming.plan import FORMAT, read_sealed
+
+RUNTIMES = ("eager", "compile")
+STEPS: Mapping[str, Sequence[float]] = {
+    "tokens": (0.05, 0.25, 0.5, 0.75, 1.0),
+    "width": (0.25, 0.5, 0.75, 1.0),
+    "qkv": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
+    "hidden": (0.02, 0.125, 0.25, 0.5, 0.75, 1.0),
+}
+"""Points of the grid along each axis, as shares of the model's own size."""
+WHAT = "latency table"
+Point = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """Measured times of a model's pieces; made by `build_latency_table`.
+
+    Attributes:
+        setting: what the times are of: machine, device, threads, dtype, batch_size, runtime.
+        points: one measurement each: ``kind``, ``like`` (what else tells two pieces apart), one entry per axis with
+            its size, ``ms`` (median), ``p25``, ``p75``, ``runs``.
+        calibration: time of the dense model over the sum of its pieces; None before it was measured.
+        reference_ms: time of one block of the dense model. It is measured in turns with every point, whose time is
+            then given for a machine on which the block takes this long: machines grow faster and slower meanwhile.
+    """
+
+    setting: Mapping[str, Any]
+    points: tuple[Point, ...] = ()
+    calibration: float | None = None
+    reference_ms: float | None = None
+
+    @cached_property
+    def _grids(self) -> dict[tuple[str, str], _Grid]:
+        return {}
+
+    @cached_property
+    def _by_piece(self) -> dict[tuple[str, str], list[Point]]:
+        found: dict[tuple[str, str], list[Point]] = {}
+        for point in self.points:
+            found.setdefault((point["kind"], point["like"]), []).append(point)
+        return found
+
+    def predict(self, anatomy: Anatomy, kept: Mapping[str, int]) -> float:
+        """Milliseconds of one batch when group ``name`` keeps ``kept[name]`` units (complete).
+
+        Raises:
+            PlanError: the table has no times for a piece of this model.
+            UnsupportedModelError: models of this family have no pieces.
+        """
+        _check_pieces(anatomy)
+        wanted: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+        for piece in anatomy.pieces:
+            sizes = {name: dim.value(kept) for name, dim in piece.axes}
+            same = piece.unless_same is not None and piece.unless_same.value(kept) == sizes["tokens"]
+            if not same and evaluate((piece.alive,), kept):
+                wanted.setdefault((piece.kind, piece.like), []).append(tuple(sizes.values()))
+        total = sum(self._grid(key, anatomy).total(rows) for key, rows in wanted.items())
+        return total * (self.calibration or 1.0)
+
+    def _grid(self, key: tuple[str, str], anatomy: Anatomy) -> _Grid:
+        if key not in self._grids:
+            piece = next(piece for piece in anatomy.pieces if (piece.kind, piece.like) == key)
+            points = self._by_piece.get(key)
+            if not points:
+                have = sorted(f"{kind} ({like})" for kind, like in self._by_piece)
+                raise PlanError(
+                    f"The latency table has no times for {key[0]} ({key[1]}); it has {', '.join(have)}. Build one for "
+                    "this model: slimming latency-table build."
+                )
+            self._grids[key] = _Grid([name for name, _ in piece.axes], points)
+        return self._grids[key]
+
+    def merged(self, other: LatencyTable) -> LatencyTable:
+        """The points of both, those of this table where both have one; its calibration, if it has one.
+
+        Raises:
+            ConfigError: they were measured in different settings.
+        """
+        for key in sorted({*self.setting, *other.setting}):
+            if self.setting.get(key) != other.setting.get(key):
+                raise ConfigError(
+                    f"The tables are of different settings: {key} is {self.setting.get(key)!r} and "
+                    f"{other.setting.get(key)!r}. Merge tables of one device and setting."
+                )
+        own = {_name(point) for point in self.points}
+        points = (*self.points, *(point for point in other.points if _name(point) not in own))
+        mine = self if self.points else other
+        return replace(self, points=points, calibration=mine.calibration, reference_ms=mine.reference_ms)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON with its checksum.
+
+        Raises:
+            OutputError: the place is not writable, or the disk is full.
+        """
+        measured = {"calibration": self.calibration, "reference_ms": self.reference_ms, "points": list(self.points)}
+        atomic_json(Path(path), seal({"format": FORMAT, "what": WHAT, "setting": dict(self.setting), **measured}))
+
+    @staticmethod
+    def load(path: str | Path) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, of a newer format, or no latency table.
+        """
+        value = read_sealed(Path(path))
+        if not isinstance(value, dict) or value.get("what") != WHAT:
+            raise CheckpointError(f"{path} is no latency table. Give one that slimming latency-table build wrote.")
+        if value.get("format", 0) > FORMAT:
+            raise CheckpointError(f"{path} has format {value['format']}, this slimming reads up to {FORMAT}. Upgrade.")
+        try:
+            points = tuple(dict(point) for point in value["points"])
+            for point in points:
+                if not (isinstance(point["like"], str) and float(point["ms"]) > 0):
+                    raise ValueError(f"a point of {point['kind']} without a time")
+            calibration = None if value["calibration"] is None else float(value["calibration"])
+            block = float(value["reference_ms"])
+            return LatencyTable(
+                setting=dict(value["setting"]), points=points, calibration=calibration, reference_ms=block
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}. Build the table again.") from error
+
+
+class _Grid:
+    """Times of one piece over its axes, interpolated linearly between neighbours and never falling with a size."""
+
+    def __init__(self, axes: Sequence[str], points: Sequence[Point]) -> None:
+        from scipy.interpolate import RegularGridInterpolator
+
+        values = [sorted({int(point[name]) for point in points}) for name in axes]
+        times = np.full([len(each) for each in values], np.nan)
+        for point in points:
+            times[tuple(each.index(int(point[name])) for each, name in zip(values, axes, strict=True))] = point["ms"]
+        if np.isnan(times).any():
+            raise PlanError("The latency table is not complete: go on with slimming latency-table build.")
+        # A larger layer that seems faster is noise, and a plan must not be led by it.
+        for axis in range(times.ndim):
+            times = np.maximum.accumulate(times, axis=axis)
+        self.moving = [place for place, each in enumerate(values) if len(each) > 1]
+        self.fixed = {place: each[0] for place, each in enumerate(values) if len(each) == 1}
+        self.axes = axes
+        self.one = float(times.reshape(-1)[0])
+        if self.moving:
+            grid = [values[place] for place in self.moving]
+            beyond: Any = None  # goes on along the line of the last two points
+            self.at = RegularGridInterpolator(grid, times.squeeze(), bounds_error=False, fill_value=beyond)
+
+    def total(self, rows: Sequence[tuple[int, ...]]) -> float:
+        """Sum of the times at several sizes, in milliseconds."""
+        for place, size in self.fixed.items():
+            for row in rows:
+                if row[place] != size:
+                    raise PlanError(
+                        f"The latency table knows {self.axes[place]} {size} only, the model has {row[place]}: build "
+                        "one for this model."
+                    )
+        if not self.moving:
+            return self.one * len(rows)
+        found = self.at(np.asarray([[row[place] for place in self.moving] for row in rows], dtype=float))
+        return float(np.maximum(found, 0.0).sum())
+
+
+def _check_pieces(anatomy: Anatomy) -> None:
+    if not anatomy.pieces:
+        raise UnsupportedModelError(
+            f"Models read as {anatomy.structure.family} have no latency table yet: tables are of timm's Vision "
+            "Transformers. Give a budget of macs, and measure with slimming bench."
+        )
+
+
+def build_latency_table(
+    model: nn.Module,
+    *,
+    batch_size: int = 1,
+    runtime: str = "eager",
+    path: str | Path | None = None,
+    seconds: float = 0.15,
+    say: Say | None = None,
+) -> LatencyTable:
+    """Measure the pieces of ``model`` where it is: its device, its type of numbers, torch's number of threads.
+
+    Args:
+        model: a dense timm Vision Transformer; its weights do not matter.
+        batch_size: images per pass.
+        runtime: ``"eager"``, or ``"compile"`` for `torch.compile`, which takes some seconds per point.
+        path: where the table goes, point by point; one that is there already is gone on with.
+        seconds: about how long to measure each point.
+        say: told what is measured, one line at a time.
+
+    Raises:
+        UnsupportedModelError: models of this family have no pieces.
+        ConfigError: there is no such runtime, or the file at ``path`` is of another setting.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"There is no runtime {runtime!r}; give {' or '.join(RUNTIMES)}.{nearest(runtime, RUNTIMES)}")
+    family = family_of(model)
+    model = copy.deepcopy(model).eval()
+    anatomy = family.read(model)
+    _check_pieces(anatomy)
+    table = LatencyTable(setting=_setting(model, batch_size, runtime))
+    if path is not None and Path(path).exists():
+        table = LatencyTable.load(path).merged(table)
+    have = {_name(point) for point in table.points}
+    left = [(piece, sizes) for piece, sizes in _plan(anatomy) if _name(_point(piece, sizes)) not in have]
+    clock = _Clock(family, model, anatomy, batch_size, runtime)
+    block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
+    table = replace(table, reference_ms=block)
+    for number, (piece, sizes) in enumerate(left, start=1):
+        module, shape = family.piece_module(model, piece, sizes)
+        times = clock.times(module, shape, seconds, block)
+        table = replace(table, points=(*table.points, {**_point(piece, sizes), **times}))
+        if say is not None:
+            at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            say(f"{number} of {len(left)}: {piece.kind}, {at}: {times['ms']:.3f} ms")
+        if path is not None and number % 10 == 0:
+            table.save(path)
+    if left or table.calibration is None:
+        whole = clock.times(model, anatomy.input_shape, max(1.0, 10 * seconds), block)["ms"]
+        kept = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
+        table = replace(table, calibration=whole / replace(table, calibration=None).predict(anatomy, kept))
+    if path is not None:
+        table.save(path)
+    return table
+
+
+class _Clock:
+    """Times modules, each in turns with one block of the dense model."""
+
+    def __init__(self, family: Family, model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str) -> None:
+        self.like = next(model.parameters())
+        self.batch_size, self.runtime = batch_size, runtime
+        full = {group.name: group.size for group in anatomy.groups}
+        piece = next(piece for piece in anatomy.pieces if piece.kind == "mlp")
+        sizes = {name: dim.value(full) for name, dim in piece.axes}
+        block, shape = family.piece_module(model, piece, sizes)
+        dtype, device = self.like.dtype, self.like.device
+        self.block = _OwnInput(block, torch.randn(batch_size, *shape, dtype=dtype, device=device))
+
+    def reference(self, seconds: float) -> float:
+        """Milliseconds of the block."""
+        times = paired_times({"block": self.block}, (1,), 1, runs=100, seconds=seconds, like=self.like)
+        return summary(times["block"]).median
+
+    def times(self, module: nn.Module, shape: Sequence[int], seconds: float, reference_ms: float) -> dict[str, Any]:
+        """Median and quartiles of ``module``, each copy in it, on a machine whose block takes ``reference_ms``."""
+        # Every point has its own shapes; a graph for any shape would be slower than those that users compile.
+        run: Any = torch.compile(module, dynamic=False) if self.runtime == "compile" else module
+        both = {"piece": run, "block": self.block}
+        times = paired_times(both, shape, self.batch_size, runs=30, seconds=seconds, like=self.like)
+        copies = len(module) if isinstance(module, nn.Sequential) else 1
+        scaled = [own / one * reference_ms / copies for own, one in zip(times["piece"], times["block"], strict=True)]
+        found = summary(scaled)
+        return {"ms": found.median, "p25": found.p25, "p75": found.p75, "runs": found.runs}
+
+
+class _OwnInput(nn.Module):
+    """A module that always sees the same input, whatever it is given."""
+
+    def __init__(self, module: nn.Module, x: torch.Tensor) -> None:
+        super().__init__()
+        self.module, self.x = module, x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(self.x)
+
+
+def _setting(model: nn.Module, batch_size: int, runtime: str) -> dict[str, Any]:
+    parameter = next(model.parameters())
+    found = machine()
+    return {
+        "device": found["gpu"] if parameter.is_cuda else found["cpu"],
+        "threads": None if parameter.is_cuda else torch.get_num_threads(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "runtime": runtime,
+        "torch": torch.__version__,
+    }
+
+
+def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
+    """Every point of the grid, once per kind of piece."""
+    full = {group.name: group.size for group in anatomy.groups}
+    multiples = {group.name: 8 for group in anatomy.groups if group.kind in ("mlp", "width")}
+    seen: set[tuple[str, str]] = set()
+    for piece in anatomy.pieces:
+        if (piece.kind, piece.like) in seen:
+            continue
+        seen.add((piece.kind, piece.like))
+        axes = []
+        for name, dim in piece.axes:
+            most = dim.value(full)
+            if not dim.groups:
+                axes.append([most])
+                continue
+            # Heads keep multiples of 8 dimensions each, hidden units and features multiples of 8.
+            step = 3 * 8 * _heads(piece) if name == "qkv" else 8 if dim.groups[0][0] in multiples else 1
+            moving = most - dim.fixed
+            chosen = {min(moving, max(step, math.ceil(moving * share / step) * step)) for share in STEPS[name]}
+            axes.append(sorted(dim.fixed + units for units in chosen))
+        for sizes in itertools.product(*axes):
+            yield piece, dict(zip((name for name, _ in piece.axes), sizes, strict=True))
+
+
+def _heads(piece: Piece) -> int:
+    return int(piece.like.partition(" ")[0])
+
+
+def _point(piece: Piece, sizes: Mapping[str, int]) -> Point:
+    return {"kind": piece.kind, "like": piece.like, **sizes}
+
+
+def _name(point: Point) -> tuple[tuple[str, Any], ...]:
+    """What tells a point from others: all but its times."""
+    return tuple(sorted((k, v) for k, v in point.items() if k not in ("ms", "p25", "p75", "runs")))

@@ -1,0 +1,197 @@
+"""Latency tables: built of real pieces, but held against times that are made up, since no timing decides a test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import slimming
+from slimming import latency
+from slimming.api import anatomy_of
+from slimming.cut import complete
+from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
+from slimming.families import family_of
+from slimming.latency import LatencyTable, build_latency_table
+from slimming.plan import Budget, Layout
+
+SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
+
+
+def cost_of(kind: str, sizes: Mapping[str, int]) -> float:
+    """A made-up time of a piece in ms: linear in each size, so that interpolation is exact."""
+    rates = {"tokens": 0.01, "width": 0.02, "qkv": 0.03, "hidden": 0.015}
+    product = 1.0
+    for name, size in sizes.items():
+        product *= rates[name] * size
+    return product + {"patch_embed": 1.0, "head": 0.5}.get(kind, 0.1)
+
+
+class Clock:
+    """In place of the real one: gives the times above, and counts how often it was asked."""
+
+    asked = 0
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def reference(self, seconds: float) -> float:
+        return 1.0
+
+    def times(self, module: nn.Module, shape: Any, seconds: float, reference_ms: float) -> dict[str, Any]:
+        Clock.asked += 1
+        with torch.no_grad():
+            module(torch.zeros(1, *shape))
+        return {"ms": 1.0, "p25": 1.0, "p75": 1.0, "runs": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def table(model: nn.Module) -> LatencyTable:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "_Clock", Clock)
+        built = build_latency_table(model)
+    axes = ("tokens", "width", "qkv", "hidden")
+    points = tuple(
+        {**point, "ms": cost_of(point["kind"], {name: point[name] for name in axes if name in point})}
+        for point in built.points
+    )
+    return LatencyTable(setting=built.setting, points=points, calibration=1.0, reference_ms=1.0)
+
+
+def masked(model: nn.Module, *, joint: bool = False) -> Any:
+    groups = [g for g in slimming.describe(model) if g.kind != "head" and (joint or g.kind not in ("block", "width"))]
+    copied = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    masks = slimming.attach(copied, groups)
+    with torch.no_grad():
+        for number, mask in enumerate(masks.values()):
+            mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
+    return masks
+
+
+def predicted(table: LatencyTable, model: nn.Module, plan: slimming.Plan) -> float:
+    anatomy = anatomy_of(model)
+    return table.predict(anatomy, {name: len(units) for name, units in complete(anatomy, plan).items()})
+
+
+def test_the_pieces_sum_to_the_model(table: LatencyTable, model: nn.Module) -> None:
+    plan = slimming.plan(
+        masked(model, joint=True),
+        Budget(keep={"mlp": 0.5, "head_dim": 0.5, "token": 0.6, "width": 0.75, "block": 0.7}),
+        score="mask",
+    )
+    small: Any = slimming.cut(model, plan)
+    expected = cost_of("patch_embed", {"width": small.embed_dim})
+    tokens = small.patch_embed.num_patches + 1
+    for name, block in small.blocks.named_children():
+        if name.endswith("_tokens"):
+            tokens = block.index.numel()
+            expected += cost_of("select", {"tokens": tokens, "width": small.embed_dim})
+            continue
+        sizes = {"tokens": tokens, "width": small.embed_dim}
+        if block.attn is not None:
+            expected += cost_of("attention", {**sizes, "qkv": block.attn.qkv.out_features})
+        if block.mlp is not None:
+            expected += cost_of("mlp", {**sizes, "hidden": block.mlp.fc1.out_features})
+    expected += cost_of("head", {"tokens": tokens, "width": small.embed_dim})
+    assert predicted(table, model, plan) == pytest.approx(expected, rel=1e-6)
+    gone = sum(len(units) == 0 for name, units in plan.kept.items() if name.endswith("branch"))
+    assert gone == 2
+    assert tokens < 17
+
+
+@pytest.mark.parametrize("budget", [Budget(latency=0.6), Budget(latency=0.6, params=0.7)], ids=str)
+def test_a_share_of_the_time_is_never_exceeded_and_nearly_met(
+    table: LatencyTable, model: nn.Module, budget: Budget
+) -> None:
+    plan = slimming.plan(masked(model), budget, score="mask", latency=table, layout=Layout(multiple=1))
+    whole = {g.name: g.size for g in anatomy_of(model).groups}
+    share = predicted(table, model, plan) / table.predict(anatomy_of(model), whole)
+    assert 0.57 < share <= 0.6
+    params = slimming.cost(model, plan).params / slimming.cost(model).params
+    assert params <= budget.limits.get("params", 1.0)
+
+
+def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    whole = table.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups})
+    plan = slimming.plan(masked(model), Budget(latency_ms=0.7 * whole), score="mask", latency=tmp_path / "table.json")
+    assert plan.solution["latency_ms"] == pytest.approx(predicted(table, model, plan))
+    assert plan.solution["latency_ms"] <= 0.7 * whole
+    with pytest.raises(BudgetError, match=r"latency_ms 0\.001 cannot be reached.* latency_ms 0\.\d+ \([\d.]+\) of the"):
+        slimming.plan(masked(model), Budget(latency_ms=0.001), score="mask", latency=table)
+
+
+def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(latency, "_Clock", Clock)
+    Clock.asked = 0
+    path = tmp_path / "table.json"
+    whole = build_latency_table(model, path=path)
+    every = Clock.asked
+    assert every == len(whole.points) + 1  # and the whole model
+    half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
+    half.save(path)
+    again = build_latency_table(model, path=path)
+    assert Clock.asked == every + len(whole.points) - len(half.points) + 1
+    assert {json.dumps(p) for p in again.points} == {json.dumps(p) for p in whole.points}
+    assert build_latency_table(model, path=path) == again
+    with pytest.raises(PlanError, match="not complete"):
+        LatencyTable(setting=whole.setting, points=whole.points[:-1]).predict(
+            anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups}
+        )
+    assert half.merged(whole).points == half.points + whole.points[len(half.points) :]
+
+
+def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
+    anatomy, family = anatomy_of(model), family_of(model)
+    full = {group.name: group.size for group in anatomy.groups}
+    x = torch.randn(1, 3, 64, 64)
+    stages: dict[str, Any] = {"x": x}
+    with torch.no_grad():
+        for piece in anatomy.pieces:
+            sizes = {name: dim.value(full) for name, dim in piece.axes}
+            module, shape = family.piece_module(model, piece, sizes)
+            if piece.kind == "select":
+                continue
+            assert tuple(stages["x"].shape[1:]) == shape
+            stages["x"] = (module[0] if isinstance(module, nn.Sequential) else module)(stages["x"])
+        assert torch.allclose(stages["x"], model(x), atol=1e-5)
+
+
+def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a table of the device"):
+        slimming.plan(masked(model), Budget(latency=0.5), score="mask")
+    with pytest.raises(BudgetError, match="heads of one size"):
+        slimming.plan(masked(model), Budget(latency=0.5), score="mask", latency=table, layout=Layout(equal_heads=False))
+    for wrong in (0.0, -1.0, float("nan"), True):
+        with pytest.raises(BudgetError, match="latency_ms"):
+            Budget(latency_ms=wrong)
+    with pytest.raises(BudgetError, match=r"latency=2\.0 is not a share"):
+        Budget(latency=2.0)
+    other = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_heads": 4})
+    with pytest.raises(PlanError, match=r"no times for attention \(4 heads"):
+        table.predict(anatomy_of(other), {g.name: g.size for g in anatomy_of(other).groups})
+    with pytest.raises(UnsupportedModelError, match="no latency table yet"):
+        build_latency_table(timm.create_model("test_resnet"))
+    with pytest.raises(ConfigError, match="Did you mean 'eager'"):
+        build_latency_table(model, runtime="eagre")
+    with pytest.raises(ConfigError, match="different settings: batch_size is"):
+        table.merged(LatencyTable(setting={**table.setting, "batch_size": 2}))
+    (tmp_path / "broken.json").write_text('{"what": "latency table", "format": 1, "points": [{}]}')
+    with pytest.raises(CheckpointError, match="is damaged"):
+        LatencyTable.load(tmp_path / "broken.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no latency table"):
+        LatencyTable.load(tmp_path / "other.json")
