@@ -4,8 +4,9 @@
 
 A table of the model is built on this machine (or gone on with), then random plans of all kinds are cut and timed in
 turns with the dense model: predicted and measured time, both as shares of dense. Then plans for a share of the MACs
-are held against plans for time with the same random scores: one that takes the same predicted time (it keeps more of
-the score), and one that keeps the same score (it takes less time). Ratios only; the machine's own speed drifts.
+are held against plans for time with the same scores: one that takes the same predicted time (it keeps more of the
+score), and one that keeps the same score (it takes less time). A unit's score there is random times what the unit costs
+in MACs, so that no kind is cheap for its MACs. Ratios only; the machine's own speed drifts.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def main() -> None:
         for row in pairs
     ]
     text = (
-        f"{settings.model}, batch {settings.batch_size}, PyTorch eager. The table has {len(known.points)} points. Random "
-        f"plans: {within} of {len(rows)} are predicted within 10 %; the median error is {errors[len(errors) // 2]:.1%}, "
-        f"the largest {errors[-1]:.1%}. All times are shares of the dense model's.\n\n"
+        f"{settings.model}, batch {settings.batch_size}, PyTorch eager. The table has {len(known.points)} points. "
+        f"Random plans: {within} of {len(rows)} are predicted within 10 %; the median error is "
+        f"{errors[len(errors) // 2]:.1%}, the largest {errors[-1]:.1%}. All times are shares of the dense model's.\n\n"
         f"{table(['kinds', 'MACs', 'predicted time', 'measured time', 'error'], lines)}\n"
-        "Plans for MACs, and for time, with the same random scores for head dimensions, hidden units and tokens:\n\n"
+        "Plans for MACs, and for time, with the same scores for all kinds (random times a unit's MACs):\n\n"
         f"{table(['plan', 'MACs', 'score kept', 'predicted time', 'measured time'], others)}"
     )
     write("latency", settings=settings, rows=[*rows, *pairs], markdown=text)
@@ -109,15 +110,16 @@ def counts(anatomy: Any, plan: slimming.Plan | None) -> Mapping[str, int]:
 
 def by_time(share: float, dense: Any, masked: Any, masks: Any, known: slimming.LatencyTable, settings: Any) -> Any:
     """A plan for MACs, one for the time that it takes, and one for the score that it keeps."""
-    torch.manual_seed(settings.seed)
-    for group in masks.groups:
-        # Whole branches and features of the width stay here: their scores are not comparable with random ones.
-        nn.init.uniform_(masks[group.name]) if group.kind in SETS[1] else nn.init.constant_(masks[group.name], 1e6)
-    chosen = {group.name for group in masks.groups if group.kind in SETS[1]}
+    dice = torch.Generator().manual_seed(settings.seed)
+    costs = slimming.cost(dense).groups
+    with torch.no_grad():
+        for group in masks.groups:
+            mask = masks[group.name]
+            mask.copy_(torch.rand(mask.shape, generator=dice) * costs[group.name].macs / group.size)
 
     def score(plan: slimming.Plan) -> float:
-        kept = sum(float(masks[name][list(plan.kept[name])].sum()) for name in chosen)
-        return kept / sum(float(masks[name].sum()) for name in chosen)
+        kept = sum(float(masks[name].detach()[list(units)].sum()) for name, units in plan.kept.items())
+        return kept / sum(float(mask.detach().sum()) for mask in masks.values())
 
     def planned(budget: slimming.Budget) -> slimming.Plan:
         return slimming.plan(masks, budget, score="mask", latency=known)

@@ -201,7 +201,7 @@ def plan(
     table = None
     if budget.latency is not None or budget.latency_ms is not None:
         table = _latency_table(latency, layout)
-    measure = partial(_measure, rating.anatomy, table)
+    measure = partial(_measure, rating.anatomy, table=table)
     fold = rating.fold if fold is None else fold
     found = rank.make_plan(rating.anatomy, rating.scores, budget, layout, measure, fold=fold, solver=solver)
     if table is None:
@@ -210,7 +210,7 @@ def plan(
     return replace(found, solution={**found.solution, "latency_ms": table.predict(rating.anatomy, counts)})
 
 
-def _measure(anatomy: Anatomy, table: LatencyTable | None, kept: Mapping[str, int]) -> dict[str, float]:
+def _measure(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable | None = None) -> dict[str, float]:
     found = total(anatomy, kept)
     costs: dict[str, float] = {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
     if table is not None:

@@ -174,12 +174,10 @@ def _exactly(
 
     def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, float]) -> Any:
         """What one more unit of a group costs, or one less where all are there, per metric."""
-        gone = dropped.get(name, set())
         if _goes_alone(anatomy.group(name)):
-            there = {**here, name: here[name] + (1 if gone else -1)}
-        else:
-            there = _counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}})
-        then = measure(there)
+            return _each(anatomy, name, here, limits, measure)
+        gone = dropped.get(name, set())
+        then = measure(_counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}}))
         return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
 
     best, current, bound = start, start, None
@@ -275,11 +273,32 @@ def _unit_price(
 ) -> float:
     """What one unit of a group costs, as the sum of its shares of the limits."""
     if _goes_alone(anatomy.group(name)):
-        less = measure({**full, name: full[name] - 1})
-    else:
-        kept = resolve(anatomy.groups, {name: range(1, full[name])})
-        less = measure({group: len(units) for group, units in kept.items()})
+        each = _each(anatomy, name, full, limits, measure)
+        return sum(each[metric] / limit for metric, limit in limits.items())
+    kept = resolve(anatomy.groups, {name: range(1, full[name])})
+    less = measure({group: len(units) for group, units in kept.items()})
     return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
+
+
+def _each(
+    anatomy: Anatomy, name: str, here: Mapping[str, int], limits: Mapping[str, float], measure: Measure
+) -> dict[str, float]:
+    """What one unit of a group that goes alone costs per metric, when ``here`` is there.
+
+    Time has steps, such as that of a token selection, which must not be the price of a single unit: it is the
+    average over a quarter of the group.
+    """
+    group = anatomy.group(name)
+    count = max(1, group.size // 4) if any(metric.startswith("latency") for metric in limits) else 1
+    before = dict(here)
+    if group.token is not None:
+        # What leaves here has left in all deeper blocks before.
+        for other in anatomy.groups:
+            if other.token is not None and other.token.depth > group.token.depth:
+                before[other.name] = max(1, before[other.name] - count)
+    then = before[name] - count if before[name] > count else before[name] + count
+    after = measure({**before, name: then})
+    return {metric: abs(value - after[metric]) / count for metric, value in measure(before).items() if metric in limits}
 
 
 def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: Budget) -> dict[str, set[int]]:
