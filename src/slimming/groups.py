@@ -254,8 +254,8 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
     """
     check_kept(groups, kept)
     users = Counter((slices.tensor, slices.dim) for group in groups for slices in group.slices)
-    # What one group alone has, such as hidden units, no other can take along.
-    dropped: Dropped = {place: set() for place, count in users.items() if count > 1}
+    # What one group alone has no other can take along.
+    dropped: Dropped = {place: _Gone() for place, count in users.items() if count > 1}
     for group in groups:
         _drop_(dropped, group, set(range(group.size)) - set(kept.get(group.name, range(group.size))))
     for group in groups:
@@ -276,16 +276,25 @@ def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[
     return result
 
 
-Dropped = dict[tuple[str, int], set[int]]
-"""Tensor and dimension, where several groups have slices -> places that go."""
+@dataclass
+class _Gone:
+    """Places of a tensor's dimension that go, and the groups that let them go."""
+
+    places: set[int] = field(default_factory=set)
+    by: set[str] = field(default_factory=set)
+
+
+Dropped = dict[tuple[str, int], _Gone]
+"""Tensor and dimension, where several groups have slices -> what goes there."""
 
 
 def _drop_(dropped: Dropped, group: Group, units: Set[int]) -> None:
     """Note the slices of ``units`` as gone."""
-    for slices in group.slices:
+    for slices in group.slices if units else ():
         gone = dropped.get((slices.tensor, slices.dim))
         if gone is not None:
-            gone.update(place for unit in units for place in slices.index[unit])
+            gone.by.add(group.name)
+            gone.places.update(place for unit in units for place in slices.index[unit])
 
 
 def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
@@ -293,8 +302,9 @@ def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
     left = set(units)
     for slices in group.slices:
         gone = dropped.get((slices.tensor, slices.dim))
-        if gone:
-            left -= {unit for unit in left if gone.issuperset(slices.index[unit])}
+        # Its own drops a group knows already.
+        if gone is not None and gone.by.difference((group.name,)):
+            left -= {unit for unit in left if gone.places.issuperset(slices.index[unit])}
     return left
 
 

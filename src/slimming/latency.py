@@ -312,7 +312,6 @@ def _setting(model: nn.Module, batch_size: int, runtime: str) -> dict[str, Any]:
 def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
     """Every point of the grid, once per kind of piece."""
     full = {group.name: group.size for group in anatomy.groups}
-    multiples = {group.name: 8 for group in anatomy.groups if group.kind in ("mlp", "width")}
     seen: set[tuple[str, str]] = set()
     for piece in anatomy.pieces:
         if (piece.kind, piece.like) in seen:
@@ -324,9 +323,13 @@ def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
             if not dim.groups:
                 axes.append([most])
                 continue
-            # Heads keep multiples of 8 dimensions each, hidden units and features multiples of 8.
-            step = 3 * 8 * _heads(piece) if name == "qkv" else 8 if dim.groups[0][0] in multiples else 1
             moving = most - dim.fixed
+            # Heads keep as many dimensions each; sizes are in multiples of 8 where that leaves a choice.
+            parts = 3 * _heads(piece) if name == "qkv" else 1
+            step = 1 if name == "tokens" else 8
+            while step > 1 and moving // (parts * step) < 4:
+                step //= 2
+            step *= parts
             chosen = {min(moving, max(step, math.ceil(moving * share / step) * step)) for share in STEPS[name]}
             axes.append(sorted(dim.fixed + units for units in chosen))
         for sizes in itertools.product(*axes):

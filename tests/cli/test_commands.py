@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import slimming as library
-from slimming import demo
+from slimming import demo, latency
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
 from slimming.training import loop
@@ -260,3 +260,36 @@ def test_cut_by_absolute_limits_and_a_chosen_solver(slimming: Call, finished: Pa
     assert wrong.code == 2
     assert "There is no solver 'exakt'; solvers are nested, exact. Did you mean 'exact'?" in wrong.err
     assert not (tmp_path / "no").exists()
+
+
+def test_latency_table_and_a_cut_by_time(
+    slimming: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "STEPS", dict.fromkeys(latency.STEPS, (0.25, 1.0)))
+    table = tmp_path / "table.json"
+    given = ",".join(f"{name}={value}" for name, value in ARGUMENTS.items() if isinstance(value, int))
+    build = ("latency-table", "build", "vit_tiny_patch16_224", "--model.arguments", given)
+    built = slimming(*build, "--output", table)
+    assert built.code == 0, built.err
+    assert "points; the dense model takes" in built.out
+    done = slimming("cut", finished, "--budget", "latency=0.9", "--latency-table", table, "--output", tmp_path / "cut")
+    assert done.code == 0, done.err
+    assert "ms by the table" in done.out
+    plan = json.loads((tmp_path / "cut" / "latency-0.90" / "plan.json").read_text())
+    assert plan["solution"]["latency_ms"] > 0
+    merged = slimming("latency-table", "merge", table, table, "--output", tmp_path / "both.json")
+    assert merged.code == 0, merged.err
+    for words, says in (
+        (["build", "test_resnet", "--output", tmp_path / "x.json"], "no latency table yet"),
+        (["build", "vit_tiny_patch16_225", "--output", tmp_path / "x.json"], "Did you mean"),
+        (["build", "test_vit", "--batch-size", "0", "--output", tmp_path / "x.json"], "--batch-size is 0"),
+        (["build", "test_vit", "--dtype", "float8", "--output", tmp_path / "x.json"], "Did you mean 'float"),
+        (["bild", "test_vit", "--output", tmp_path / "x.json"], "invalid choice: 'bild'"),
+    ):
+        wrong = slimming("latency-table", *words)
+        assert wrong.code == 2, wrong
+        assert says in wrong.err
+    assert not (tmp_path / "x.json").exists()
+    missing = slimming("cut", finished, "--budget", "latency=0.9", "--output", tmp_path / "no")
+    assert missing.code == 2
+    assert "slimming latency-table build" in missing.err
