@@ -400,3 +400,30 @@ def test_a_new_process_computes_the_same_bits(tmp_path: Path) -> None:
     )
     x = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).reshape(2, 3, 32, 32)
     assert ran.stdout.strip() == model(x).detach().numpy().tobytes().hex()
+
+
+def test_what_lost_a_branch_and_width_is_slimmed_again_and_used_on(tmp_path: Path) -> None:
+    model: Any = _wide(num_classes=5)
+    x = image(model)
+    groups = [group for group in slimming.describe(model) if group.kind != "head"]
+    before = model(x)
+    masks = slimming.attach(model, groups)
+    keep = Budget(keep={"width": 0.5, "block": 0.7})
+    plan = slimming.plan(masks, keep, score="contribution")
+    masks.apply_(plan)
+    small = slimming.cut(model, plan)
+    assert distance(small(x), model(x)) < 1e-9
+    masks.detach_()
+    assert torch.equal(model(x), before), "the norms see every feature again"
+    assert slimming.attach(model, groups).groups, "groups described before fit afterwards"
+    again = slimming.attach(small, [group for group in slimming.describe(small) if group.kind != "head"])
+    smaller: Any = slimming.cut(small, slimming.plan(again, Budget(macs=0.5), score="contribution"))
+    assert slimming.cost(smaller).macs <= 0.5 * slimming.cost(small).macs
+    smaller.reset_classifier(3)
+    assert smaller(x).shape == (2, 3)
+    slimming.save(smaller, tmp_path / "slim")
+    assert torch.equal(slimming.load(tmp_path / "slim")(x), smaller(x))
+    exported: Any = torch.export.export(smaller, (x,)).module()
+    assert distance(exported(x), smaller(x)) < 1e-9
+    with_grid: Any = slimming.cut(model, plan)
+    assert [t.shape[1] for t in with_grid.forward_intermediates(x)[1]] == [with_grid.embed_dim] * 3

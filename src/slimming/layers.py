@@ -171,11 +171,11 @@ class PartialBlock(nn.Module):
     def __init__(self, block: nn.Module, *, attention: bool, mlp: bool, post_norm: bool) -> None:
         super().__init__()
         self.post_norm = post_norm
-        gone = [] if attention else ["norm1", "attn", "ls1", "drop_path1"]
-        gone += [] if mlp else ["norm2", "mlp", "ls2", "drop_path2"]
-        for name, module in block.named_children():
-            # An attribute, no child: weights of what is gone are then refused like any others that do not fit.
-            setattr(self, name, None if name in gone else module)
+        branches = ((attention, ("norm1", "attn", "ls1", "drop_path1")), (mlp, ("norm2", "mlp", "ls2", "drop_path2")))
+        for stays, names in branches:
+            for name in names:
+                # What is gone is an attribute, no child: its weights are then refused like any that do not fit.
+                setattr(self, name, getattr(block, name, None) if stays else None)
         self.train(block.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -344,6 +344,8 @@ def attach(
         ConfigError: ``tokens`` is neither.
     """
     _check(model, anatomy, groups, tokens)
+    # Its own: taking masks away puts the parameters of a module into another order, and with them the slices.
+    groups = [anatomy.group(group.name) for group in groups]
     masks = SoftMasks(model, anatomy, groups, tokens, penalty)
     device = next(model.parameters()).device
     for group in groups:
@@ -435,7 +437,8 @@ def _check(model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], tokens: 
         raise PlanError("No group was given; slimming.describe(model) lists those of the model.")
     seen: dict[str, str] = {}
     for group in groups:
-        if anatomy.group(group.name) != group:
+        own = anatomy.group(group.name)
+        if (own.kind, own.size, own.limits, own.token) != (group.kind, group.size, group.limits, group.token):
             raise PlanError(f"Group {group.name!r} has other sizes in this model; call slimming.describe(model) again.")
         keys = {group.name} if group.role != "qkv" else {group.name, f"{group.site}.qk", f"{group.site}.v"}
         for key in keys:
