@@ -57,6 +57,7 @@ SIDEWAYS = {
     ("families", "layers"),
     ("masks", "token_gates"),
     ("masks", "kept_norms"),
+    ("latency", "bench"),
     ("searching", "api"),
     ("results", "api"),
     ("results", "searching"),

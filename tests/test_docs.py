@@ -18,6 +18,8 @@ from PIL import Image
 
 import slimming
 import slimming.errors
+from clocks import CountingClock
+from slimming import latency
 from slimming.cli.entry import COMMANDS, make_parser
 from slimming.cli.jobs import from_values
 from slimming.cli.settings import read_yaml
@@ -59,7 +61,8 @@ def page_id(page: Path) -> str:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory like a reader's: images in `photos`, and pretrained models that need no network.
 
-    A pretrained model is a tiny one with random weights, whatever its name; all else is as for a reader.
+    A pretrained model is a tiny one with random weights, whatever its name, and a latency table's times are counted,
+    since no timing decides a test; all else is as for a reader.
     """
     make_photos(tmp_path / "photos")
     make: Callable[..., Any] = timm.create_model
@@ -70,6 +73,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return make("test_vit", img_size=32, patch_size=8, num_classes=options.get("num_classes", 1000))
 
     monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(latency, "_Clock", CountingClock)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return tmp_path

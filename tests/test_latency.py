@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import slimming
+from clocks import CountingClock
 from slimming import latency
 from slimming.api import anatomy_of
 from slimming.cut import complete
@@ -33,24 +34,6 @@ def cost_of(kind: str, sizes: Mapping[str, int]) -> float:
     return product + {"patch_embed": 1.0, "head": 0.5}.get(kind, 0.1)
 
 
-class Clock:
-    """In place of the real one: gives the times above, and counts how often it was asked."""
-
-    asked = 0
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def reference(self, seconds: float) -> float:
-        return 1.0
-
-    def times(self, module: nn.Module, shape: Any, seconds: float, reference_ms: float) -> dict[str, Any]:
-        Clock.asked += 1
-        with torch.no_grad():
-            module(torch.zeros(1, *shape))
-        return {"ms": 1.0, "p25": 1.0, "p75": 1.0, "runs": 5}
-
-
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -60,7 +43,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "_Clock", Clock)
+        patch.setattr(latency, "_Clock", CountingClock)
         built = build_latency_table(model)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
@@ -135,16 +118,16 @@ def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_pat
 
 
 def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency, "_Clock", Clock)
-    Clock.asked = 0
+    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    CountingClock.asked = 0
     path = tmp_path / "table.json"
     whole = build_latency_table(model, path=path)
-    every = Clock.asked
+    every = CountingClock.asked
     assert every == len(whole.points) + 1  # and the whole model
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
     again = build_latency_table(model, path=path)
-    assert Clock.asked == every + len(whole.points) - len(half.points) + 1
+    assert CountingClock.asked == every + len(whole.points) - len(half.points) + 1
     assert {json.dumps(p) for p in again.points} == {json.dumps(p) for p in whole.points}
     assert build_latency_table(model, path=path) == again
     with pytest.raises(PlanError, match="not complete"):
@@ -152,6 +135,15 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
             anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups}
         )
     assert half.merged(whole).points == half.points + whole.points[len(half.points) :]
+
+
+def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
+    anatomy, family = anatomy_of(model), family_of(model)
+    clock = latency._Clock(family, model, anatomy, batch_size=2, runtime="eager")
+    found = clock.times(clock.block.module, clock.block.x.shape[1:], 0.01, 3.0)
+    assert 0 < found["p25"] <= found["ms"] <= found["p75"]
+    assert found["runs"] >= 2
+    assert clock.reference(0.01) > 0
 
 
 def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:

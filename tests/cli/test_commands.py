@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import slimming as library
+from clocks import CountingClock
 from slimming import demo, latency
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
@@ -266,6 +267,7 @@ def test_latency_table_and_a_cut_by_time(
     slimming: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency, "STEPS", dict.fromkeys(latency.STEPS, (0.25, 1.0)))
+    monkeypatch.setattr(latency, "_Clock", CountingClock)
     table = tmp_path / "table.json"
     given = ",".join(f"{name}={value}" for name, value in ARGUMENTS.items() if isinstance(value, int))
     build = ("latency-table", "build", "vit_tiny_patch16_224", "--model.arguments", given)
