@@ -128,7 +128,7 @@ def write(name: str, *, settings: argparse.Namespace, rows: Sequence[Mapping[str
     words = ", ".join(f"{key} {value}" for key, value in chosen(settings).items())
     place = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
     stack = ", ".join(f"{key} {value}" for key, value in used.items())
-    text = f"{markdown}\nMedian (quartiles). {place}; {stack}; {words}.\n"
+    text = f"{markdown.rstrip()}\n\nMedian (quartiles). {place}; {stack}; {words}.\n"
     store(name, settings, text, rows=plain)
     print(text)
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
     "io": 0,
+    "formulas": 1,
     "groups": 1,
     "plan": 1,
     "solve": 1,

@@ -23,7 +23,7 @@ from slimming.cut import complete
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
 from slimming.groups import Anatomy, Group
 from slimming.plan import FREE, KINDS, Budget, Layout, Plan
-from slimming.rank import _sequence, make_plan
+from slimming.rank import Planner, _sequence
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -52,7 +52,7 @@ def scored(kinds: set[str], seed: int, *, coupled: bool = False, ties: bool = Fa
 
 
 def plan_for(scores: Mapping[str, Tensor], budget: Budget, layout: Layout) -> Plan:
-    return make_plan(anatomy(), scores, budget, layout, partial(_measure, anatomy()), fold=True)
+    return Planner(anatomy(), scores, layout, partial(_measure, anatomy())).plan(budget, fold=True)
 
 
 def cost_of(made: Plan) -> Mapping[str, int]:
@@ -359,11 +359,10 @@ def test_every_variant_has_groups() -> None:
 
 def test_a_chain_goes_in_its_order_whatever_its_chunks_cost() -> None:
     """A later chunk that is cheaper to lose per multiply-add still waits for the earlier one."""
-    dear = Chunk(units=(("a", 0),), score=1.0, chain=("a", 0))
-    cheap = Chunk(units=(("a", 1), ("b", 0)), score=1.0, chain=("a", 0))
-    other = Chunk(units=(("c", 0),), score=1.0, chain=("c", 0))
-    prices = {dear: 1.0, cheap: 100.0, other: 2.0}
-    assert _sequence([dear, cheap, other], prices.__getitem__) == [other, dear, cheap]
+    dear = Chunk(units=(("a", 0),), score=1.0, worth=1.0, chain=("a", 0))
+    cheap = Chunk(units=(("a", 1), ("b", 0)), score=1.0, worth=1.0, chain=("a", 0))
+    other = Chunk(units=(("c", 0),), score=1.0, worth=1.0, chain=("c", 0))
+    assert _sequence([dear, cheap, other], [1.0, 100.0, 2.0]) == [2, 0, 1]
 
 
 def test_scores_along_a_chain_never_fall() -> None:

@@ -17,7 +17,7 @@ import slimming
 from slimming.api import Rated, Rating, _measure, anatomy_of
 from slimming.errors import BudgetError, ConfigError
 from slimming.plan import Budget, Layout
-from slimming.rank import make_plan
+from slimming.rank import Planner
 from slimming.solve import GAP, knapsack
 
 number = st.integers(0, 20)
@@ -109,7 +109,7 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
     anatomy = anatomy_of(net)
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
     measure = partial(_measure, anatomy)
-    plan = make_plan(anatomy, scores, Budget(macs=0.5, params=0.5), Layout(), measure, fold=True, solver="exact")
+    plan = Planner(anatomy, scores, Layout(), measure).plan(Budget(macs=0.5, params=0.5), fold=True, solver="exact")
     whole, found = slimming.cost(net), slimming.cost(net, plan)
     assert found.macs <= 0.5 * whole.macs
     assert found.params <= 0.5 * whole.params

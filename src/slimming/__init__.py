@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from slimming import errors as errors
-from slimming.api import attach, cost, cut, describe, plan
+from slimming.api import attach, cost, cut, describe, plan, plans
 from slimming.checkpoint import load, save
 from slimming.plan import Budget, Layout, Plan
 
@@ -58,6 +58,7 @@ __all__ = [
     "open_data",
     "open_model",
     "plan",
+    "plans",
     "preset",
     "run",
     "save",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from slimming import checkpoint, masks, rank
+from slimming import checkpoint, masks
 from slimming.bench import count
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
@@ -24,6 +24,7 @@ from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.latency import LatencyTable
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
+from slimming.rank import Planner
 
 DEFAULT_PENALTY: Mapping[str, float] = {
     "head_dim": 1.0,
@@ -183,6 +184,31 @@ def plan(
     >>> sum(len(units) for name, units in plan.kept.items() if name.endswith("hidden"))
     576
     """
+    return plans(source, [budget], layout=layout, score=score, fold=fold, solver=solver, latency=latency)[0]
+
+
+def plans(
+    source: Rated | SoftMasks | str | Path,
+    budgets: Sequence[Budget],
+    *,
+    layout: Layout | None = None,
+    score: str | None = None,
+    fold: bool | None = None,
+    solver: str | None = None,
+    latency: LatencyTable | str | Path | None = None,
+) -> list[Plan]:
+    """One plan per budget, as `plan` makes them; faster than one by one, and from the same scores.
+
+    Plans for one metric are nested: what a smaller budget keeps, a larger one keeps too.
+
+    >>> import timm, slimming
+    >>> masks = slimming.attach(timm.create_model("test_vit"))
+    >>> small, large = slimming.plans(masks, [slimming.Budget(macs=0.4), slimming.Budget(macs=0.8)])
+    >>> all(set(units) <= set(large.kept[name]) for name, units in small.kept.items())
+    True
+    """
+    if solver is not None and solver not in SOLVERS:
+        raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
     if isinstance(source, SoftMasks):
         rating = Rating(anatomy=source.anatomy, scores=source.scores(score))
     elif score is not None:
@@ -192,22 +218,22 @@ def plan(
     else:
         anatomy, scores = load_scores(source)
         rating = Rating(anatomy=anatomy, scores=scores)
-    solver = solver or ("nested" if len(budget.limits) < 2 else "exact")
-    if solver not in SOLVERS:
-        raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
     layout = layout or rating.layout
-    if budget.memory_bytes is not None:
+    if any(budget.memory_bytes is not None for budget in budgets):
         _check_memory(rating.anatomy, layout)
     table = None
-    if budget.latency is not None or budget.latency_ms is not None:
+    if any(budget.latency is not None or budget.latency_ms is not None for budget in budgets):
         table = _latency_table(latency, layout)
-    measure = partial(_measure, rating.anatomy, table=table)
+    planner = Planner(rating.anatomy, rating.scores, layout, partial(_measure, rating.anatomy, table=table))
     fold = rating.fold if fold is None else fold
-    found = rank.make_plan(rating.anatomy, rating.scores, budget, layout, measure, fold=fold, solver=solver)
-    if table is None:
-        return found
-    counts = {name: len(units) for name, units in complete(rating.anatomy, found).items()}
-    return replace(found, solution={**found.solution, "latency_ms": table.predict(rating.anatomy, counts)})
+    found = []
+    for budget in budgets:
+        made = planner.plan(budget, fold=fold, solver=solver or ("nested" if len(budget.limits) < 2 else "exact"))
+        if table is not None:
+            counts = {name: len(units) for name, units in complete(rating.anatomy, made).items()}
+            made = replace(made, solution={**made.solution, "latency_ms": table.predict(rating.anatomy, counts)})
+        found.append(made)
+    return found
 
 
 def _measure(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable | None = None) -> dict[str, float]:

@@ -6,26 +6,114 @@ A layout decides how many units a chunk has; nothing here depends on a budget.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from slimming.groups import Group
+from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import Layout
 
 _FEWEST_SIZES = 4
+Choice = npt.NDArray[np.bool_]
+"""For each chunk of a pool, whether it goes; shape (chunks,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Units that go together, and the average score of one of them.
+    """Units that go together. Chunks of one chain go in order: a later one never goes before an earlier one.
 
-    Chunks of one chain go in order: a later one never goes before an earlier one.
+    Attributes:
+        units: names of groups and units in them.
+        score: average score of a unit for the order in which chunks go: along a chain it never falls.
+        worth: total score of the units themselves.
+        chain: what goes in order.
     """
 
     units: tuple[tuple[str, int], ...]
     score: float
+    worth: float
     chain: tuple[str, int]
+
+
+class Pool:
+    """Chunks of a model to choose from, as arrays.
+
+    Attributes:
+        chunks: what may go.
+        values: what each chunk is worth, at least 0, shape (chunks,).
+        branch: for each chunk, whether it is a whole attention or MLP, shape (chunks,).
+    """
+
+    def __init__(self, anatomy: Anatomy, chunks: Sequence[Chunk]) -> None:
+        self.anatomy, self.chunks = anatomy, chunks
+        self.values = np.array([max(chunk.worth, 0.0) for chunk in chunks])
+        groups = {group.name: group for group in anatomy.groups}
+        first = [chunk.units[0][0] for chunk in chunks]
+        self.branch = np.array([groups[name].role == "branch" for name in first], dtype=bool)
+        # The last place is for chunks that no branch takes along.
+        places = {name: place for place, name in enumerate(first) if self.branch[place]}
+        self._inside = np.array([places.get(f"{groups[name].site}.branch", len(chunks)) for name in first], dtype=int)
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        homes: dict[tuple[str, int], int] = {}
+        shared: set[tuple[int, int]] = set()
+        for place, chunk in enumerate(chunks):
+            for name, unit in chunk.units:
+                units, owners = found.setdefault(name, ([], []))
+                units.append(unit)
+                owners.append(place)
+                if (home := homes.setdefault((name, unit), place)) != place:
+                    shared.add((home, place))
+        self._shared = np.array(sorted(shared), dtype=int).reshape(-1, 2)
+        self._owned = {name: (np.array(units), np.array(owners)) for name, (units, owners) in found.items()}
+        self._sizes = {name: groups[name].size for name in found}
+
+    @property
+    def names(self) -> list[str]:
+        """Groups that lose units with some chunk."""
+        return list(self._owned)
+
+    def kept(self, goes: Choice) -> dict[str, Mask]:
+        """Per group with chunks, the units that no chunk takes along."""
+        result = {}
+        for name, (units, owners) in self._owned.items():
+            result[name] = np.ones(self._sizes[name], dtype=bool)
+            result[name][units[goes[owners]]] = False
+        return result
+
+    def complete(self, goes: Choice) -> dict[str, Mask]:
+        """The units that stay in every group of the model."""
+        return self.anatomy.couplings.left(self.kept(goes))
+
+    def counts(self, kept: Mapping[str, Mask]) -> dict[str, int]:
+        """How many units of every group of the model stay."""
+        return {name: int(mask.sum()) for name, mask in self.anatomy.couplings.left(kept).items()}
+
+    def stays(self, goes: Choice) -> Choice:
+        """Chunks that do not go, neither by themselves nor with a whole head, attention or MLP."""
+        gone = goes | np.append(goes, False)[self._inside]
+        gone[self._shared[goes[self._shared[:, 1]], 0]] = True
+        return ~gone
+
+    def before(self, places: Sequence[int]) -> list[tuple[int, int]]:
+        """Pairs (first, then) in ``places``: if the first stays, so does the second, which goes later."""
+        number = {place: index for index, place in enumerate(places)}
+        last: dict[tuple[str, int], int] = {}
+        pairs = [(number[first], number[then]) for first, then in self._shared.tolist() if first in number]
+        for index, place in enumerate(places):
+            chain = self.chunks[place].chain
+            if chain in last:
+                pairs.append((last[chain], index))
+            last[chain] = index
+        return pairs
+
+    def priced(self, prices: Mapping[str, float]) -> npt.NDArray[np.float64]:
+        """Price of each chunk, shape (chunks,), given that of one unit per group."""
+        result = np.zeros(len(self.chunks))
+        for name, (_, owners) in self._owned.items():
+            result += prices[name] * np.bincount(owners, minlength=len(result))
+        return result
 
 
 def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
@@ -43,7 +131,8 @@ def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: La
             chunks += _plain_chunks(roles["head"], scores, 1)
         if "branch" in roles:
             name = roles["branch"].name
-            chunks.append(Chunk(units=((name, 0),), score=float(scores[name][0]), chain=(name, 0)))
+            own = float(scores[name][0])
+            chunks.append(Chunk(units=((name, 0),), score=own, worth=own, chain=(name, 0)))
     tokens = [group for group in groups if group.token is not None]
     return chunks + _token_chunks(tokens, scores)
 
@@ -72,9 +161,9 @@ def in_chain(
     chunks: list[Chunk] = []
     floor = -float("inf")
     for bundle in bundles:
-        mean = sum(scores[group][unit] for group, unit in bundle) / len(bundle)
-        floor = max(floor, mean)
-        chunks.append(Chunk(units=tuple(bundle), score=floor, chain=(name, number)))
+        own = sum(scores[group][unit] for group, unit in bundle)
+        floor = max(floor, own / len(bundle))
+        chunks.append(Chunk(units=tuple(bundle), score=floor, worth=own, chain=(name, number)))
     return chunks
 
 
@@ -143,7 +232,7 @@ def _uneven_chunks(
         if head != last and "qk" in bundles:
             rest = tuple(pair for bundle in bundles["qk"][head][:-1] for pair in bundle)
             final = chain[-1]
-            chain[-1] = Chunk(units=final.units + rest, score=final.score, chain=final.chain)
+            chain[-1] = replace(final, units=final.units + rest)
         chunks += chain
     return chunks
 
@@ -167,9 +256,9 @@ def _token_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> list
         capped = []
         for name, unit, score in visits:
             low = min(low, score)
-            capped.append((name, unit, low))
-        for name, unit, score in reversed(capped):
-            chunks.append(Chunk(units=((name, unit),), score=score, chain=("tokens", position)))
+            capped.append((name, unit, low, score))
+        for name, unit, low, own in reversed(capped):
+            chunks.append(Chunk(units=((name, unit),), score=low, worth=own, chain=("tokens", position)))
     return chunks
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from slimming.groups import Anatomy, evaluate
+from slimming.formulas import evaluate
+from slimming.groups import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,7 @@ def total(anatomy: Anatomy, kept: Mapping[str, int], *, element_bytes: int = 4) 
         kept: number of kept units per group.
         element_bytes: bytes of one parameter or activation.
     """
-    params = sum(evaluate(operation.params, kept) for operation in anatomy.operations)
-    macs = sum(evaluate(operation.macs, kept) for operation in anatomy.operations)
-    live = max(operation.live_elements(kept) for operation in anatomy.operations)
+    params, macs, live = anatomy.formulas.evaluate(kept)
     return Cost(params=params, macs=macs, memory_bytes=(params + live) * element_bytes)
 
 

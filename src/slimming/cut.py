@@ -37,7 +37,7 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
     Raises:
         PlanError: the plan was made for another model, or leaves a group without a unit.
     """
-    kept = resolve_plan(anatomy.groups, plan)
+    kept = resolve_plan(anatomy, plan)
     gone = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
     # What the plan itself leaves empty comes first: other groups go only because of it.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):

@@ -7,13 +7,24 @@ each unit. A family reads a model into an `Anatomy`; nothing above the families 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
 
 from slimming.errors import PlanError, nearest
+from slimming.formulas import Dim, Formulas, Operation, Product
 from slimming.plan import Plan, Structure
+
+Mask = npt.NDArray[np.bool_]
+Place = tuple[str, int]
+"""A dimension of a tensor."""
+_Shared = tuple[Place, npt.NDArray[np.int_], npt.NDArray[np.int_]]
+"""A dimension that several groups have slices of; places along it; and the unit that owns each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,24 +130,6 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dim:
-    """One dimension of an operation: ``fixed`` plus, per named group, ``weight`` times its kept units."""
-
-    fixed: int = 0
-    groups: tuple[tuple[str, int], ...] = ()
-
-    def value(self, kept: Mapping[str, int]) -> int:
-        """The dimension when group ``name`` keeps ``kept[name]`` units."""
-        return self.fixed + sum(weight * kept[name] for name, weight in self.groups)
-
-    def __add__(self, other: Dim) -> Dim:
-        return Dim(fixed=self.fixed + other.fixed, groups=self.groups + other.groups)
-
-
-Product = tuple[Dim, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """The sizes of one module as functions of what the groups keep.
 
@@ -150,31 +143,6 @@ class LayerSizes:
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim] = field(default_factory=dict)
     unbound: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """The cost of one step of the forward pass at batch 1, as sums of products of dimensions.
-
-    Attributes:
-        name: the module, for reports.
-        macs: multiply-adds of matrix products and convolutions; element-wise work is not counted.
-        params: elements of the parameters that it owns.
-        live: elements of the tensors that are alive while it runs, its own output included and the input
-            image excluded.
-        live_if_fewer: (group, units, product): a product that is also alive once the group keeps fewer units.
-    """
-
-    name: str
-    macs: tuple[Product, ...] = ()
-    params: tuple[Product, ...] = ()
-    live: tuple[Product, ...] = ()
-    live_if_fewer: tuple[tuple[str, int, Product], ...] = ()
-
-    def live_elements(self, kept: Mapping[str, int]) -> int:
-        """Elements alive when group ``name`` keeps ``kept[name]`` units."""
-        conditional = [product for group, units, product in self.live_if_fewer if kept[group] < units]
-        return evaluate((*self.live, *conditional), kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +188,16 @@ class Anatomy:
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()
 
+    @cached_property
+    def couplings(self) -> Couplings:
+        """Which units go because others do."""
+        return Couplings(self.groups)
+
+    @cached_property
+    def formulas(self) -> Formulas:
+        """The costs of the forward pass."""
+        return Formulas(self.operations, [group.name for group in self.groups])
+
     def group(self, name: str) -> Group:
         """The group called ``name``.
 
@@ -238,89 +216,95 @@ def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
     return {group.name: tuple(range(group.size)) for group in groups}
 
 
-def resolve(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Complete a plan: the units that stay in *every* group, given those that some groups keep.
-
-    A unit goes when all of a tensor slice of it goes through another group: a head takes its dimensions along,
-    a coupled group its QK and V, and the last V dimension its head. A token goes when its position left in a
-    shallower block.
-
-    Args:
-        groups: all groups of the model.
-        kept: kept units for some of them.
+def resolve(anatomy: Anatomy, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Complete a plan: the units that stay in *every* group, given those that some groups keep, see `Couplings`.
 
     Raises:
         PlanError: a group that the model does not have, or a unit outside its group.
     """
-    check_kept(groups, kept)
-    users = Counter((slices.tensor, slices.dim) for group in groups for slices in group.slices)
-    # What one group alone has no other can take along.
-    dropped: Dropped = {place: _Gone() for place, count in users.items() if count > 1}
-    for group in groups:
-        _drop_(dropped, group, set(range(group.size)) - set(kept.get(group.name, range(group.size))))
-    for group in groups:
-        # A head that lost its last V is gone for good, so that its QK, which no one reads any more, goes too.
-        if group.role == "head":
-            _drop_(dropped, group, set(range(group.size)) - _left(dropped, group, range(group.size)))
-    result: dict[str, tuple[int, ...]] = {}
-    present: set[int] | None = None
-    for group in groups:
-        units = set(kept.get(group.name, range(group.size)))
-        if group.token is not None:
-            positions = group.token.positions
-            here = {positions[unit] for unit in units}
-            present = here if present is None else present & here
-            result[group.name] = tuple(unit for unit in range(group.size) if positions[unit] in present)
-        else:
-            result[group.name] = tuple(sorted(_left(dropped, group, units)))
-    return result
+    check_kept(anatomy.groups, kept)
+    sizes = {group.name: group.size for group in anatomy.groups}
+    masks = {name: np.isin(np.arange(sizes[name]), np.asarray(units, dtype=int)) for name, units in kept.items()}
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in anatomy.couplings.left(masks).items()}
 
 
-@dataclass
-class _Gone:
-    """Places of a tensor's dimension that go, and the groups that let them go."""
+class Couplings:
+    """Which units go because others do.
 
-    places: set[int] = field(default_factory=set)
-    by: set[str] = field(default_factory=set)
+    A unit goes when all of a tensor slice of it goes through another group: a head takes its dimensions along,
+    a coupled group its QK and V, and the last V dimension its head. A token goes when its position left in a
+    shallower block.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        self._positions = 1 + max((max(g.token.positions, default=0) for g in groups if g.token is not None), default=0)
+        users = Counter((slices.tensor, slices.dim) for group in groups for slices in group.slices)
+        self._extent: dict[Place, int] = {}
+        self._slices: dict[str, list[_Shared]] = {group.name: [] for group in groups}
+        for group in groups:
+            for slices in group.slices:
+                at = (slices.tensor, slices.dim)
+                if users[at] > 1:  # what one group alone has no other can take along
+                    places = np.fromiter(chain.from_iterable(slices.index), dtype=int)
+                    units = np.repeat(np.arange(group.size), [len(own) for own in slices.index])
+                    self._slices[group.name].append((at, places, units))
+                    self._extent[at] = max(self._extent.get(at, 0), int(places.max(initial=-1)) + 1)
+
+    def left(self, kept: Mapping[str, Mask]) -> dict[str, Mask]:
+        """What stays in every group, given what some keep; masks of shape (size,)."""
+        gone = {at: np.zeros(extent, dtype=bool) for at, extent in self._extent.items()}
+        by: dict[Place, set[str]] = {at: set() for at in gone}
+        whole = {group.name: np.ones(group.size, dtype=bool) for group in self._groups}
+        for group in self._groups:
+            if group.name in kept:
+                self._drop_(gone, by, group, ~kept[group.name])
+        for group in self._groups:
+            # A head that lost its last V is gone for good, so that its QK, which no one reads any more, goes too.
+            if group.role == "head":
+                self._drop_(gone, by, group, ~self._left(gone, by, group, whole[group.name]))
+        result: dict[str, Mask] = {}
+        present: Mask | None = None
+        for group in self._groups:
+            units = kept.get(group.name, whole[group.name])
+            if group.token is None:
+                result[group.name] = self._left(gone, by, group, units)
+                continue
+            positions = np.asarray(group.token.positions, dtype=int)
+            here = np.zeros(self._positions, dtype=bool)
+            here[positions[units]] = True
+            present = here if present is None else here & present
+            result[group.name] = present[positions]
+        return result
+
+    def _drop_(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> None:
+        """Note the slices of ``units`` as gone."""
+        if units.any():
+            for at, places, owners in self._slices[group.name]:
+                gone[at][places[units[owners]]] = True
+                by[at].add(group.name)
+
+    def _left(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> Mask:
+        """Those of ``units`` that keep something of every slice."""
+        for at, places, owners in self._slices[group.name]:
+            if by[at].difference((group.name,)):  # its own drops a group knows already
+                units = units & (np.bincount(owners[~gone[at][places]], minlength=group.size) > 0)
+        return units
 
 
-Dropped = dict[tuple[str, int], _Gone]
-"""Tensor and dimension, where several groups have slices -> what goes there."""
-
-
-def _drop_(dropped: Dropped, group: Group, units: Set[int]) -> None:
-    """Note the slices of ``units`` as gone."""
-    for slices in group.slices if units else ():
-        gone = dropped.get((slices.tensor, slices.dim))
-        if gone is not None:
-            gone.by.add(group.name)
-            gone.places.update(place for unit in units for place in slices.index[unit])
-
-
-def _left(dropped: Dropped, group: Group, units: Iterable[int]) -> set[int]:
-    """Those of ``units`` that keep something of every slice."""
-    left = set(units)
-    for slices in group.slices:
-        gone = dropped.get((slices.tensor, slices.dim))
-        # Its own drops a group knows already.
-        if gone is not None and gone.by.difference((group.name,)):
-            left -= {unit for unit in left if gone.places.issuperset(slices.index[unit])}
-    return left
-
-
-def resolve_plan(groups: Sequence[Group], plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Check ``plan`` against all groups of a model and complete it, see `resolve`.
+def resolve_plan(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Check ``plan`` against a model and complete it, see `resolve`.
 
     Raises:
         PlanError: the plan was made for another model.
     """
-    sizes = {group.name: group.size for group in groups}
+    sizes = {group.name: group.size for group in anatomy.groups}
     for name, size in plan.sizes.items():
         if name in sizes and sizes[name] != size:
             raise PlanError(
                 f"The plan was made for another model: its group {name!r} has {size} units, here it has {sizes[name]}."
             )
-    return resolve(groups, plan.kept)
+    return resolve(anatomy, plan.kept)
 
 
 def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:
@@ -336,13 +320,8 @@ def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> No
                 f"The plan names group {name!r}, which this model does not have: "
                 f"it was made for another model.{nearest(name, sizes)}"
             )
-        if len(set(units)) != len(units) or any(not 0 <= unit < sizes[name] for unit in units):
+        if len(set(units)) != len(units) or (units and not 0 <= min(units) <= max(units) < sizes[name]):
             raise PlanError(
                 f"The plan keeps units of {name!r} that are repeated or outside 0..{sizes[name] - 1}: "
                 "it is damaged or was made for another model."
             )
-
-
-def evaluate(products: Iterable[Product], kept: Mapping[str, int]) -> int:
-    """Sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
-    return sum(math.prod(dim.value(kept) for dim in product) for product in products)

@@ -25,7 +25,8 @@ from slimming.bench import machine, paired_times, summary
 from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError, nearest
 from slimming.families import family_of
 from slimming.family import Family
-from slimming.groups import Anatomy, Piece, evaluate, keep_all
+from slimming.formulas import evaluate
+from slimming.groups import Anatomy, Piece, keep_all
 from slimming.io import atomic_json, seal
 from slimming.plan import FORMAT, read_sealed
 

@@ -257,7 +257,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         Raises:
             PlanError: the plan cuts a group that has no mask here, or is of another model.
         """
-        kept = resolve_plan(self.anatomy.groups, plan)
+        kept = resolve_plan(self.anatomy, plan)
         for name, units in plan.kept.items():
             if name not in self and len(units) < plan.sizes[name]:
                 raise PlanError(f"The plan cuts {name!r}, which has no mask here. Attach that group too.")

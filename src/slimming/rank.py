@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slimming.chunks import Chunk, all_chunks
+from slimming.chunks import Choice, Chunk, Pool, all_chunks
 from slimming.errors import BudgetError, PlanError
-from slimming.groups import Anatomy, Group, resolve
+from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import KINDS, Budget, Layout, Plan
 from slimming.solve import GAP, knapsack
 
@@ -28,53 +29,54 @@ _ROUNDS = 10
 """How often costs are made linear anew, at most."""
 
 
-_FIRST = ("macs", "latency", "latency_ms", "params", "memory_bytes")
+_ORDER = ("macs", "latency", "latency_ms", "params", "memory_bytes")
 """Of several limits, the one by whose order the exact solver begins."""
 
 
-def make_plan(
-    anatomy: Anatomy,
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    layout: Layout,
-    measure: Measure,
-    *,
-    fold: bool,
-    solver: str = "nested",
-) -> Plan:
-    """The plan that keeps the most valuable units under ``budget``.
+class Planner:
+    """Makes plans of one model from one set of scores.
 
     Args:
         anatomy: the model.
         scores: one score per unit for each group that may be cut, shape (size,).
-        budget: what the slim model may cost.
         layout: which sizes the layers may get.
         measure: what a choice costs.
-        fold: stored in the plan, see `Plan`.
-        solver: ``"nested"`` or ``"exact"``; keep ratios need neither.
 
     Raises:
         PlanError: scores of another model, or scores that are not finite.
-        BudgetError: the budget cannot be reached (the message says what can), or names a kind without scores.
     """
-    groups = _scored_groups(anatomy, scores)
-    chunks = all_chunks(groups, scores, layout)
-    solution: dict[str, Any] = {}
-    if budget.keep is not None:
-        dropped = _for_keep_ratios(groups, chunks, budget)
-    else:
-        dropped, solution = _for_limits(anatomy, chunks, budget, measure), {"solver": "nested"}
-        if solver == "exact":
-            dropped, solution = _exactly(anatomy, chunks, budget, measure, dropped)
-    kept = {g.name: tuple(unit for unit in range(g.size) if unit not in dropped.get(g.name, ())) for g in groups}
-    complete = resolve(anatomy.groups, kept)
-    return Plan(
-        kept={group.name: complete[group.name] for group in groups},
-        sizes={group.name: group.size for group in groups},
-        budget=budget.to_dict(),
-        solution=solution,
-        fold=fold,
-    )
+
+    def __init__(self, anatomy: Anatomy, scores: Mapping[str, Tensor], layout: Layout, measure: Measure) -> None:
+        self._groups = _scored_groups(anatomy, scores)
+        self._pool = Pool(anatomy, all_chunks(self._groups, scores, layout))
+        self._measure = measure
+
+    def plan(self, budget: Budget, *, fold: bool, solver: str = "nested") -> Plan:
+        """The plan that keeps the most valuable units under ``budget``.
+
+        Args:
+            budget: what the slim model may cost.
+            fold: stored in the plan, see `Plan`.
+            solver: ``"nested"`` or ``"exact"``; keep ratios need neither.
+
+        Raises:
+            BudgetError: the budget cannot be reached (the message says what can), or names a kind without scores.
+        """
+        solution: dict[str, Any] = {}
+        if budget.keep is not None:
+            goes = _for_keep_ratios(self._groups, self._pool, budget)
+        else:
+            goes, solution = _for_limits(self._pool, budget, self._measure), {"solver": "nested"}
+            if solver == "exact":
+                goes, solution = _exactly(self._pool, budget, self._measure, goes)
+        complete = self._pool.complete(goes)
+        return Plan(
+            kept={group.name: tuple(np.flatnonzero(complete[group.name]).tolist()) for group in self._groups},
+            sizes={group.name: group.size for group in self._groups},
+            budget=budget.to_dict(),
+            solution=solution,
+            fold=fold,
+        )
 
 
 def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group]:
@@ -93,42 +95,36 @@ def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group
     return sorted(groups, key=lambda group: [g.name for g in anatomy.groups].index(group.name))
 
 
-def _sequence(chunks: Sequence[Chunk], price: Callable[[Chunk], float]) -> list[Chunk]:
-    """All chunks in the order in which they go: lowest score per price first, chains kept in order."""
+def _sequence(chunks: Sequence[Chunk], prices: Sequence[float]) -> list[int]:
+    """Places of all chunks in the order in which they go: lowest score per price first, chains kept in order."""
     floor: dict[tuple[str, int], float] = {}
     keyed = []
-    for place, chunk in enumerate(chunks):
-        density = chunk.score * len(chunk.units) / max(price(chunk), 1e-30)
+    for place, (chunk, price) in enumerate(zip(chunks, prices, strict=True)):
+        density = chunk.score * len(chunk.units) / max(price, 1e-30)
         floor[chunk.chain] = density = max(density, floor.get(chunk.chain, -float("inf")))
-        keyed.append((density, place, chunk))
-    return [chunk for _, _, chunk in sorted(keyed, key=lambda item: item[:2])]
+        keyed.append((density, place))
+    return [place for _, place in sorted(keyed)]
 
 
-def _dropped(chunks: Iterable[Chunk]) -> dict[str, set[int]]:
-    result: dict[str, set[int]] = {}
-    for chunk in chunks:
-        for name, unit in chunk.units:
-            result.setdefault(name, set()).add(unit)
-    return result
+def _first(order: Sequence[int], count: int, chunks: int) -> Choice:
+    """The first ``count`` of an order of some of the ``chunks``."""
+    goes = np.zeros(chunks, dtype=bool)
+    goes[list(order[:count])] = True
+    return goes
 
 
-def _counts(anatomy: Anatomy, dropped: Mapping[str, set[int]]) -> dict[str, int]:
-    """How many units of every group stay when ``dropped`` goes."""
-    sizes = {group.name: group.size for group in anatomy.groups}
-    kept = {name: [unit for unit in range(sizes[name]) if unit not in units] for name, units in dropped.items()}
-    return {name: len(units) for name, units in resolve(anatomy.groups, kept).items()}
-
-
-def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure) -> dict[str, set[int]]:
-    full = {group.name: group.size for group in anatomy.groups}
+def _for_limits(pool: Pool, budget: Budget, measure: Measure) -> Choice:
+    full = {group.name: group.size for group in pool.anatomy.groups}
     dense = measure(full)
     limits = budget.absolute(dense)
-    names = {name for chunk in chunks for name, _ in chunk.units}
-    price = {name: _unit_price(anatomy, name, full, dense, limits, measure) for name in names}
-    order = _sequence(chunks, lambda chunk: sum(price[name] for name, _ in chunk.units))
+    price = {name: _unit_price(pool.anatomy, name, full, dense, limits, measure) for name in pool.names}
+    order = _sequence(pool.chunks, pool.priced(price).tolist())
+
+    def after(count: int) -> Choice:
+        return _first(order, count, len(order))
 
     def cost_after(count: int) -> Mapping[str, float]:
-        return measure(_counts(anatomy, _dropped(order[:count])))
+        return measure(pool.counts(pool.kept(after(count))))
 
     def fits(count: int) -> bool:
         cost = cost_after(count)
@@ -146,76 +142,64 @@ def _for_limits(anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measu
             f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
             "of the dense model. Give a larger budget, attach more kinds, or allow smaller layout multiples."
         )
-    count = bisect_left(range(len(order) + 1), True, key=fits)
-    return _dropped(order[:count])
+    return after(bisect_left(range(len(order) + 1), True, key=fits))
 
 
-def _exactly(
-    anatomy: Anatomy, chunks: Sequence[Chunk], budget: Budget, measure: Measure, start: dict[str, set[int]]
-) -> tuple[dict[str, set[int]], dict[str, Any]]:
+def _exactly(pool: Pool, budget: Budget, measure: Measure, start: Choice) -> tuple[Choice, dict[str, Any]]:
     """Improve ``start`` to the choice of the largest total score within the limits.
 
     Where costs are sums over layers, as of hidden units and head dimensions, it is the best there is. Tokens times
     dimensions, or channels in times channels out, are made linear at the last answer and solved again, a few times;
     the gap is then that of the linear problem. Which whole attentions and MLPs go is left as one order has it.
     """
-    full = {group.name: group.size for group in anatomy.groups}
-    limits = budget.absolute(measure(full))
-    site = {group.name: group.site for group in anatomy.groups}
+    anatomy = pool.anatomy
+    limits = budget.absolute(measure({group.name: group.size for group in anatomy.groups}))
 
-    def value(chunk: Chunk) -> float:
-        return max(chunk.score, 0.0) * len(chunk.units)
+    def worth(goes: Choice) -> float:
+        return float(pool.values[pool.stays(goes)].sum())
 
-    def stay(dropped: Mapping[str, set[int]]) -> list[Chunk]:
-        return [c for c in chunks if not _gone(c, dropped) and f"{site[c.units[0][0]]}.branch" not in dropped]
-
-    def worth(dropped: Mapping[str, set[int]]) -> float:
-        return sum(map(value, stay(dropped)))
-
-    def change(name: str, dropped: Mapping[str, set[int]], here: Mapping[str, int], now: Mapping[str, float]) -> Any:
+    def change(name: str, kept: Mapping[str, Mask], here: Mapping[str, int], now: Mapping[str, float]) -> Any:
         """What one more unit of a group costs, or one less where all are there, per metric."""
         if _goes_alone(anatomy.group(name)):
             return _each(anatomy, name, here, limits, measure)
-        gone = dropped.get(name, set())
-        then = measure(_counts(anatomy, {**dropped, name: gone - {next(iter(gone))} if gone else {0}}))
+        one = kept[name].copy()
+        place = int(one.argmin())  # the first that is gone, or the first
+        one[place] = not one[place]
+        then = measure(pool.counts({**kept, name: one}))
         return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
 
     best, current, bound = start, start, None
     if len(limits) > 1:
         # The one order that holds all ends far below some of them, a poor place to make costs linear at.
-        first = next(name for name in _FIRST if name in limits)
-        current = _for_limits(anatomy, chunks, budget.alone(first), measure)
-    branches = {group.name for group in anatomy.groups if group.role == "branch"}
-    whole = {name: units for name, units in current.items() if name in branches}
-    chosen_from = [c for c in chunks if c.units[0][0] not in branches and f"{site[c.units[0][0]]}.branch" not in whole]
-    names = list(dict.fromkeys(name for chunk in chosen_from for name, _ in chunk.units))
-    values = [value(chunk) for chunk in chosen_from]
-    before = _before(chosen_from)
+        first = next(name for name in _ORDER if name in limits)
+        current = _for_limits(pool, budget.alone(first), measure)
+    whole = current & pool.branch
+    free = np.flatnonzero(pool.stays(whole) & ~pool.branch)
+    names = list(dict.fromkeys(name for place in free.tolist() for name, _ in pool.chunks[place].units))
+    values = pool.values[free]
+    before = pool.before(free.tolist())
     tight = dict.fromkeys(limits, 0.0)
     for _ in range(_ROUNDS):
-        here = _counts(anatomy, current)
+        kept = pool.kept(current)
+        here = pool.counts(kept)
         now = measure(here)
-        unit = {name: change(name, current, here, now) for name in names}
-        prices = {m: [sum(unit[name][m] for name, _ in chunk.units) for chunk in chosen_from] for m in limits}
-        stays = [not _gone(chunk, current) for chunk in chosen_from]
-        room = {
-            m: limit - tight[m] - now[m] + sum(p for p, stay in zip(prices[m], stays, strict=True) if stay)
-            for m, limit in limits.items()
-        }
+        unit = {name: change(name, kept, here, now) for name in names}
+        prices = {m: pool.priced({n: unit[n][m] if n in unit else 0.0 for n in pool.names})[free] for m in limits}
+        room = {m: limit - tight[m] - now[m] + prices[m][~current[free]].sum() for m, limit in limits.items()}
         found = knapsack(values, prices, room, before)
         if found is None:
             break
-        goes = (chunk for chunk, stay in zip(chosen_from, found.kept, strict=True) if not stay)
-        chosen = {**_dropped(goes), **whole}
-        reached = measure(_counts(anatomy, chosen))
+        chosen = whole.copy()
+        chosen[free] = ~np.asarray(found.kept)
+        reached = measure(pool.counts(pool.kept(chosen)))
         over = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
         if not any(over.values()):
             bound = found.bound
             if any(tight.values()):  # of the limits themselves
                 wide = {metric: room[metric] + tight[metric] for metric in limits}
                 bound = (knapsack(values, prices, wide, before) or found).bound
-            bound += sum(value(chunk) for chunk in chunks if chunk.units[0][0] in branches.difference(whole))
-            settled = chosen == current
+            bound += float(pool.values[pool.branch & ~whole].sum())
+            settled = bool((chosen == current).all())
             gained = worth(chosen) - worth(best)
             if gained > 0:
                 best = chosen
@@ -227,25 +211,9 @@ def _exactly(
         current = chosen
     if bound is None:
         return start, {"solver": "nested"}  # no linear problem led to a choice that holds
-    total = sum(map(value, chunks)) or 1.0
+    total = float(pool.values.sum()) or 1.0
     gap = max(0.0, bound - worth(best))
     return best, {"solver": "exact", "kept_score": worth(best) / total, "gap": gap / total}
-
-
-def _gone(chunk: Chunk, dropped: Mapping[str, set[int]]) -> bool:
-    name, unit = chunk.units[0]
-    return unit in dropped.get(name, ())
-
-
-def _before(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
-    """Pairs of neighbours in one chain: if the first stays, so does the second, which goes later."""
-    last: dict[tuple[str, int], int] = {}
-    pairs = []
-    for place, chunk in enumerate(chunks):
-        if chunk.chain in last:
-            pairs.append((last[chunk.chain], place))
-        last[chunk.chain] = place
-    return pairs
 
 
 def _rounded_up(share: float) -> str:
@@ -275,8 +243,9 @@ def _unit_price(
     if _goes_alone(anatomy.group(name)):
         each = _each(anatomy, name, full, limits, measure)
         return sum(each[metric] / limit for metric, limit in limits.items())
-    kept = resolve(anatomy.groups, {name: range(1, full[name])})
-    less = measure({group: len(units) for group, units in kept.items()})
+    kept = np.ones(full[name], dtype=bool)
+    kept[0] = False
+    less = measure({group: int(units.sum()) for group, units in anatomy.couplings.left({name: kept}).items()})
     return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
 
 
@@ -301,22 +270,24 @@ def _each(
     return {metric: abs(value - after[metric]) / count for metric, value in measure(before).items() if metric in limits}
 
 
-def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: Budget) -> dict[str, set[int]]:
+def _for_keep_ratios(groups: Sequence[Group], pool: Pool, budget: Budget) -> Choice:
     """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
     kind_of = {group.name: group.kind for group in groups}
-    dropped: dict[str, set[int]] = {}
+    goes = np.zeros(len(pool.chunks), dtype=bool)
     assert budget.keep is not None
     for kind in sorted(budget.keep, key=KINDS.index):
         total = sum(group.size for group in groups if group.kind == kind)
         if not total:
             have = ", ".join(sorted(set(kind_of.values())))
             raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
-        order = _sequence([c for c in chunks if kind_of[c.units[0][0]] == kind], lambda chunk: len(chunk.units))
+        places = [place for place, chunk in enumerate(pool.chunks) if kind_of[chunk.units[0][0]] == kind]
+        chunks = [pool.chunks[place] for place in places]
+        order = [places[place] for place in _sequence(chunks, [len(chunk.units) for chunk in chunks])]
         allowed = budget.keep[kind] * total
         counts = [0]
         gone: set[tuple[str, int]] = set()
-        for chunk in order:
-            gone.update(chunk.units)
+        for place in order:
+            gone.update(pool.chunks[place].units)
             counts.append(len(gone))
         count = next((i for i, number in enumerate(counts) if total - number <= allowed + 1e-9), None)
         if count is None:
@@ -324,6 +295,5 @@ def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: B
                 f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
                 f"{_rounded_up((total - counts[-1]) / total)}. Give a larger ratio, or allow smaller layout multiples."
             )
-        for name, units in _dropped(order[:count]).items():
-            dropped[name] = units
-    return dropped
+        goes[order[:count]] = True
+    return goes

@@ -110,7 +110,7 @@ def _width(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
     """What stays in each block under ``plan``, in the order of the dense model's heads."""
-    kept = resolve(anatomy.groups, plan.kept)
+    kept = resolve(anatomy, plan.kept)
     rows = _grid(anatomy)
     layers: dict[str, dict[str, Any]] = {}
     with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}

@@ -35,8 +35,8 @@ class Solution:
 
 
 def knapsack(
-    values: Sequence[float],
-    prices: Mapping[str, Sequence[float]],
+    values: npt.ArrayLike,
+    prices: Mapping[str, npt.ArrayLike],
     room: Mapping[str, float],
     before: Sequence[tuple[int, int]],
 ) -> Solution | None:

@@ -93,7 +93,7 @@ def _write(model: nn.Module, plans: dict[str, Plan], record: dict[str, object], 
 
 def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], dict[str, object]]:
     """The model to cut, the plans by name, and where they come from."""
-    from slimming.api import plan
+    from slimming.api import plans
     from slimming.cli.flags import parse_pairs
     from slimming.cli.models import load_checkpoint, search_directory
     from slimming.cli.settings import build
@@ -119,10 +119,8 @@ def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], d
     layout = _layout(arguments, result.config.layout)
     table = arguments.latency_table
     record = {"source": str(source), "search": plain(result.config), "versions": versions()}
-    plans = {
-        budget.name: plan(result, budget, layout=layout, solver=arguments.solver, latency=table) for budget in budgets
-    }
-    return result.model, plans, record
+    made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=table)
+    return result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}, record
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:

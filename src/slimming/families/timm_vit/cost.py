@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimming.families.timm_vit.base import input_channels
 from slimming.families.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.families.timm_vit.width import WIDTH
-from slimming.groups import Dim, Operation, Product
+from slimming.formulas import Dim, Operation, Product
 
 
 def operations(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[Operation, ...]:

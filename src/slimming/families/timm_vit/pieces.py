@@ -15,7 +15,8 @@ from slimming.families.timm_vit.cost import alive_of, dim_of, qk_of, tokens_of
 from slimming.families.timm_vit.resize import resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.families.timm_vit.width import WIDTH, resize_width_
-from slimming.groups import Dim, Piece
+from slimming.formulas import Dim
+from slimming.groups import Piece
 from slimming.layers import TokenSelect
 
 

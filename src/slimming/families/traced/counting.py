@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from slimming.families.traced.channels import CONV
 from slimming.families.traced.resize import tensor_dims
-from slimming.groups import Dim, Group, Operation
+from slimming.formulas import Dim, Operation
+from slimming.groups import Group
 from slimming.macs import multiply_adds, unfused
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimming.groups import Dim, Group, Scale, Slices
+from slimming.formulas import Dim
+from slimming.groups import Group, Scale, Slices
 
 Attributes = dict[str, dict[str, Dim]]
 """Module -> attribute -> its value."""

@@ -21,7 +21,8 @@ from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_a
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import STRUCTURE, Kept, fill_
-from slimming.groups import Group, LayerSizes, Operation
+from slimming.formulas import Operation
+from slimming.groups import Group, LayerSizes
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""

@@ -13,7 +13,8 @@ from slimming.families.traced.channels import BATCH_NORM, CONV
 from slimming.families.traced.heads import Attributes
 from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import Kept, take
-from slimming.groups import Dim, Group, LayerSizes
+from slimming.formulas import Dim
+from slimming.groups import Group, LayerSizes
 
 TENSORS, UNBOUND = "tensors", "unbound"
 """Keys of a layer's entry in the structure beside its attributes: tensor shapes, and the changed forward."""

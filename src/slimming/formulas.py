@@ -1,0 +1,109 @@
+"""The cost of a forward pass as plain data: sums of products of dimensions, and those sums evaluated fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """One dimension of an operation: ``fixed`` plus, per named group, ``weight`` times its kept units."""
+
+    fixed: int = 0
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def value(self, kept: Mapping[str, int]) -> int:
+        """The dimension when group ``name`` keeps ``kept[name]`` units."""
+        return self.fixed + sum(weight * kept[name] for name, weight in self.groups)
+
+    def __add__(self, other: Dim) -> Dim:
+        return Dim(fixed=self.fixed + other.fixed, groups=self.groups + other.groups)
+
+
+Product = tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """The cost of one step of the forward pass at batch 1, as sums of products of dimensions.
+
+    Attributes:
+        name: the module, for reports.
+        macs: multiply-adds of matrix products and convolutions; element-wise work is not counted.
+        params: elements of the parameters that it owns.
+        live: elements of the tensors that are alive while it runs, its own output included and the input
+            image excluded.
+        live_if_fewer: (group, units, product): a product that is also alive once the group keeps fewer units.
+    """
+
+    name: str
+    macs: tuple[Product, ...] = ()
+    params: tuple[Product, ...] = ()
+    live: tuple[Product, ...] = ()
+    live_if_fewer: tuple[tuple[str, int, Product], ...] = ()
+
+
+def evaluate(products: Iterable[Product], kept: Mapping[str, int]) -> int:
+    """Sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
+    return sum(math.prod(dim.value(kept) for dim in product) for product in products)
+
+
+class Formulas:
+    """The costs of all operations, compiled to arrays: evaluating them takes some ten microseconds.
+
+    Numbers are float64, exact below 2**53, about 9e15.
+
+    Args:
+        operations: the forward pass.
+        names: the groups, in the order in which kept units are read.
+    """
+
+    def __init__(self, operations: Sequence[Operation], names: Sequence[str]) -> None:
+        self._names = names
+        self._compiler = compiler = _Compiler({name: place for place, name in enumerate(names)})
+        self._params = compiler.products(product for operation in operations for product in operation.params)
+        self._macs = compiler.products(product for operation in operations for product in operation.macs)
+        always = [(number, product) for number, operation in enumerate(operations) for product in operation.live]
+        once = [(number, *each) for number, operation in enumerate(operations) for each in operation.live_if_fewer]
+        self._live = compiler.products([product for _, product in always] + [product for *_, product in once])
+        self._owner = np.array([number for number, *_ in (*always, *once)], dtype=int)
+        self._always = len(always)
+        self._once_group = np.array([compiler.place[group] for _, group, _, _ in once], dtype=int)
+        self._once_units = np.array([units for _, _, units, _ in once], dtype=float)
+        self._fixed, self._weights = compiler.matrices()
+
+    def evaluate(self, kept: Mapping[str, int]) -> tuple[int, int, int]:
+        """Parameters, multiply-adds and the most elements alive at once when ``name`` keeps ``kept[name]`` units."""
+        counts = np.array([kept[name] for name in self._names], dtype=float)
+        values = self._fixed + self._weights @ counts
+        alive = values[self._live].prod(1)
+        alive[self._always :] *= counts[self._once_group] < self._once_units
+        most = np.bincount(self._owner, alive).max(initial=0.0)
+        return int(values[self._params].prod(1).sum()), int(values[self._macs].prod(1).sum()), int(most)
+
+
+class _Compiler:
+    """Gives every different dimension a number."""
+
+    def __init__(self, place: Mapping[str, int]) -> None:
+        self.place = place
+        self.dims: dict[Dim, int] = {Dim(fixed=1): 0}
+
+    def products(self, products: Iterable[Product]) -> npt.NDArray[np.int_]:
+        """Numbers of the dimensions of each product, shape (products, most dimensions), filled up with that of 1."""
+        rows = [[self.dims.setdefault(dim, len(self.dims)) for dim in product] for product in products]
+        longest = max((len(row) for row in rows), default=1)
+        return np.array([row + [0] * (longest - len(row)) for row in rows], dtype=int).reshape(len(rows), longest)
+
+    def matrices(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Fixed parts, shape (dimensions,), and weights, shape (dimensions, groups)."""
+        weights = np.zeros((len(self.dims), len(self.place)))
+        for dim, row in self.dims.items():
+            for name, weight in dim.groups:
+                weights[row, self.place[name]] += weight
+        return np.array([dim.fixed for dim in self.dims], dtype=float), weights
