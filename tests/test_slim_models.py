@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.evo_norm import EvoNorm2dS0
 from torch import nn
 
 import slimming
@@ -339,6 +340,17 @@ def test_a_model_of_which_nothing_can_be_cut() -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"can be cut: .*a GroupNorm mixes them"):
         slimming.describe(normed)
+
+
+def test_what_torch_pruning_loses_track_of_is_named() -> None:
+    normed = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), EvoNorm2dS0(32), nn.Conv2d(32, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+    )
+    normed.image_size = 16  # pyright: ignore
+    found = slimming.check(normed)
+    assert found.ok
+    assert any("torch-pruning does not follow" in reason for reason in found.uncovered)
 
 
 def test_parts_that_no_group_covers_are_named() -> None:

@@ -24,6 +24,7 @@ from slimming.groups import Group, Scale, Slices
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+LOST = "torch-pruning does not follow what the model does with them"
 
 Place = tuple[str, int]
 """A tensor's name and one of its dimensions."""
@@ -205,6 +206,9 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
             found.reason = found.reason or reason
             continue
         roots = list(item.root_idxs or range(len(item.idxs)))
+        if None in roots:
+            found.reason = found.reason or LOST
+            continue
         pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
         out = "out" in item.dep.handler.__name__ or "depthwise" in item.dep.handler.__name__
         if isinstance(module, nn.Parameter):
@@ -301,7 +305,7 @@ def _group(found: _Found, model: nn.Module) -> Group | str:
         if len({len(places) for places in index}) != 1:
             return "their channels are of unequal size"
         if max(max(places) for places in index) >= shapes[tensor][dim]:
-            return "torch-pruning does not follow what the model does with them"
+            return LOST
         slices.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(places)) for places in index), side=side))
     if not any(one.side == "out" for one in slices):
         return "they leave the model as its output"
