@@ -39,6 +39,7 @@ LAYERS = {
     "layers": 2,
     "checkpoint": 3,
     "latency": 3,
+    "sensitivity": 3,
     "training": 3,
     "bench": 3,
     "report": 3,

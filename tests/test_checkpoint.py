@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import slimming
-from slimming.api import anatomy_of, load_scores, save_scores
+from slimming.api import Rating, anatomy_of, load_scores, save_scores
 from slimming.checkpoint import read_provenance
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.io import atomic_json, seal
-from slimming.plan import Budget
+from slimming.plan import Budget, Layout
 from variants import VARIANTS, draw, image
 
 FILES = ["provenance.json", "structure.json", "weights.safetensors"]
@@ -331,11 +331,14 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
         for mask in masks.values():
             mask.uniform_(0, 1)
     scores = masks.scores()
-    save_scores(tmp_path / "scores.safetensors", masks.anatomy, scores)
-    anatomy, read = load_scores(tmp_path / "scores.safetensors")
-    assert anatomy == masks.anatomy
-    assert read.keys() == scores.keys()
-    assert all(torch.equal(read[name], score) for name, score in scores.items())
+    curves = {"mlp": ((0.5, 0.01), (0.2, 0.4)), "token": ((0.5, 0.3),)}
+    rating = Rating(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=curves)
+    save_scores(tmp_path / "scores.safetensors", rating)
+    read = load_scores(tmp_path / "scores.safetensors")
+    assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, rating.layout, False, curves)
+    assert read.scores.keys() == scores.keys()
+    assert all(torch.equal(read.scores[name], score) for name, score in scores.items())
+    save_scores(tmp_path / "scores.safetensors", Rating(anatomy=masks.anatomy, scores=scores))
     budget = Budget(macs=0.7)
     assert slimming.plan(str(tmp_path / "scores.safetensors"), budget) == slimming.plan(masks, budget)
 
@@ -343,7 +346,7 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
 def test_files_that_are_no_scores(saved: Path, tmp_path: Path) -> None:
     masks = slimming.attach(VARIANTS[0].make())
     path = tmp_path / "scores.safetensors"
-    save_scores(path, masks.anatomy, masks.scores())
+    save_scores(path, Rating(anatomy=masks.anatomy, scores=masks.scores()))
     whole = path.read_bytes()
     budget = Budget(macs=0.7)
     (tmp_path / "pickle").write_bytes(pickle.dumps(_Trap()))

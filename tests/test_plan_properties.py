@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slimming.api import Rated, Rating, _measure, anatomy_of, plan
-from slimming.chunks import Chunk, in_chain
+from slimming.chunks import Chunk, in_chain, sequence
 from slimming.cut import complete
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
 from slimming.groups import Anatomy, Group
 from slimming.plan import FREE, KINDS, Budget, Layout, Plan
-from slimming.rank import Planner, _sequence
+from slimming.rank import Planner
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -362,7 +362,7 @@ def test_a_chain_goes_in_its_order_whatever_its_chunks_cost() -> None:
     dear = Chunk(units=(("a", 0),), score=1.0, worth=1.0, chain=("a", 0))
     cheap = Chunk(units=(("a", 1), ("b", 0)), score=1.0, worth=1.0, chain=("a", 0))
     other = Chunk(units=(("c", 0),), score=1.0, worth=1.0, chain=("c", 0))
-    assert _sequence([dear, cheap, other], [1.0, 100.0, 2.0]) == [2, 0, 1]
+    assert sequence([dear, cheap, other], [1.0, 100.0, 2.0]) == [2, 0, 1]
 
 
 def test_scores_along_a_chain_never_fall() -> None:

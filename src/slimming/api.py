@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimming import checkpoint, masks
 from slimming.bench import count
+from slimming.chunks import Curve
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
 from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
@@ -131,12 +132,21 @@ def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class Rating:
-    """Scores of a model's units, and how plans are made of them unless asked otherwise."""
+    """Scores of a model's units, and how plans are made of them unless asked otherwise.
+
+    Attributes:
+        anatomy: the model.
+        scores: group name -> score of each unit, shape (size,).
+        layout: which sizes the layers get.
+        fold: see `Plan`.
+        sensitivity: kind -> what cutting it alone does, see `slimming.sensitivity`; empty if it was not measured.
+    """
 
     anatomy: Anatomy
     scores: Mapping[str, Tensor]
     layout: Layout = field(default_factory=Layout)
     fold: bool = True
+    sensitivity: Mapping[str, Curve] = field(default_factory=dict)
 
 
 class Rated(abc.ABC):
@@ -216,15 +226,15 @@ def plans(
     elif isinstance(source, Rated):
         rating = source.rating
     else:
-        anatomy, scores = load_scores(source)
-        rating = Rating(anatomy=anatomy, scores=scores)
+        rating = load_scores(source)
     layout = layout or rating.layout
     if any(budget.memory_bytes is not None for budget in budgets):
         _check_memory(rating.anatomy, layout)
     table = None
     if any(budget.latency is not None or budget.latency_ms is not None for budget in budgets):
         table = _latency_table(latency, layout)
-    planner = Planner(rating.anatomy, rating.scores, layout, partial(_measure, rating.anatomy, table=table))
+    measure = partial(_measure, rating.anatomy, table=table)
+    planner = Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity)
     fold = rating.fold if fold is None else fold
     found = []
     for budget in budgets:
@@ -330,23 +340,30 @@ def _plain(model: nn.Module) -> nn.Module:
     return copied
 
 
-def save_scores(path: str | Path, anatomy: Anatomy, scores: Mapping[str, Tensor]) -> None:
+def save_scores(path: str | Path, rating: Rating) -> None:
     """Write scores with the structure of the model they are of, so that plans can be made without the model.
 
     Raises:
         OutputError: the place is not writable, or the disk is full.
     """
-    entry = {"format": FORMAT, "structure": anatomy.structure.to_dict(), "scores_sha256": _digest(scores)}
+    entry = {
+        "format": FORMAT,
+        "structure": rating.anatomy.structure.to_dict(),
+        "scores_sha256": _digest(rating.scores),
+        "layout": asdict(rating.layout),
+        "fold": rating.fold,
+        "sensitivity": {kind: [list(point) for point in curve] for kind, curve in rating.sensitivity.items()},
+    }
     metadata = {"slimming": json.dumps(seal(entry))}
-    atomic_write_bytes(Path(path), checkpoint.dump_tensors(scores, metadata))
+    atomic_write_bytes(Path(path), checkpoint.dump_tensors(rating.scores, metadata))
 
 
 def _digest(scores: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
 
 
-def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
-    """Read what `save_scores` wrote: the model's anatomy and its scores.
+def load_scores(path: str | Path) -> Rating:
+    """Read what `save_scores` wrote.
 
     Raises:
         CheckpointError: the file is missing, damaged or of a newer format.
@@ -357,7 +374,8 @@ def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         entry, intact = unseal(json.loads(header["__metadata__"]["slimming"]))
-        structure = entry["structure"]
+        structure, layout = entry["structure"], Layout(**entry["layout"])
+        curves = {k: tuple((float(kept), float(loss)) for kept, loss in v) for k, v in entry["sensitivity"].items()}
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a scores file of slimming. Give one that slimming search wrote."
@@ -365,4 +383,5 @@ def load_scores(path: str | Path) -> tuple[Anatomy, dict[str, Tensor]]:
     if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
         raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
-    return family_of(model).read(model), scores
+    anatomy = family_of(model).read(model)
+    return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=curves)

@@ -5,7 +5,7 @@ A layout decides how many units a chunk has; nothing here depends on a budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,9 @@ from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import Layout
 
 _FEWEST_SIZES = 4
+Array = npt.NDArray[np.float64]
+Curve = Sequence[tuple[float, float]]
+"""What cutting a kind alone does: (share of its units that stays, by how much the loss grows), the largest first."""
 Choice = npt.NDArray[np.bool_]
 """For each chunk of a pool, whether it goes; shape (chunks,)."""
 
@@ -108,7 +111,7 @@ class Pool:
             last[chain] = index
         return pairs
 
-    def priced(self, prices: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    def priced(self, prices: Mapping[str, float]) -> Array:
         """Price of each chunk, shape (chunks,), given that of one unit per group."""
         result = np.zeros(len(self.chunks))
         for name, (_, owners) in self._owned.items():
@@ -135,6 +138,57 @@ def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: La
             chunks.append(Chunk(units=((name, 0),), score=own, worth=own, chain=(name, 0)))
     tokens = [group for group in groups if group.token is not None]
     return chunks + _token_chunks(tokens, scores)
+
+
+def sequence(chunks: Sequence[Chunk], prices: Sequence[float]) -> list[int]:
+    """Places of all chunks in the order in which they go: lowest score per price first, chains kept in order."""
+    floor: dict[tuple[str, int], float] = {}
+    keyed = []
+    for place, (chunk, price) in enumerate(zip(chunks, prices, strict=True)):
+        density = chunk.score * len(chunk.units) / max(price, 1e-30)
+        floor[chunk.chain] = density = max(density, floor.get(chunk.chain, -float("inf")))
+        keyed.append((density, place))
+    return [place for _, place in sorted(keyed)]
+
+
+def of_kind(chunks: Sequence[Chunk], groups: Sequence[Group], kind: str) -> list[int]:
+    """Places of the chunks of one kind, in the order in which they go when nothing else does."""
+    names = {group.name for group in groups if group.kind == kind}
+    places = [place for place, chunk in enumerate(chunks) if chunk.units[0][0] in names]
+    own = [chunks[place] for place in places]
+    return [places[place] for place in sequence(own, [len(chunk.units) for chunk in own])]
+
+
+def valued(chunks: Sequence[Chunk], groups: Sequence[Group], curves: Mapping[str, Curve]) -> list[Chunk]:
+    """The chunks with the loss that cutting each adds as their score, read off what was measured kind by kind.
+
+    The order within a kind stays as it was. Between two measurements the loss per unit grows steadily; kinds without
+    a curve keep their scores.
+    """
+    result = list(chunks)
+    for kind, curve in curves.items():
+        places = of_kind(chunks, groups, kind)
+        sizes = np.array([len(chunks[place].units) for place in places], dtype=float)
+        if not len(places) or not curve:
+            continue
+        total = sum(group.size for group in groups if group.kind == kind)
+        each = _slopes(curve)((np.cumsum(sizes) - sizes / 2) / total) / total
+        for place, size, loss in zip(places, sizes, each, strict=True):
+            result[place] = replace(chunks[place], score=float(loss), worth=float(loss * size))
+    return result
+
+
+def _slopes(curve: Curve) -> Callable[[Array], Array]:
+    """Loss per share of the units that goes, at shares that go: never falling, and a little larger where more is gone.
+
+    What a later share costs is taken to be no less than what an earlier one did. Tokens do get cheaper behind a cliff,
+    but only for those who pay for the cliff first.
+    """
+    gone, loss = np.array([(0.0, 0.0), *((1 - kept, loss) for kept, loss in curve)]).T
+    slope = np.maximum(np.maximum.accumulate(np.diff(loss) / np.diff(gone)), 0.0)
+    middle = (gone[1:] + gone[:-1]) / 2
+    least = 1e-4 * max(slope[-1], 1e-12)
+    return lambda share: np.interp(share, [0.0, *middle], [0.0, *slope]) + least * (1 + share)
 
 
 def _multiple(size: int, layout: Layout) -> int:

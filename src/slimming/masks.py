@@ -205,7 +205,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """One score per unit: what cutting it would cost. float32 on the CPU, shape (size,) per group.
 
         Args:
-            how: ``"taylor"``, the average change of the loss that `collect` estimated, comparable over kinds;
+            how: ``"taylor"``, the average change of the loss that `collect` estimated, one unit at a time;
                 ``"contribution"``, |factor| times the norms of the weights that make and read the unit, over
                 the mean of its kind; ``"mask"``, the signed factor itself, as in the paper. Default: taylor if
                 something was collected, else contribution.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimming.chunks import Choice, Chunk, Pool, all_chunks
+from slimming.chunks import Choice, Chunk, Curve, Pool, all_chunks, of_kind, sequence, valued
 from slimming.errors import BudgetError, PlanError
 from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import KINDS, Budget, Layout, Plan
@@ -41,15 +41,29 @@ class Planner:
         scores: one score per unit for each group that may be cut, shape (size,).
         layout: which sizes the layers may get.
         measure: what a choice costs.
+        curves: per kind, what cutting it alone does to the loss. Limits weigh kinds against each other by it; the
+            order within a kind, and so the plans of keep ratios, do not depend on it.
 
     Raises:
         PlanError: scores of another model, or scores that are not finite.
     """
 
-    def __init__(self, anatomy: Anatomy, scores: Mapping[str, Tensor], layout: Layout, measure: Measure) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        scores: Mapping[str, Tensor],
+        layout: Layout,
+        measure: Measure,
+        curves: Mapping[str, Curve] | None = None,
+    ) -> None:
         self._groups = _scored_groups(anatomy, scores)
-        self._pool = Pool(anatomy, all_chunks(self._groups, scores, layout))
+        self._ranked = all_chunks(self._groups, scores, layout)
+        self._pool = Pool(anatomy, valued(self._ranked, self._groups, curves or {}))
         self._measure = measure
+
+    def least(self, kind: str) -> float:
+        """The smallest share of the units of ``kind`` that a plan may keep."""
+        return _shares_left(self._groups, self._ranked, kind)[1][-1]
 
     def plan(self, budget: Budget, *, fold: bool, solver: str = "nested") -> Plan:
         """The plan that keeps the most valuable units under ``budget``.
@@ -64,7 +78,7 @@ class Planner:
         """
         solution: dict[str, Any] = {}
         if budget.keep is not None:
-            goes = _for_keep_ratios(self._groups, self._pool, budget)
+            goes = _for_keep_ratios(self._groups, self._ranked, budget)
         else:
             goes, solution = _for_limits(self._pool, budget, self._measure), {"solver": "nested"}
             if solver == "exact":
@@ -95,17 +109,6 @@ def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group
     return sorted(groups, key=lambda group: [g.name for g in anatomy.groups].index(group.name))
 
 
-def _sequence(chunks: Sequence[Chunk], prices: Sequence[float]) -> list[int]:
-    """Places of all chunks in the order in which they go: lowest score per price first, chains kept in order."""
-    floor: dict[tuple[str, int], float] = {}
-    keyed = []
-    for place, (chunk, price) in enumerate(zip(chunks, prices, strict=True)):
-        density = chunk.score * len(chunk.units) / max(price, 1e-30)
-        floor[chunk.chain] = density = max(density, floor.get(chunk.chain, -float("inf")))
-        keyed.append((density, place))
-    return [place for _, place in sorted(keyed)]
-
-
 def _first(order: Sequence[int], count: int, chunks: int) -> Choice:
     """The first ``count`` of an order of some of the ``chunks``."""
     goes = np.zeros(chunks, dtype=bool)
@@ -118,7 +121,7 @@ def _for_limits(pool: Pool, budget: Budget, measure: Measure) -> Choice:
     dense = measure(full)
     limits = budget.absolute(dense)
     price = {name: _unit_price(pool.anatomy, name, full, dense, limits, measure) for name in pool.names}
-    order = _sequence(pool.chunks, pool.priced(price).tolist())
+    order = sequence(pool.chunks, pool.priced(price).tolist())
 
     def after(count: int) -> Choice:
         return _first(order, count, len(order))
@@ -270,30 +273,32 @@ def _each(
     return {metric: abs(value - after[metric]) / count for metric, value in measure(before).items() if metric in limits}
 
 
-def _for_keep_ratios(groups: Sequence[Group], pool: Pool, budget: Budget) -> Choice:
+def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: Budget) -> Choice:
     """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
-    kind_of = {group.name: group.kind for group in groups}
-    goes = np.zeros(len(pool.chunks), dtype=bool)
+    goes = np.zeros(len(chunks), dtype=bool)
     assert budget.keep is not None
     for kind in sorted(budget.keep, key=KINDS.index):
-        total = sum(group.size for group in groups if group.kind == kind)
-        if not total:
-            have = ", ".join(sorted(set(kind_of.values())))
+        order, left = _shares_left(groups, chunks, kind)
+        if not order:
+            have = ", ".join(sorted({group.kind for group in groups}))
             raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
-        places = [place for place, chunk in enumerate(pool.chunks) if kind_of[chunk.units[0][0]] == kind]
-        chunks = [pool.chunks[place] for place in places]
-        order = [places[place] for place in _sequence(chunks, [len(chunk.units) for chunk in chunks])]
-        allowed = budget.keep[kind] * total
-        counts = [0]
-        gone: set[tuple[str, int]] = set()
-        for place in order:
-            gone.update(pool.chunks[place].units)
-            counts.append(len(gone))
-        count = next((i for i, number in enumerate(counts) if total - number <= allowed + 1e-9), None)
+        count = next((i for i, share in enumerate(left) if share <= budget.keep[kind] + 1e-9), None)
         if count is None:
             raise BudgetError(
                 f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
-                f"{_rounded_up((total - counts[-1]) / total)}. Give a larger ratio, or allow smaller layout multiples."
+                f"{_rounded_up(left[-1])}. Give a larger ratio, or allow smaller layout multiples."
             )
         goes[order[:count]] = True
     return goes
+
+
+def _shares_left(groups: Sequence[Group], chunks: Sequence[Chunk], kind: str) -> tuple[list[int], list[float]]:
+    """Places of the chunks of one kind in their order, and the share of its units that each beginning of it leaves."""
+    total = sum(group.size for group in groups if group.kind == kind)
+    order = of_kind(chunks, groups, kind)
+    gone: set[tuple[str, int]] = set()
+    left = [1.0]
+    for place in order:
+        gone.update(chunks[place].units)
+        left.append((total - len(gone)) / total)
+    return order, left

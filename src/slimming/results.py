@@ -211,7 +211,15 @@ def results_of(
         "settings": plain(config),
         "dense": dense_row,
         "rows": rows,
-        "search": {"log": "search/log.jsonl", "seconds": seconds, "masks": _histograms(result)},
+        "search": {
+            "log": "search/log.jsonl",
+            "seconds": seconds,
+            "masks": _histograms(result),
+            "sensitivity": {
+                kind: [{"kept": kept, "loss": loss} for kept, loss in curve]
+                for kind, curve in result.sensitivity.items()
+            },
+        },
         "images": _examples(data, anatomy),
     }
 

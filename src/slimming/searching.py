@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming import checkpoint
 from slimming.api import DEFAULT_PENALTY, Rated, Rating, attach, describe, load_scores, save_scores, searched
+from slimming.chunks import Curve
 from slimming.errors import CheckpointError, ConfigError, nearest
 from slimming.groups import Anatomy
 from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
 from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
+from slimming.sensitivity import sensitivity
 from slimming.token_gates import BIAS, MULTIPLY
+from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
+from slimming.training.evaluate import autocast
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Task
+from slimming.training.tasks import AddPenalty, ClassificationTask, Task, both_heads
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -44,6 +49,8 @@ class SearchConfig:
         fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
         mask_lr: learning rate of the masks as a multiple of that of the weights.
         layout: which sizes plans give to the layers.
+        sensitivity: images on which it is measured after the training what cutting each kind alone does; 0 leaves it
+            out, and kinds are weighed against each other by their scores.
         train: the training that carries the search.
 
     Raises:
@@ -60,6 +67,7 @@ class SearchConfig:
     fold: bool = True
     mask_lr: float = 1.0
     layout: Layout = field(default_factory=Layout)
+    sensitivity: int = 128
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, lr=1e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
@@ -74,6 +82,8 @@ class SearchConfig:
             raise ConfigError(f"search.tokens={self.tokens!r}: give {BIAS!r} or {MULTIPLY!r}.")
         if any(weight < 0 for weight in self.penalty.values()) or self.mask_lr <= 0:
             raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
+        if self.sensitivity < 0:
+            raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
 
 
 def preset(name: str) -> SearchConfig:
@@ -95,6 +105,7 @@ def preset(name: str) -> SearchConfig:
             score="mask",
             fold=False,
             layout=FREE,
+            sensitivity=0,
             train=TrainConfig(
                 epochs=50.0,
                 batch_size=1024,
@@ -115,6 +126,7 @@ def preset(name: str) -> SearchConfig:
         penalty_sum=True,
         score="mask",
         layout=FREE,
+        sensitivity=0,
         train=TrainConfig(
             epochs=160.0,
             batch_size=64,
@@ -141,6 +153,7 @@ class SearchResult(Rated):
         masks: those masks.
         scores: group name -> score of each unit.
         config: the settings.
+        sensitivity: kind -> what cutting it alone does, see `slimming.sensitivity`; empty if it was not measured.
         metrics: the last evaluation of the masked model.
         history: the log of the training.
     """
@@ -149,6 +162,7 @@ class SearchResult(Rated):
     masks: SoftMasks
     scores: Mapping[str, Tensor]
     config: SearchConfig
+    sensitivity: Mapping[str, Curve] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     history: History | None = None
 
@@ -160,7 +174,13 @@ class SearchResult(Rated):
     @property
     def rating(self) -> Rating:
         """Scores, with the layout and the fold of the search."""
-        return Rating(anatomy=self.anatomy, scores=self.scores, layout=self.config.layout, fold=self.config.fold)
+        return Rating(
+            anatomy=self.anatomy,
+            scores=self.scores,
+            layout=self.config.layout,
+            fold=self.config.fold,
+            sensitivity=self.sensitivity,
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write weights, masks, scores and settings into ``directory``, each file whole or not at all.
@@ -175,7 +195,7 @@ class SearchResult(Rated):
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
         for name, content in tensors.items():
             atomic_write_bytes(directory / name, checkpoint.dump_tensors(content))
-        save_scores(directory / SCORES_FILE, self.anatomy, self.scores)
+        save_scores(directory / SCORES_FILE, self.rating)
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
@@ -253,19 +273,77 @@ def search(
         assert averaged is not None
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
-    scores = _agree(masks.scores(config.score))
+    scores = masks.scores(config.score)
+    curves: dict[str, Curve] = {}
+    if config.sensitivity and len({group.kind for group in groups}) > 1:
+        curves = _sensitivity(masks, scores, config, data, inner)
+    scores, curves = _agree(scores, curves)
     return SearchResult(
-        model=model, masks=masks, scores=scores, config=config, metrics=history.metrics, history=history
+        model=model,
+        masks=masks,
+        scores=scores,
+        config=config,
+        sensitivity=curves,
+        metrics=history.metrics,
+        history=history,
     )
 
 
-def _agree(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scores of the first process on every process, so that all make the same plan."""
+def _sensitivity(
+    masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
+) -> dict[str, Curve]:
+    """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
+    model, train = masks.model.eval(), config.train
+    device = next(model.parameters()).device
+    batches: list[tuple[Tensor, Tensor]] = []
+    wanted = config.sensitivity
+    for batch in train_batches(data, Share(min(train.batch_size, wanted)), train.seed, 0, train.workers):
+        batches.append((batch.images[:wanted].to(device), batch.labels[:wanted].to(device)))
+        wanted -= len(batches[-1][0])
+        if not wanted:
+            break
+    with torch.no_grad(), autocast(device, train.precision):
+        judge = _divergence(model, batches) if type(task) is ClassificationTask else _task_loss(task, device, batches)
+        return sensitivity(masks, scores, config.layout, judge)
+
+
+def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
+    """Mean divergence of a classifier from ``model`` over the images.
+
+    It is exactly 0 where nothing changes, so that few images do, and a model that knows its training images by heart
+    still shows what it loses.
+    """
+
+    def log_shares(classifier: nn.Module) -> Tensor:
+        return torch.cat([both_heads(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
+
+    whole = log_shares(model)
+    return lambda trial: F.kl_div(log_shares(trial), whole, reduction="batchmean", log_target=True).item()
+
+
+def _task_loss(
+    task: Task, device: torch.device, batches: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[nn.Module], float]:
+    """Mean loss of a model over the images."""
+
+    def loss(trial: nn.Module) -> float:
+        task.start(trial, device)
+        try:
+            parts = [task.loss(trial, *batch)["loss"].item() * len(batch[0]) for batch in batches]
+        finally:
+            task.stop()
+        return sum(parts) / sum(len(images) for images, _ in batches)
+
+    return loss
+
+
+def _agree(scores: dict[str, Tensor], curves: dict[str, Curve]) -> tuple[dict[str, Tensor], dict[str, Curve]]:
+    """What the first process found on every process, so that all make the same plan."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}]
+        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, curves]
         torch.distributed.broadcast_object_list(shared, src=0)
-        return {name: torch.tensor(values) for name, values in shared[0].items()}
-    return scores
+        return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]
+    return scores, curves
 
 
 def load_search(directory: str | Path) -> SearchResult:
@@ -281,21 +359,28 @@ def load_search(directory: str | Path) -> SearchResult:
             raise CheckpointError(
                 f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
             )
-    anatomy, scores = load_scores(directory / SCORES_FILE)
+    rating = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
-    model = checkpoint.build(anatomy.structure)
+    model = checkpoint.build(rating.anatomy.structure)
     weights = checkpoint.parse_tensors(checkpoint.read_bytes(directory / WEIGHTS), directory / WEIGHTS)
     values = checkpoint.parse_tensors(checkpoint.read_bytes(directory / MASKS), directory / MASKS)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
-        groups = [anatomy.group(name) for name in values]
+        groups = [rating.anatomy.group(name) for name in values]
         masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
         for name, value in values.items():
             masks[name].data.copy_(value)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"The files in {directory} do not fit together: {error}") from error
     masks.penalty_sum = config.penalty_sum
-    return SearchResult(model=model.eval(), masks=masks, scores=scores, config=config, metrics=record["metrics"])
+    return SearchResult(
+        model=model.eval(),
+        masks=masks,
+        scores=rating.scores,
+        config=config,
+        sensitivity=rating.sensitivity,
+        metrics=record["metrics"],
+    )
 
 
 def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:

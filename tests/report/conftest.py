@@ -72,7 +72,15 @@ def fabricate(directory: Path, shape: Shape | None = None, pictures: list[bytes]
         },
         "dense": {"name": "dense", **_costs(shape, 1.0, draw), "top1": shape.top1},
         "rows": [_row(shape, share, draw) for share in shape.budgets],
-        "search": {"log": "search/log.jsonl", "seconds": 83.2, "masks": _masks(shape, draw)},
+        "search": {
+            "log": "search/log.jsonl",
+            "seconds": 83.2,
+            "masks": _masks(shape, draw),
+            "sensitivity": {
+                kind: [{"kept": kept, "loss": weight * (1 - kept) ** 3} for kept in (0.9, 0.6, 0.3, 0.05)]
+                for kind, weight in {"head_dim": 1.0, "mlp": 0.4, "token": 3.0}.items()
+            },
+        },
         "images": [
             {"label": label, "png": base64.b64encode(png).decode()}
             for label, png in zip(shape.classes, pictures or _pictures(shape, draw), strict=False)

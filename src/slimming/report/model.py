@@ -163,6 +163,7 @@ class Results:
     search_log: str | None
     search_seconds: float | None
     masks: tuple[Masks, ...]
+    sensitivity: Mapping[str, tuple[tuple[float, float], ...]]
     images: tuple[Picture, ...]
 
     @property
@@ -279,6 +280,7 @@ def parse(value: Any, where: str = "results") -> Results:
         search_log=_maybe(search, "log", _Node.text),
         search_seconds=_maybe(search, "seconds", _Node.number),
         masks=tuple(_masks(kind, node) for kind, node in _children(search, "masks")),
+        sensitivity={kind: _sensitivity(node) for kind, node in _children(search, "sensitivity")},
         images=tuple(_picture(node) for node in _list(root, "images")),
     )
 
@@ -413,6 +415,10 @@ def _masks(kind: str, node: _Node) -> Masks:
         raise node.need("edges").wrong("increasing and one more than counts")
     groups = {name: tuple(v.number() for v in found.items()) for name, found in _children(node, "by_layer")}
     return Masks(kind=kind, edges=edges, counts=counts, by_group=groups)
+
+
+def _sensitivity(node: _Node) -> tuple[tuple[float, float], ...]:
+    return tuple((entry.need("kept").number(), entry.need("loss").number()) for entry in node.items())
 
 
 def _picture(node: _Node) -> Picture:

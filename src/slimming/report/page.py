@@ -22,6 +22,10 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 """The page may load nothing from anywhere; browsers hold it to that."""
 CLASSES_SHOWN = 12
 MASKS_LEAD = "Above: all units. Below: one line per layer, darker where more of its masks lie."
+ALONE_LEAD = (
+    "Measured on training images after the search. Budgets of MACs, params, memory or time take from a kind until "
+    "more of it would cost more, for what it saves, than more of another."
+)
 
 
 def write_report(run_directory: Path, output: Path | None = None) -> Path:
@@ -246,7 +250,8 @@ def _costs(row: Row, dense: Row) -> str:
 
 def _search(results: Results, log: Log | None) -> Html | None:
     curves, masks = training.search_curves(log), training.histograms(results)
-    if curves is None and masks is None:
+    alone = training.sensitivity(results)
+    if curves is None and masks is None and alone is None:
         return None
     took = "" if results.search_seconds is None else f" It took {duration(results.search_seconds)}."
     return _section(
@@ -257,6 +262,9 @@ def _search(results: Results, log: Log | None) -> Html | None:
         tag("h3", "Soft masks at the end of the search") if masks else None,
         tag("p", MASKS_LEAD, class_="lead") if masks else None,
         masks,
+        tag("h3", "What cutting one kind alone does") if alone else None,
+        tag("p", ALONE_LEAD, class_="lead") if alone else None,
+        alone,
     )
 
 

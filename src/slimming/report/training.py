@@ -114,6 +114,38 @@ def search_curves(log: Log | None) -> Html | None:
     return tag("div", panels, class_="panels")
 
 
+def sensitivity(results: Results) -> Html | None:
+    """Return what cutting each kind alone does; None when it was not measured."""
+    found = {kind: curve for kind, curve in results.sensitivity.items() if curve}
+    if not found:
+        return None
+    series = [
+        Series(
+            name=kind_name(kind),
+            points=[Point(x=0.0, y=0.0)]
+            + [
+                Point(x=100 * (1 - kept), y=loss, tip=f"{100 * (1 - kept):.0f} % cut: {loss:.3g}")
+                for kept, loss in curve
+            ],
+            colour=kind_colour(kind),
+            dash=dash(index),
+            marker="dot",
+        )
+        for index, (kind, curve) in enumerate(found.items())
+    ]
+    # Where next to nothing is left the loss is so large that all else would lie flat.
+    top = max(loss for curve in found.values() for kept, loss in curve if kept >= 0.3 or kept == curve[0][0])
+    y = Axis(title="loss added", low=0.0, high=1.2 * max(top, 1e-6))
+    ends = "; ".join(f"{one.name} up to {one.points[-1].x:.0f} %: {one.points[-1].y:.3g}" for one in series)
+    drawing = chart(
+        series,
+        Axis(title="units cut, %", low=0.0, high=100.0),
+        y,
+        label=f"Loss added by cutting one kind alone. {ends}.",
+    )
+    return tag("div", figure(join(drawing, legend(series) if len(series) > 1 else None)), class_="panels")
+
+
 def retrain_curves(results: Results, logs: Mapping[str, Log]) -> Html | None:
     """Return loss and accuracy over retraining, one line per budget; None when nothing was logged."""
     if not logs:
