@@ -34,7 +34,13 @@ KIND_SETS = (
     {"head", "head_dim"},
     {"head_dim", "token"},
 )
-LAYOUTS = (FREE, Layout(), Layout(multiple=2), Layout(equal_heads=False, multiple=4))
+LAYOUTS = (
+    FREE,
+    Layout(),
+    Layout(multiple=2),
+    Layout(equal_heads=False, multiple=4),
+    Layout(equal_heads=False, equal_qkv=False, multiple=4),
+)
 
 
 @cache
@@ -112,6 +118,8 @@ def _is_sound(made: Plan, layout: Layout, scores: Mapping[str, Tensor]) -> None:
     for depth in range(3):
         site = f"blocks.{depth}.attn"
         qk, v = (_per_head(groups[f"{site}.{role}"], kept[f"{site}.{role}"]) for role in ("qk", "v"))
+        if layout.equal_qkv and {f"{site}.qk", f"{site}.v"} <= made.kept.keys():
+            assert qk == v
         assert [bool(count) for count in qk] == [bool(count) for count in v], "a head keeps QK without V"
         assert [head for head, count in enumerate(v) if count] == list(kept[f"{site}.heads"])
     for one, next_one in ((0, 1), (1, 2)):

@@ -262,19 +262,21 @@ def _uneven_chunks(
         for role in ("qkv", "qk", "v")
         if role in roles
     }
+    carrier = "qkv" if "qkv" in bundles else "v"
+    if layout.equal_qkv and {"qk", "v"} <= bundles.keys() and roles["qk"].limits.parts == roles["v"].limits.parts:
+        pairs = zip(bundles.pop("qk"), bundles["v"], strict=True)
+        bundles["v"] = [[[*qk, *v] for qk, v in zip(*both, strict=True)] for both in pairs]
     chunks: list[Chunk] = []
     if "qk" in bundles:
         for head, own in enumerate(bundles["qk"]):
             chunks += in_chain(roles["qk"].name, head, own[:-1], values)
-    carrier = "qkv" if "qkv" in bundles else "v"
     if carrier not in bundles:
         return chunks
-    name = roles[carrier].name
     if "head" in roles:
         # The head that the chunks of whole heads leave, ties included.
         last = _ascending(scores[roles["head"].name], range(roles["head"].size))[-1]
     else:
-        best = [max(values[name][unit] for _, unit in own[-1]) for own in bundles[carrier]]
+        best = [max(values[name][unit] for name, unit in own[-1]) for own in bundles[carrier]]
         last = best.index(max(best))
     for head, own in enumerate(bundles[carrier]):
         steps = [list(bundle) for bundle in own]
@@ -282,7 +284,7 @@ def _uneven_chunks(
             steps = steps[:-1]
         elif "qk" in bundles:
             steps[-1] = [*steps[-1], *bundles["qk"][head][-1]]
-        chain = in_chain(name, head, steps, values)
+        chain = in_chain(roles[carrier].name, head, steps, values)
         if head != last and "qk" in bundles:
             rest = tuple(pair for bundle in bundles["qk"][head][:-1] for pair in bundle)
             final = chain[-1]

@@ -128,6 +128,8 @@ class Layout:
     Attributes:
         equal_heads: all heads of a layer keep the same number of dimensions, QK and V alike, so that the
             host's own attention module stays. Otherwise each head keeps what its scores say.
+        equal_qkv: a head's QK and V keep the same number of dimensions, which fused attention kernels ask for; heads
+            of one size always do.
         multiple: head dimensions (per head) and hidden units stay in multiples of this. It is halved where a
             layer would otherwise have fewer than four sizes to choose from.
 
@@ -136,6 +138,7 @@ class Layout:
     """
 
     equal_heads: bool = True
+    equal_qkv: bool = True
     multiple: int = 8
 
     def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ class Layout:
 SOLVERS = ("nested", "exact")
 """Ways to make a plan under limits, see `slimming.plan`."""
 
-FREE = Layout(equal_heads=False, multiple=1)
+FREE = Layout(equal_heads=False, equal_qkv=False, multiple=1)
 """Every unit on its own, as in the paper."""
 
 

@@ -37,6 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout.equal_heads", dest="equal_heads", metavar="true|false",
                         help="one size for all heads of a layer (default: as searched)")  # fmt: skip
+    parser.add_argument("--layout.equal_qkv", dest="equal_qkv", metavar="true|false",
+                        help="one size for QK and V of a head (default: as searched)")  # fmt: skip
     parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
                         help="sizes are multiples of this (default: as searched)")  # fmt: skip
     parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, for budgets of "
@@ -128,6 +130,10 @@ def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
     from slimming.cli.settings import build
     from slimming.plan import Layout
 
-    given = {"equal_heads": (bool, arguments.equal_heads), "multiple": (int, arguments.multiple)}
+    given = {
+        "equal_heads": (bool, arguments.equal_heads),
+        "equal_qkv": (bool, arguments.equal_qkv),
+        "multiple": (int, arguments.multiple),
+    }
     values = {name: parse_flag(hint, text, name) for name, (hint, text) in given.items() if text is not None}
     return build(Layout, values, "layout", base)
