@@ -193,9 +193,10 @@ class Plan:
         kept: group name -> kept units, ascending.
         sizes: group name -> number of units in the model that the plan was made for.
         budget: the budget that it answers, as `Budget.to_dict` gives it.
-        solution: how the units were chosen under limits: ``{"solver": "nested"}``, or the exact solver's
-            ``kept_score`` (share of the total score that stays) and ``gap`` (by how much of it a better choice could
-            be, at most); with a latency table also the ``latency_ms`` that it says.
+        solution: how the units were chosen under limits: ``solver``, ``kept_score`` (share of the total score that
+            stays) and ``lost_score`` (the total of what goes: where sensitivity was measured, by how much the loss is
+            expected to grow); of the exact solver also ``gap`` (by how much of the total score a better choice could
+            be, at most), and with a latency table the ``latency_ms`` that it says.
         fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
             what stays 1, as the paper does.
     """

@@ -83,6 +83,8 @@ class Planner:
             goes, solution = _for_limits(self._pool, budget, self._measure), {"solver": "nested"}
             if solver == "exact":
                 goes, solution = _exactly(self._pool, budget, self._measure, goes)
+            lost, total = float(self._pool.values[~self._pool.stays(goes)].sum()), float(self._pool.values.sum())
+            solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
         complete = self._pool.complete(goes)
         return Plan(
             kept={group.name: tuple(np.flatnonzero(complete[group.name]).tolist()) for group in self._groups},
@@ -216,7 +218,7 @@ def _exactly(pool: Pool, budget: Budget, measure: Measure, start: Choice) -> tup
         return start, {"solver": "nested"}  # no linear problem led to a choice that holds
     total = float(pool.values.sum()) or 1.0
     gap = max(0.0, bound - worth(best))
-    return best, {"solver": "exact", "kept_score": worth(best) / total, "gap": gap / total}
+    return best, {"solver": "exact", "gap": gap / total}
 
 
 def _rounded_up(share: float) -> str:

@@ -263,6 +263,23 @@ def test_cut_by_absolute_limits_and_a_chosen_solver(slimming: Call, finished: Pa
     assert not (tmp_path / "no").exists()
 
 
+def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_path: Path) -> None:
+    cut = ("cut", finished, "--budget", "macs=0.6", "--budget", "keep.mlp=0.5")
+    done = slimming(*cut, "--output", tmp_path / "alike")
+    assert done.code == 0, done.err
+    found = re.search(r"macs-0\.60: (\S+) of loss are expected with this layout, (\S+) with any sizes", done.out)
+    assert found, done.out
+    assert 0 < float(found[2]) <= 1.5 * float(found[1])
+    assert done.out.count("with this layout") == 1  # keep ratios are given, and nothing is weighed
+    plan = json.loads((tmp_path / "alike" / "macs-0.60" / "plan.json").read_text())
+    assert float(f"{plan['solution']['lost_score']:.3g}") == float(found[1])
+    assert 0 < plan["solution"]["kept_score"] < 1
+    flags = ("--layout.equal_heads", "false", "--layout.equal_qkv", "false", "--layout.multiple", "1")
+    free = slimming(*cut, *flags, "--output", tmp_path / "free")
+    assert free.code == 0, free.err
+    assert "with this layout" not in free.out
+
+
 def test_latency_table_and_a_cut_by_time(
     slimming: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from slimming.plan import Layout, Plan
+    from slimming.plan import Budget, Layout, Plan
+    from slimming.searching import SearchResult
 
 DESCRIPTION = """\
 Cut a searched model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the
@@ -122,7 +124,31 @@ def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], d
     table = arguments.latency_table
     record = {"source": str(source), "search": plain(result.config), "versions": versions()}
     made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=table)
+    _say_layout_costs(result, budgets, layout, made, arguments)
     return result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}, record
+
+
+def _say_layout_costs(
+    result: SearchResult, budgets: Sequence[Budget], layout: Layout, made: Sequence[Plan], arguments: argparse.Namespace
+) -> None:
+    """Say what score is lost for the sizes that the layout asks for, budget by budget."""
+    from slimming.api import plans
+    from slimming.cli.output import say
+    from slimming.plan import FREE, Layout
+
+    for budget, chosen in zip(budgets, made, strict=True):
+        if not budget.limits:
+            continue
+        # Memory and time have no formula for heads of several sizes.
+        whole = budget.memory_bytes is not None or any("latency" in metric for metric in budget.limits)
+        free = Layout(multiple=1) if whole else FREE
+        if free == layout:
+            continue
+        (other,) = plans(result, [budget], layout=free, solver=arguments.solver, latency=arguments.latency_table)
+        lost, least = chosen.solution["lost_score"], other.solution["lost_score"]
+        sizes = "heads of one size, each any" if whole else "any sizes"
+        what = "of loss are expected" if result.sensitivity else "of score go"
+        say(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
