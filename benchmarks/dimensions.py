@@ -30,6 +30,9 @@ SETS = {
     "and width": ("head_dim", "mlp", "token", "width"),
     "all": ("head_dim", "mlp", "token", "block", "width"),
 }
+ALONE = ", by scores alone"
+"""Sets that are searched once more without the measurement that weighs kinds against each other."""
+NAMES = [*SETS, f"and tokens{ALONE}", f"all{ALONE}"]
 SHARES = (0.5, 0.3)
 
 
@@ -45,24 +48,30 @@ def main() -> None:
     file = settings.output / "dimensions.json"
     rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
     for seed in range(settings.seeds):
-        for name, kinds in SETS.items():
+        for name in NAMES:
             if (key := f"{seed}/{name}") not in rows:
-                rows[key] = one(name, kinds, seed, settings)
+                rows[key] = one(name, seed, settings)
                 write(rows, settings)
 
 
-def one(name: str, kinds: tuple[str, ...], seed: int, settings: Any) -> list[dict[str, Any]]:
+def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
     """One run; the numbers of its budgets."""
+    kinds = SETS[name.removesuffix(ALONE)]
     base: slimming.RunConfig = from_values(slimming.RunConfig, demo.settings())
     search = dataclasses.replace(base.search.train, steps=settings.search_steps, seed=seed, eval_every=0)
     config = dataclasses.replace(
         base,
         name=name,
-        search=dataclasses.replace(base.search, kinds=kinds, train=search),
+        search=dataclasses.replace(
+            base.search,
+            kinds=kinds,
+            train=search,
+            sensitivity=0 if name.endswith(ALONE) else base.search.sensitivity,
+        ),
         budgets=tuple(slimming.Budget(macs=share) for share in SHARES),
         retrain=dataclasses.replace(base.retrain, steps=settings.retrain_steps, seed=seed, eval_every=0),
     )
-    place = settings.work / f"{seed}-{'-'.join(kinds)}"
+    place = settings.work / f"{seed}-{'-'.join(kinds)}{'-alone' * name.endswith(ALONE)}"
     found = slimming.run(config, place, say=lambda text: print(name, text, file=sys.stderr, flush=True))
     dense = found["dense"]
     return [
@@ -85,7 +94,7 @@ def one(name: str, kinds: tuple[str, ...], seed: int, settings: Any) -> list[dic
 def write(rows: dict[str, Any], settings: Any) -> None:
     """Write all rows so far, and the table of means over seeds."""
     lines = []
-    for name in SETS:
+    for name in NAMES:
         own = [runs for key, runs in rows.items() if key.split("/")[1] == name]
         for place, share in enumerate(SHARES) if own else ():
             cells = [run[place] for run in own]
