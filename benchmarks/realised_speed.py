@@ -2,10 +2,10 @@
 
     python benchmarks/realised_speed.py
 
-Dense against cut, eager PyTorch, all cases timed in turn within one run. Speed depends on sizes alone, so the
-weights are random and the scores are drawn: per group a level, per unit a factor, both log-normal, so that
-layers and heads come out uneven as after a search. ``converted`` is the measured speed-up over
-the ratio of MACs.
+Dense against cut, in PyTorch and in ONNX Runtime, all cases of one runtime and batch size timed in turns. Speed depends
+on sizes alone, so the weights are random and the scores are drawn: per group a level, per unit a factor, both
+log-normal, so that layers and heads come out uneven as after a search. ``converted`` is the measured speed-up over the
+ratio of MACs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import nn
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
 from slimming.plan import FREE
+from slimming.runtimes import RUNTIMES, prepare
 
 EVEN = slimming.Layout()
 LAYOUTS = {
@@ -78,16 +79,21 @@ def slim(dense: nn.Module, budget: float, layout: str, seed: int) -> Slim:
     return Slim(budget, layout, model, slimming.cost(model).macs, shares)
 
 
-def measure(dense: nn.Module, slims: Sequence[Slim], batch: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    dense: nn.Module, slims: Sequence[Slim], batch: int, runtime: str, settings: argparse.Namespace
+) -> list[dict[str, Any]]:
     images = torch.randn(batch, 3, *dense.patch_embed.img_size)
-    cases: dict[str, Callable[[], object]] = {"dense": partial(dense, images)}
-    cases |= {each.name: partial(each.model, images) for each in slims}
+    models = {"dense": dense, **{each.name: each.model for each in slims}}
+    torch.set_num_threads(settings.threads)
+    cases: dict[str, Callable[[], object]] = {
+        name: partial(prepare(model, images, runtime), images) for name, model in models.items()
+    }
     number = max(1, 8 // batch)
     with torch.inference_mode():
         seconds = interleaved(cases, rounds=settings.rounds, threads=settings.threads, number=number)
     dense_macs = slimming.cost(dense).macs
     rows: list[dict[str, Any]] = [
-        {"batch": batch, "layout": "dense", "macs": dense_macs, "latency_ms": _ms(seconds["dense"])}
+        {"runtime": runtime, "batch": batch, "layout": "dense", "macs": dense_macs, "latency_ms": _ms(seconds["dense"])}
     ]
     for each in slims:
         speedup = ratios(seconds["dense"], seconds[each.name])
@@ -96,6 +102,7 @@ def measure(dense: nn.Module, slims: Sequence[Slim], batch: int, settings: argpa
         goal = LAYOUTS[each.layout][2]
         rows.append(
             {
+                "runtime": runtime,
                 "batch": batch,
                 "layout": each.layout,
                 "budget_macs": each.budget,
@@ -117,7 +124,7 @@ def _ms(seconds: Sequence[float]) -> Spread:
 
 
 def _cells(row: dict[str, Any]) -> list[object]:
-    start = [row["batch"], row.get("budget_macs", ""), row["layout"], f"{row['macs'] / 1e9:.2f}"]
+    start = [row["runtime"], row["batch"], row.get("budget_macs", ""), row["layout"], f"{row['macs'] / 1e9:.2f}"]
     if row["layout"] == "dense":
         return [*start, row["latency_ms"].text(1), "1.000", "", ""]
     held = "" if row["goal"] is None else f"{row['goal']:.2f}: {'yes' if row['held'] else 'no'}"
@@ -127,6 +134,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
 def main() -> None:
     arguments = parser(__doc__, rounds=20)
     arguments.add_argument("--model", default="deit_small_patch16_224")
+    arguments.add_argument("--runtimes", nargs="+", default=["eager", "onnxruntime"], choices=RUNTIMES)
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     settings = arguments.parse_args()
@@ -134,8 +142,9 @@ def main() -> None:
 
     dense = timm.create_model(settings.model).eval()
     slims = [slim(dense, budget, layout, settings.seed) for budget in settings.budgets for layout in LAYOUTS]
-    rows = [row for batch in settings.batches for row in measure(dense, slims, batch, settings)]
-    header = ["batch", "MACs asked", "layout", "GMACs", "latency, ms", "speed-up", "converted", "aim"]
+    pairs = [(runtime, batch) for runtime in settings.runtimes for batch in settings.batches]
+    rows = [row for runtime, batch in pairs for row in measure(dense, slims, batch, runtime, settings)]
+    header = ["runtime", "batch", "MACs asked", "layout", "GMACs", "latency, ms", "speed-up", "converted", "aim"]
     markdown = table(header, [_cells(row) for row in rows])
     write("realised_speed", settings=settings, rows=rows, markdown=markdown)
 

@@ -77,14 +77,15 @@ def run_table(results: Mapping[str, Any]) -> str:
         cells += [_spread(row["speedup"][size], 2, "×") if slim else "1" for size in sizes]
         cells += [_percent(row["top1_cut"]) if slim else "", _percent(row["top1"])]
         lines.append(cells)
+    runtime = results.get("settings", {}).get("bench", {}).get("runtime", "eager")
     machine, versions, data = results["machine"], results["versions"], results["data"]
     what = (data["note"] or data["source"]).rstrip(".")
     size = "×".join(map(str, results["model"]["input"][1:]))
     note = (
         f"Model: {results['model']['name']} at {size} pixels. Data: {what}; {data['train_images']} images to train "
         f"on, {data['val_images']} to validate on. One run, seed {results['seed']}. Times are medians (quartiles) on "
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, eager; they "
-        "hold for that machine only."
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, {runtime}; "
+        "they hold for that machine only."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
 

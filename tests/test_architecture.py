@@ -42,6 +42,7 @@ LAYERS = {
     "sensitivity": 3,
     "training": 3,
     "bench": 3,
+    "runtimes": 1,
     "report": 3,
     "demo": 3,
     "api": 4,

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.macs import multiply_adds, unfused
+from slimming.runtimes import prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +124,19 @@ def paired_times(
     runs: int = 20,
     seconds: float = 2.0,
     like: Tensor | None = None,
+    runtime: str = "eager",
 ) -> dict[str, list[float]]:
     """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i.
 
-    The input is of the type and on the device of ``like``, by default of the model's first parameter.
+    The input is of the type and on the device of ``like``, by default of the model's first parameter; ``runtime`` is
+    one of `slimming.runtimes.RUNTIMES`.
     """
     inputs = {}
     for name, model in models.items():
         parameter = next(model.parameters()) if like is None else like
         inputs[name] = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
         model.eval()
+    models = {name: prepare(model, inputs[name], runtime) for name, model in models.items()}
     # Two passes to warm up; the second tells how many passes make a block long enough for the clock.
     warm = {name: [_seconds(model, inputs[name], 1) for _ in range(2)][-1] for name, model in models.items()}
     rounds = max(5, min(runs, int(seconds * len(models) / max(sum(warm.values()), 1e-9))))

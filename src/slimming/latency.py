@@ -22,15 +22,15 @@ import torch
 from torch import nn
 
 from slimming.bench import machine, paired_times, summary
-from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError, nearest
+from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.families import family_of
 from slimming.family import Family
 from slimming.formulas import evaluate
 from slimming.groups import Anatomy, Piece, keep_all
 from slimming.io import atomic_json, seal
 from slimming.plan import FORMAT, read_sealed
+from slimming.runtimes import check_runtime, prepare
 
-RUNTIMES = ("eager", "compile")
 STEPS: Mapping[str, Sequence[float]] = {
     "tokens": (0.05, 0.25, 0.5, 0.75, 1.0),
     "width": (0.25, 0.5, 0.75, 1.0),
@@ -215,7 +215,7 @@ def build_latency_table(
     Args:
         model: a dense timm Vision Transformer; its weights do not matter.
         batch_size: images per pass.
-        runtime: ``"eager"``, or ``"compile"`` for `torch.compile`, which takes some seconds per point.
+        runtime: ``"eager"``; ``"compile"`` for `torch.compile` or ``"onnxruntime"``, which take some seconds per point.
         path: where the table goes, point by point; one that is there already is gone on with.
         seconds: about how long to measure each point.
         say: told what is measured, one line at a time.
@@ -224,8 +224,7 @@ def build_latency_table(
         UnsupportedModelError: models of this family have no pieces.
         ConfigError: there is no such runtime, or the file at ``path`` is of another setting.
     """
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"There is no runtime {runtime!r}; give {' or '.join(RUNTIMES)}.{nearest(runtime, RUNTIMES)}")
+    check_runtime(runtime)
     family = family_of(model)
     model = copy.deepcopy(model).eval()
     anatomy = family.read(model)
@@ -276,9 +275,8 @@ class _Clock:
 
     def times(self, module: nn.Module, shape: Sequence[int], seconds: float, reference_ms: float) -> dict[str, Any]:
         """Median and quartiles of ``module``, each copy in it, on a machine whose block takes ``reference_ms``."""
-        # Every point has its own shapes; a graph for any shape would be slower than those that users compile.
-        run: Any = torch.compile(module, dynamic=False) if self.runtime == "compile" else module
-        both = {"piece": run, "block": self.block}
+        x = torch.randn(self.batch_size, *shape, dtype=self.like.dtype, device=self.like.device)
+        both = {"piece": prepare(module, x, self.runtime), "block": self.block}
         times = paired_times(both, shape, self.batch_size, runs=30, seconds=seconds, like=self.like)
         copies = len(module) if isinstance(module, nn.Sequential) else 1
         scaled = [own / one * reference_ms / copies for own, one in zip(times["piece"], times["block"], strict=True)]

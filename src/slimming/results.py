@@ -22,6 +22,7 @@ from slimming.bench import machine, paired_times, speedup, summary
 from slimming.errors import ConfigError
 from slimming.groups import Anatomy, Group, resolve
 from slimming.plan import FORMAT, Budget, Plan
+from slimming.runtimes import check_runtime
 from slimming.searching import SearchResult
 from slimming.training.samples import Data, ImageDataset
 
@@ -37,16 +38,19 @@ class BenchConfig:
         batch_sizes: images per forward pass.
         runs: timed rounds at the most; dense and slim models take turns within each.
         seconds: about how long to measure each model at each batch size.
+        runtime: what runs the models: ``"eager"``, ``"compile"`` (`torch.compile`) or ``"onnxruntime"``.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or there is no such runtime.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
     runs: int = 30
     seconds: float = 2.0
+    runtime: str = "eager"
 
     def __post_init__(self) -> None:
+        check_runtime(self.runtime)
         if self.runs < 1 or self.seconds <= 0 or any(size < 1 for size in self.batch_sizes):
             raise ConfigError("bench.runs and bench.batch_sizes must be at least 1, and bench.seconds above 0.")
 
@@ -64,7 +68,9 @@ def measure_all(
     reference = next(iter(models))
     found: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
     for size in config.batch_sizes:
-        times = paired_times(models, input_shape, size, runs=config.runs, seconds=config.seconds)
+        times = paired_times(
+            models, input_shape, size, runs=config.runs, seconds=config.seconds, runtime=config.runtime
+        )
         for name, values in times.items():
             found[name]["latency_ms"][str(size)] = summary(values).to_dict()
             found[name]["speedup"][str(size)] = speedup(times[reference], values)

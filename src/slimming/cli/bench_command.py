@@ -60,10 +60,10 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"machine": machine(), "models": found}, indent=1))
         return
-    _print(found, config.batch_sizes)
+    _print(found, config.batch_sizes, config.runtime)
 
 
-def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...]) -> None:
+def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runtime: str) -> None:
     from rich.table import Table
 
     from slimming.bench import machine
@@ -84,4 +84,5 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...]) -> No
         table.add_row(*cells)
     console().print(table)
     here = machine()
-    say(f"measured here: {here['gpu'] or here['cpu']}, {here['threads']} threads; speed-up over the first model")
+    where = f"{here['gpu'] or here['cpu']}, {here['threads']} threads, {runtime}"
+    say(f"measured here: {where}; speed-up over the first model")

@@ -26,7 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
-    parser.add_argument("--runtime", default="eager", metavar="NAME", help="eager or compile (default: eager)")
+    parser.add_argument(
+        "--runtime", default="eager", metavar="NAME", help="eager, compile or onnxruntime (default: eager)"
+    )
 
 
 def execute(arguments: argparse.Namespace) -> None:
