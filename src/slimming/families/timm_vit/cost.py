@@ -63,8 +63,9 @@ def tokens_of(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str], incom
 
 def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
     patches = Dim(fixed=vit.patch_embed.num_patches)
-    kernel = Dim(fixed=vit.patch_embed.proj.weight[0].numel())
-    macs: list[Product] = [(patches, kernel, width)]
+    macs: list[Product] = []
+    if isinstance(vit.patch_embed.proj, nn.Conv2d):  # a hybrid's layers may make the embedding by themselves
+        macs.append((patches, Dim(fixed=vit.patch_embed.proj.weight[0].numel()), width))
     own = list(vit.named_parameters(recurse=False))
     # Every parameter of the stem but those in front of a hybrid's patches is a multiple of the width.
     wide = _numel(vit.patch_embed.proj, vit.norm_pre) + sum(p.numel() for _, p in own)

@@ -28,6 +28,8 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
         blocks: its sizes.
         groups: names of the groups that exist; a size that no group names is fixed.
     """
+    if not isinstance(vit.patch_embed.proj, nn.Conv2d):
+        return ()  # a hybrid whose layers make the embedding by themselves
     width = dim_of(WIDTH, vit.embed_dim, groups)
     images = "x".join(map(str, (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)))
     patch = "x".join(map(str, vit.patch_embed.patch_size))

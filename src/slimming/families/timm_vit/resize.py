@@ -93,7 +93,7 @@ def place_token_selects_(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -
     rows, columns = vit.patch_embed.grid_size
     present = tuple(range(rows * columns))
     prefix = vit.num_prefix_tokens
-    device = vit.patch_embed.proj.weight.device
+    device = next(vit.parameters()).device
     children = OrderedDict((k, m) for k, m in vit.blocks.named_children() if not isinstance(m, TokenSelect))
     wanted = {sizes.name.removeprefix("blocks."): sizes.positions for sizes in blocks}
     placed: OrderedDict[str, nn.Module] = OrderedDict()

@@ -28,6 +28,8 @@ def width_why_not(vit: VisionTransformer) -> str | None:
         return "attention and MLP read it without a norm in front"
     if any(not isinstance(norm, nn.LayerNorm) or norm.weight is None for norm in _norms(vit).values()):
         return "a norm of it is no LayerNorm with weights"
+    if not isinstance(vit.patch_embed.proj, nn.Conv2d):
+        return "the layers in front make it without a projection"
     if not isinstance(getattr(vit.patch_embed, "norm", nn.Identity()), nn.Identity):
         return "the patch embedding ends in a norm"
     if not _classifiers(vit):
