@@ -53,7 +53,7 @@ def start(folder: Path, out: Path, *flags: str, processes: int = 1) -> list[str]
 
 
 def finish(folder: Path, out: Path, *flags: str, processes: int = 1) -> dict[str, Any]:
-    """Run the job to its end and read its plans."""
+    """Run the job to its end and read what its plans keep, and its sensitivity."""
     command = start(folder, out, *flags, processes=processes)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -83,8 +83,13 @@ def test_killed_and_resumed_ends_with_the_same_bits(folder: Path, undisturbed: P
 
 
 def test_two_processes_make_the_plan_of_one(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
-    plans = finish(folder, tmp_path, processes=2)
-    assert plans == json.loads((undisturbed / "plans.json").read_text())
+    ours, theirs = finish(folder, tmp_path, processes=2), json.loads((undisturbed / "plans.json").read_text())
+    assert ours["kept"] == theirs["kept"]
+    assert ours["sensitivity"].keys() == theirs["sensitivity"].keys()
+    for kind, curve in ours["sensitivity"].items():
+        for (kept, loss), (same, other) in zip(curve, theirs["sensitivity"][kind], strict=True):
+            assert kept == same
+            assert loss == pytest.approx(other, rel=0.02, abs=1e-6)
 
 
 def make(seed: int = 0) -> nn.Module:

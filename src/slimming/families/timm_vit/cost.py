@@ -83,9 +83,9 @@ def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
 def _macs_in_front(vit: VisionTransformer) -> int:
     """What the layers multiply that a hybrid has in front of its patch projection."""
     layers = copy.deepcopy(vit.patch_embed.backbone).to("meta").eval()
-    counter = FlopCounterMode(display=False)
+    counter, like = FlopCounterMode(display=False), next(layers.parameters())
     with counter, torch.no_grad():
-        layers(torch.empty(1, input_channels(vit), *vit.patch_embed.img_size, device="meta"))
+        layers(torch.empty(1, input_channels(vit), *vit.patch_embed.img_size, device="meta", dtype=like.dtype))
     return counter.get_total_flops() // 2
 
 
