@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 import slimming
@@ -36,6 +38,26 @@ def test_models_that_work_pass(name: str) -> None:
     assert 0.3 < found.covered_macs <= 1
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_pwee_patch16_reg1_gap_256", {}),
+        ("vit_pwee_patch16_reg1_gap_256", {"qkv_bias": True}),
+        ("vit_pwee_patch16_reg1_gap_256", {"block_fn": partial(ParallelScalingBlock, fuse_out_proj=True)}),
+        ("vit_dpwee_patch16_reg1_gap_256", {}),
+    ],
+    ids=["parallel", "with a bias", "one output", "differential"],
+)
+def test_blocks_with_attention_and_mlp_from_one_projection(name: str, arguments: dict[str, Any]) -> None:
+    model = small(name, depth=2, img_size=64, embed_dim=48, num_heads=3, **arguments)
+    found = slimming.check(model)
+    assert found.ok, str(found)
+    assert [(group.name, group.size) for group in slimming.describe(model)] == [
+        (f"blocks.{depth}.{kind}", size) for depth in range(2) for kind, size in (("heads", 3), ("hidden", 240))
+    ]
+    assert found.covered_macs > 0.6
 
 
 def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

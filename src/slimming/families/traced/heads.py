@@ -22,11 +22,31 @@ Attributes = dict[str, dict[str, Dim]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows or columns of a tensor that lie together.
+
+    Attributes:
+        tensor: name of the tensor.
+        start: the first of them.
+        length: how many they are.
+    """
+
+    tensor: str
+    start: int
+    length: int
+
+    def shifted(self, index: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """Places in the span as places in the tensor."""
+        return tuple(tuple(self.start + place for place in unit) for unit in index)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heads:
     """Where one class of attention keeps its heads.
 
-    A path that a module does not have is passed over, so that one row serves the variants of a class. An
-    attribute's path may end in a place of a tuple: ``"rel_pos.bias_shape[2]"``.
+    A path that a module does not have is passed over, so that one row serves the variants of a class. The path of a
+    layer or tensor may end in a range, if it holds more than the heads: ``"in_proj[3072:]"`` (see `Span`); an
+    attribute's path in a place of a tuple: ``"rel_pos.bias_shape[2]"``.
 
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks that its rows fall into (3 for a joint
@@ -82,15 +102,15 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         return "it has one head"
     slices: list[Slices] = []
     for path, blocks in spec.inputs.items():
-        for tensor, length in rows(module, path):
-            if length % (blocks * heads):
-                return f"{path} has {length} rows for {heads} heads"
-            index = block_index(length, blocks, heads)
-            slices.append(Slices(tensor=f"{name}.{tensor}", dim=0, index=index, side="in"))
+        for span in rows(module, path):
+            if span.length % (blocks * heads):
+                return f"{path} has {span.length} rows for {heads} heads"
+            index = span.shifted(block_index(span.length, blocks, heads))
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="in"))
     each = tuple((head,) for head in range(heads))
     for path in spec.mixers:
-        for tensor, _ in rows(module, path):
-            slices.append(Slices(tensor=f"{name}.{tensor}", dim=0, index=each, side="in"))
+        for span in rows(module, path):
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=each, side="in"))
         slices.append(Slices(tensor=f"{name}.{path}.weight", dim=1, index=each, side="out"))
     for path, dim in spec.per_head.items():
         for tensor in _tensors(module, path):
@@ -99,14 +119,13 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
     found = reader(module, spec.output)
     if found is None:
         return "no layer of the module reads its heads"
-    tensor, columns = found
-    if columns % (spec.output_blocks * heads):
-        return f"{spec.output} reads {columns} columns for {heads} heads"
+    if found.length % (spec.output_blocks * heads):
+        return f"{spec.output} reads {found.length} columns for {heads} heads"
     if spec.heads_last:
-        index = tuple(tuple(range(head, columns, heads)) for head in range(heads))
+        index = tuple(tuple(range(head, found.length, heads)) for head in range(heads))
     else:
-        index = block_index(columns, spec.output_blocks, heads)
-    slices.append(Slices(tensor=f"{name}.{tensor}", dim=1, index=index, side="out"))
+        index = block_index(found.length, spec.output_blocks, heads)
+    slices.append(Slices(tensor=f"{name}.{found.tensor}", dim=1, index=found.shifted(index), side="out"))
     group = Group(
         name=f"{name}.heads",
         kind="head",
@@ -116,14 +135,20 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         slices=tuple(slices),
         scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "out"),
     )
+    counts = (spec.count,) if isinstance(spec.count, str) else ()
+    return group, counting(group, name, module, (*counts, *spec.sizes))
+
+
+def counting(group: Group, name: str, module: nn.Module, paths: Sequence[str]) -> Attributes:
+    """The attributes at ``paths`` of ``module``, which ``name`` names, as multiples of the units of ``group``."""
     attributes: Attributes = {}
-    for path in (*([spec.count] if isinstance(spec.count, str) else []), *spec.sizes):
+    for path in paths:
         owner, _, attribute = path.rpartition(".")
         place = f"{name}.{owner}" if owner else name
         size = _size(module, path)
         if size is not None:
-            attributes.setdefault(place, {})[attribute] = Dim(groups=((group.name, size // heads),))
-    return group, attributes
+            attributes.setdefault(place, {})[attribute] = Dim(groups=((group.name, size // group.size),))
+    return attributes
 
 
 def _size(module: nn.Module, path: str) -> int | None:
@@ -134,11 +159,12 @@ def _size(module: nn.Module, path: str) -> int | None:
     return value if value is None else int(value[int(place)] if place else value)
 
 
-def reader(module: nn.Module, path: str) -> tuple[str, int] | None:
-    """The first weight with columns at ``path``, and how many."""
+def reader(module: nn.Module, path: str) -> Span | None:
+    """The first weight with columns at ``path``, and those of them that the range in ``path`` names."""
+    path, within = _ranged(path)
     for name, tensor in module.get_submodule(path).named_parameters() if _has(module, path) else ():
         if name.rpartition(".")[2] == "weight" and tensor.dim() > 1:
-            return f"{path}.{name}", tensor.shape[1]
+            return _span(f"{path}.{name}", tensor.shape[1], within)
     return None
 
 
@@ -151,17 +177,30 @@ def block_index(length: int, blocks: int, units: int) -> tuple[tuple[int, ...], 
     )
 
 
-def rows(module: nn.Module, path: str) -> list[tuple[str, int]]:
-    """Name and number of rows of each tensor of the layer at ``path``, or of the tensor itself; none if absent."""
+def rows(module: nn.Module, path: str) -> list[Span]:
+    """The rows of each tensor of the layer at ``path``, or of the tensor itself; none if absent."""
+    path, within = _ranged(path)
     owner, _, last = path.rpartition(".")
     parent = module.get_submodule(owner) if owner == "" or _has(module, owner) else None
     if parent is None:
         return []
     layer = dict(parent.named_children()).get(last)
     if layer is None:
-        return [(path, tensor.shape[0]) for tensor in _tensors(module, path) if tensor is not None]
+        return [_span(path, tensor.shape[0], within) for tensor in _tensors(module, path) if tensor is not None]
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    return [(f"{path}.{name}", tensor.shape[0]) for name, tensor in tensors if tensor.dim() > 0]
+    return [_span(f"{path}.{name}", tensor.shape[0], within) for name, tensor in tensors if tensor.dim() > 0]
+
+
+def _ranged(path: str) -> tuple[str, slice]:
+    """A path and the range that it ends in: ``"in_proj[:3072]"`` is the first 3072 rows of ``in_proj``."""
+    path, _, within = path.rstrip("]").partition("[")
+    start, _, stop = within.partition(":")
+    return path, slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def _span(tensor: str, length: int, within: slice) -> Span:
+    start, stop, _ = within.indices(length)
+    return Span(tensor=tensor, start=start, length=stop - start)
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -51,8 +51,10 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     asleep = _asleep(trial, example)
     groups, attributes, unbound, claimed, uncovered = _heads(trial)
-    hidden, more_claimed, more_uncovered = _hidden(trial)
-    channels, left_out = channel_groups(trial, example, {**claimed, **more_claimed})
+    hidden, more_attributes, more_claimed, more_uncovered = _hidden(trial)
+    for module, values in more_attributes.items():
+        attributes[module] = {**attributes.get(module, {}), **values}
+    channels, left_out = channel_groups(trial, example, {**more_claimed, **claimed})
     uncovered += [*more_uncovered, *left_out]
     if asleep:
         uncovered.append(f"{len(asleep)} layers, the first of them {asleep[0]}: they do not run for one image")
@@ -169,9 +171,10 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
     return groups, attributes, unbound, claimed, uncovered
 
 
-def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
+def _hidden(model: nn.Module) -> tuple[list[Group], Attributes, dict[str, str], list[str]]:
     """The hidden units of every MLP that the tables know."""
     groups: list[Group] = []
+    attributes: Attributes = {}
     claimed: dict[str, str] = {}
     uncovered: list[str] = []
     for name, module in model.named_modules():
@@ -183,8 +186,9 @@ def _hidden(model: nn.Module) -> tuple[list[Group], dict[str, str], list[str]]:
         if isinstance(found, str):
             uncovered.append(f"{name} hidden units: {found}")
         else:
-            groups.append(found)
-    return groups, claimed, uncovered
+            groups.append(found[0])
+            attributes |= found[1]
+    return groups, attributes, claimed, uncovered
 
 
 def _single(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:

@@ -87,6 +87,13 @@ def _low(module: Any) -> str | None:
     return "an upsampling layer reads its heads" if isinstance(module.o_proj, nn.Identity) else None
 
 
+def _parallel(module: Any) -> Heads:
+    hidden, width = module.in_split[0], module.in_split[-1]
+    output = "attn_out_proj" if module.out_proj is None else f"out_proj[:{width}]"
+    sizes = tuple(f"in_split[{place}]" for place in (1, 2, 3))
+    return Heads(inputs={f"in_proj[{hidden}:]": 3}, output=output, sizes=sizes, unbound=True)
+
+
 _QKV = {"qkv": 3}
 _APART = {"q": 1, "k": 1, "v": 1}
 _Q_AND_KV = {"q": 1, "kv": 2}
@@ -178,6 +185,8 @@ _ROWS: dict[str, Row] = {
     "models.tnt.Attention": Heads(inputs={"qk": 2, "v": 1}),
     "models.twins.GlobalSubSampleAttn": Heads(inputs=_Q_AND_KV, unbound=True),
     "models.twins.LocallyGroupedAttn": _UNBOUND,
+    "models.vision_transformer.DiffParallelScalingBlock": _parallel,
+    "models.vision_transformer.ParallelScalingBlock": _parallel,
     "models.vision_transformer_relpos.RelPosAttention": _relpos_vit,
     "models.vision_transformer_sam.Attention": _PLAIN,
     "models.visformer.Attention": _PLAIN,
