@@ -1,8 +1,9 @@
 """How well a latency table predicts, and what planning for time is worth.
 
-    python benchmarks/latency.py [--model deit_small_patch16_224] [--table FILE]
+    python benchmarks/latency.py                              the models of MODELS
+    python benchmarks/latency.py --only resnet50 [--batch-size 16] [--runtime onnxruntime] [--tables DIR]
 
-A table of the model is built on this machine (or gone on with), then random plans of all kinds are cut and timed in
+A table of each model is built on this machine (or gone on with), then random plans of all kinds are cut and timed in
 turns with the dense model: predicted and measured time, both as shares of dense. Then plans for a share of the MACs
 are held against plans for time with the same scores: one that takes the same predicted time (it keeps more of the
 score), and one that keeps the same score (it takes less time). A unit's score there is random times what the unit costs
@@ -12,8 +13,11 @@ in MACs, so that no kind is cheap for its MACs. Ratios only; the machine's own s
 from __future__ import annotations
 
 import copy
+import json
 import random
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,13 @@ import torch
 from torch import nn
 
 import slimming
-from common import Spread, parser, ratios, table, write
+from common import parser, ratios, table, write
 from slimming.api import anatomy_of
 from slimming.bench import paired_times
 from slimming.cut import complete
+from slimming.runtimes import prepare
+
+MODELS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50", "mobilenetv3_large_100")
 
 ALONE = ("mlp", "head_dim")
 SETS = (ALONE, (*ALONE, "token"), (*ALONE, "token", "block", "width"))
@@ -36,52 +43,89 @@ SHARES = (0.7, 0.5, 0.3)
 def main() -> None:
     """Build, predict, measure, write the tables."""
     arguments = parser(__doc__, rounds=15)
-    arguments.add_argument("--model", default="deit_small_patch16_224")
+    arguments.add_argument("--only", help="names of timm, with commas between")
     arguments.add_argument("--plans", type=int, default=30)
     arguments.add_argument("--batch-size", type=int, default=1)
-    arguments.add_argument("--table", type=Path, default=Path("build/latency.json"))
+    arguments.add_argument("--runtime", default="eager")
+    arguments.add_argument("--tables", type=Path, default=Path("build/latency"), help="directory of the tables")
     settings = arguments.parse_args()
     torch.set_num_threads(settings.threads)
+    file = settings.output / "latency.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+    for name in settings.only.split(",") if settings.only else MODELS:
+        key = {"model": name, "batch": settings.batch_size, "runtime": settings.runtime}
+        rows = [row for row in rows if any(row[part] != value for part, value in key.items())]
+        rows.append({**key, **one(name, settings)})
+        write("latency", settings=settings, rows=rows, markdown=shown(rows))
+
+
+def one(name: str, settings: Any) -> dict[str, Any]:
+    """Build the table of one model, predict and measure."""
     torch.manual_seed(settings.seed)
-    dense = timm.create_model(settings.model).eval()
-    known = slimming.build_latency_table(dense, batch_size=settings.batch_size, path=settings.table, say=print)
-    masked = copy.deepcopy(dense)
-    masks = slimming.attach(masked, [group for group in slimming.describe(masked) if group.kind != "head"])
-    for mask in masks.values():
-        nn.init.uniform_(mask)
-    rows = [scatter(number, dense, masked, masks, known, settings) for number in range(settings.plans)]
-    errors = sorted(abs(row["predicted"] / row["measured"].median - 1) for row in rows)
-    within = sum(error <= 0.1 for error in errors)
-    pairs = [row for share in SHARES for row in by_time(share, dense, masked, masks, known, settings)]
-    lines = [
-        [", ".join(row["kinds"]), f"{row['macs']:.1%}", f"{row['predicted']:.1%}", percent(row["measured"]),
-         f"{row['predicted'] / row['measured'].median - 1:+.1%}"]
-        for row in rows
-    ]  # fmt: skip
-    others = [
-        [row["plan"], f"{row['macs']:.1%}", f"{row['score']:.1%}", f"{row['predicted']:.1%}", percent(row["measured"])]
-        for row in pairs
-    ]
-    text = (
-        f"{settings.model}, batch {settings.batch_size}, PyTorch eager. The table has {len(known.points)} points. "
-        f"Random plans: {within} of {len(rows)} are predicted within 10 %; the median error is "
-        f"{errors[len(errors) // 2]:.1%}, the largest {errors[-1]:.1%}. All times are shares of the dense model's.\n\n"
-        f"{table(['kinds', 'MACs', 'predicted time', 'measured time', 'error'], lines)}\n"
-        "Plans for MACs, and for time, with the same scores for all kinds (random times a unit's MACs):\n\n"
-        f"{table(['plan', 'MACs', 'score kept', 'predicted time', 'measured time'], others)}"
+    dense = timm.create_model(name).eval()
+    path = settings.tables / f"{name}-{settings.batch_size}-{settings.runtime}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    known = slimming.build_latency_table(
+        dense, batch_size=settings.batch_size, runtime=settings.runtime, path=path, say=print
     )
-    write("latency", settings=settings, rows=[*rows, *pairs], markdown=text)
+    seconds = time.perf_counter() - start
+    masked = copy.deepcopy(dense)
+    every = slimming.describe(masked)
+    by_dimension = any(group.kind == "head_dim" for group in every)
+    masks = slimming.attach(masked, [group for group in every if group.kind != "head" or not by_dimension])
+    kinds = {group.kind for group in masks.groups}
+    sets = [names for names in SETS if kinds.issuperset(names)] if by_dimension else [tuple(sorted(kinds))]
+    scattered = [scatter(number, sets, dense, masked, masks, known, settings) for number in range(settings.plans)]
+    shares = SHARES if settings.runtime == "eager" else ()
+    pairs = [row for share in shares for row in by_time(share, dense, masked, masks, known, settings)]
+    return {"points": len(known.points), "seconds": seconds, "plans": scattered, "for time": pairs}
 
 
-def percent(spread: Spread) -> str:
+def shown(rows: list[dict[str, Any]]) -> str:
+    """One line per model, and the plans of the first."""
+    lines, timed = [], []
+    for row in rows:
+        found = errors(row)
+        within = f"{sum(error <= 0.1 for error in found)} of {len(found)}"
+        lines.append([row["model"], row["runtime"], row["batch"], row["points"], within,
+                      f"{found[len(found) // 2]:.1%}", f"{found[-1]:.1%}"])  # fmt: skip
+        for plan in row["for time"]:
+            timed.append([row["model"], row["batch"], plan["plan"], f"{plan['macs']:.1%}", f"{plan['score']:.1%}",
+                          f"{plan['predicted']:.1%}", percent(plan["measured"])])  # fmt: skip
+    plans = [
+        [", ".join(plan["kinds"]), f"{plan['macs']:.1%}", f"{plan['predicted']:.1%}", percent(plan["measured"]),
+         f"{plan['predicted'] / plan['measured']['median'] - 1:+.1%}"]
+        for plan in rows[0]["plans"]
+    ]  # fmt: skip
+    header = ["model", "runtime", "batch", "points", "within 10 %", "median error", "largest"]
+    columns = ["model", "batch", "plan", "MACs", "score kept", "predicted time", "measured time"]
+    return (
+        "Random plans, and how far their predicted time is from the measured one. All times are shares of the dense "
+        f"model's.\n\n{table(header, lines)}\n"
+        f"The plans of {rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['runtime']}:\n\n"
+        f"{table(['kinds', 'MACs', 'predicted time', 'measured time', 'error'], plans)}\n"
+        "Plans for MACs, and for time, with the same scores for all kinds (random times a unit's MACs):\n\n"
+        f"{table(columns, timed)}"
+    )
+
+
+def errors(row: dict[str, Any]) -> list[float]:
+    """How far off each predicted time was, as a share, from the smallest."""
+    return sorted(abs(plan["predicted"] / plan["measured"]["median"] - 1) for plan in row["plans"])
+
+
+def percent(spread: dict[str, float]) -> str:
     """Median and quartiles as percentages."""
-    return f"{spread.median:.1%} ({spread.p25:.1%}–{spread.p75:.1%})"
+    return f"{spread['median']:.1%} ({spread['p25']:.1%}–{spread['p75']:.1%})"
 
 
-def scatter(number: int, dense: Any, masked: Any, masks: Any, known: slimming.LatencyTable, settings: Any) -> Any:
+def scatter(
+    number: int, sets: Any, dense: Any, masked: Any, masks: Any, known: slimming.LatencyTable, settings: Any
+) -> dict[str, Any]:
     """One random plan: what the table says, and what the clock says."""
     dice = random.Random(settings.seed + number)
-    kinds = SETS[number % len(SETS)]
+    kinds = sets[number % len(sets)]
     keep = {kind: dice.uniform(LEAST.get(kind, 0.35), 1.0) for kind in kinds}
     for mask in masks.values():
         nn.init.uniform_(mask)
@@ -94,11 +138,11 @@ def judge(plan: slimming.Plan, dense: Any, masked: Any, known: slimming.LatencyT
     anatomy = anatomy_of(dense)
     small = slimming.cut(masked, plan).eval()
     predicted = known.predict(anatomy, counts(anatomy, plan)) / known.predict(anatomy, counts(anatomy, None))
-    times = paired_times(
-        {"small": small, "dense": dense}, anatomy.input_shape, settings.batch_size, runs=settings.rounds, seconds=2.0
-    )
+    x = torch.randn(settings.batch_size, *anatomy.input_shape)
+    both = {name: prepare(model, x, settings.runtime) for name, model in (("small", small), ("dense", dense))}
+    times = paired_times(both, anatomy.input_shape, settings.batch_size, runs=settings.rounds, seconds=2.0)
     macs = slimming.cost(small).macs / slimming.cost(dense).macs
-    return {"macs": macs, "predicted": predicted, "measured": ratios(times["small"], times["dense"])}
+    return {"macs": macs, "predicted": predicted, "measured": asdict(ratios(times["small"], times["dense"]))}
 
 
 def counts(anatomy: Any, plan: slimming.Plan | None) -> Mapping[str, int]:
@@ -127,9 +171,9 @@ def by_time(share: float, dense: Any, masked: Any, masks: Any, known: slimming.L
     anatomy = anatomy_of(dense)
     whole = known.predict(anatomy, counts(anatomy, None))
     by_macs = planned(slimming.Budget(macs=share))
-    time = known.predict(anatomy, counts(anatomy, by_macs)) / whole
-    same_time = planned(slimming.Budget(latency=min(1.0, time)))
-    low, high = 0.1, time
+    taken = known.predict(anatomy, counts(anatomy, by_macs)) / whole
+    same_time = planned(slimming.Budget(latency=min(1.0, taken)))
+    low, high = 0.1, taken
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (

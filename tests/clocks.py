@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from slimming.family import Timed
 
 
 class CountingClock:
@@ -24,10 +25,9 @@ class CountingClock:
     def reference(self, seconds: float) -> float:
         return 1.0
 
-    def times(self, module: nn.Module, shape: Any, seconds: float, reference_ms: float) -> dict[str, Any]:
+    def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
         CountingClock.asked += 1
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(torch.zeros(1, *shape))
-        copies = len(module) if isinstance(module, nn.Sequential) else 1
-        ms = max(counter.get_total_flops(), 1) / copies / 1e6
+            timed.module(torch.zeros(1, *timed.shape))
+        ms = max(counter.get_total_flops(), 1) / timed.copies / 1e6
         return {"ms": ms, "p25": ms, "p75": ms, "runs": 5}

@@ -17,8 +17,9 @@ from clocks import CountingClock
 from slimming import latency
 from slimming.api import anatomy_of
 from slimming.cut import complete
-from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
+from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError
 from slimming.families import family_of
+from slimming.family import Timed
 from slimming.latency import LatencyTable, build_latency_table
 from slimming.plan import Budget, Layout
 
@@ -140,7 +141,7 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
     anatomy, family = anatomy_of(model), family_of(model)
     clock = latency._Clock(family, model, anatomy, batch_size=2, runtime="eager")
-    found = clock.times(clock.block.module, clock.block.x.shape[1:], 0.01, 3.0)
+    found = clock.times(Timed(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
     assert clock.reference(0.01) > 0
@@ -154,12 +155,45 @@ def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
     with torch.no_grad():
         for piece in anatomy.pieces:
             sizes = {name: dim.value(full) for name, dim in piece.axes}
-            module, shape = family.piece_module(model, piece, sizes)
+            module, shape, copies = family.piece_module(model, piece, sizes)
             if piece.kind == "select":
                 continue
             assert tuple(stages["x"].shape[1:]) == shape
-            stages["x"] = (module[0] if isinstance(module, nn.Sequential) else module)(stages["x"])
+            stages["x"] = (module[0] if copies > 1 else module)(stages["x"])  # pyright: ignore
         assert torch.allclose(stages["x"], model(x), atol=1e-5)
+
+
+TRACED = [
+    ("test_resnet", {}),
+    ("test_efficientnet", {}),
+    ("regnety_002", {}),
+    ("densenet121", {"block_config": (2, 2, 2, 2)}),
+    ("mobilevit_xxs", {}),
+    ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (2, 1, 1, 1), "embed_dim": 24}),
+    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), TRACED, ids=[name for name, _ in TRACED])
+def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
+    name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
+    model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
+    model = model.eval().requires_grad_(False)
+    built = build_latency_table(model)
+    anatomy = anatomy_of(model)
+    masks = slimming.attach(timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments))
+    with torch.no_grad():
+        for number, mask in enumerate(masks.values()):
+            mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
+    plan = slimming.plan(masks, Budget(latency=0.6), score="mask", latency=built)
+    counted = CountingClock().times(Timed(slimming.cut(model, plan), anatomy.input_shape), 0, 1)["ms"]
+    whole = built.predict(anatomy, {group.name: group.size for group in anatomy.groups})
+    assert built.calibration == pytest.approx(1.0, abs=1e-5)
+    assert predicted(built, model, plan) == pytest.approx(counted, rel=0.01)
+    assert 0.5 < predicted(built, model, plan) / whole <= 0.6
 
 
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
@@ -175,8 +209,6 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
     other = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_heads": 4})
     with pytest.raises(PlanError, match=r"no times for attention \(4 heads"):
         table.predict(anatomy_of(other), {g.name: g.size for g in anatomy_of(other).groups})
-    with pytest.raises(UnsupportedModelError, match="no latency table yet"):
-        build_latency_table(timm.create_model("test_resnet"))
     with pytest.raises(ConfigError, match="Did you mean 'eager'"):
         build_latency_table(model, runtime="eagre")
     with pytest.raises(ConfigError, match="different settings: batch_size is"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ ORIGIN = "slimming_origin"
 """Attribute of a model that slimming made: the name and arguments that its host was given."""
 
 Kept = Mapping[str, tuple[int, ...]]
+
+
+class Timed(NamedTuple):
+    """A module to time in place of a piece.
+
+    Attributes:
+        module: takes one tensor.
+        shape: of that tensor, without the batch.
+        copies: how many of the piece run in it.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    copies: int = 1
 
 
 class Family(abc.ABC):
@@ -62,13 +76,8 @@ class Family(abc.ABC):
         """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
         return False
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]
-    ) -> tuple[nn.Module, tuple[int, ...]]:
-        """A module that does what ``piece`` does at ``sizes``, for timing, and the shape of its input without batch.
-
-        A `torch.nn.Sequential` is so many copies of the piece.
-        """
+    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
+        """A module that does what ``piece`` does at ``sizes``, for timing."""
         raise UnsupportedModelError(f"Family {self.name} has no pieces to time.")
 
     @abc.abstractmethod

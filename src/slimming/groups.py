@@ -145,13 +145,17 @@ class LayerSizes:
     unbound: bool = False
 
 
+REST = "rest"
+"""Kind of the piece that stands for all that is no piece of its own, see `Piece`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A step of the forward pass that takes time, by what its time depends on.
 
     Attributes:
         name: the module, or another name where it is none.
-        kind: what it does, for example ``"attention"``.
+        kind: what it does, for example ``"attention"``; `REST` for what the whole model takes beyond its pieces.
         like: what else tells two pieces of one kind apart.
         axes: sizes that its time depends on, by name.
         alive: a product that is 0 once the piece is gone.

@@ -1,9 +1,8 @@
 """How long a slim model takes, looked up in a table of its pieces that was measured on the device at hand.
 
-A table holds the time of attention, MLP, token selection, patch embedding and head at a grid of sizes, for one
-device, number of threads, type of numbers, batch size and runtime. Between the points of the grid it interpolates.
-Times of single pieces add up to a little more or less than a model's: the table's `calibration` is what the dense
-model took over what its pieces sum to.
+A table holds the time of attention, MLPs or single layers at a grid of sizes, for one device, number of threads, type
+of numbers, batch size and runtime. Between the points of the grid it interpolates. Times of single pieces add up to a
+little more or less than a model's: the table's `calibration` is what the dense model took over what its pieces sum to.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from torch import nn
 from slimming.bench import machine, paired_times, summary
 from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.families import family_of
-from slimming.family import Family
+from slimming.family import Family, Timed
 from slimming.formulas import evaluate
-from slimming.groups import Anatomy, Piece, keep_all
+from slimming.groups import REST, Anatomy, Piece, keep_all
 from slimming.io import atomic_json, seal
 from slimming.plan import FORMAT, read_sealed
 from slimming.runtimes import check_runtime, prepare
@@ -36,6 +35,10 @@ STEPS: Mapping[str, Sequence[float]] = {
     "width": (0.25, 0.5, 0.75, 1.0),
     "qkv": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
     "hidden": (0.02, 0.125, 0.25, 0.5, 0.75, 1.0),
+    "heads": (0.01, 0.5, 1.0),
+    "out": (0.25, 0.5, 1.0),
+    "in": (0.25, 0.5, 1.0),
+    "channels": (0.25, 1.0),
 }
 """Points of the grid along each axis, as shares of the model's own size."""
 WHAT = "latency table"
@@ -77,7 +80,7 @@ class LatencyTable:
 
         Raises:
             PlanError: the table has no times for a piece of this model.
-            UnsupportedModelError: models of this family have no pieces.
+            UnsupportedModelError: the model has no pieces.
         """
         _check_pieces(anatomy)
         wanted: dict[tuple[str, str], list[tuple[int, ...]]] = {}
@@ -196,8 +199,8 @@ class _Grid:
 def _check_pieces(anatomy: Anatomy) -> None:
     if not anatomy.pieces:
         raise UnsupportedModelError(
-            f"Models read as {anatomy.structure.family} have no latency table yet: tables are of timm's Vision "
-            "Transformers. Give a budget of macs, and measure with slimming bench."
+            "There is no latency table of this model: it takes no batch of two images, or it is a Vision Transformer "
+            "with layers of its own in front of the patches. Give a budget of macs, and measure with slimming bench."
         )
 
 
@@ -213,7 +216,7 @@ def build_latency_table(
     """Measure the pieces of ``model`` where it is: its device, its type of numbers, torch's number of threads.
 
     Args:
-        model: a dense timm Vision Transformer; its weights do not matter.
+        model: a dense model; its weights do not matter.
         batch_size: images per pass.
         runtime: ``"eager"``; ``"compile"`` for `torch.compile` or ``"onnxruntime"``, which take some seconds per point.
         path: where the table goes, point by point; one that is there already is gone on with.
@@ -221,7 +224,7 @@ def build_latency_table(
         say: told what is measured, one line at a time.
 
     Raises:
-        UnsupportedModelError: models of this family have no pieces.
+        UnsupportedModelError: the model has no pieces.
         ConfigError: there is no such runtime, or the file at ``path`` is of another setting.
     """
     check_runtime(runtime)
@@ -238,8 +241,7 @@ def build_latency_table(
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
     table = replace(table, reference_ms=block)
     for number, (piece, sizes) in enumerate(left, start=1):
-        module, shape = family.piece_module(model, piece, sizes)
-        times = clock.times(module, shape, seconds, block)
+        times = clock.times(family.piece_module(model, piece, sizes), seconds, block)
         table = replace(table, points=(*table.points, {**_point(piece, sizes), **times}))
         if say is not None:
             at = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -247,12 +249,26 @@ def build_latency_table(
         if path is not None and number % 10 == 0:
             table.save(path)
     if left or table.calibration is None:
-        whole = clock.times(model, anatomy.input_shape, max(1.0, 10 * seconds), block)["ms"]
-        kept = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
-        table = replace(table, calibration=whole / replace(table, calibration=None).predict(anatomy, kept))
+        whole = clock.times(Timed(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
+        table = _calibrated(table, anatomy, whole)
     if path is not None:
         table.save(path)
     return table
+
+
+def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
+    """``table`` such that the dense model takes ``whole`` milliseconds: by its rest, if it has one, and a factor."""
+    full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
+    points = [point for point in table.points if point["kind"] != REST]
+    for rest in (piece for piece in anatomy.pieces if piece.kind == REST):
+        ((axis, elements),) = rest.axes
+        others = replace(anatomy, pieces=tuple(piece for piece in anatomy.pieces if piece.kind != REST))
+        most = elements.value(full)
+        beyond = max(whole - replace(table, calibration=None).predict(others, full), 1e-6)
+        for size in (max(1, most // 2), most):  # goes on along this line
+            points.append({**_point(rest, {axis: size}), "ms": beyond * size / most})
+    table = replace(table, points=tuple(points), calibration=None)
+    return replace(table, calibration=whole / table.predict(anatomy, full))
 
 
 class _Clock:
@@ -262,24 +278,25 @@ class _Clock:
         self.like = next(model.parameters())
         self.batch_size, self.runtime = batch_size, runtime
         full = {group.name: group.size for group in anatomy.groups}
-        piece = next(piece for piece in anatomy.pieces if piece.kind == "mlp")
-        sizes = {name: dim.value(full) for name, dim in piece.axes}
-        block, shape = family.piece_module(model, piece, sizes)
+        every = [(piece, {name: dim.value(full) for name, dim in piece.axes}) for piece in anatomy.pieces]
+        largest = max((each for each in every if each[0].kind != REST), key=lambda each: math.prod(each[1].values()))
+        block = family.piece_module(model, *largest)
         dtype, device = self.like.dtype, self.like.device
-        self.block = _OwnInput(block, torch.randn(batch_size, *shape, dtype=dtype, device=device))
+        self.block = _OwnInput(block.module, torch.randn(batch_size, *block.shape, dtype=dtype, device=device))
 
     def reference(self, seconds: float) -> float:
         """Milliseconds of the block."""
         times = paired_times({"block": self.block}, (1,), 1, runs=100, seconds=seconds, like=self.like)
         return summary(times["block"]).median
 
-    def times(self, module: nn.Module, shape: Sequence[int], seconds: float, reference_ms: float) -> dict[str, Any]:
-        """Median and quartiles of ``module``, each copy in it, on a machine whose block takes ``reference_ms``."""
-        x = torch.randn(self.batch_size, *shape, dtype=self.like.dtype, device=self.like.device)
-        both = {"piece": prepare(module, x, self.runtime), "block": self.block}
-        times = paired_times(both, shape, self.batch_size, runs=30, seconds=seconds, like=self.like)
-        copies = len(module) if isinstance(module, nn.Sequential) else 1
-        scaled = [own / one * reference_ms / copies for own, one in zip(times["piece"], times["block"], strict=True)]
+    def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+        """Median and quartiles of one copy in ``timed``, on a machine whose block takes ``reference_ms``."""
+        x = torch.randn(self.batch_size, *timed.shape, dtype=self.like.dtype, device=self.like.device)
+        both = {"piece": prepare(timed.module, x, self.runtime), "block": self.block}
+        times = paired_times(both, timed.shape, self.batch_size, runs=30, seconds=seconds, like=self.like)
+        scaled = [
+            own / one * reference_ms / timed.copies for own, one in zip(times["piece"], times["block"], strict=True)
+        ]
         found = summary(scaled)
         return {"ms": found.median, "p25": found.p25, "p75": found.p75, "runs": found.runs}
 
@@ -313,7 +330,7 @@ def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
     full = {group.name: group.size for group in anatomy.groups}
     seen: set[tuple[str, str]] = set()
     for piece in anatomy.pieces:
-        if (piece.kind, piece.like) in seen:
+        if (piece.kind, piece.like) in seen or piece.kind == REST:
             continue
         seen.add((piece.kind, piece.like))
         axes = []
@@ -323,9 +340,9 @@ def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
                 axes.append([most])
                 continue
             moving = most - dim.fixed
-            # Heads keep as many dimensions each; sizes are in multiples of 8 where that leaves a choice.
-            parts = 3 * _heads(piece) if name == "qkv" else 1
-            step = 1 if name == "tokens" else 8
+            # Heads keep as many dimensions each, a unit all its places; multiples of 8 where that leaves a choice.
+            parts = 3 * _heads(piece) if name == "qkv" else math.lcm(*(weight for _, weight in dim.groups))
+            step = 1 if name in ("tokens", "heads") else 8
             while step > 1 and moving // (parts * step) < 4:
                 step //= 2
             step *= parts

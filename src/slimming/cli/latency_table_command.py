@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 DESCRIPTION = """\
-Measure the pieces of a model (attention, MLP, token selection, patch embedding, head) at a grid of sizes, on this
-device, and write the table that budgets of latency are planned with. A table that is there already is gone on with.
+Measure the pieces of a model (attention, MLPs, or single layers) at a grid of sizes, on this device, and write the
+table that budgets of latency are planned with. A table that is there already is gone on with.
 MODEL is a name as in inspect or a checkpoint directory; its weights do not matter. merge joins tables of one setting.
 
   slimming latency-table build deit_small_patch16_224 --output laptop.json

@@ -22,7 +22,7 @@ from slimming.families.timm_vit.pieces import piece_module, pieces
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.families.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
-from slimming.family import STRUCTURE, Family, Kept, take
+from slimming.family import STRUCTURE, Family, Kept, Timed, take
 from slimming.groups import Anatomy, Group, Piece
 from slimming.plan import Structure
 
@@ -80,9 +80,7 @@ class TimmViT(Family):
         plain = bool(anatomy.operations[0].live)
         return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]
-    ) -> tuple[nn.Module, tuple[int, ...]]:
+    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
         return piece_module(_vit(model), piece, sizes)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:

@@ -15,6 +15,7 @@ from slimming.families.timm_vit.cost import alive_of, dim_of, qk_of, tokens_of
 from slimming.families.timm_vit.resize import resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.families.timm_vit.width import WIDTH, resize_width_
+from slimming.family import Timed
 from slimming.formulas import Dim
 from slimming.groups import Piece
 from slimming.layers import TokenSelect
@@ -80,11 +81,11 @@ def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
 
 
 @torch.no_grad()
-def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int]) -> tuple[nn.Module, tuple[int, ...]]:
-    """A module that does what ``piece`` does at ``sizes``, and the shape of its input without the batch.
+def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int]) -> Timed:
+    """A module that does what ``piece`` does at ``sizes``.
 
     Blocks get as many copies as stand between two uses of one block in a model, so that their weights are not found
-    in a cache where the model's would not be; the time is that of all copies.
+    in a cache where the model's would not be.
     """
     depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
     own = vit.get_submodule(piece.name) if piece.kind in ("attention", "mlp") else None
@@ -92,17 +93,15 @@ def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int])
     lean = copy.deepcopy(vit, {id(vit.blocks): kept})
     if piece.kind == "patch_embed":
         resize_width_(lean, sizes["width"])
-        return _Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size)
+        return Timed(_Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size))
     shape = (sizes["tokens"], sizes["width"])
     if piece.kind == "select":
         incoming = vit.num_prefix_tokens + vit.patch_embed.num_patches
-        return TokenSelect(range(sizes["tokens"]), incoming).to(vit.patch_embed.proj.weight.device), (
-            incoming,
-            sizes["width"],
-        )
+        select = TokenSelect(range(sizes["tokens"]), incoming).to(vit.patch_embed.proj.weight.device)
+        return Timed(select, (incoming, sizes["width"]))
     if piece.kind == "head":
         resize_width_(lean, sizes["width"])
-        return _Head(lean), shape
+        return Timed(_Head(lean), shape)
     wanted = BlockSizes(name="blocks.0", heads=(), scale=1.0, hidden=sizes.get("hidden", 0), positions=(0,))
     if piece.kind == "attention":
         count = int(piece.like.partition(" ")[0])
@@ -110,7 +109,7 @@ def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int])
         wanted = replace(wanted, heads=((each, each),) * count, scale=each**-0.5)
     resize_block_(lean, wanted)
     resize_width_(lean, sizes["width"])
-    return nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape
+    return Timed(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
 
 
 def _block_of(vit: VisionTransformer, piece: Piece) -> nn.Module:

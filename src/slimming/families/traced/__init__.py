@@ -8,17 +8,20 @@ hosts make a model again, and `tables` with its rows per host is data.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimming.families.traced import origin
-from slimming.families.traced.reading import Reading, read_model
+from slimming.families.traced.pieces import Call, calls, piece_module
+from slimming.families.traced.reading import Reading, attention_sites, read_model
 from slimming.families.traced.resize import layers_after, resize_module_, select, settle_
-from slimming.family import STRUCTURE, Family, Kept
-from slimming.groups import Anatomy
+from slimming.family import STRUCTURE, Family, Kept, Timed
+from slimming.groups import Anatomy, Piece
 from slimming.plan import Structure
 
 PART = "part"
@@ -37,6 +40,7 @@ class Traced(Family):
         self._families = {family.name: family for family in (*others, self)}
         self._readings: dict[str, Reading] = {}
         self._named: dict[str, dict[str, Any]] = {}
+        self._timed: tuple[weakref.ref[nn.Module], Anatomy, list[Call]] | None = None
 
     def reads(self, model: nn.Module) -> bool:
         return True
@@ -56,7 +60,17 @@ class Traced(Family):
             uncovered=reading.uncovered,
             input_shape=shape,
             sizes=reading.sizes,
+            pieces=reading.pieces,
         )
+
+    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
+        if self._timed is None or self._timed[0]() is not model:  # a table asks hundreds of times
+            anatomy, like = self.read(model), next(model.parameters())
+            example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
+            self._timed = weakref.ref(model), anatomy, calls(model, example, attention_sites(anatomy.groups))
+        _, anatomy, found = self._timed
+        call = found[int(piece.name.rpartition("#")[2])]
+        return piece_module(model, call, piece, sizes, anatomy.sizes, {g.name: g.size for g in anatomy.groups})
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         stored = model.__dict__.get(STRUCTURE)

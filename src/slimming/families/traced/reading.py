@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from slimming.families.traced.channels import CONV, channel_groups
 from slimming.families.traced.counting import operations
 from slimming.families.traced.heads import Attributes, head_group
 from slimming.families.traced.mlp import hidden_group
+from slimming.families.traced.pieces import calls, pieces
 from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import STRUCTURE, Kept, fill_
 from slimming.formulas import Operation
-from slimming.groups import Group, LayerSizes
+from slimming.groups import Group, LayerSizes, Piece
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""
@@ -39,6 +40,7 @@ class Reading:
     operations: tuple[Operation, ...]
     sizes: Mapping[str, LayerSizes]
     uncovered: tuple[str, ...]
+    pieces: tuple[Piece, ...]
 
 
 def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
@@ -75,12 +77,19 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         raise UnsupportedModelError(f"Nothing in this {type(model).__name__} can be cut: {'; '.join(uncovered)}.")
     good.sort(key=_in_order(trial))
     sizes = layer_sizes(trial, good, attributes, unbound)
+    trial.eval()
     return Reading(
         groups=tuple(good),
-        operations=operations(trial.eval(), example, good, _each_head(trial)),
+        operations=operations(trial, example, good, _each_head(trial)),
         sizes=sizes,
         uncovered=tuple(uncovered),
+        pieces=pieces(trial, calls(trial, example, attention_sites(good)), good, sizes),
     )
+
+
+def attention_sites(groups: Iterable[Group]) -> set[str]:
+    """The modules whose heads are groups."""
+    return {group.site for group in groups if group.kind == "head"}
 
 
 def _asleep(model: nn.Module, example: Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,14 +130,16 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     """The structure's entries for the modules that lose something when ``kept`` stays."""
     full = {group.name: group.size for group in groups}
     counts = {name: len(kept[name]) if name in kept else size for name, size in full.items()}
-    entries = {name: _entry(layer, counts) for name, layer in sizes.items()}
-    return {name: entry for name, entry in entries.items() if entry != _entry(sizes[name], full)}
+    entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
+    dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
+    return {name: entry for name, entry in entries.items() if entry != dense[name]}
 
 
-def _entry(layer: LayerSizes, counts: Mapping[str, int]) -> dict[str, Any]:
-    entry: dict[str, Any] = {name: dim.value(counts) for name, dim in layer.attributes.items()}
+def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:
+    """The structure's entry of one module whose dimensions have the sizes that ``value`` gives."""
+    entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
-        entry[TENSORS] = {name: [dim.value(counts) for dim in dims] for name, dims in layer.tensors.items()}
+        entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
     if layer.unbound:
         entry[UNBOUND] = True
     return entry
