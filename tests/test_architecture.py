@@ -33,6 +33,7 @@ LAYERS = {
     "token_gates": 2,
     "chunks": 2,
     "kept_norms": 2,
+    "worth": 2,
     "rank": 2,
     "cost": 2,
     "cut": 2,
@@ -57,6 +58,8 @@ LAYERS = {
 SIDEWAYS = {
     ("cut", "layers"),
     ("rank", "chunks"),
+    ("rank", "worth"),
+    ("worth", "chunks"),
     ("families", "layers"),
     ("masks", "token_gates"),
     ("masks", "kept_norms"),

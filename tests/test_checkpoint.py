@@ -27,6 +27,7 @@ from slimming.checkpoint import read_provenance
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.io import atomic_json, seal
 from slimming.plan import Budget, Layout
+from slimming.worth import Sensitivity
 from variants import VARIANTS, draw, image
 
 FILES = ["provenance.json", "structure.json", "weights.safetensors"]
@@ -332,10 +333,11 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
             mask.uniform_(0, 1)
     scores = masks.scores()
     curves = {"mlp": ((0.5, 0.01), (0.2, 0.4)), "token": ((0.5, 0.3),)}
-    rating = Rating(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=curves)
+    measured = Sensitivity(curves=curves, spread="score", joint={"rank": ((0.7, 0.1),), "score": ((0.7, 0.05),)})
+    rating = Rating(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured)
     save_scores(tmp_path / "scores.safetensors", rating)
     read = load_scores(tmp_path / "scores.safetensors")
-    assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, rating.layout, False, curves)
+    assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, rating.layout, False, measured)
     assert read.scores.keys() == scores.keys()
     assert all(torch.equal(read.scores[name], score) for name, score in scores.items())
     save_scores(tmp_path / "scores.safetensors", Rating(anatomy=masks.anatomy, scores=scores))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,12 +19,13 @@ from torch import nn
 import slimming
 from slimming import demo
 from slimming.api import _measure
-from slimming.chunks import all_chunks, of_kind, valued
+from slimming.chunks import all_chunks, of_kind
 from slimming.errors import ConfigError
 from slimming.masks import SoftMasks, attached
 from slimming.plan import Budget, Layout
 from slimming.rank import Planner
-from slimming.sensitivity import SHARES, sensitivity
+from slimming.sensitivity import JOINT, SHARES, sensitivity
+from slimming.worth import SPREADS, Sensitivity, valued
 
 KINDS = ("head_dim", "mlp", "token")
 
@@ -55,22 +58,27 @@ def test_each_kind_is_cut_alone_and_the_model_stays(masks: SoftMasks) -> None:
     found = sensitivity(masks, masks.scores("mask"), Layout(), weighted(head_dim=1.0, mlp=0.5, token=2.0))
     assert all(torch.equal(mask, before[name]) for name, mask in masks.items())
     for kind, weight in {"head_dim": 1.0, "mlp": 0.5, "token": 2.0}.items():
-        kept = [share for share, _ in found[kind]]
+        kept = [share for share, _ in found.curves[kind]]
         assert kept == sorted(set(kept), reverse=True)
         assert len(kept) >= 3
         assert kept[0] <= SHARES[0]
-        for share, loss in found[kind]:
+        for share, loss in found.curves[kind]:
             assert loss == pytest.approx(weight * (1 - share), abs=1e-6)
+    assert found.joint.keys() == set(SPREADS)
+    for curve in found.joint.values():
+        assert [share for share, _ in curve] == list(JOINT)
+        assert all(0 < loss < 3.5 for _, loss in curve)
 
 
-@given(losses=st.lists(st.floats(0, 3), min_size=4, max_size=4))
+@given(losses=st.lists(st.floats(0, 3), min_size=4, max_size=4), spread=st.sampled_from(("rank", "score")))
 @settings(max_examples=20)
-def test_the_order_within_a_kind_stays(masks: SoftMasks, losses: list[float]) -> None:
+def test_the_order_within_a_kind_stays(masks: SoftMasks, losses: list[float], spread: str) -> None:
     curve = tuple(zip((0.8, 0.5, 0.3, 0.1), sorted(losses), strict=True))
     groups = list(masks.groups)
     chunks = all_chunks(groups, masks.scores("mask"), Layout())
+    sizes = np.array([float(len(chunk.units)) for chunk in chunks])
     for kind in KINDS:
-        new = valued(chunks, groups, {kind: curve})
+        new = valued(chunks, groups, Sensitivity(curves={kind: curve}, spread=spread), sizes)
         places = of_kind(chunks, groups, kind)
         scores = [new[place].score for place in places]
         assert scores == sorted(scores)
@@ -80,11 +88,13 @@ def test_the_order_within_a_kind_stays(masks: SoftMasks, losses: list[float]) ->
         assert all(new[place] == chunks[place] for place in others)
 
 
-def test_chunks_are_worth_what_was_measured(masks: SoftMasks) -> None:
+@pytest.mark.parametrize("spread", ["rank", "score"])
+def test_chunks_are_worth_what_was_measured(masks: SoftMasks, spread: str) -> None:
     groups = list(masks.groups)
     chunks = all_chunks(groups, masks.scores("mask"), Layout(multiple=1))
-    curve = ((0.9, 0.01), (0.7, 0.05), (0.5, 0.13), (0.3, 0.3), (0.1, 0.7))
-    new = valued(chunks, groups, {"mlp": curve})
+    curve = tuple((1 - gone, gone**3) for gone in (0.1, 0.3, 0.5, 0.7, 0.9))
+    sizes = np.array([float(len(chunk.units)) for chunk in chunks])
+    new = valued(chunks, groups, Sensitivity(curves={"mlp": curve}, spread=spread), sizes)
     total = sum(group.size for group in groups if group.kind == "mlp")
     for kept, loss in curve[1:-1]:
         gone = [new[place] for place in of_kind(new, groups, "mlp")][: round((1 - kept) * total)]
@@ -96,8 +106,8 @@ def test_limits_take_the_kind_that_costs_least_and_keep_ratios_do_not_care(masks
     scores, measure = masks.scores("mask"), partial(_measure, masks.anatomy)
 
     def kept(budget: Budget, **per_kind: float) -> dict[str, float]:
-        curves = sensitivity(masks, scores, Layout(), weighted(**per_kind)) if per_kind else {}
-        plan = Planner(masks.anatomy, scores, Layout(), measure, curves).plan(budget, fold=True)
+        measured = sensitivity(masks, scores, Layout(), weighted(**per_kind)) if per_kind else None
+        plan = Planner(masks.anatomy, scores, Layout(), measure, measured).plan(budget, fold=True)
         left, all_of = Counter(), Counter()
         for name, units in plan.kept.items():
             kind = masks.anatomy.group(name).kind
@@ -123,11 +133,39 @@ def test_a_search_measures_it_once_there_are_several_kinds(tmp_path: Any) -> Non
     for kinds, measured in ((None, set(KINDS)), (("mlp",), set())):
         model = timm.create_model("test_vit", img_size=32, num_classes=10)
         result = slimming.search(model, data, dataclasses.replace(base, kinds=kinds))
-        assert set(result.sensitivity) == measured
+        curves = result.sensitivity.curves if result.sensitivity else {}
+        assert set(curves) == measured
         # A divergence from what the whole model says is never below 0, and not 0 where everything went.
-        assert all(loss >= -1e-6 for curve in result.sensitivity.values() for _, loss in curve)
-        assert all(curve[-1][1] > 0 for curve in result.sensitivity.values())
+        assert all(loss >= -1e-6 for curve in curves.values() for _, loss in curve)
+        assert all(curve[-1][1] > 0 for curve in curves.values())
         result.save(tmp_path / str(len(measured)))
         assert slimming.load_search(tmp_path / str(len(measured))).sensitivity == result.sensitivity
     with pytest.raises(ConfigError, match="at least 0"):
         slimming.SearchConfig(sensitivity=-1)
+
+
+def test_the_spread_that_loses_least_together_is_taken(masks: SoftMasks) -> None:
+    scores = masks.scores("mask")
+    first = next(group for group in masks.of_kind("mlp"))
+    scores = {name: score * (1.0 if name == first.name else 0.999) for name, score in scores.items()}
+
+    def loss(worth: float) -> Any:
+        def of(model: nn.Module) -> float:
+            own = attached(model)
+            assert own is not None
+            gone = {g.name: float((own[g.name] == 0).float().mean()) for g in own.groups}
+            return worth * gone[first.name] + 0.01 * sum(gone.values())
+
+        return of
+
+    found = sensitivity(masks, scores, Layout(), loss(1.0))
+    best = min(SPREADS, key=lambda spread: sum(np.log(max(loss, 0.0) + 1e-3) for _, loss in found.joint[spread]))
+    assert found.spread == best
+    # A plan for one of the measured shares loses what was measured for it.
+    planner = Planner(masks.anatomy, scores, Layout(), partial(_measure, masks.anatomy), found)
+    plan = planner.plan(Budget(macs=JOINT[1]), fold=True)
+    trial = copy.deepcopy(masks.model)
+    own = attached(trial)
+    assert own is not None
+    own.apply_(plan)
+    assert loss(1.0)(trial) == pytest.approx(found.joint[found.spread][1][1], abs=1e-6)

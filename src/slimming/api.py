@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slimming import checkpoint, masks
 from slimming.bench import count
-from slimming.chunks import Curve
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
 from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
@@ -26,6 +25,7 @@ from slimming.latency import LatencyTable
 from slimming.masks import SoftMasks
 from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
 from slimming.rank import Planner
+from slimming.worth import Sensitivity
 
 DEFAULT_PENALTY: Mapping[str, float] = {
     "head_dim": 1.0,
@@ -139,14 +139,14 @@ class Rating:
         scores: group name -> score of each unit, shape (size,).
         layout: which sizes the layers get.
         fold: see `Plan`.
-        sensitivity: kind -> what cutting it alone does, see `slimming.sensitivity`; empty if it was not measured.
+        sensitivity: what cutting each kind does, see `slimming.sensitivity`; None if it was not measured.
     """
 
     anatomy: Anatomy
     scores: Mapping[str, Tensor]
     layout: Layout = field(default_factory=Layout)
     fold: bool = True
-    sensitivity: Mapping[str, Curve] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
 
 
 class Rated(abc.ABC):
@@ -352,7 +352,7 @@ def save_scores(path: str | Path, rating: Rating) -> None:
         "scores_sha256": _digest(rating.scores),
         "layout": asdict(rating.layout),
         "fold": rating.fold,
-        "sensitivity": {kind: [list(point) for point in curve] for kind, curve in rating.sensitivity.items()},
+        "sensitivity": None if rating.sensitivity is None else rating.sensitivity.to_dict(),
     }
     metadata = {"slimming": json.dumps(seal(entry))}
     atomic_write_bytes(Path(path), checkpoint.dump_tensors(rating.scores, metadata))
@@ -375,7 +375,7 @@ def load_scores(path: str | Path) -> Rating:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         entry, intact = unseal(json.loads(header["__metadata__"]["slimming"]))
         structure, layout = entry["structure"], Layout(**entry["layout"])
-        curves = {k: tuple((float(kept), float(loss)) for kept, loss in v) for k, v in entry["sensitivity"].items()}
+        measured = None if entry["sensitivity"] is None else Sensitivity.from_dict(entry["sensitivity"])
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a scores file of slimming. Give one that slimming search wrote."
@@ -384,4 +384,4 @@ def load_scores(path: str | Path) -> Rating:
         raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     anatomy = family_of(model).read(model)
-    return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=curves)
+    return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

@@ -5,7 +5,8 @@ A layout decides how many units a chunk has; nothing here depends on a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,8 +18,6 @@ from slimming.plan import Layout
 
 _FEWEST_SIZES = 4
 Array = npt.NDArray[np.float64]
-Curve = Sequence[tuple[float, float]]
-"""What cutting a kind alone does: (share of its units that stays, by how much the loss grows), the largest first."""
 Choice = npt.NDArray[np.bool_]
 """For each chunk of a pool, whether it goes; shape (chunks,)."""
 
@@ -51,7 +50,7 @@ class Pool:
 
     def __init__(self, anatomy: Anatomy, chunks: Sequence[Chunk]) -> None:
         self.anatomy, self.chunks = anatomy, chunks
-        self.values = np.array([max(chunk.worth, 0.0) for chunk in chunks])
+        self.values = _values(chunks)
         groups = {group.name: group for group in anatomy.groups}
         first = [chunk.units[0][0] for chunk in chunks]
         self.branch = np.array([groups[name].role == "branch" for name in first], dtype=bool)
@@ -71,6 +70,12 @@ class Pool:
         self._shared = np.array(sorted(shared), dtype=int).reshape(-1, 2)
         self._owned = {name: (np.array(units), np.array(owners)) for name, (units, owners) in found.items()}
         self._sizes = {name: groups[name].size for name in found}
+
+    def revalued(self, chunks: Sequence[Chunk]) -> Pool:
+        """The pool with the same chunks at other scores."""
+        result = copy.copy(self)
+        result.chunks, result.values = chunks, _values(chunks)
+        return result
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +124,10 @@ class Pool:
         return result
 
 
+def _values(chunks: Sequence[Chunk]) -> Array:
+    return np.array([max(chunk.worth, 0.0) for chunk in chunks])
+
+
 def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
     """Everything that may go, given one score per unit of each group, in the sizes that ``layout`` allows."""
     chunks: list[Chunk] = []
@@ -157,38 +166,6 @@ def of_kind(chunks: Sequence[Chunk], groups: Sequence[Group], kind: str) -> list
     places = [place for place, chunk in enumerate(chunks) if chunk.units[0][0] in names]
     own = [chunks[place] for place in places]
     return [places[place] for place in sequence(own, [len(chunk.units) for chunk in own])]
-
-
-def valued(chunks: Sequence[Chunk], groups: Sequence[Group], curves: Mapping[str, Curve]) -> list[Chunk]:
-    """The chunks with the loss that cutting each adds as their score, read off what was measured kind by kind.
-
-    The order within a kind stays as it was. Between two measurements the loss per unit grows steadily; kinds without
-    a curve keep their scores.
-    """
-    result = list(chunks)
-    for kind, curve in curves.items():
-        places = of_kind(chunks, groups, kind)
-        sizes = np.array([len(chunks[place].units) for place in places], dtype=float)
-        if not len(places) or not curve:
-            continue
-        total = sum(group.size for group in groups if group.kind == kind)
-        each = _slopes(curve)((np.cumsum(sizes) - sizes / 2) / total) / total
-        for place, size, loss in zip(places, sizes, each, strict=True):
-            result[place] = replace(chunks[place], score=float(loss), worth=float(loss * size))
-    return result
-
-
-def _slopes(curve: Curve) -> Callable[[Array], Array]:
-    """Loss per share of the units that goes, at shares that go: never falling, and a little larger where more is gone.
-
-    What a later share costs is taken to be no less than what an earlier one did. Tokens do get cheaper behind a cliff,
-    but only for those who pay for the cliff first.
-    """
-    gone, loss = np.array([(0.0, 0.0), *((1 - kept, loss) for kept, loss in curve)]).T
-    slope = np.maximum(np.maximum.accumulate(np.diff(loss) / np.diff(gone)), 0.0)
-    middle = (gone[1:] + gone[:-1]) / 2
-    least = 1e-4 * max(slope[-1], 1e-12)
-    return lambda share: np.interp(share, [0.0, *middle], [0.0, *slope]) + least * (1 + share)
 
 
 def _multiple(size: int, layout: Layout) -> int:

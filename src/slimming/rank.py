@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimming.chunks import Choice, Chunk, Curve, Pool, all_chunks, of_kind, sequence, valued
+from slimming.chunks import Array, Choice, Chunk, Pool, all_chunks, of_kind, sequence
 from slimming.errors import BudgetError, PlanError
 from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import KINDS, Budget, Layout, Plan
 from slimming.solve import GAP, knapsack
+from slimming.worth import Sensitivity, valued
 
 Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
 """From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
@@ -41,8 +42,8 @@ class Planner:
         scores: one score per unit for each group that may be cut, shape (size,).
         layout: which sizes the layers may get.
         measure: what a choice costs.
-        curves: per kind, what cutting it alone does to the loss. Limits weigh kinds against each other by it; the
-            order within a kind, and so the plans of keep ratios, do not depend on it.
+        sensitivity: what cutting each kind does to the loss, if it was measured: limits weigh kinds by it, keep ratios
+            do not.
 
     Raises:
         PlanError: scores of another model, or scores that are not finite.
@@ -54,12 +55,12 @@ class Planner:
         scores: Mapping[str, Tensor],
         layout: Layout,
         measure: Measure,
-        curves: Mapping[str, Curve] | None = None,
+        sensitivity: Sensitivity | None = None,
     ) -> None:
         self._groups = _scored_groups(anatomy, scores)
         self._ranked = all_chunks(self._groups, scores, layout)
-        self._pool = Pool(anatomy, valued(self._ranked, self._groups, curves or {}))
-        self._measure = measure
+        self._pool = Pool(anatomy, self._ranked)
+        self._measure, self._sensitivity = measure, sensitivity
 
     def least(self, kind: str) -> float:
         """The smallest share of the units of ``kind`` that a plan may keep."""
@@ -80,10 +81,12 @@ class Planner:
         if budget.keep is not None:
             goes = _for_keep_ratios(self._groups, self._ranked, budget)
         else:
-            goes, solution = _for_limits(self._pool, budget, self._measure), {"solver": "nested"}
+            prices = _prices(self._pool, budget, self._measure)
+            pool = self._pool.revalued(valued(self._ranked, self._groups, self._sensitivity, prices))
+            goes, solution = _for_limits(pool, budget, self._measure, prices), {"solver": "nested"}
             if solver == "exact":
-                goes, solution = _exactly(self._pool, budget, self._measure, goes)
-            lost, total = float(self._pool.values[~self._pool.stays(goes)].sum()), float(self._pool.values.sum())
+                goes, solution = _exactly(pool, budget, self._measure, goes)
+            lost, total = float(pool.values[~pool.stays(goes)].sum()), float(pool.values.sum())
             solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
         complete = self._pool.complete(goes)
         return Plan(
@@ -118,12 +121,19 @@ def _first(order: Sequence[int], count: int, chunks: int) -> Choice:
     return goes
 
 
-def _for_limits(pool: Pool, budget: Budget, measure: Measure) -> Choice:
+def _prices(pool: Pool, budget: Budget, measure: Measure) -> Array:
+    """What each chunk costs, as the sum of its shares of the limits, shape (chunks,)."""
     full = {group.name: group.size for group in pool.anatomy.groups}
     dense = measure(full)
     limits = budget.absolute(dense)
-    price = {name: _unit_price(pool.anatomy, name, full, dense, limits, measure) for name in pool.names}
-    order = sequence(pool.chunks, pool.priced(price).tolist())
+    return pool.priced({name: _unit_price(pool.anatomy, name, full, dense, limits, measure) for name in pool.names})
+
+
+def _for_limits(pool: Pool, budget: Budget, measure: Measure, prices: Array) -> Choice:
+    """The shortest beginning of one order, lowest score per price first, after which the limits hold."""
+    dense = measure({group.name: group.size for group in pool.anatomy.groups})
+    limits = budget.absolute(dense)
+    order = sequence(pool.chunks, prices.tolist())
 
     def after(count: int) -> Choice:
         return _first(order, count, len(order))
@@ -177,7 +187,8 @@ def _exactly(pool: Pool, budget: Budget, measure: Measure, start: Choice) -> tup
     if len(limits) > 1:
         # The one order that holds all ends far below some of them, a poor place to make costs linear at.
         first = next(name for name in _ORDER if name in limits)
-        current = _for_limits(pool, budget.alone(first), measure)
+        alone = budget.alone(first)
+        current = _for_limits(pool, alone, measure, _prices(pool, alone, measure))
     whole = current & pool.branch
     free = np.flatnonzero(pool.stays(whole) & ~pool.branch)
     names = list(dict.fromkeys(name for place in free.tolist() for name, _ in pool.chunks[place].units))

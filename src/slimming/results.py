@@ -25,6 +25,7 @@ from slimming.plan import FORMAT, Budget, Plan
 from slimming.runtimes import check_runtime
 from slimming.searching import SearchResult
 from slimming.training.samples import Data, ImageDataset
+from slimming.worth import Sensitivity
 
 HISTOGRAM_BINS = 30
 EXAMPLE_IMAGES = 4
@@ -221,13 +222,16 @@ def results_of(
             "log": "search/log.jsonl",
             "seconds": seconds,
             "masks": _histograms(result),
-            "sensitivity": {
-                kind: [{"kept": kept, "loss": loss} for kept, loss in curve]
-                for kind, curve in result.sensitivity.items()
-            },
+            "sensitivity": _measured(result.sensitivity),
         },
         "images": _examples(data, anatomy),
     }
+
+
+def _measured(sensitivity: Sensitivity | None) -> dict[str, Any]:
+    """What cutting each kind alone does; empty if it was not measured."""
+    curves = {} if sensitivity is None else sensitivity.curves
+    return {kind: [{"kept": kept, "loss": loss} for kept, loss in curve] for kind, curve in curves.items()}
 
 
 def plain(config: Any) -> Any:

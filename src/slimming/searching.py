@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slimming import checkpoint
 from slimming.api import DEFAULT_PENALTY, Rated, Rating, attach, describe, load_scores, save_scores, searched
-from slimming.chunks import Curve
 from slimming.errors import CheckpointError, ConfigError, nearest
 from slimming.groups import Anatomy
 from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
@@ -29,6 +28,7 @@ from slimming.training.evaluate import autocast
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
 from slimming.training.tasks import AddPenalty, ClassificationTask, Task, both_heads
+from slimming.worth import Sensitivity
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -153,7 +153,7 @@ class SearchResult(Rated):
         masks: those masks.
         scores: group name -> score of each unit.
         config: the settings.
-        sensitivity: kind -> what cutting it alone does, see `slimming.sensitivity`; empty if it was not measured.
+        sensitivity: what cutting each kind does, see `slimming.sensitivity`; None if it was not measured.
         metrics: the last evaluation of the masked model.
         history: the log of the training.
     """
@@ -162,7 +162,7 @@ class SearchResult(Rated):
     masks: SoftMasks
     scores: Mapping[str, Tensor]
     config: SearchConfig
-    sensitivity: Mapping[str, Curve] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     history: History | None = None
 
@@ -274,16 +274,16 @@ def search(
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
     scores = masks.scores(config.score)
-    curves: dict[str, Curve] = {}
+    measured: Sensitivity | None = None
     if config.sensitivity and len({group.kind for group in groups}) > 1:
-        curves = _sensitivity(masks, scores, config, data, inner)
-    scores, curves = _agree(scores, curves)
+        measured = _sensitivity(masks, scores, config, data, inner)
+    scores, measured = _agree(scores, measured)
     return SearchResult(
         model=model,
         masks=masks,
         scores=scores,
         config=config,
-        sensitivity=curves,
+        sensitivity=measured,
         metrics=history.metrics,
         history=history,
     )
@@ -291,7 +291,7 @@ def search(
 
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
-) -> dict[str, Curve]:
+) -> Sensitivity:
     """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
@@ -337,13 +337,13 @@ def _task_loss(
     return loss
 
 
-def _agree(scores: dict[str, Tensor], curves: dict[str, Curve]) -> tuple[dict[str, Tensor], dict[str, Curve]]:
+def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
     """What the first process found on every process, so that all make the same plan."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, curves]
+        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
         return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]
-    return scores, curves
+    return scores, measured
 
 
 def load_search(directory: str | Path) -> SearchResult:
