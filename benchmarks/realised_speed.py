@@ -1,8 +1,10 @@
 """How much of a cut in MACs becomes a cut in time.
 
-    python benchmarks/realised_speed.py
+    python benchmarks/realised_speed.py                                  DeiT-S, eager and ONNX Runtime
+    python benchmarks/realised_speed.py --models swin_tiny_patch4_window7_224 --runtimes compile --batches 1
 
-Dense against cut, in PyTorch and in ONNX Runtime, all cases of one runtime and batch size timed in turns. Speed depends
+Dense against cut, in PyTorch and in ONNX Runtime, all cases of one model, runtime and batch size timed in turns; rows
+of other models, runtimes and batch sizes that are there already stay. Speed depends
 on sizes alone, so the weights are random and the scores are drawn: per group a level, per unit a factor, both
 log-normal, so that layers and heads come out uneven as after a search. ``converted`` is the measured speed-up over the
 ratio of MACs.
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch import nn
 
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
+from slimming.api import anatomy_of
 from slimming.plan import FREE
 from slimming.runtimes import RUNTIMES, prepare
 
@@ -35,6 +40,7 @@ LAYOUTS = {
     "uneven heads, multiples of 8": (slimming.Layout(equal_heads=False), ("head_dim", "mlp"), 0.9),
     "uneven heads, any size": (FREE, ("head_dim", "mlp"), 0.9),
 }
+HEADER = ("model", "runtime", "batch", "MACs asked", "layout", "GMACs", "latency, ms", "speed-up", "converted", "aim")
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ def slim(dense: nn.Module, budget: float, layout: str, seed: int) -> Slim:
     """Cut ``dense`` to a share of its MACs under one of `LAYOUTS`."""
     wanted, kinds, _ = LAYOUTS[layout]
     masked = copy.deepcopy(dense)
-    masks = slimming.attach(masked, [g for g in slimming.describe(masked) if g.kind in kinds])
+    every = slimming.describe(masked)
+    if not any(group.kind == "head_dim" for group in every):
+        kinds = tuple("head" if kind == "head_dim" else kind for kind in kinds)
+    masks = slimming.attach(masked, [group for group in every if group.kind in kinds])
     draw_(masks, seed)
     plan = slimming.plan(masks, slimming.Budget(macs=budget), layout=wanted, score="mask")
     kept: Counter[str] = Counter()
@@ -80,21 +89,20 @@ def slim(dense: nn.Module, budget: float, layout: str, seed: int) -> Slim:
 
 
 def measure(
-    dense: nn.Module, slims: Sequence[Slim], batch: int, runtime: str, settings: argparse.Namespace
+    name: str, dense: nn.Module, slims: Sequence[Slim], batch: int, runtime: str, settings: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    images = torch.randn(batch, 3, *dense.patch_embed.img_size)
+    images = torch.randn(batch, *anatomy_of(dense).input_shape)
     models = {"dense": dense, **{each.name: each.model for each in slims}}
+    head = {"model": name, "runtime": runtime, "batch": batch}
     torch.set_num_threads(settings.threads)
     cases: dict[str, Callable[[], object]] = {
-        name: partial(prepare(model, images, runtime), images) for name, model in models.items()
+        case: partial(prepare(model, images, runtime), images) for case, model in models.items()
     }
     number = max(1, 8 // batch)
     with torch.inference_mode():
         seconds = interleaved(cases, rounds=settings.rounds, threads=settings.threads, number=number)
     dense_macs = slimming.cost(dense).macs
-    rows: list[dict[str, Any]] = [
-        {"runtime": runtime, "batch": batch, "layout": "dense", "macs": dense_macs, "latency_ms": _ms(seconds["dense"])}
-    ]
+    rows: list[dict[str, Any]] = [{**head, "layout": "dense", "macs": dense_macs, "latency_ms": _ms(seconds["dense"])}]
     for each in slims:
         speedup = ratios(seconds["dense"], seconds[each.name])
         macs_ratio = dense_macs / each.macs
@@ -102,8 +110,7 @@ def measure(
         goal = LAYOUTS[each.layout][2]
         rows.append(
             {
-                "runtime": runtime,
-                "batch": batch,
+                **head,
                 "layout": each.layout,
                 "budget_macs": each.budget,
                 "kept": each.shares,
@@ -124,29 +131,43 @@ def _ms(seconds: Sequence[float]) -> Spread:
 
 
 def _cells(row: dict[str, Any]) -> list[object]:
-    start = [row["runtime"], row["batch"], row.get("budget_macs", ""), row["layout"], f"{row['macs'] / 1e9:.2f}"]
+    start = [row["model"].split("_patch")[0], row["runtime"], row["batch"], row.get("budget_macs", ""), row["layout"]]
+    start += [f"{row['macs'] / 1e9:.2f}", Spread(**row["latency_ms"]).text(1)]
     if row["layout"] == "dense":
-        return [*start, row["latency_ms"].text(1), "1.000", "", ""]
-    held = "" if row["goal"] is None else f"{row['goal']:.2f}: {'yes' if row['held'] else 'no'}"
-    return [*start, row["latency_ms"].text(1), row["speedup"].text(2), row["converted"].text(2), held]
+        return [*start, "1.000", "", ""]
+    held = f"{row['goal']:.2f}: {'yes' if row['held'] else 'no'}"
+    return [*start, Spread(**row["speedup"]).text(2), Spread(**row["converted"]).text(2), held]
+
+
+def _of_call(row: dict[str, Any], settings: argparse.Namespace) -> bool:
+    """Whether this call measures ``row`` anew."""
+    wanted = (settings.models, settings.runtimes, settings.batches)
+    return all(row[key] in values for key, values in zip(("model", "runtime", "batch"), wanted, strict=True))
 
 
 def main() -> None:
     arguments = parser(__doc__, rounds=20)
-    arguments.add_argument("--model", default="deit_small_patch16_224")
+    arguments.add_argument("--models", nargs="+", default=["deit_small_patch16_224"])
+    arguments.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     arguments.add_argument("--runtimes", nargs="+", default=["eager", "onnxruntime"], choices=RUNTIMES)
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     settings = arguments.parse_args()
     torch.manual_seed(settings.seed)
 
-    dense = timm.create_model(settings.model).eval()
-    slims = [slim(dense, budget, layout, settings.seed) for budget in settings.budgets for layout in LAYOUTS]
-    pairs = [(runtime, batch) for runtime in settings.runtimes for batch in settings.batches]
-    rows = [row for runtime, batch in pairs for row in measure(dense, slims, batch, runtime, settings)]
-    header = ["runtime", "batch", "MACs asked", "layout", "GMACs", "latency, ms", "speed-up", "converted", "aim"]
-    markdown = table(header, [_cells(row) for row in rows])
-    write("realised_speed", settings=settings, rows=rows, markdown=markdown)
+    file = settings.output / "realised_speed.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+    rows = [row for row in rows if not _of_call(row, settings)]
+    for name in settings.models:
+        dense = timm.create_model(name).eval()
+        by_dimension = any(group.kind == "head_dim" for group in slimming.describe(dense))
+        layouts = settings.layouts if by_dimension else ["default"]
+        slims = [slim(dense, budget, layout, settings.seed) for budget in settings.budgets for layout in layouts]
+        for runtime, batch in itertools.product(settings.runtimes, settings.batches):
+            found = measure(name, dense, slims, batch, runtime, settings)
+            rows += [{k: asdict(v) if isinstance(v, Spread) else v for k, v in row.items()} for row in found]
+            markdown = table(HEADER, [_cells(row) for row in rows])
+            write("realised_speed", settings=settings, rows=rows, markdown=markdown)
 
 
 if __name__ == "__main__":
