@@ -6,6 +6,7 @@ The attention of DeiT-S, its heads cut to drawn sizes, in several ways, all time
 
 - grouped: heads lie ordered by size, one call of the kernel for each distinct size (`slimming.layers.UnevenAttention`);
 - matched: the same, with zeros after the projections that make QK and V of a head alike;
+- rounded: each head gets zeros up to a multiple of 16, one call for each distinct size;
 - one by one: a call for each head;
 - padded: projections of the true sizes, then zeros up to the largest head, and one call;
 - padded weights: the zeros are in the weights, so that the host's own module runs;
@@ -71,6 +72,48 @@ class Matched(UnevenAttention):
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
 
 
+class Rounded(UnevenAttention):
+    """Each head padded to a multiple of 16, QK and V alike; one call for each distinct size."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        total = 2 * self.qk_dim + self.v_dim  # place of a column of zeros
+        by_size: dict[int, list[list[list[int]]]] = {}
+        where: dict[int, list[list[int]]] = {}
+        at_qk = at_v = 0
+        for qk, v in self.heads:
+            size = -(-max(qk, v) // 16) * 16
+            starts = ((at_qk, qk), (self.qk_dim + at_qk, qk), (2 * self.qk_dim + at_v, v))
+            rows = [[*range(start, start + own), *[total] * (size - own)] for start, own in starts]
+            by_size.setdefault(size, []).append(rows)
+            where.setdefault(size, []).append([at_v, v])
+            at_qk, at_v = at_qk + qk, at_v + v
+        self.sizes = list(by_size)
+        for size, rows in by_size.items():
+            index = torch.tensor(rows).permute(1, 0, 2).reshape(-1)  # q, k, v of all heads
+            self.register_buffer(f"index_{size}", index, persistent=False)
+        order = [start + place for size in self.sizes for start, v in where[size] for place in range(v)]
+        kept, at = [], 0
+        for size in self.sizes:
+            for _, v in where[size]:
+                kept += range(at, at + v)
+                at += size
+        back = torch.empty(self.v_dim, dtype=torch.int64)
+        back[torch.tensor(order)] = torch.tensor(kept)
+        self.register_buffer("back", back, persistent=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = F.pad(self.qkv(x), (0, 1))
+        outputs = []
+        for size in self.sizes:
+            run = qkv.index_select(-1, self.get_buffer(f"index_{size}")).view(batch, tokens, 3, -1, size)
+            q, k, v = run.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            outputs.append(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.proj(torch.cat(outputs, dim=-1).index_select(-1, self.back))
+
+
 class Padded(UnevenAttention):
     """Projections of the true sizes; queries, keys and values get zeros up to the largest head."""
 
@@ -119,7 +162,13 @@ def macs(heads: Sequence[tuple[int, int]]) -> int:
 
 def ways(heads: Sequence[tuple[int, int]]) -> dict[str, nn.Module]:
     """The same attention in each way."""
-    made = {"grouped": UnevenAttention, "matched": Matched, "one by one": OneByOne, "padded": Padded}
+    made = {
+        "grouped": UnevenAttention,
+        "matched": Matched,
+        "rounded": Rounded,
+        "one by one": OneByOne,
+        "padded": Padded,
+    }
     arguments: dict[str, Any] = {"scale": SIZE**-0.5, "qkv_bias": True, "proj_bias": True, "dim_out": WIDTH}
     found: dict[str, nn.Module] = {name: cls(WIDTH, heads, **arguments) for name, cls in made.items()}
     state, x = found["grouped"].state_dict(), torch.randn(2, TOKENS, WIDTH)

@@ -37,6 +37,7 @@ LAYERS = {
     "rank": 2,
     "cost": 2,
     "cut": 2,
+    "compensation": 2,
     "layers": 2,
     "checkpoint": 3,
     "latency": 3,
@@ -57,6 +58,7 @@ LAYERS = {
 }
 SIDEWAYS = {
     ("cut", "layers"),
+    ("compensation", "cut"),
     ("rank", "chunks"),
     ("rank", "worth"),
     ("worth", "chunks"),

@@ -107,6 +107,34 @@ def test_a_share_of_the_time_is_never_exceeded_and_nearly_met(
     assert params <= budget.limits.get("params", 1.0)
 
 
+def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Aligned(CountingClock):
+        """MLPs take a fifth longer at sizes that are no multiple of 16."""
+
+        def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+            found = super().times(timed, seconds, reference_ms)
+            hidden = [module.out_features for name, module in timed.module.named_modules() if name.endswith("mlp.fc1")]
+            slow = 1.2 if any(size % 16 for size in hidden) else 1.0
+            return {name: value * slow if name == "ms" else value for name, value in found.items()}
+
+    monkeypatch.setattr(latency, "_Clock", Aligned)
+    model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 128}).eval()
+    table = build_latency_table(model, path=tmp_path / "table.json")
+    assert table.multiple == 16
+    slow, fast = pytest.approx(1.2), pytest.approx(1.0)
+    assert table.multiples == {1: slow, 2: slow, 4: slow, 8: slow, 16: fast, 32: fast, 64: 1.0}
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    masks = slimming.attach(model, [group for group in slimming.describe(model) if group.kind == "mlp"])
+    with torch.no_grad():
+        for number, mask in enumerate(masks.values()):
+            mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
+    for given, multiple in ((Layout(), 16), (Layout(multiple=4), 4)):
+        for budget in (Budget(macs=0.77), Budget(latency=0.77)):
+            kept = slimming.plan(masks, budget, score="mask", latency=table, layout=given).kept
+            assert all(len(units) % multiple == 0 for units in kept.values())
+            assert given.multiple is None or any(len(units) % 16 for units in kept.values())
+
+
 def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
@@ -124,11 +152,12 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     path = tmp_path / "table.json"
     whole = build_latency_table(model, path=path)
     every = CountingClock.asked
-    assert every == len(whole.points) + 1  # and the whole model
+    once = 1 + 2 + len(latency.MULTIPLES)  # the whole model, and sizes that are multiples of something
+    assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
     again = build_latency_table(model, path=path)
-    assert CountingClock.asked == every + len(whole.points) - len(half.points) + 1
+    assert CountingClock.asked == every + len(whole.points) - len(half.points) + once
     assert {json.dumps(p) for p in again.points} == {json.dumps(p) for p in whole.points}
     assert build_latency_table(model, path=path) == again
     with pytest.raises(PlanError, match="not complete"):

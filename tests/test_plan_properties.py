@@ -114,7 +114,7 @@ def _is_sound(made: Plan, layout: Layout, scores: Mapping[str, Tensor]) -> None:
         if group.kind == "head_dim" and layout.equal_heads:
             assert len({count for count in _per_head(group, kept[name]) if count}) == 1
         if group.kind == "mlp":
-            assert len(kept[name]) % min(layout.multiple, group.size) == 0
+            assert len(kept[name]) % min(layout.multiple or 8, group.size) == 0
     for depth in range(3):
         site = f"blocks.{depth}.attn"
         qk, v = (_per_head(groups[f"{site}.{role}"], kept[f"{site}.{role}"]) for role in ("qk", "v"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
     from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
+    from slimming.training.batches import calibration_images
     from slimming.training.config import DataConfig, TrainConfig
     from slimming.training.evaluate import evaluate
     from slimming.training.tasks import MatchTask
@@ -48,6 +49,7 @@ __all__ = [
     "TrainConfig",
     "attach",
     "build_latency_table",
+    "calibration_images",
     "check",
     "cost",
     "cut",
@@ -80,6 +82,7 @@ _LAZY = {
     "SearchConfig": "searching",
     "SearchResult": "searching",
     "TrainConfig": "training.config",
+    "calibration_images": "training.batches",
     "check": "contract",
     "evaluate": "training.evaluate",
     "load_search": "searching",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimming import checkpoint, masks
 from slimming.bench import count
+from slimming.compensation import cut_compensated_
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
 from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
@@ -230,9 +231,13 @@ def plans(
     layout = layout or rating.layout
     if any(budget.memory_bytes is not None for budget in budgets):
         _check_memory(rating.anatomy, layout)
-    table = None
+    table = None if latency is None else _latency_table(latency)
+    if table is not None and layout.multiple is None:
+        layout = replace(layout, multiple=table.multiple)
     if any(budget.latency is not None or budget.latency_ms is not None for budget in budgets):
-        table = _latency_table(latency, layout)
+        _check_latency(table, layout)
+    else:
+        table = None
     measure = partial(_measure, rating.anatomy, table=table)
     planner = Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity)
     fold = rating.fold if fold is None else fold
@@ -254,15 +259,18 @@ def _measure(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable |
     return costs
 
 
-def _latency_table(given: LatencyTable | str | Path | None, layout: Layout) -> LatencyTable:
-    if given is None:
+def _latency_table(given: LatencyTable | str | Path) -> LatencyTable:
+    return given if isinstance(given, LatencyTable) else LatencyTable.load(given)
+
+
+def _check_latency(table: LatencyTable | None, layout: Layout) -> None:
+    if table is None:
         raise ConfigError(
             "A budget of latency needs a table of the device: slimming latency-table build MODEL --output FILE, then "
             "plan(…, latency=FILE) or --latency-table FILE."
         )
     if not layout.equal_heads:
         raise BudgetError("Latency tables are of heads of one size. Give layout.equal_heads, or params or macs.")
-    return given if isinstance(given, LatencyTable) else LatencyTable.load(given)
 
 
 def _check_memory(anatomy: Anatomy, layout: Layout) -> None:
@@ -278,10 +286,17 @@ def _check_memory(anatomy: Anatomy, layout: Layout) -> None:
         )
 
 
-def cut(model: nn.Module, plan: Plan) -> nn.Module:
+def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Module:
     """Make the slim model: a plain module with smaller tensors. The model given stays as it was.
 
     Masks that are attached to the model are folded into the weights (or set to 1, if the plan says so).
+
+    Args:
+        model: dense or masked.
+        plan: which units stay.
+        images: batches of shape (B, C, H, W) of some hundred images, as the model takes them: what goes is then
+            predicted from what stays, and folded into the layers that read it (see `slimming.compensation`). Without
+            images the slim model equals the masked one.
 
     Raises:
         PlanError: the plan was made for another model, or leaves a group without a unit.
@@ -301,7 +316,10 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         if plan.fold:
             found.fold_()
         found.detach_()
-    cut_(slim, family, anatomy, plan)
+    if images:
+        cut_compensated_(slim, family, anatomy, plan, images)
+    else:
+        cut_(slim, family, anatomy, plan)
     return slim
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from slimming.groups import Anatomy, Group, Mask
 from slimming.plan import Layout
 
-_FEWEST_SIZES = 4
+DEFAULT_MULTIPLE, _FEWEST_SIZES = 8, 4
 Array = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.bool_]
 """For each chunk of a pool, whether it goes; shape (chunks,)."""
@@ -170,7 +170,7 @@ def of_kind(chunks: Sequence[Chunk], groups: Sequence[Group], kind: str) -> list
 
 def _multiple(size: int, layout: Layout) -> int:
     """The multiple to use for ``size`` units: halved until it divides them into enough pieces."""
-    multiple = layout.multiple
+    multiple = DEFAULT_MULTIPLE if layout.multiple is None else layout.multiple
     while multiple > 1 and (size % multiple or size // multiple < _FEWEST_SIZES):
         multiple //= 2
     return multiple

@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ STEPS: Mapping[str, Sequence[float]] = {
     "channels": (0.25, 1.0),
 }
 """Points of the grid along each axis, as shares of the model's own size."""
+MULTIPLES, WHOLE, FAST = (1, 2, 4, 8, 16, 32), 64, 1.03
+"""Multiples to try, the one that they are held against, and how much longer a size may take and still count as fast."""
 WHAT = "latency table"
 Point = dict[str, Any]
 Say = Callable[[str], None]
@@ -57,12 +59,20 @@ class LatencyTable:
         calibration: time of the dense model over the sum of its pieces; None before it was measured.
         reference_ms: time of one block of the dense model. It is measured in turns with every point, whose time is
             then given for a machine on which the block takes this long: machines grow faster and slower meanwhile.
+        multiples: a power of two -> how many times longer the model's largest piece takes at a size that is an odd
+            multiple of it than at multiples of 64, which are taken to be fast; empty if it is too small to tell.
     """
 
     setting: Mapping[str, Any]
     points: tuple[Point, ...] = ()
     calibration: float | None = None
     reference_ms: float | None = None
+    multiples: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def multiple(self) -> int | None:
+        """The smallest multiple whose sizes are fast here, see `slimming.Layout`; None if that was not measured."""
+        return next((each for each in sorted(self.multiples) if self.multiples[each] <= FAST), None)
 
     @cached_property
     def _grids(self) -> dict[tuple[str, str], _Grid]:
@@ -120,7 +130,7 @@ class LatencyTable:
         own = {_name(point) for point in self.points}
         points = (*self.points, *(point for point in other.points if _name(point) not in own))
         mine = self if self.points else other
-        return replace(self, points=points, calibration=mine.calibration, reference_ms=mine.reference_ms)
+        return replace(mine, points=points)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON with its checksum.
@@ -128,7 +138,12 @@ class LatencyTable:
         Raises:
             OutputError: the place is not writable, or the disk is full.
         """
-        measured = {"calibration": self.calibration, "reference_ms": self.reference_ms, "points": list(self.points)}
+        measured = {
+            "calibration": self.calibration,
+            "reference_ms": self.reference_ms,
+            "multiples": {str(each): slower for each, slower in self.multiples.items()},
+            "points": list(self.points),
+        }
         atomic_json(Path(path), seal({"format": FORMAT, "what": WHAT, "setting": dict(self.setting), **measured}))
 
     @staticmethod
@@ -149,11 +164,14 @@ class LatencyTable:
                 if not (isinstance(point["like"], str) and float(point["ms"]) > 0):
                     raise ValueError(f"a point of {point['kind']} without a time")
             calibration = None if value["calibration"] is None else float(value["calibration"])
-            block = float(value["reference_ms"])
             return LatencyTable(
-                setting=dict(value["setting"]), points=points, calibration=calibration, reference_ms=block
+                setting=dict(value["setting"]),
+                points=points,
+                calibration=calibration,
+                reference_ms=float(value["reference_ms"]),
+                multiples={int(each): float(slower) for each, slower in value["multiples"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}. Build the table again.") from error
 
 
@@ -251,9 +269,36 @@ def build_latency_table(
     if left or table.calibration is None:
         whole = clock.times(Timed(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
         table = _calibrated(table, anatomy, whole)
+        table = replace(table, multiples=_multiples(clock, family, model, anatomy, 5 * seconds, block))
     if path is not None:
         table.save(path)
     return table
+
+
+def _largest(anatomy: Anatomy) -> tuple[Piece, dict[str, int]]:
+    """The piece with the largest sizes in the dense model, and those sizes."""
+    full = {group.name: group.size for group in anatomy.groups}
+    every = [(piece, {name: dim.value(full) for name, dim in piece.axes}) for piece in anatomy.pieces]
+    return max((each for each in every if each[0].kind != REST), key=lambda each: math.prod(each[1].values()))
+
+
+def _multiples(
+    clock: _Clock, family: Family, model: nn.Module, anatomy: Anatomy, seconds: float, block: float
+) -> dict[int, float]:
+    """How much longer the largest piece takes at about half its size where the size is an odd multiple of 1 … 32."""
+    piece, sizes = _largest(anatomy)
+    moving = {name: dim for name, dim in piece.axes if dim.groups}
+    axis = max(moving, key=lambda name: sizes[name], default=None)
+    if axis is None or sizes[axis] < 4 * WHOLE or any(weight > 1 for _, weight in moving[axis].groups):
+        return {}
+    half = sizes[axis] // (2 * WHOLE) * WHOLE
+
+    def at(size: int) -> float:
+        return clock.times(family.piece_module(model, piece, {**sizes, axis: size}), seconds, block)["ms"]
+
+    low, high = at(half), at(half + WHOLE)
+    between = {each: low + (high - low) * each / WHOLE for each in MULTIPLES}
+    return {**{each: at(half + each) / between[each] for each in MULTIPLES}, WHOLE: 1.0}
 
 
 def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
@@ -277,10 +322,7 @@ class _Clock:
     def __init__(self, family: Family, model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str) -> None:
         self.like = next(model.parameters())
         self.batch_size, self.runtime = batch_size, runtime
-        full = {group.name: group.size for group in anatomy.groups}
-        every = [(piece, {name: dim.value(full) for name, dim in piece.axes}) for piece in anatomy.pieces]
-        largest = max((each for each in every if each[0].kind != REST), key=lambda each: math.prod(each[1].values()))
-        block = family.piece_module(model, *largest)
+        block = family.piece_module(model, *_largest(anatomy))
         dtype, device = self.like.dtype, self.like.device
         self.block = _OwnInput(block.module, torch.randn(batch_size, *block.shape, dtype=dtype, device=device))
 

@@ -29,7 +29,7 @@ from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
 from slimming.retrain import DistilConfig, train
 from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, search
-from slimming.training.batches import steps_per_epoch
+from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data as open_images
 from slimming.training.evaluate import evaluate
@@ -74,6 +74,8 @@ class RunConfig:
         bench: how time is measured.
         note: a sentence on the data or the purpose, for the report.
         latency_table: file of the latency table, where a budget limits the latency.
+        compensate: training images, without their labels, on which it is worked out how what stays can stand in for
+            what goes (see `slimming.compensation`); 0 cuts without.
     """
 
     model: ModelConfig
@@ -86,8 +88,11 @@ class RunConfig:
     bench: BenchConfig = field(default_factory=BenchConfig)
     note: str = ""
     latency_table: str | None = None
+    compensate: int = 256
 
     def __post_init__(self) -> None:
+        if self.compensate < 0:
+            raise ConfigError(f"compensate is {self.compensate} images; it must be at least 0.")
         names = [budget.name for budget in self.budgets]
         if not names:
             raise ConfigError("budgets is empty; give at least one, for example: budgets: [{macs: 0.5}].")
@@ -323,7 +328,9 @@ def _one_budget(
         return checkpoint.load(directory / "slim"), read_json(row_file)
     began = time.monotonic()
     chosen = _plan(budget, result, config.latency_table, directory)
-    small = cut(result.model, chosen).eval()
+    batch_size, seed = config.search.train.batch_size, config.search.train.seed
+    images = calibration_images(data, config.compensate, batch_size=batch_size, seed=seed) if config.compensate else []
+    small = cut(result.model, chosen, images=images).eval()
     seconds = {"cut": time.monotonic() - began}
     top1_cut = judge(small)["top1"]
     _save(small, directory / "cut", provenance(config, result, chosen, {"top1": top1_cut}))

@@ -130,8 +130,9 @@ class Layout:
             host's own attention module stays. Otherwise each head keeps what its scores say.
         equal_qkv: a head's QK and V keep the same number of dimensions, which fused attention kernels ask for; heads
             of one size always do.
-        multiple: head dimensions (per head) and hidden units stay in multiples of this. It is halved where a
-            layer would otherwise have fewer than four sizes to choose from.
+        multiple: head dimensions (per head) and hidden units stay in multiples of this; null: of what a latency table
+            found fast on its device where a plan is made with one, of 8 elsewhere. It is halved where a layer would
+            otherwise have fewer than four sizes to choose from.
 
     Raises:
         ConfigError: ``multiple`` is below 1.
@@ -139,10 +140,10 @@ class Layout:
 
     equal_heads: bool = True
     equal_qkv: bool = True
-    multiple: int = 8
+    multiple: int | None = None
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
+        if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"layout.multiple={self.multiple}: give 1 (any size) or more, for example 8.")
 
 

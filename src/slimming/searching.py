@@ -22,7 +22,7 @@ from slimming.masks import SCORES, SoftMasks, attached
 from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
 from slimming.sensitivity import sensitivity
 from slimming.token_gates import BIAS, MULTIPLY
-from slimming.training.batches import Share, train_batches
+from slimming.training.batches import first_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluate import autocast
 from slimming.training.loop import History, fit
@@ -295,13 +295,8 @@ def _sensitivity(
     """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    batches: list[tuple[Tensor, Tensor]] = []
-    wanted = config.sensitivity
-    for batch in train_batches(data, Share(min(train.batch_size, wanted)), train.seed, 0, train.workers):
-        batches.append((batch.images[:wanted].to(device), batch.labels[:wanted].to(device)))
-        wanted -= len(batches[-1][0])
-        if not wanted:
-            break
+    found = first_batches(data, config.sensitivity, train.batch_size, train.seed, train.workers)
+    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
     with torch.no_grad(), autocast(device, train.precision):
         judge = _divergence(model, batches) if type(task) is ClassificationTask else _task_loss(task, device, batches)
         return sensitivity(masks, scores, config.layout, judge)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import slimming as library
 from clocks import CountingClock
@@ -126,6 +128,17 @@ def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path,
     assert names == ["head_dim-0.50_mlp-0.50", "macs-0.80"]
     assert (cut / "macs-0.80" / "plan.json").exists()
     small = cut / "macs-0.80" / "cut"
+
+    words = ("cut", finished, "--budget", "macs=0.8", "--compensate", site / "images", "--output")
+    done = slimming(*words, tmp_path / "compensated", "--compensate-images", 6)
+    assert done.code == 0, done.err
+    better = load_file(tmp_path / "compensated" / "macs-0.80" / "cut" / "weights.safetensors")
+    plain = load_file(small / "weights.safetensors")
+    assert {name: tensor.shape for name, tensor in better.items()} == {n: tensor.shape for n, tensor in plain.items()}
+    assert any(not torch.equal(better[name], tensor) for name, tensor in plain.items())
+    done = slimming(*words, tmp_path / "none", "--compensate-images", 0)
+    assert (done.code, "--compensate-images is 0" in done.err) == (2, True)
+    assert not (tmp_path / "none").exists()
 
     again = tmp_path / "again"
     planned = slimming("cut", finished, "--plan", cut / "macs-0.80" / "plan.json", "--output", again)
@@ -299,7 +312,6 @@ def test_latency_table_and_a_cut_by_time(
     merged = slimming("latency-table", "merge", table, table, "--output", tmp_path / "both.json")
     assert merged.code == 0, merged.err
     for words, says in (
-        (["build", "test_resnet", "--output", tmp_path / "x.json"], "no latency table yet"),
         (["build", "vit_tiny_patch16_225", "--output", tmp_path / "x.json"], "Did you mean"),
         (["build", "test_vit", "--batch-size", "0", "--output", tmp_path / "x.json"], "--batch-size is 0"),
         (["build", "test_vit", "--dtype", "float8", "--output", tmp_path / "x.json"], "Did you mean 'float"),

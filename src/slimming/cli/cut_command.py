@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from slimming.plan import Budget, Layout, Plan
     from slimming.searching import SearchResult
@@ -20,6 +20,7 @@ slim checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what s
 
   slimming cut runs/search --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
   slimming cut runs/search --budget macs=1.2e9,params=12e6 --output runs/cut
+  slimming cut runs/search --budget macs=0.5 --compensate photos/ --output runs/cut
   slimming cut runs/search --budget latency_ms=12 --latency-table laptop.json --output runs/cut
   slimming cut runs/dense/model --plan plan.json --output runs/cut
 """
@@ -47,6 +48,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
                         help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
+    parser.add_argument("--compensate", metavar="IMAGES", help="images as in data.source, whose labels are not used: "
+                        "what goes is predicted from what stays (default: no compensation)")  # fmt: skip
+    parser.add_argument("--compensate-images", type=int, default=256, metavar="N",
+                        help="how many of them (default: 256)")  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -64,7 +69,7 @@ def execute(arguments: argparse.Namespace) -> None:
         partial = output
         try:
             partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-            _write(model, plans, record, partial, output)
+            _write(model, plans, record, _images(arguments, model), partial, output)
             partial.chmod(0o755)
             partial.replace(output)
         except OSError as error:
@@ -77,14 +82,36 @@ def execute(arguments: argparse.Namespace) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(model: nn.Module, plans: dict[str, Plan], record: dict[str, object], partial: Path, output: Path) -> None:
+def _images(arguments: argparse.Namespace, model: nn.Module) -> list[Tensor]:
+    """The images for compensation."""
+    from slimming.errors import ConfigError
+    from slimming.pipeline import open_data
+    from slimming.training.batches import calibration_images
+    from slimming.training.config import DataConfig
+
+    if arguments.compensate is None:
+        return []
+    if arguments.compensate_images < 1:
+        raise ConfigError(f"--compensate-images is {arguments.compensate_images}; it must be at least 1.")
+    data = open_data(DataConfig(source=arguments.compensate, augment="none"), model)
+    return calibration_images(data, arguments.compensate_images)
+
+
+def _write(
+    model: nn.Module,
+    plans: dict[str, Plan],
+    record: dict[str, object],
+    images: list[Tensor],
+    partial: Path,
+    output: Path,
+) -> None:
     from slimming.api import cost, cut
     from slimming.checkpoint import save
     from slimming.cli.output import say
 
     dense = cost(model)
     for name, chosen in plans.items():
-        small = cut(model, chosen).eval()
+        small = cut(model, chosen, images=images).eval()
         chosen.save(partial / name / "plan.json")
         save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
         found = cost(small)

@@ -67,4 +67,5 @@ def execute(arguments: argparse.Namespace) -> None:
     say(
         f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "
         "of its pieces"
+        + (f"; sizes in multiples of {table.multiple} are fast here" if table.multiple is not None else "")
     )

@@ -87,6 +87,38 @@ def train_batches(data: Data, share: Share, seed: int, start: int, workers: int)
     yield from _loader(_Order(plan, start * share.accumulate), workers)
 
 
+def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
+    """The first ``images`` of the training with this seed, the same in every process."""
+    for batch in train_batches(data, Share(min(batch_size, images)), seed, 0, workers):
+        yield batch._replace(images=batch.images[:images], labels=batch.labels[:images])
+        images -= len(batch.images)
+        if images <= 0:
+            return
+
+
+def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
+    """Return some training images as batches of shape (B, C, H, W), the same for the same seed.
+
+    For `slimming.cut`, which uses no labels. Of data of one's own that cannot be read twice, they are the next images.
+
+    Args:
+        data: the training part is read.
+        images: how many, or all if there are fewer.
+        batch_size: images per batch, at most.
+        seed: of the order, and of the augmentation where there is one.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> config = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> [batch.shape for batch in slimming.calibration_images(slimming.open_data(config, model), 6, batch_size=4)]
+    [torch.Size([4, 3, 32, 32]), torch.Size([2, 3, 32, 32])]
+    """
+    if isinstance(data.train, ImageDataset):
+        images = min(images, len(data.train))
+    return [batch.images for batch in first_batches(data, images, batch_size, seed, workers=0)]
+
+
 def validation_batches(
     val: ImageDataset | StreamDataset | Loader,
     batch_size: int,
