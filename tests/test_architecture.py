@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
     "io": 0,
+    "modes": 0,
     "formulas": 1,
     "groups": 1,
     "plan": 1,
@@ -74,7 +75,7 @@ SIDEWAYS = {
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""
 
-ONLY = {"training": {"errors", "io"}}
+ONLY = {"training": {"errors", "io", "modes"}}
 """Parts that may use less than what lies below them."""
 
 HOSTS = {"timm", "transformers", "torchvision", "torch_pruning"}

@@ -24,7 +24,8 @@ from slimming.errors import ConfigError
 from slimming.masks import SoftMasks, attached
 from slimming.plan import Budget, Layout
 from slimming.rank import Planner
-from slimming.sensitivity import JOINT, SHARES, sensitivity
+from slimming.sensitivity import BROKEN, JOINT, SHARES, sensitivity
+from slimming.training.samples import Data
 from slimming.worth import SPREADS, Sensitivity, valued
 
 KINDS = ("head_dim", "mlp", "token")
@@ -169,3 +170,39 @@ def test_the_spread_that_loses_least_together_is_taken(masks: SoftMasks) -> None
     assert own is not None
     own.apply_(plan)
     assert loss(1.0)(trial) == pytest.approx(found.joint[found.spread][1][1], abs=1e-6)
+
+
+def test_a_measurement_that_fails_loses_no_search() -> None:
+    """A loader that can be read only once is empty by then."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=2)
+    batches = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
+    data = Data(train=iter(batches), val=batches, classes=("a", "b"))
+    config = slimming.SearchConfig(train=slimming.TrainConfig(steps=2, batch_size=4, eval_every=0), sensitivity=4)
+    with pytest.warns(UserWarning, match="could not be measured"):
+        result = slimming.search(model, data, config)
+    assert result.sensitivity is None
+    assert slimming.plan(result, Budget(macs=0.7)).kept
+
+
+def test_a_loss_that_is_no_number_counts_as_broken(masks: SoftMasks) -> None:
+    whole = {name: float(mask.detach().sum()) for name, mask in masks.items()}
+
+    def loss(model: nn.Module) -> float:
+        own = attached(model)
+        assert own is not None
+        same = all(float(mask.detach().sum()) == whole[name] for name, mask in own.items())
+        return 1.0 if same else float("nan")
+
+    found = sensitivity(masks, masks.scores("mask"), Layout(), loss)
+    assert {loss for curve in found.curves.values() for _, loss in curve} == {BROKEN}
+    with pytest.raises(ValueError, match="is nan"):
+        sensitivity(masks, masks.scores("mask"), Layout(), lambda model: float("nan"))
+
+
+def test_a_kind_that_cannot_lose_a_unit_is_passed_over() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=64, depth=2, num_heads=1)
+    masks = slimming.attach(model.eval(), [g for g in slimming.describe(model) if g.kind in ("head", "mlp")])
+    found = sensitivity(masks, masks.scores("mask"), Layout(), lambda model: 1.0)
+    assert found.curves["head"] == ()
+    assert len(found.curves["mlp"]) > 3
+    assert slimming.plan(masks, Budget(keep={"head": 1.0}), score="mask").kept

@@ -310,14 +310,15 @@ def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Mo
     """
     anatomy, family = anatomy_of(model), family_of(model)
     complete(anatomy, plan)
+    batches = [images] if isinstance(images, Tensor) else list(images)
     slim = copy.deepcopy(model)
     found = masks.attached(slim)
     if found is not None:
         if plan.fold:
             found.fold_()
         found.detach_()
-    if images:
-        cut_compensated_(slim, family, anatomy, plan, images)
+    if batches:
+        cut_compensated_(slim, family, anatomy, plan, batches)
     else:
         cut_(slim, family, anatomy, plan)
     return slim

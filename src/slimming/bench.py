@@ -7,9 +7,10 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.macs import multiply_adds, unfused
+from slimming.modes import in_evaluation
 from slimming.runtimes import prepare
 
 
@@ -135,7 +137,15 @@ def paired_times(
     for name, model in models.items():
         parameter = next(model.parameters()) if like is None else like
         inputs[name] = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
-        model.eval()
+    with ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(in_evaluation(model))
+        return _in_turns(models, inputs, runs=runs, seconds=seconds, runtime=runtime)
+
+
+def _in_turns(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, runs: int, seconds: float, runtime: str
+) -> dict[str, list[float]]:
     models = {name: prepare(model, inputs[name], runtime) for name, model in models.items()}
     # Two passes to warm up; the second tells how many passes make a block long enough for the clock.
     warm = {name: [_seconds(model, inputs[name], 1) for _ in range(2)][-1] for name, model in models.items()}
@@ -150,7 +160,7 @@ def paired_times(
 
 def _seconds(model: nn.Module, x: Tensor, passes: int) -> float:
     """Seconds per pass over ``passes`` passes in a row, waiting for a GPU to finish."""
-    wait = torch.cuda.synchronize if x.is_cuda else _nothing
+    wait = _nothing if x.device.type == "cpu" else partial(torch.accelerator.synchronize, x.device)
     wait()
     began = time.perf_counter()
     for _ in range(passes):
@@ -185,18 +195,6 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": f"{platform.system()} {platform.release()}",
     }
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode and give every module its own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _cpu_name() -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from slimming.cut import complete, cut_
 from slimming.family import Family, Kept
 from slimming.groups import Anatomy, Group
+from slimming.modes import in_evaluation
 from slimming.plan import Plan
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,17 +81,13 @@ def compensate_(model: nn.Module, anatomy: Anatomy, kept: Kept, images: Sequence
     wanted = readers(model, anatomy, kept)
     if not wanted:
         return
-    was = model.training
-    model.eval()
-    dense = copy.deepcopy(model)
+    dense = copy.deepcopy(model).eval()
     _silence_(model, anatomy, kept, wanted)
-    try:
+    with in_evaluation(model):
         for part in _parts(model, list(wanted)):
             stays = {name: _others(wanted[name], model.get_submodule(name)) for name in part}
             for name, moments in _gathered(dense, model, stays, images).items():
                 _fold_(model.get_submodule(name), moments, stays[name], wanted[name])
-    finally:
-        model.train(was)
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
@@ -185,7 +182,7 @@ def _gathered(
                     found[name].add(one, other, places)
                 of_dense[name].clear()
                 of_slim[name].clear()
-    return {name: moments for name, moments in found.items() if moments.count}
+    return found
 
 
 @contextmanager
@@ -213,6 +210,9 @@ def _fold_(module: Any, moments: Any, stays: Sequence[int], gone: Sequence[int])
     """Give the columns that stay, and the bias, what the difference can be predicted to add."""
     weight, bias = module.weight, module.bias
     count = moments.count
+    if not count:  # it did not run
+        weight[:, gone] = 0
+        return
     x, d, xx, dx = moments.x / count, moments.d / count, moments.xx / count, moments.dx / count
     if bias is not None:  # without one to take the constant, the prediction goes through the origin
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)

@@ -169,7 +169,7 @@ class LatencyTable:
                 points=points,
                 calibration=calibration,
                 reference_ms=float(value["reference_ms"]),
-                multiples={int(each): float(slower) for each, slower in value["multiples"].items()},
+                multiples={int(each): float(slower) for each, slower in value.get("multiples", {}).items()},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}. Build the table again.") from error

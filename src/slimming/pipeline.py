@@ -20,11 +20,11 @@ from torch import nn
 
 from slimming import checkpoint
 from slimming.api import anatomy_of, attach, cut, describe, plan, searched
-from slimming.bench import in_evaluation
 from slimming.errors import ConfigError, DataError, MissingExtraError, UnsupportedModelError
 from slimming.families.create import create_dense
 from slimming.families.hosts import classes_of, name_classes, reset_classes_
 from slimming.io import atomic_json
+from slimming.modes import in_evaluation
 from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
 from slimming.retrain import DistilConfig, train
@@ -298,7 +298,9 @@ def _search(
 ) -> tuple[SearchResult, float]:
     if (directory / RECORD).exists():
         say("search: done before")
-        return load_search(directory), float(read_json(directory / "seconds.json")["seconds"])
+        result = load_search(directory)
+        result.model.to(processes().device)
+        return result, float(read_json(directory / "seconds.json")["seconds"])
     say("search: weights and masks train together")
     began = time.monotonic()
     model = copy.deepcopy(dense)
@@ -369,6 +371,7 @@ def _silent(line: str) -> None:
 
 def _plan(budget: Budget, result: SearchResult, latency_table: str | None, directory: Path) -> Plan:
     target = directory / "plan.json"
-    if not target.exists():
+    if processes().is_main_process and not target.exists():
         plan(result, budget, latency=latency_table).save(target)
+    processes().wait_for_everyone()
     return Plan.load(target)

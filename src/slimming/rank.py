@@ -145,6 +145,8 @@ def _for_limits(pool: Pool, budget: Budget, measure: Measure, prices: Array) -> 
         cost = cost_after(count)
         return all(cost[name] <= limit for name, limit in limits.items())
 
+    if fits(0):
+        return after(0)
     if not fits(len(order)):
         least = cost_after(len(order))
         reach = ", ".join(
@@ -292,7 +294,7 @@ def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: B
     assert budget.keep is not None
     for kind in sorted(budget.keep, key=KINDS.index):
         order, left = _shares_left(groups, chunks, kind)
-        if not order:
+        if not any(group.kind == kind for group in groups):
             have = ", ".join(sorted({group.kind for group in groups}))
             raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
         count = next((i for i, share in enumerate(left) if share <= budget.keep[kind] + 1e-9), None)

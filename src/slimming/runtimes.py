@@ -46,6 +46,10 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
         return model
     if runtime == "compile":
         # Every model has its own shapes; a graph for any shape would be slower than those that users compile.
+        # One class with many sizes would go back to eager after a few of them, and nobody would know.
+        settings: Any = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, 10_000)
+        settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 100_000)
         compiled: Any = torch.compile(model, dynamic=False)
         return compiled
     return _OnnxRuntime(model, x)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +278,14 @@ def search(
     scores = masks.scores(config.score)
     measured: Sensitivity | None = None
     if config.sensitivity and len({group.kind for group in groups}) > 1:
-        measured = _sensitivity(masks, scores, config, data, inner)
+        try:
+            measured = _sensitivity(masks, scores, config, data, inner)
+        except Exception as error:  # a loader that cannot be read again, memory, a task of one's own: keep the search
+            warnings.warn(
+                f"What cutting each kind does could not be measured ({type(error).__name__}: {error}); kinds are "
+                "weighed against each other by their scores. search.sensitivity: 0 leaves the measurement out.",
+                stacklevel=2,
+            )
     scores, measured = _agree(scores, measured)
     return SearchResult(
         model=model,
@@ -295,11 +304,19 @@ def _sensitivity(
     """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    found = first_batches(data, config.sensitivity, train.batch_size, train.seed, train.workers)
+    at_once = max(1, train.batch_size // train.accumulate)
+    found = first_batches(data, config.sensitivity, at_once, train.seed, train.workers)
     batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
-    with torch.no_grad(), autocast(device, train.precision):
+    # Autocast keeps copies of weights until it ends: it must not outlive one trial.
+    precise = partial(autocast, device, train.precision)
+    with torch.no_grad(), precise():
         judge = _divergence(model, batches) if type(task) is ClassificationTask else _task_loss(task, device, batches)
-        return sensitivity(masks, scores, config.layout, judge)
+
+    def loss(trial: nn.Module) -> float:
+        with precise():
+            return judge(trial)
+
+    return sensitivity(masks, scores, config.layout, loss)
 
 
 def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:

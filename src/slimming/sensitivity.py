@@ -31,6 +31,8 @@ SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 JOINT = (0.7, 0.5, 0.3)
 """Shares of the MACs to which all kinds together are cut."""
+BROKEN = 1e3
+"""The loss added by a cut after which the loss is no number."""
 _SMALL = 1e-3
 """Losses below this are as good as none, when ways are compared."""
 
@@ -41,6 +43,9 @@ def sensitivity(
 ) -> Sensitivity:
     """By how much the loss grows when one kind alone is cut, for every kind that has masks, and all together.
 
+    Raises:
+        ValueError: the loss of the whole model is no number.
+
     Args:
         masks: of a trained model, which stays as it is.
         scores: one score per unit for each masked group, shape (size,).
@@ -50,13 +55,16 @@ def sensitivity(
     model = masks.model
     planner = Planner(masks.anatomy, scores, layout, lambda kept: {})
     whole = loss(model)
+    if not math.isfinite(whole):
+        raise ValueError(f"the loss of the searched model is {whole}")
 
     def grown(plan: Plan) -> float:
         trial = copy.deepcopy(model)
         own = attached(trial)
         assert own is not None
         own.apply_(plan)
-        return loss(trial) - whole
+        found = loss(trial) - whole
+        return found if math.isfinite(found) else BROKEN
 
     curves: dict[str, Curve] = {}
     for kind in dict.fromkeys(group.kind for group in masks.groups):

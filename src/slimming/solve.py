@@ -66,10 +66,14 @@ def knapsack(
     bound = -relaxed.fun
     kept = _filled(relaxed.x > 1 - 1e-6, worth, price, limit, before)
     if bound - worth[kept].sum() > GAP * bound:
-        found = _solve(worth, price, limit, before, whole=True)
-        bound = min(bound, -found.mip_dual_bound)
-        if worth[found.x > 0.5].sum() > worth[kept].sum():
-            kept = found.x > 0.5
+        try:
+            found = _solve(worth, price, limit, before, whole=True)
+        except BudgetError:
+            pass  # the rounded answer holds too
+        else:
+            bound = min(bound, -found.mip_dual_bound)
+            if worth[found.x > 0.5].sum() > worth[kept].sum():
+                kept = found.x > 0.5
     return Solution(kept=tuple(bool(one) for one in kept), value=float(worth[kept].sum()), bound=float(bound))
 
 

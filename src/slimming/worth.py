@@ -49,7 +49,7 @@ class Sensitivity:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        if value["spread"] not in SPREADS:
+        if value.get("spread") not in SPREADS:
             raise ValueError(f"spread {value['spread']!r}")
         curves, joint = (
             {name: tuple((float(at), float(loss)) for at, loss in curve) for name, curve in value[key].items()}

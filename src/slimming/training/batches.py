@@ -107,6 +107,9 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
         batch_size: images per batch, at most.
         seed: of the order, and of the augmentation where there is one.
 
+    Raises:
+        ConfigError: ``images`` is below 1.
+
     >>> import timm, slimming
     >>> from slimming.demo import settings
     >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
@@ -114,8 +117,12 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
     >>> [batch.shape for batch in slimming.calibration_images(slimming.open_data(config, model), 6, batch_size=4)]
     [torch.Size([4, 3, 32, 32]), torch.Size([2, 3, 32, 32])]
     """
+    if images < 1:
+        raise ConfigError(f"{images} calibration images: give 1 or more.")
     if isinstance(data.train, ImageDataset):
         images = min(images, len(data.train))
+        batch_size = -(-images // -(-images // batch_size))  # equal batches, so that no image comes twice
+        batch_size = batch_size if -(-images // batch_size) * batch_size <= len(data.train) else 1
     return [batch.images for batch in first_batches(data, images, batch_size, seed, workers=0)]
 
 

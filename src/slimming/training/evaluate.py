@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimming.errors import DataError
+from slimming.modes import in_evaluation
 from slimming.training.batches import validation_batches
 from slimming.training.guards import memory_errors
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
@@ -53,21 +54,17 @@ def evaluate(
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
     unreadable = unreadable_counter(images)
     sums = torch.zeros(3, dtype=torch.float64)
-    training = model.training
-    model.to(place).eval()
-    try:
-        with torch.no_grad(), memory_errors(batch_size), autocast(place, precision):
-            for batch in validation_batches(images, batch_size, rank, world, workers):
-                unreadable.add(batch.unreadable)
-                if not len(batch.labels):
-                    continue
-                labels = batch.labels.to(place)
-                logits = both_heads(model(batch.images.to(place)))[0].float()
-                correct = (logits.argmax(1) == labels).sum()
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
-    finally:
-        model.train(training)
+    model.to(place)
+    with in_evaluation(model), torch.no_grad(), memory_errors(batch_size), autocast(place, precision):
+        for batch in validation_batches(images, batch_size, rank, world, workers):
+            unreadable.add(batch.unreadable)
+            if not len(batch.labels):
+                continue
+            labels = batch.labels.to(place)
+            logits = both_heads(model(batch.images.to(place)))[0].float()
+            correct = (logits.argmax(1) == labels).sum()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
     if many:
         sums = sums.to(place)
         torch.distributed.all_reduce(sums)

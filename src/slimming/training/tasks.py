@@ -253,7 +253,7 @@ class MatchTask(ClassificationTask):
         found = model(images).float()
         if found.shape != wanted.shape:
             raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")
-        return {"loss": F.mse_loss(found, wanted) / wanted.var(0).mean().clamp_min(1e-12)}
+        return {"loss": F.mse_loss(found, wanted) / wanted.var(0, unbiased=False).mean().clamp_min(1e-12)}
 
 
 class AddPenalty:
