@@ -115,7 +115,7 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
     >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
     >>> config = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
     >>> [batch.shape for batch in slimming.calibration_images(slimming.open_data(config, model), 6, batch_size=4)]
-    [torch.Size([4, 3, 32, 32]), torch.Size([2, 3, 32, 32])]
+    [torch.Size([3, 3, 32, 32]), torch.Size([3, 3, 32, 32])]
     """
     if images < 1:
         raise ConfigError(f"{images} calibration images: give 1 or more.")
