@@ -21,7 +21,8 @@ from slimming.plan import Budget, Layout, Plan
 if TYPE_CHECKING:
     from slimming.contract import Check, check
     from slimming.latency import LatencyTable, build_latency_table
-    from slimming.pipeline import ModelConfig, RunConfig, open_data, open_model, run
+    from slimming.oneshot import OneShot, score
+    from slimming.pipeline import ModelConfig, RunConfig, load_images, open_data, open_model, run
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
     from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
@@ -42,6 +43,7 @@ __all__ = [
     "Layout",
     "MatchTask",
     "ModelConfig",
+    "OneShot",
     "Plan",
     "RunConfig",
     "SearchConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "describe",
     "evaluate",
     "load",
+    "load_images",
     "load_search",
     "open_data",
     "open_model",
@@ -64,6 +67,7 @@ __all__ = [
     "preset",
     "run",
     "save",
+    "score",
     "search",
     "train",
 ]
@@ -77,6 +81,7 @@ _LAZY = {
     "LatencyTable": "latency",
     "build_latency_table": "latency",
     "ModelConfig": "pipeline",
+    "OneShot": "oneshot",
     "RunConfig": "pipeline",
     "MatchTask": "training.tasks",
     "SearchConfig": "searching",
@@ -85,11 +90,13 @@ _LAZY = {
     "calibration_images": "training.batches",
     "check": "contract",
     "evaluate": "training.evaluate",
+    "load_images": "pipeline",
     "load_search": "searching",
     "open_data": "pipeline",
     "open_model": "pipeline",
     "preset": "searching",
     "run": "pipeline",
+    "score": "oneshot",
     "search": "searching",
     "train": "retrain",
 }

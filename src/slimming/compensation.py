@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +23,10 @@ from torch import Tensor, nn
 from slimming.cut import complete, cut_
 from slimming.family import Family, Kept
 from slimming.groups import Anatomy, Group
+from slimming.inputs import WIDEST, add_up, inputs_of, own_share, precise, reads_all, ridge
 from slimming.modes import in_evaluation
 from slimming.plan import Plan
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-RIDGE, DOUBT = 1e-4, 0.1
-"""Added to the covariance of what stays, as a share of its mean variance: always, and times inputs over samples."""
 TOGETHER, GIGABYTES = 4, 1.0
 """At most so many layers, and so much memory for their covariances, in one pass over the images."""
 
@@ -122,8 +119,7 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
                 gone[module].update(place for unit in units for place in one.index[unit])
     found = {}
     for name, module in model.named_modules():
-        plain = isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1)
-        if name in gone and plain and len(gone[name]) < module.get_parameter("weight").shape[1]:
+        if name in gone and reads_all(module) and len(gone[name]) < module.get_parameter("weight").shape[1] <= WIDEST:
             found[name] = sorted(gone[name])
     return found
 
@@ -147,80 +143,74 @@ def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-@dataclass
 class _Moments:
-    """Sums over images and positions: of x' and of D, and of their products with x'."""
+    """Sums over images and positions: of x' and of D, and of their products with x'.
 
-    count: int = 0
-    x: Tensor | float = 0.0
-    d: Tensor | float = 0.0
-    xx: Tensor | float = 0.0
-    dx: Tensor | float = 0.0
+    Args:
+        inputs: how many the layer has.
+        stays: places of those that stay.
+        device: where the layer is.
+    """
 
-    def add(self, dense_NC: Tensor, slim_NC: Tensor, stays: Sequence[int]) -> None:
+    def __init__(self, inputs: int, stays: Sequence[int], device: torch.device) -> None:
+        self._stays = list(stays)
+        sizes = {"count": (), "x": (len(stays),), "d": (inputs,)}
+        sizes |= {"xx": (len(stays), len(stays)), "dx": (inputs, len(stays))}
+        self.sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
+
+    def add(self, dense_NC: Tensor, slim_NC: Tensor) -> None:
         """Count rows in."""
-        x = slim_NC[:, stays].double() if slim_NC.device.type == "cpu" else slim_NC[:, stays].float()
+        x = precise(slim_NC[:, self._stays])
         d = dense_NC.to(x.dtype, copy=True)
-        d[:, stays] -= x
-        self.count += len(x)
-        self.x, self.d = self.x + x.sum(0).double(), self.d + d.sum(0).double()
-        self.xx, self.dx = self.xx + (x.T @ x).double(), self.dx + (d.T @ x).double()
+        d[:, self._stays] -= x
+        own = {"x": x.sum(0), "d": d.sum(0), "xx": x.T @ x, "dx": d.T @ x}
+        self.sums["count"] += len(x)
+        for name, value in own.items():
+            self.sums[name] += value
+
+    def means(self) -> dict[str, Tensor] | None:
+        """Count, and the means of the sums, over the images of all processes; None where the layer did not run."""
+        add_up(*self.sums.values())
+        count = self.sums["count"]
+        return {n: s if n == "count" else s / count for n, s in self.sums.items()} if count > 0 else None
 
 
 def _gathered(
-    dense: nn.Module, slim: nn.Module, stays: Mapping[str, Sequence[int]], images: Iterable[Tensor]
+    dense: nn.Module, slim: nn.Module, stays: Mapping[str, Sequence[int]], images: Sequence[Tensor]
 ) -> dict[str, _Moments]:
     """Run the images through both models and take the moments of what the layers in ``stays`` read."""
-    found = {name: _Moments() for name in stays}
     like = next(slim.parameters())
-    with _read(dense, stays) as of_dense, _read(slim, stays) as of_slim:
-        for batch in images:
+    found = {}
+    for name, places in stays.items():
+        weight = slim.get_submodule(name).get_parameter("weight")
+        found[name] = _Moments(weight.shape[1], places, weight.device)
+    with inputs_of(dense, stays) as of_dense, inputs_of(slim, stays) as of_slim:
+        for batch in own_share(images):
             for model in (dense, slim):
                 model(batch.to(like.device, like.dtype))
-            for name, places in stays.items():
+            for name, moments in found.items():
                 for one, other in zip(of_dense[name], of_slim[name], strict=True):
-                    found[name].add(one, other, places)
+                    moments.add(one, other)
                 of_dense[name].clear()
                 of_slim[name].clear()
     return found
 
 
-@contextmanager
-def _read(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What layers read while the context lasts: one tensor of rows per call, shape (N, C)."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            rows = x.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else x
-            found[name].append(rows.reshape(-1, rows.shape[-1]))
-
-        return keep
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in found]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _fold_(module: Any, moments: Any, stays: Sequence[int], gone: Sequence[int]) -> None:
+def _fold_(module: Any, moments: _Moments, stays: Sequence[int], gone: Sequence[int]) -> None:
     """Give the columns that stay, and the bias, what the difference can be predicted to add."""
     weight, bias = module.weight, module.bias
-    count = moments.count
-    if not count:  # it did not run
+    means = moments.means()
+    if means is None:
         weight[:, gone] = 0
         return
-    x, d, xx, dx = moments.x / count, moments.d / count, moments.xx / count, moments.dx / count
+    count, x, d, xx, dx = (means[name] for name in ("count", "x", "d", "xx", "dx"))
     if bias is not None:  # without one to take the constant, the prediction goes through the origin
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()
     old = weight.double()
     predicted = torch.zeros_like(dx)
     if scale > 0:
-        xx.diagonal().add_((RIDGE + DOUBT * len(stays) / count) * scale)
+        xx.diagonal().add_(ridge(len(stays), count) * scale)
         predicted = torch.cholesky_solve(dx.T, torch.linalg.cholesky(xx)).T  # (all inputs, those that stay)
         weight[:, stays] += torch.einsum("oi...,is->os...", old, predicted).to(weight.dtype)
     if bias is not None:

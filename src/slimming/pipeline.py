@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimming import checkpoint
 from slimming.api import anatomy_of, attach, cut, describe, plan, searched
@@ -25,6 +25,7 @@ from slimming.families.create import create_dense
 from slimming.families.hosts import classes_of, name_classes, reset_classes_
 from slimming.io import atomic_json
 from slimming.modes import in_evaluation
+from slimming.oneshot import score
 from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
 from slimming.retrain import DistilConfig, train
@@ -32,6 +33,7 @@ from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, 
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data as open_images
+from slimming.training.data import open_pictures
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.log import check_trackers
@@ -76,6 +78,8 @@ class RunConfig:
         latency_table: file of the latency table, where a budget limits the latency.
         compensate: training images, without their labels, on which it is worked out how what stays can stand in for
             what goes (see `slimming.compensation`); 0 cuts without.
+        one_shot: training images, without their labels, from which every budget is also cut without search or training
+            (see `slimming.score`), for comparison; 0 leaves it out.
     """
 
     model: ModelConfig
@@ -89,10 +93,12 @@ class RunConfig:
     note: str = ""
     latency_table: str | None = None
     compensate: int = 256
+    one_shot: int = 0
 
     def __post_init__(self) -> None:
-        if self.compensate < 0:
-            raise ConfigError(f"compensate is {self.compensate} images; it must be at least 0.")
+        for name in ("compensate", "one_shot"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)} images; it must be at least 0.")
         names = [budget.name for budget in self.budgets]
         if not names:
             raise ConfigError("budgets is empty; give at least one, for example: budgets: [{macs: 0.5}].")
@@ -143,12 +149,45 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     >>> len(data.train), data.classes[:3]
     (8, ('AnnualCrop', 'Forest', 'HerbaceousVegetation'))
     """
+    return open_images(config, _spec(config, model), seed)
+
+
+def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
+    """Read some training images as ``model`` takes them, without labels: for `slimming.score` and `slimming.cut`.
+
+    Args:
+        source: a folder of images, in class folders or not, or anything that `DataConfig` takes.
+        model: a model that a family reads.
+        images: how many, or all if there are fewer.
+        seed: which ones.
+
+    Returns:
+        Batches of shape (B, C, H, W).
+
+    Raises:
+        ConfigError: ``images`` is below 1.
+        DataError: there are no images.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> [batch.shape for batch in slimming.load_images(settings()["data"]["source"], model, 40)]
+    [torch.Size([40, 3, 32, 32])]
+    """
+    config = DataConfig(source=source, augment="none")
+    found = open_pictures(source, _spec(config, model))
+    data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
+    return calibration_images(data, images, seed=seed)
+
+
+def _spec(config: DataConfig, model: nn.Module) -> ImageSpec:
+    """What the model takes, with what the data says otherwise."""
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
     asked = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
     for name, value in asked.items():
         if len(value) != spec.input_size[0]:
             raise DataError(f"data.{name} has {len(value)} numbers, the model's images {spec.input_size[0]} channels.")
-    return open_images(config, dataclasses.replace(spec, **asked), seed)
+    return dataclasses.replace(spec, **asked)
 
 
 def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:
@@ -182,12 +221,13 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     check_training("retrain", config.retrain, data, directory)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
+    one_shot = _one_shot(dense, config, directory, judge, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
     slims: dict[str, nn.Module] = {}
     rows = []
     for budget in config.budgets:
         slims[budget.name], row = _one_budget(budget, dense, result, data, config, directory, judge, say)
-        rows.append(row)
+        rows.append(row | one_shot.get(budget.name, {}))
     if not world.is_main_process:
         return {}
     say("measuring latency, dense and slim in turns")
@@ -291,6 +331,32 @@ def _dense_metrics(dense: nn.Module, judge: Judge, directory: Path, say: Say) ->
         say("evaluating the dense model")
         atomic_json(target, judge(dense))
     return float(read_json(target)["top1"])
+
+
+def _one_shot(
+    dense: nn.Module, config: RunConfig, directory: Path, judge: Judge, say: Say
+) -> dict[str, dict[str, float]]:
+    """What is left of the dense model at each budget without search and training: budget -> what its row says of it."""
+    if not config.one_shot:
+        return {}
+    target = directory / "one_shot.json"
+    if target.exists():
+        say("one shot: done before")
+        return read_json(target)
+    began, seed = time.monotonic(), config.search.train.seed
+    still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
+    images = calibration_images(still, config.one_shot, seed=seed)
+    kinds = config.search.kinds
+    scored = score(dense, images, kinds=kinds, layout=config.search.layout, seed=seed)
+    say(f"one shot: {config.one_shot} images without labels scored in {time.monotonic() - began:.0f} s")
+    found = {}
+    for budget in config.budgets:
+        small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
+        found[budget.name] = {"top1_one_shot": judge(small)["top1"]}
+        say(f"{budget.name}: one shot, top-1 {found[budget.name]['top1_one_shot']:.4f} without training")
+    if processes().is_main_process:
+        atomic_json(target, found)
+    return found
 
 
 def _search(

@@ -117,13 +117,22 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
     >>> [batch.shape for batch in slimming.calibration_images(slimming.open_data(config, model), 6, batch_size=4)]
     [torch.Size([3, 3, 32, 32]), torch.Size([3, 3, 32, 32])]
     """
+    return [batch.images for batch in calibration_batches(data, images, batch_size=batch_size, seed=seed)]
+
+
+def calibration_batches(data: Data, images: int, *, batch_size: int = 64, seed: int = 0) -> list[Batch]:
+    """The same images as `calibration_images`, with their labels and names.
+
+    Raises:
+        ConfigError: ``images`` is below 1.
+    """
     if images < 1:
         raise ConfigError(f"{images} calibration images: give 1 or more.")
     if isinstance(data.train, ImageDataset):
         images = min(images, len(data.train))
         batch_size = -(-images // -(-images // batch_size))  # equal batches, so that no image comes twice
         batch_size = batch_size if -(-images // batch_size) * batch_size <= len(data.train) else 1
-    return [batch.images for batch in first_batches(data, images, batch_size, seed, workers=0)]
+    return list(first_batches(data, images, batch_size, seed, workers=0))
 
 
 def validation_batches(

@@ -12,7 +12,7 @@ from slimming.training.config import DataConfig
 from slimming.training.images import (
     ImageSpec,
 )
-from slimming.training.readers import FolderSource, ParquetSource, Source, TarSource
+from slimming.training.readers import FolderSource, ParquetSource, PicturesSource, Source, TarSource
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
@@ -57,6 +57,20 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
         ImageDataset(val, val_indices, val_reader, config.max_unreadable),
         classes,
     )
+
+
+def open_pictures(source: str, spec: ImageSpec) -> ImageDataset | None:
+    """The images below a folder, in class folders or not, without labels; None if ``source`` is something else.
+
+    Raises:
+        DataError: there are no images.
+    """
+    root = Path(source)
+    places = _part(root, ("train",)) or [root]
+    if not places[0].is_dir() or any(path.suffix in (".parquet", ".tar") for path in places[0].iterdir()):
+        return None
+    pictures = PicturesSource(places[0])
+    return ImageDataset(pictures, np.arange(len(pictures.labels)), Reader(spec, "none", 0))
 
 
 def _order(source: Source) -> np.ndarray:

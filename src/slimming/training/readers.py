@@ -62,6 +62,26 @@ class FolderSource:
         return Record(path, int(self.labels[index]), str(path))
 
 
+class PicturesSource:
+    """All images below a folder, without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+
+    classes = ()
+
+    def __init__(self, root: Path) -> None:
+        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise DataError(f"{root} holds no images, .parquet files or .tar shards; give a folder that does.")
+        self.labels = np.zeros(len(self.paths), dtype=np.int64)
+
+    def read(self, index: int) -> Record:
+        """Return the record at ``index``; its label says nothing."""
+        return Record(self.paths[index], 0, str(self.paths[index]))
+
+
 class ParquetSource:
     """Parquet in the Hugging Face image layout: a column of {bytes, path} and one of whole-number labels.
 
