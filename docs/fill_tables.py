@@ -66,8 +66,10 @@ def run_table(results: Mapping[str, Any]) -> str:
     """The table of budgets of a run's ``results.json``."""
     dense, rows = results["dense"], results["rows"]
     sizes = list(dense["latency_ms"])
+    one_shot = any("top1_one_shot" in row for row in rows)
     header = ["budget", "params", "MACs", "memory", *(f"ms at batch {size}" for size in sizes)]
-    header += [*(f"speed-up, batch {size}" for size in sizes), "top-1 after the cut", "top-1 retrained"]
+    header += [*(f"speed-up, batch {size}" for size in sizes), *(["top-1 in one shot"] if one_shot else [])]
+    header += ["top-1 after the cut", "top-1 retrained"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in (dense, *rows):
         cells = [row["name"], f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.1f} M"]
@@ -75,6 +77,7 @@ def run_table(results: Mapping[str, Any]) -> str:
         cells += [_spread(row["latency_ms"][size], 2) for size in sizes]
         slim = row is not dense
         cells += [_spread(row["speedup"][size], 2, "×") if slim else "1" for size in sizes]
+        cells += [_percent(row["top1_one_shot"]) if slim else ""] if one_shot else []
         cells += [_percent(row["top1_cut"]) if slim else "", _percent(row["top1"])]
         lines.append(cells)
     runtime = results.get("settings", {}).get("bench", {}).get("runtime", "eager")

@@ -129,15 +129,15 @@ def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path,
     assert (cut / "macs-0.80" / "plan.json").exists()
     small = cut / "macs-0.80" / "cut"
 
-    words = ("cut", finished, "--budget", "macs=0.8", "--compensate", site / "images", "--output")
-    done = slimming(*words, tmp_path / "compensated", "--compensate-images", 6)
+    words = ("cut", finished, "--budget", "macs=0.8", "--data", site / "images", "--output")
+    done = slimming(*words, tmp_path / "compensated", "--images", 6)
     assert done.code == 0, done.err
     better = load_file(tmp_path / "compensated" / "macs-0.80" / "cut" / "weights.safetensors")
     plain = load_file(small / "weights.safetensors")
     assert {name: tensor.shape for name, tensor in better.items()} == {n: tensor.shape for n, tensor in plain.items()}
     assert any(not torch.equal(better[name], tensor) for name, tensor in plain.items())
-    done = slimming(*words, tmp_path / "none", "--compensate-images", 0)
-    assert (done.code, "--compensate-images is 0" in done.err) == (2, True)
+    done = slimming(*words, tmp_path / "none", "--images", 0)
+    assert (done.code, "0 calibration images: give 1 or more" in done.err) == (2, True)
     assert not (tmp_path / "none").exists()
 
     again = tmp_path / "again"
@@ -168,6 +168,41 @@ def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path,
     )  # fmt: skip
     assert timed.code == 0, timed.err
     assert "speed-up" in timed.out
+
+
+def test_cut_in_one_shot(slimming: Call, site: Path, tmp_path: Path) -> None:
+    """A model that was not searched, and images without classes."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, path in enumerate(sorted((site / "images").rglob("*.png"))):
+        (pictures / f"{number}.png").write_bytes(path.read_bytes())
+    words = ["cut", "vit_tiny_patch16_224", "--model.checkpoint", site / "dense.safetensors", "--one-shot"]
+    words += ["--model.arguments", ",".join(f"{key}={value}" for key, value in ARGUMENTS.items())]
+    budgets = ["--budget", "macs=0.8", "--budget", "macs=0.6", "--output"]
+    done = slimming(*words, "--data", pictures, *budgets, tmp_path / "cut")
+    assert done.code == 0, done.err
+    for name, share in (("macs-0.80", 0.8), ("macs-0.60", 0.6)):
+        small = library.load(tmp_path / "cut" / name / "cut")
+        dense = library.open_model(
+            library.ModelConfig(
+                name="vit_tiny_patch16_224", checkpoint=str(site / "dense.safetensors"), arguments=ARGUMENTS
+            )
+        )[0]
+        assert library.cost(small).macs <= share * library.cost(dense).macs
+    record = json.loads((tmp_path / "cut" / "macs-0.80" / "cut" / "provenance.json").read_text())
+    assert record["one_shot"] == {"score": "compensated", "images": len(list(pictures.iterdir()))}
+
+    for more, said in (
+        ([], "--one-shot needs images: give --data"),
+        (["--data", tmp_path / "cut"], "holds no images"),
+        (["--data", tmp_path / "nowhere"], "There is no data at"),
+        (["--data", pictures, "--plan", "plan.json"], "drop it or --plan"),
+    ):
+        failed = slimming(*words, *more, *budgets, tmp_path / "none")
+        assert (failed.code, said in failed.err) == (2, True), failed.err
+        assert not (tmp_path / "none").exists()
+    failed = slimming("cut", tmp_path / "cut", "--model.checkpoint", "a", *budgets, tmp_path / "none")
+    assert (failed.code, "has no effect without --one-shot" in failed.err) == (2, True), failed.err
 
 
 def test_eval_takes_the_data_of_the_checkpoint(slimming: Call, finished: Path) -> None:

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from slimming.plan import Budget, Layout, Plan
     from slimming.searching import SearchResult
 
-DESCRIPTION = """\
-Cut a searched model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the
-slim checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote; with
---plan it may be any checkpoint.
+    Cut = tuple[nn.Module, list[Tensor], dict[str, Plan], dict[str, object]]
+    """The model to cut, images to compensate with, the plans by name, and where they come from."""
 
-  slimming cut runs/search --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
+DESCRIPTION = """\
+Cut a model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the slim
+checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote. With --one-shot
+it is a model that was not searched, by name or checkpoint: some hundred images without labels say in minutes what each
+unit matters. With --plan it may be any checkpoint.
+
+  slimming cut deit_small_patch16_224 --one-shot --data photos/ --budget macs=0.6 --output runs/cut
+  slimming cut runs/search --data photos/ --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
   slimming cut runs/search --budget macs=1.2e9,params=12e6 --output runs/cut
-  slimming cut runs/search --budget macs=0.5 --compensate photos/ --output runs/cut
   slimming cut runs/search --budget latency_ms=12 --latency-table laptop.json --output runs/cut
   slimming cut runs/dense/model --plan plan.json --output runs/cut
 """
@@ -31,9 +35,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     from slimming.cli.flags import add_budget
 
     parser.add_argument(
-        "source", metavar="SOURCE", help="directory of a search, of a run, or (with --plan) a checkpoint"
+        "source", metavar="SOURCE", help="directory of a search or run, or a checkpoint; with --one-shot, any model"
     )
     add_budget(parser)
+    parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
+    parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
+                        "as in data.source; labels are not used. What goes is then predicted from what stays and "
+                        "folded into it (default: only with --one-shot)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="how many of them (default: 512)")
+    parser.add_argument("--model.checkpoint", dest="checkpoint", metavar="FILE",
+                        help="local weights for --one-shot, where SOURCE is a name")  # fmt: skip
+    parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
+                        help="arguments of the host's constructor for --one-shot, such as timm's img_size")  # fmt: skip
     parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"
@@ -48,10 +61,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
                         help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
-    parser.add_argument("--compensate", metavar="IMAGES", help="images as in data.source, whose labels are not used: "
-                        "what goes is predicted from what stays (default: no compensation)")  # fmt: skip
-    parser.add_argument("--compensate-images", type=int, default=256, metavar="N",
-                        help="how many of them (default: 256)")  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -65,11 +74,11 @@ def execute(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output)
     with made(output):
-        model, plans, record = _plans(arguments)
+        model, images, plans, record = _one_shot(arguments) if arguments.one_shot else _searched(arguments)
         partial = output
         try:
             partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-            _write(model, plans, record, _images(arguments, model), partial, output)
+            _write(model, plans, record, images, partial, output)
             partial.chmod(0o755)
             partial.replace(output)
         except OSError as error:
@@ -80,21 +89,6 @@ def execute(arguments: argparse.Namespace) -> None:
         finally:
             if partial != output:
                 shutil.rmtree(partial, ignore_errors=True)
-
-
-def _images(arguments: argparse.Namespace, model: nn.Module) -> list[Tensor]:
-    """The images for compensation."""
-    from slimming.errors import ConfigError
-    from slimming.pipeline import open_data
-    from slimming.training.batches import calibration_images
-    from slimming.training.config import DataConfig
-
-    if arguments.compensate is None:
-        return []
-    if arguments.compensate_images < 1:
-        raise ConfigError(f"--compensate-images is {arguments.compensate_images}; it must be at least 1.")
-    data = open_data(DataConfig(source=arguments.compensate, augment="none"), model)
-    return calibration_images(data, arguments.compensate_images)
 
 
 def _write(
@@ -122,37 +116,89 @@ def _write(
         )
 
 
-def _plans(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Plan], dict[str, object]]:
-    """The model to cut, the plans by name, and where they come from."""
+def _one_shot(arguments: argparse.Namespace) -> Cut:
+    """Score a model that was not searched, and plan."""
+    from typing import Any
+
     from slimming.api import plans
-    from slimming.cli.flags import parse_pairs
+    from slimming.cli.flags import parse_flag
+    from slimming.cli.output import say
+    from slimming.errors import ConfigError
+    from slimming.oneshot import score
+    from slimming.pipeline import ModelConfig, check_input, load_images, open_model
+    from slimming.plan import Layout
+    from slimming.results import versions
+
+    if arguments.plan:
+        raise ConfigError("--one-shot makes its own plans; drop it or --plan.")
+    if arguments.data is None:
+        raise ConfigError("--one-shot needs images: give --data with a folder of them.")
+    budgets = _budgets(arguments)
+    given = arguments.model_arguments
+    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
+    config = ModelConfig(name=arguments.source, checkpoint=arguments.checkpoint, arguments=options)
+    model, notes = open_model(config)
+    for note in notes:
+        say(note)
+    check_input(model)
+    images = load_images(arguments.data, model, arguments.images)
+    scored = score(model, images, layout=_layout(arguments, Layout()))
+    made = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
+    record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
+    named = {budget.name: one for budget, one in zip(budgets, made, strict=True)}
+    return scored.model, images, named, {**record, "versions": versions()}
+
+
+def _searched(arguments: argparse.Namespace) -> Cut:
+    """Plan from a search, or take a plan that is given."""
+    from slimming.api import plans
     from slimming.cli.models import load_checkpoint, search_directory
-    from slimming.cli.settings import build
     from slimming.errors import CheckpointError, ConfigError
-    from slimming.plan import Budget, Plan
+    from slimming.pipeline import load_images
+    from slimming.plan import Plan
     from slimming.results import plain, versions
     from slimming.searching import load_search
 
     source = Path(arguments.source)
     found = search_directory(source)
-    if bool(arguments.budget) == bool(arguments.plan):
+    for flag in ("checkpoint", "model_arguments"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(f"--model.{flag.removeprefix('model_')} has no effect without --one-shot; drop it.")
+    if arguments.plan:
+        if arguments.budget:
+            raise ConfigError("Give --budget (once or more), or --plan.")
+        given = Plan.load(arguments.plan)
+        model = load_search(found).model if found is not None else load_checkpoint(source)
+        named, record = {"plan": given}, {"source": str(source), "versions": versions()}
+    else:
+        budgets = _budgets(arguments)
+        if found is None:
+            raise CheckpointError(
+                f"{source} holds no finished search. Give a directory that slimming search wrote, or --one-shot with "
+                "--data to cut a model without a search."
+            )
+        result = load_search(found)
+        layout = _layout(arguments, result.config.layout)
+        record = {"source": str(source), "search": plain(result.config), "versions": versions()}
+        made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
+        _say_layout_costs(result, budgets, layout, made, arguments)
+        model, named = result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}
+    images = load_images(arguments.data, model, arguments.images) if arguments.data is not None else []
+    return model, images, named, record
+
+
+def _budgets(arguments: argparse.Namespace) -> list[Budget]:
+    from slimming.cli.flags import parse_pairs
+    from slimming.cli.settings import build
+    from slimming.errors import ConfigError
+    from slimming.plan import Budget
+
+    if not arguments.budget:
         raise ConfigError("Give --budget (once or more), or --plan.")
     budgets = [build(Budget, parse_pairs(text, "--budget")) for text in arguments.budget]
     if len({budget.name for budget in budgets}) < len(budgets):
         raise ConfigError("A budget is given twice; take one of them out.")
-    if arguments.plan:
-        given = Plan.load(arguments.plan)
-        model = load_search(found).model if found is not None else load_checkpoint(source)
-        return model, {"plan": given}, {"source": str(source), "versions": versions()}
-    if found is None:
-        raise CheckpointError(f"{source} holds no finished search. Give a directory that slimming search wrote.")
-    result = load_search(found)
-    layout = _layout(arguments, result.config.layout)
-    table = arguments.latency_table
-    record = {"source": str(source), "search": plain(result.config), "versions": versions()}
-    made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=table)
-    _say_layout_costs(result, budgets, layout, made, arguments)
-    return result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}, record
+    return budgets
 
 
 def _say_layout_costs(

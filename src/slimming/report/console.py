@@ -51,6 +51,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         texts = [Text.assemble(a, ("\n" + b, "dim")) if b else Text(a) for (a, _), b in zip(cells, below, strict=True)]
         table.add_row(row.label.replace(NBSP, " "), *texts)
     console.print(table)
+    shots = [f"{row.label} {100 * row.top1_one_shot:.1f} %" for row in found.rows if row.top1_one_shot is not None]
+    if shots:
+        console.print(f"cut in one shot, without search or training: {', '.join(shots)}".replace(NBSP, " "))
 
 
 def _cells(row: Row, dense: Row, units: tuple[Scale, Scale, Scale], times: dict[int, Scale]) -> list[tuple[str, str]]:

@@ -93,7 +93,8 @@ class Row:
         memory_bytes: weights and peak activations at batch 1.
         latency_ms: batch size -> time of a forward pass.
         speedup: batch size -> how many times faster than dense.
-        top1_cut: share of right answers straight after the cut.
+        top1_one_shot: share of right answers when cut without search and training.
+        top1_cut: the same straight after the cut.
         top1: the same after retraining.
         seconds: stage -> how long it took.
         layers: what stays.
@@ -109,6 +110,7 @@ class Row:
     memory_bytes: int
     latency_ms: Mapping[int, Spread]
     speedup: Mapping[int, Spread] = field(default_factory=dict)
+    top1_one_shot: float | None = None
     top1_cut: float | None = None
     top1: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -312,6 +314,7 @@ def _row(node: _Node, *, dense: bool) -> Row:
         memory_bytes=int(node.need("memory_bytes").positive()),
         latency_ms=_spreads(node, "latency_ms"),
         speedup=_spreads(node, "speedup"),
+        top1_one_shot=_maybe(node, "top1_one_shot", _Node.share),
         top1_cut=_maybe(node, "top1_cut", _Node.share),
         top1=_maybe(node, "top1", _Node.share),
         seconds={key: found.number() for key, found in _children(node, "seconds")},

@@ -19,6 +19,7 @@ def budget_table(results: Results) -> Html:
     """Return the table: the dense model and one line per budget, all numbers as measured."""
     every = (results.dense, *results.rows)
     sizes = results.batch_sizes
+    one_shot = any(row.top1_one_shot is not None for row in every)
     params, macs = scale(row.params for row in every), scale(row.macs for row in every)
     memory = scale((row.memory_bytes for row in every), BYTES)
     times = {s: _times(row.latency_ms[s] for row in every if s in row.latency_ms) for s in sizes}
@@ -35,13 +36,19 @@ def budget_table(results: Results) -> Html:
         cells += [_spread_cell(row.latency_ms.get(size), times[size]) for size in sizes]
         cells += [_speedup_cell(row, size, dense) for size in sizes]
         cells += [
+            *([_top1_cell(None if dense else row.top1_one_shot)] if one_shot else []),
             _top1_cell(None if dense else row.top1_cut),
             _top1_cell(row.top1, results.dense.top1, dense),
         ]
         body.append(tag("tr", cells, class_="dense" if dense else None))
     return tag(
         "div",
-        tag("table", _table_head([name for name, _, _ in costs], sizes), tag("tbody", body), class_="budgets"),
+        tag(
+            "table",
+            _table_head([name for name, _, _ in costs], sizes, one_shot=one_shot),
+            tag("tbody", body),
+            class_="budgets",
+        ),
         class_="scroll",
         tabindex=0,
         role="region",
@@ -53,7 +60,7 @@ def _times(spreads: Iterable[Spread]) -> Scale:
     return Scale("ms", 1.0, decimals(spread.median for spread in spreads))
 
 
-def _table_head(costs: Sequence[str], sizes: Sequence[int]) -> Html:
+def _table_head(costs: Sequence[str], sizes: Sequence[int], *, one_shot: bool) -> Html:
     def over(text: Content, span: int) -> Html:
         return tag("th", text, colspan=span, scope="colgroup", class_="over")
 
@@ -61,12 +68,13 @@ def _table_head(costs: Sequence[str], sizes: Sequence[int]) -> Html:
         return tag("th", text, rowspan=2, scope="col")
 
     batches = [tag("th", f"batch {size}", scope="col") for size in sizes]
+    accuracies = [*(["in one shot"] if one_shot else []), "after the cut", "retrained"]
     groups = [over("Latency, ms", len(sizes)), over("Speed-up over dense, ×", len(sizes))] if sizes else []
     return tag(
         "thead",
         tag("tr", tag("th", "Budget", rowspan=2, scope="col", class_="name"), map(down, costs), groups,
-            over("Top-1, %", 2)),
-        tag("tr", batches, batches, [tag("th", text, scope="col") for text in ("after the cut", "retrained")]),
+            over("Top-1, %", len(accuracies))),
+        tag("tr", batches, batches, [tag("th", text, scope="col") for text in accuracies]),
     )  # fmt: skip
 
 
@@ -163,6 +171,8 @@ def _panel(results: Results, what: str, title: str, y: Axis, cost: Callable[[Row
         below = y.low is not None and any(p.y < y.low for p in bare)
         name = "straight after the cut" + (" (arrow: below the axis)" if below else "")
         series.append(Series(name=name, points=bare, colour="var(--soft)", line=False, marker="ring"))
+    if bare := [point(r, r.top1_one_shot, "in one shot", None) for r in results.rows if r.top1_one_shot is not None]:
+        series.append(Series(name="in one shot, untrained", points=bare, colour="var(--v)", line=False, marker="ring"))
     if good := [point(r, r.top1, "retrained", r.short) for r in results.rows if r.top1 is not None]:
         series.append(Series(name="retrained", points=good, marker="disc"))
     if dense.top1 is not None:
