@@ -1,0 +1,393 @@
+"""Accuracy at a budget: ours in one shot and after a search, against Torch-Pruning, random and uniform cuts.
+
+    python benchmarks/accuracy.py --cifar10 DIR --vit DIR --work DIR [--only vgg-cifar10] [--seeds 3]
+
+DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of --vit what
+`recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs are trained here.
+
+All methods start from the same dense model and see the same calibration images; those of Torch-Pruning that need
+gradients get the labels too, ours in one shot do not. Budgets of MACs are met by the same count (Torch-Pruning's
+ratio is bisected); those of one kind are shares of its units that stay. Then some cuts are retrained alike, distilled
+from the dense model. Finished rows are kept, so that a call that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from torch import nn
+
+import slimming
+from architectures import MODELS as SMALL
+from common import parser, store, table
+from network_slimming import vgg
+from slimming.api import anatomy_of
+from slimming.bench import count
+from slimming.demo import HERE
+from slimming.plan import Budget
+from slimming.training.batches import calibration_batches
+
+MACS = (0.8, 0.6, 0.5, 0.4, 0.3)
+KEEP = (0.7, 0.5, 0.3)
+OURS = (
+    "one-shot", "one-shot, no compensation", "one-shot, no rotation", "one-shot, fisher",
+    "search", "search, a tenth of the steps", "paper",
+)  # fmt: skip
+CRITERIA = ("magnitude", "taylor", "hessian", "random")
+RETRAINED = (0.5, 0.3)
+RETRAINED_METHODS = (
+    "one-shot", "search", "search, a tenth of the steps", "paper",
+    "magnitude, per layer", "taylor, global", "hessian, global", "random, per layer",
+)  # fmt: skip
+EMBEDDED = HERE / "assets"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model, its images, and how it is trained if it is trained here."""
+
+    make: Callable[[], nn.Module]
+    data: str
+    epochs: tuple[float, ...]
+    """After which the cut models are judged, each trained anew."""
+    train: slimming.TrainConfig | None = None
+
+
+def recipe(directory: Path, stem: str) -> nn.Module:
+    """What `recipes/dense.py` left."""
+    options = dict(json.loads((directory / f"{stem}.json").read_text())["model"])
+    model = timm.create_model(options.pop("name"), **options)
+    model.load_state_dict(load_file(directory / f"{stem}.safetensors"))
+    return model
+
+
+def cases(settings: Any) -> dict[str, Case]:
+    """By name."""
+    plain = {"optimizer": "nesterov", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 128, "eval_every": 0}
+    return {
+        "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1, 1.0)),
+        "vit-eurosat": Case(lambda: recipe(EMBEDDED, "dense"), str(EMBEDDED / "eurosat"), (0.3, 1.0, 3.0)),
+        "vgg-cifar10": Case(
+            vgg, str(settings.cifar10), (0.1, 1.0), slimming.TrainConfig(epochs=settings.cnn_epochs, **plain)
+        ),
+        "resnet-eurosat": Case(
+            SMALL["resnet"],
+            str(EMBEDDED / "eurosat"),
+            (0.3, 1.0, 3.0),
+            slimming.TrainConfig(epochs=2 * settings.cnn_epochs, **plain),
+        ),
+    }
+
+
+class Subject:
+    """One dense model with its images, and what its rows need."""
+
+    def __init__(self, name: str, case: Case, settings: Any) -> None:
+        self.name, self.settings, self.work = name, settings, settings.work / name
+        self.epochs = () if settings.no_retraining else case.epochs
+        torch.manual_seed(settings.seed)
+        self.dense = case.make()
+        shape: dict[str, Any] = (
+            {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)} if case.make is vgg else {}
+        )
+        config = slimming.DataConfig(source=case.data, augment="light", val_limit=settings.test_images, **shape)
+        self.data = slimming.open_data(config, self.dense)
+        still = slimming.open_data(dataclasses.replace(config, augment="none"), self.dense)
+        self.still = still
+        if case.train is not None:
+            weights = self.work / "dense.safetensors"
+            if not weights.exists():
+                slimming.train(
+                    self.dense, self.data, case.train, directory=self.work / "dense", resume=True, title=name
+                )
+                save_file({key: value.contiguous() for key, value in self.dense.state_dict().items()}, weights)
+            self.dense.load_state_dict(load_file(weights))
+        self.dense.eval()
+        self.shape = anatomy_of(self.dense).input_shape
+        self.macs = count(self.dense, self.shape).macs
+        val: Any = self.data.val
+        self.tested, self.top1 = len(val), self.judge(self.dense)
+
+    def judge(self, model: nn.Module) -> float:
+        """Top-1 on the test images."""
+        return slimming.evaluate(model, self.data.val, batch_size=500)["top1"]
+
+    @cache  # noqa: B019
+    def calibration(self, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The images that one-shot methods see, with labels for those that need them."""
+        found = calibration_batches(self.still, self.settings.images, seed=seed)
+        return [(batch.images, batch.labels) for batch in found]
+
+    @property
+    def kinds(self) -> dict[str, tuple[str, ...] | None]:
+        """What is cut in each part of the table."""
+        if any(group.kind == "mlp" for group in slimming.describe(self.dense)):
+            return {"all": None, "mlp": ("mlp",), "attention": ("head_dim",), "tokens": ("token",)}
+        return {"all": None}
+
+    @cache  # noqa: B019
+    def ours(self, method: str, kinds: tuple[str, ...] | None, seed: int) -> tuple[Any, nn.Module, list[torch.Tensor]]:
+        """Scores, the model to cut, and the images to compensate with."""
+        images = [batch for batch, _ in self.calibration(seed)]
+        if method.startswith("one-shot"):
+            how = "fisher" if "fisher" in method else "compensated"
+            rotate = "no rotation" not in method
+            found = slimming.score(self.dense, images, how=how, kinds=kinds, rotate=rotate, seed=seed)
+            return found, found.model, [] if "no compensation" in method else images
+        preset = slimming.preset("paper" if method == "paper" else "default")
+        steps = self.settings.search_steps // (10 if "a tenth" in method else 1)
+        train = {"steps": steps, "batch_size": 128, "warmup_epochs": 0.0, "eval_every": 0}
+        train |= {"lr": 5e-4, "weight_decay": preset.train.weight_decay, "mixup": 0.0, "cutmix": 0.0, "seed": seed}
+        config = dataclasses.replace(preset, kinds=kinds, train=dataclasses.replace(preset.train, **train))
+        label = "-".join(kinds) if kinds else "all"
+        place = self.work / f"{method}-{label}-{seed}".replace(", ", "-").replace(" ", "-")
+        result = slimming.search(copy.deepcopy(self.dense), self.data, config, directory=place, resume=True)
+        return result, result.model, [] if method == "paper" else images
+
+    def cut(self, method: str, kinds: tuple[str, ...] | None, budget: float, seed: int) -> tuple[nn.Module, float]:
+        """The model cut to the budget, and the seconds that it took."""
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        if method in OURS:
+            scored, model, images = self.ours(method, kinds, seed)
+            wanted = Budget(macs=budget) if kinds is None else Budget(keep=dict.fromkeys(kinds, budget))
+            small = slimming.cut(model, slimming.plan(scored, wanted), images=images)
+        else:
+            small = theirs(self, method, kinds, budget, seed)
+        return small.eval(), time.perf_counter() - began
+
+
+def methods(kinds: tuple[str, ...] | None, transformer: bool) -> Iterator[str]:
+    """Which methods can cut these kinds."""
+    for method in OURS:
+        if (method != "paper" or transformer) and (method != "one-shot, no rotation" or transformer):
+            yield method
+    if kinds != ("token",):
+        for reach in ("", ", width too") if kinds is None and transformer else ("",):
+            for criterion in CRITERIA:
+                yield from (
+                    f"{criterion}, per layer{reach}",
+                    *([f"{criterion}, global{reach}"] * (criterion != "random")),
+                )
+
+
+def theirs(subject: Subject, method: str, kinds: tuple[str, ...] | None, budget: float, seed: int) -> nn.Module:
+    """Torch-Pruning by its documented use; the ratio is bisected until the MACs are met."""
+    if kinds is not None:
+        return pruned(subject, method, kinds, 1 - budget, seed)
+    low, high, best = 0.0, 0.99, None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        try:
+            found = pruned(subject, method, kinds, ratio, seed)
+            share = count(found, subject.shape).macs / subject.macs
+        except (RuntimeError, ZeroDivisionError):  # cut through
+            high = ratio
+            continue
+        if best is None or abs(share - budget) < abs(best[0] - budget):
+            best = share, found
+        low, high = (ratio, high) if share > budget else (low, ratio)
+    if best is None:
+        raise RuntimeError(f"{method} cannot reach {budget}")
+    return best[1]
+
+
+def pruned(subject: Subject, method: str, kinds: tuple[str, ...] | None, ratio: float, seed: int) -> nn.Module:
+    """One cut of Torch-Pruning 1.6.1."""
+    import torch_pruning as tp  # pyright: ignore
+
+    model: Any = copy.deepcopy(subject.dense)
+    importance = getattr(tp.importance, {
+        "magnitude": "GroupMagnitudeImportance", "taylor": "GroupTaylorImportance",
+        "hessian": "GroupHessianImportance", "random": "RandomImportance",
+    }[method.split(",")[0]])()  # fmt: skip
+    attentions: list[Any] = [m for m in model.modules() if isinstance(m, Attention)]
+    mlps: list[Any] = [m for m in model.modules() if isinstance(m, Mlp)]
+    ignored: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    if attentions and "width too" not in method:  # their option --bottleneck
+        ignored += [*(m.proj for m in attentions), *(m.fc2 for m in mlps), model.patch_embed.proj]
+    if kinds == ("mlp",):
+        ignored += [m.qkv for m in attentions]
+    if kinds == ("head_dim",):
+        ignored += [m.fc1 for m in mlps]
+    gradients_(subject, model, importance, method, seed)
+    extra = {name: p for name, p in model.named_parameters() if name in ("cls_token", "pos_embed")}
+    pruner: Any = tp.pruner.BasePruner(
+        model,
+        torch.zeros(1, *subject.shape),
+        importance=importance,
+        global_pruning="global" in method,
+        pruning_ratio=ratio,
+        ignored_layers=ignored,
+        num_heads={m.qkv: m.num_heads for m in attentions},
+        prune_head_dims=True,
+        unwrapped_parameters=[(p, 2) for p in extra.values()],  # pyright: ignore
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    for m in attentions:
+        m.num_heads = pruner.num_heads[m.qkv]
+        m.attn_dim = m.qkv.out_features // 3
+        m.head_dim = m.attn_dim // m.num_heads
+    return model
+
+
+def gradients_(subject: Subject, model: nn.Module, importance: Any, method: str, seed: int) -> None:
+    """Give ``model`` the gradients that a criterion reads, from the labelled calibration images."""
+    if method.startswith("taylor"):
+        for images, labels in subject.calibration(seed):
+            (F.cross_entropy(model(images), labels) / len(subject.calibration(seed))).backward()
+    if method.startswith("hessian"):
+        importance.zero_grad()
+        for images, labels in subject.calibration(seed)[: subject.settings.hessian_batches]:
+            losses = F.cross_entropy(model(images), labels, reduction="none")
+            for loss in losses:
+                model.zero_grad()
+                loss.backward(retain_graph=True)
+                importance.accumulate_grad(model)
+
+
+def main() -> None:
+    """Fill the rows that are missing, then write the table."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--cifar10", type=Path, required=True)
+    arguments.add_argument("--vit", type=Path, required=True)
+    arguments.add_argument("--work", type=Path, required=True)
+    arguments.add_argument("--note", default="CIFAR-10, re-encoded JPEG q95; EuroSAT, the embedded subset")
+    arguments.add_argument("--only", nargs="+")
+    arguments.add_argument("--methods", nargs="+")
+    arguments.add_argument("--seeds", type=int, default=1)
+    arguments.add_argument("--images", type=int, default=512, help="for calibration")
+    arguments.add_argument("--hessian-batches", type=int, default=4, help="of the calibration images")
+    arguments.add_argument("--test-images", type=int, default=10000)
+    arguments.add_argument("--search-steps", type=int, default=240)
+    arguments.add_argument("--cnn-epochs", type=float, default=15.0)
+    arguments.add_argument("--no-retraining", action="store_true")
+    settings = arguments.parse_args()
+    torch.set_num_threads(settings.threads)
+    file = settings.output / "accuracy.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    rows, dense = known.get("rows", {}), known.get("dense", {})
+    for name, case in cases(settings).items():
+        if settings.only and name not in settings.only:
+            continue
+        subject = Subject(name, case, settings)
+        dense[name] = {"top1": subject.top1, "macs": subject.macs, "images": subject.tested}
+        for seed, (part, kinds) in ((seed, item) for seed in range(settings.seeds) for item in subject.kinds.items()):
+            for method in settings.methods or methods(kinds, "vit" in name):
+                for budget in MACS if kinds is None else KEEP:
+                    fill(rows, subject, f"{name}/{part}/{method}/{budget}/{seed}", method, kinds, budget, seed)
+                    write(settings, rows, dense)
+
+
+def fill(
+    rows: dict[str, Any],
+    subject: Subject,
+    key: str,
+    method: str,
+    kinds: tuple[str, ...] | None,
+    budget: float,
+    seed: int,
+) -> None:
+    """Make one row, or what is missing of it."""
+    row = rows.setdefault(key, {})
+    again = subject.epochs if kinds is None and budget in RETRAINED and method in RETRAINED_METHODS else ()
+    if "error" in row or ("top1" in row and all(str(epochs) in row["retrained"] for epochs in again)):
+        return
+    try:
+        small, seconds = subject.cut(method, kinds, budget, seed)
+    except (slimming.errors.SlimmingError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return
+    row |= {"macs": count(small, subject.shape).macs / subject.macs, "top1": subject.judge(small), "seconds": seconds}
+    row.setdefault("retrained", {})
+    print(key, row, file=sys.stderr, flush=True)
+    for epochs in again:
+        if str(epochs) not in row["retrained"]:
+            model = copy.deepcopy(small)
+            config = slimming.TrainConfig(
+                epochs=epochs, batch_size=128, lr=2e-4,
+                warmup_epochs=0.1 * epochs, eval_every=0, seed=seed,
+            )  # fmt: skip
+            slimming.train(model, subject.data, config, teacher=subject.dense)
+            row["retrained"][str(epochs)] = subject.judge(model.eval())
+
+
+def write(settings: Any, rows: dict[str, Any], dense: dict[str, Any]) -> None:
+    """Write the rows and the tables."""
+    text = ""
+    for name, own in dense.items():
+        parts = dict.fromkeys(key.split("/")[1] for key in rows if key.startswith(f"{name}/"))
+        for part in parts:
+            found: dict[str, dict[str, list[Any]]] = {}
+            for key, row in rows.items():
+                model, kinds, method, budget, _ = key.split("/")
+                if (model, kinds) == (name, part):
+                    found.setdefault(method, {}).setdefault(budget, []).append(row)
+            budgets = [str(budget) for budget in (MACS if part == "all" else KEEP)]
+            lines = [
+                [method, *(cell(of.get(b, []), float(b) if part == "all" else None) for b in budgets)]
+                for method, of in found.items()
+            ]
+            what = "of the MACs" if part == "all" else f"of the {part} units"
+            title = f"{name}, {what}: top-1 straight after the cut"
+            text += f"{title} (dense {own['top1']:.1%})\n\n"
+            text += table(["method", *(f"{float(budget):.0%}" for budget in budgets)], lines) + "\n"
+            text += retrained(name, found)
+    store("accuracy", settings, f"{settings.note}.\n\n{text}", rows=rows, dense=dense)
+
+
+def retrained(name: str, found: dict[str, dict[str, list[Any]]]) -> str:
+    """The table of cuts that were retrained; nothing where none was."""
+    some = [row["retrained"] for of in found.values() for rows in of.values() for row in rows if row.get("retrained")]
+    epochs = sorted({key for each in some for key in each}, key=float)
+    lines = [
+        [
+            method,
+            f"{float(budget):.0%}",
+            *(spread([row.get("retrained", {}).get(e) for row in of[budget]]) for e in epochs),
+        ]
+        for budget in map(str, RETRAINED)
+        for method, of in found.items()
+        if any(row.get("retrained") for row in of.get(budget, []))
+    ]
+    header = ["method", "MACs", *(f"{float(e):g} epochs" for e in epochs)]
+    return f"{name}, after retraining\n\n" + table(header, lines) + "\n" if lines else ""
+
+
+def cell(rows: list[dict[str, Any]], budget: float | None) -> str:
+    """Top-1, and the share of the MACs where it is off ``budget`` by more than 1 %; "fails" where no cut came out."""
+    if rows and all("error" in row for row in rows):
+        return "fails"
+    macs = [row["macs"] for row in rows if "macs" in row]
+    off = budget is not None and bool(macs) and abs(statistics.mean(macs) / budget - 1) > 0.01
+    return spread([row.get("top1") for row in rows]) + (f" at {statistics.mean(macs):.1%}" if off else "")
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean and range of the values that are there."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "–"
+    around = f" ({min(there):.1%}–{max(there):.1%})" if len(there) > 1 else ""
+    return f"{statistics.mean(there):.1%}{around}"
+
+
+if __name__ == "__main__":
+    main()
