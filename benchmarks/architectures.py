@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import slimming
-from common import parser, store, table
+from common import FIRST_ORDER, parser, store, table
 from slimming.demo import HERE
 
 BUDGETS = (0.7, 0.5, 0.3)
@@ -100,7 +100,9 @@ def one(name: str, settings: Any) -> dict[str, Any]:
         name=name,
         model=slimming.ModelConfig(name=str(place / "dense")),
         data=images,
-        search=slimming.SearchConfig(train=slimming.TrainConfig(steps=settings.search_steps, lr=5e-4, **common)),
+        search=slimming.SearchConfig(
+            **FIRST_ORDER, train=slimming.TrainConfig(steps=settings.search_steps, lr=5e-4, **common)
+        ),
         budgets=tuple(slimming.Budget(macs=share) for share in BUDGETS),
         retrain=slimming.TrainConfig(steps=settings.retrain_steps, lr=5e-4, **common),
         bench=slimming.BenchConfig(batch_sizes=(1, 32)),

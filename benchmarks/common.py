@@ -19,6 +19,9 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+FIRST_ORDER: dict[str, Any] = {"score": "taylor", "sensitivity": 128, "rotate": False}
+"""Settings of searches ranked by what they collect: what the results of some scripts here were measured with."""
+
 
 @dataclass(frozen=True)
 class Spread:

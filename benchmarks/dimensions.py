@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import slimming
-from common import parser, store, table
+from common import FIRST_ORDER, parser, store, table
 from slimming import demo
 from slimming.cli.jobs import from_values
 
@@ -30,9 +30,9 @@ SETS = {
     "and width": ("head_dim", "mlp", "token", "width"),
     "all": ("head_dim", "mlp", "token", "block", "width"),
 }
-ALONE = ", by scores alone"
-"""Sets that are searched once more without the measurement that weighs kinds against each other."""
-NAMES = [*SETS, f"and tokens{ALONE}", f"all{ALONE}"]
+VARIANTS = {"": FIRST_ORDER, "by scores alone": FIRST_ORDER | {"sensitivity": 0}, "compensated scores": {}}
+"""What weighs kinds against each other: a measurement, first-order scores as they are, or the default search's."""
+NAMES = [*SETS, *(f"{name}, {variant}" for variant in list(VARIANTS)[1:] for name in ("and tokens", "all"))]
 SHARES = (0.5, 0.3)
 
 
@@ -56,7 +56,8 @@ def main() -> None:
 
 def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
     """One run; the numbers of its budgets."""
-    kinds = SETS[name.removesuffix(ALONE)]
+    known, _, variant = name.rpartition(", ") if name not in SETS else (name, "", "")
+    kinds = SETS[known]
     base: slimming.RunConfig = from_values(slimming.RunConfig, demo.settings())
     search = dataclasses.replace(base.search.train, steps=settings.search_steps, seed=seed, eval_every=0)
     config = dataclasses.replace(
@@ -66,12 +67,12 @@ def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
             base.search,
             kinds=kinds,
             train=search,
-            sensitivity=0 if name.endswith(ALONE) else base.search.sensitivity,
+            **VARIANTS[variant],
         ),
         budgets=tuple(slimming.Budget(macs=share) for share in SHARES),
         retrain=dataclasses.replace(base.retrain, steps=settings.retrain_steps, seed=seed, eval_every=0),
     )
-    place = settings.work / f"{seed}-{'-'.join(kinds)}{'-alone' * name.endswith(ALONE)}"
+    place = settings.work / f"{seed}-{name.replace(', ', '-').replace(' ', '-')}"
     found = slimming.run(config, place, say=lambda text: print(name, text, file=sys.stderr, flush=True))
     dense = found["dense"]
     return [

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 import slimming
-from common import parser, store, table
+from common import FIRST_ORDER, parser, store, table
 from slimming.plan import Budget
 
 EMBEDDED = Path(slimming.__file__).parent / "demo" / "assets"
@@ -84,6 +84,8 @@ def open_dense(settings: Any) -> tuple[torch.nn.Module, float, Any]:
 def one_search(dense: Any, data: Any, settings: Any, seed: int, preset: str, kinds: tuple[str, ...]) -> Any:
     """Search once, then give (keep ratio, cell) for each ratio."""
     base = slimming.preset(preset)
+    if preset == "default":
+        base = dataclasses.replace(base, **FIRST_ORDER)
     # The same length, batch and learning rate for both presets, and no mixing: the dense recipe has none.
     scale = {"batch_size": settings.batch, "steps": settings.search_steps, "lr": 5e-4, "seed": seed}
     train = dataclasses.replace(base.train, **scale, mixup=0.0, cutmix=0.0, eval_every=0)

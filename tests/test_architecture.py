@@ -54,6 +54,7 @@ LAYERS = {
     "api": 4,
     "searching": 4,
     "oneshot": 4,
+    "search_config": 4,
     "retrain": 4,
     "results": 4,
     "contract": 4,
@@ -73,11 +74,14 @@ SIDEWAYS = {
     ("latency", "bench"),
     ("searching", "api"),
     ("oneshot", "api"),
+    ("searching", "oneshot"),
+    ("search_config", "api"),
+    ("searching", "search_config"),
     ("pipeline", "oneshot"),
     ("results", "api"),
     ("results", "searching"),
     ("contract", "api"),
-    *(("pipeline", part) for part in ("api", "searching", "retrain", "results")),
+    *(("pipeline", part) for part in ("api", "search_config", "searching", "retrain", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""
 

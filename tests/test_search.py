@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -19,10 +20,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import slimming
 from slimming.errors import ConfigError, DataError
+from slimming.masks import attached
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data, ImageDataset
 
@@ -179,3 +181,69 @@ def test_mean_and_std_of_the_data_take_the_place_of_the_models_own(folder: Path)
         slimming.open_data(dataclasses.replace(config, mean=(0.5, 0.5)), make())
     with pytest.raises(ConfigError, match="std is"):
         slimming.DataConfig(source=str(folder), std=(0.5, 0.0, 0.5))
+
+
+# Scores of the trained model.
+
+
+def test_units_are_scored_anew_after_the_training(data: Data) -> None:
+    """As `slimming.score` does it for the model with its factors in its weights."""
+    result = slimming.search(make(), data, config())
+    folded = copy.deepcopy(result.model)
+    masks = attached(folded)
+    assert masks is not None
+    masks.fold_()
+    masks.detach_()
+    images = slimming.calibration_images(data, result.config.images)
+    expected = slimming.score(folded, images, rotate=False)
+    assert result.scores.keys() == expected.scores.keys()
+    for name, score in result.scores.items():
+        torch.testing.assert_close(score, expected.scores[name], rtol=1e-3, atol=1e-7)
+    alone = slimming.search(make(), data, dataclasses.replace(config(), score="fisher"))
+    assert all(bool((alone.scores[name] >= score - 1e-7).all()) for name, score in result.scores.items())
+    assert any(bool((alone.scores[name] > 1.01 * score).any()) for name, score in result.scores.items())
+
+
+def test_a_search_gives_heads_other_bases_first(data: Data) -> None:
+    model = make()
+    still = dataclasses.replace(config(), train=dataclasses.replace(config().train, lr=1e-12))
+    result = slimming.search(copy.deepcopy(model), data, still)
+    as_they_are = slimming.search(copy.deepcopy(model), data, dataclasses.replace(still, rotate=False))
+    (x, *_) = slimming.calibration_images(data, 8)
+    expected = model.eval()(x)
+    name = "blocks.0.attn.qkv.weight"
+    before = model.state_dict()[name]
+    for searched, moved in ((result, True), (as_they_are, False)):
+        torch.testing.assert_close(searched.model.eval()(x), expected, rtol=1e-3, atol=1e-3)
+        weights = searched.masks.weights()[name]
+        assert bool((weights - before).norm() > 0.1 * before.norm()) == moved
+    coupled = slimming.search(copy.deepcopy(model), data, dataclasses.replace(still, coupled=True))
+    assert slimming.plan(coupled, slimming.Budget(macs=0.5)).kept
+
+
+def test_a_task_of_ones_own_scores_by_its_own_slopes(data: Data) -> None:
+    class Own:
+        def start(self, model: nn.Module, device: torch.device) -> None: ...
+
+        def stop(self) -> None: ...
+
+        def before_step(self) -> None: ...
+
+        def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": model(images).square().mean()}
+
+    result = slimming.search(make(), data, dataclasses.replace(config(), score="fisher"), task=Own())
+    collected = result.masks.scores("taylor")
+    for name, score in result.scores.items():
+        torch.testing.assert_close(score, collected[name].square() / 2)
+    less = slimming.search(make(), data, config(), task=Own())
+    assert any(bool((less.scores[name] < 0.99 * score).any()) for name, score in result.scores.items())
+
+
+def test_settings_of_scores_are_checked() -> None:
+    with pytest.raises(ConfigError, match="compensated"):
+        slimming.SearchConfig(score="compensate")
+    with pytest.raises(ConfigError, match="at least 1"):
+        slimming.SearchConfig(images=0)
+    assert not slimming.preset("paper").rotate
+    assert slimming.preset("paper").score == "mask"

@@ -178,8 +178,14 @@ def test_a_measurement_that_fails_loses_no_search() -> None:
     batches = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
     data = Data(train=iter(batches), val=batches, classes=("a", "b"))
     config = slimming.SearchConfig(train=slimming.TrainConfig(steps=2, batch_size=4, eval_every=0), sensitivity=4)
-    with pytest.warns(UserWarning, match="could not be measured"):
+    with (
+        pytest.warns(UserWarning, match="could not be taken"),
+        pytest.warns(UserWarning, match="could not be measured"),
+    ):
         result = slimming.search(model, data, config)
+    assert {name: score.tolist() for name, score in result.scores.items()} == {
+        name: score.tolist() for name, score in result.masks.scores("taylor").items()
+    }
     assert result.sensitivity is None
     assert slimming.plan(result, Budget(macs=0.7)).kept
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from slimming.pipeline import ModelConfig, RunConfig, load_images, open_data, open_model, run
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
-    from slimming.searching import SearchConfig, SearchResult, load_search, preset, search
+    from slimming.search_config import SearchConfig, preset
+    from slimming.searching import SearchResult, load_search, search
     from slimming.training.batches import calibration_images
     from slimming.training.config import DataConfig, TrainConfig
     from slimming.training.evaluate import evaluate
@@ -84,7 +85,7 @@ _LAZY = {
     "OneShot": "oneshot",
     "RunConfig": "pipeline",
     "MatchTask": "training.tasks",
-    "SearchConfig": "searching",
+    "SearchConfig": "search_config",
     "SearchResult": "searching",
     "TrainConfig": "training.config",
     "calibration_images": "training.batches",
@@ -94,7 +95,7 @@ _LAZY = {
     "load_search": "searching",
     "open_data": "pipeline",
     "open_model": "pipeline",
-    "preset": "searching",
+    "preset": "search_config",
     "run": "pipeline",
     "score": "oneshot",
     "search": "searching",

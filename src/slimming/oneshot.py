@@ -117,7 +117,7 @@ def score(
     if how == "contribution":
         scores = attach(copy.deepcopy(model), groups).scores("contribution")
     else:
-        scores = _slopes(model, groups, batches, drawn=how != "taylor", seed=seed)
+        scores = slopes(model, groups, batches, drawn=how != "taylor", seed=seed)
     if how == "compensated":
         scores = eliminated(model, groups, scores, pictures)
     return OneShot(model=model, scores=scores, how=how, images=pictures, layout=layout or Layout())
@@ -134,10 +134,24 @@ def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batc
 
 
 @torch.enable_grad()
-def _slopes(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], *, drawn: bool, seed: int
+def slopes(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], *, drawn: bool = True, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Half the mean square of the loss's slope along the factor of each unit, over images; shape (size,) per group."""
+    """Half the mean square of the log-likelihood's slope along the factor of each unit, over images.
+
+    Args:
+        model: plain, in evaluation mode; it stays as it is.
+        groups: of that model.
+        batches: the same on every process.
+        drawn: take labels drawn from what the model says, in place of those of the batches.
+        seed: of the draws.
+
+    Returns:
+        Group name -> one number per unit, shape (size,).
+
+    Raises:
+        NonFiniteLossError: the model's outputs or their slopes are not finite.
+    """
     model = copy.deepcopy(model).requires_grad_(False)
     masks = attach(model, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
     own = {name: mask.requires_grad_(True) for name, mask in masks.items()}

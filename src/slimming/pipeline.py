@@ -29,7 +29,8 @@ from slimming.oneshot import score
 from slimming.plan import Budget, Plan, read_json
 from slimming.results import BenchConfig, dense_entry, measure_all, provenance, results_of, row_entry
 from slimming.retrain import DistilConfig, train
-from slimming.searching import RECORD, SearchConfig, SearchResult, load_search, search
+from slimming.search_config import SearchConfig
+from slimming.searching import RECORD, SearchResult, load_search, search
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data as open_images

@@ -114,11 +114,11 @@ class Budget:
 
 
 def _short(value: float) -> str:
-    """A share with two digits, or an absolute number with its unit."""
+    """A share with two digits or as many as it has, or an absolute number with its unit."""
     if value <= 1:
-        return f"{value:.2f}"
+        return max(f"{value:.2f}", f"{value:.6g}", key=len)
     size, letter = next(unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= unit[0])
-    return f"{value / size:.4g}{letter}"
+    return f"{value / size:.6g}{letter}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,134 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming import checkpoint
-from slimming.api import DEFAULT_PENALTY, Rated, Rating, attach, describe, load_scores, save_scores, searched
-from slimming.errors import CheckpointError, ConfigError, nearest
+from slimming.api import (
+    Rated,
+    Rating,
+    anatomy_of,
+    attach,
+    describe,
+    load_scores,
+    save_scores,
+    searched,
+)
+from slimming.elimination import eliminated
+from slimming.errors import CheckpointError
 from slimming.groups import Anatomy
 from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
-from slimming.plan import FORMAT, FREE, KINDS, Layout, read_sealed
+from slimming.modes import in_evaluation
+from slimming.oneshot import slopes
+from slimming.plan import FORMAT, read_sealed
+from slimming.rotation import rotate_
+from slimming.search_config import SearchConfig, config_from_dict
 from slimming.sensitivity import sensitivity
-from slimming.token_gates import BIAS, MULTIPLY
-from slimming.training.batches import first_batches
-from slimming.training.config import TrainConfig
+from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.evaluate import autocast
 from slimming.training.loop import History, fit
+from slimming.training.processes import processes
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Task, both_heads
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task, both_heads
 from slimming.worth import Sensitivity
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How a search is done. `preset` gives the two named ones.
-
-    Attributes:
-        kinds: kinds of unit that get a mask; None takes all that the model has, see `slimming.api.searched`.
-        coupled: one mask for QK and V together, as in the paper.
-        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
-        norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups
-            without one get a soft mask as always.
-        penalty: kind -> weight of its l1 penalty.
-        penalty_sum: weights multiply sums over units, as in the paper, instead of means.
-        score: what units are ranked by, see `SoftMasks.scores`.
-        fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
-        mask_lr: learning rate of the masks as a multiple of that of the weights.
-        layout: which sizes plans give to the layers.
-        sensitivity: images on which it is measured after the training what cutting each kind alone does; 0 leaves it
-            out, and kinds are weighed against each other by their scores.
-        train: the training that carries the search.
-
-    Raises:
-        ConfigError: an unknown kind, score or token variant, or a negative weight.
-    """
-
-    kinds: tuple[str, ...] | None = None
-    coupled: bool = False
-    tokens: str = BIAS
-    norms: bool = False
-    penalty: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PENALTY))
-    penalty_sum: bool = False
-    score: str = "taylor"
-    fold: bool = True
-    mask_lr: float = 1.0
-    layout: Layout = field(default_factory=Layout)
-    sensitivity: int = 128
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, lr=1e-4, schedule="constant"))
-
-    def __post_init__(self) -> None:
-        for name in (*(self.kinds or ()), *self.penalty):
-            if name not in KINDS:
-                raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
-        if self.kinds is not None and not self.kinds:
-            raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
-        if self.score not in SCORES:
-            raise ConfigError(f"There is no score {self.score!r}; scores are {', '.join(SCORES)}.")
-        if self.tokens not in (BIAS, MULTIPLY):
-            raise ConfigError(f"search.tokens={self.tokens!r}: give {BIAS!r} or {MULTIPLY!r}.")
-        if any(weight < 0 for weight in self.penalty.values()) or self.mask_lr <= 0:
-            raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
-        if self.sensitivity < 0:
-            raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
-
-
-def preset(name: str) -> SearchConfig:
-    """The search called ``name``: ``"default"``, or ``"paper"`` for ViT-Slim to the letter (section 4.1).
-
-    Raises:
-        ConfigError: there is no such preset.
-
-    >>> preset("paper").train.batch_size
-    1024
-    """
-    presets = {
-        "default": SearchConfig(),
-        "paper": SearchConfig(
-            coupled=True,
-            tokens=MULTIPLY,
-            penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
-            penalty_sum=True,
-            score="mask",
-            fold=False,
-            layout=FREE,
-            sensitivity=0,
-            train=TrainConfig(
-                epochs=50.0,
-                batch_size=1024,
-                lr=5e-4,
-                weight_decay=1e-3,
-                schedule="constant",
-                clip_grad=None,
-                label_smoothing=0.1,
-                mixup=0.8,
-                cutmix=1.0,
-            ),
-        ),
-    }
-    presets["network-slimming"] = SearchConfig(
-        kinds=("channel",),
-        norms=True,
-        penalty={"channel": 1e-4},
-        penalty_sum=True,
-        score="mask",
-        layout=FREE,
-        sensitivity=0,
-        train=TrainConfig(
-            epochs=160.0,
-            batch_size=64,
-            optimizer="nesterov",
-            lr=0.1,
-            weight_decay=1e-4,
-            schedule="step",
-            warmup_epochs=0.0,
-            clip_grad=None,
-            label_smoothing=0.0,
-        ),
-    )
-    if name not in presets:
-        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
-    return presets[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +150,12 @@ def search(
     """
     config = config or SearchConfig()
     groups = searched(describe(model, coupled=config.coupled), config.kinds)
+    once = isinstance(data.train, Iterator)  # its images are for the training
+    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
+        # A search that goes on takes its weights from its state, which were turned at its start.
+        model.to(processes().device)
+        with in_evaluation(model):
+            rotate_(model, anatomy_of(model), calibration_images(data, config.images, seed=config.train.seed))
     masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
     masks.penalty_sum = config.penalty_sum
     inner = task or ClassificationTask(config.train.label_smoothing)
@@ -275,7 +184,7 @@ def search(
         assert averaged is not None
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
-    scores = masks.scores(config.score)
+    scores = _scores(masks, config, data, inner)
     measured: Sensitivity | None = None
     if config.sensitivity and len({group.kind for group in groups}) > 1:
         try:
@@ -296,6 +205,34 @@ def search(
         metrics=history.metrics,
         history=history,
     )
+
+
+def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
+    """One score per unit of the trained model; what the search collected where the one asked for cannot be had."""
+    if config.score in SCORES:
+        return masks.scores(config.score)
+    try:
+        model = copy.deepcopy(masks.model).eval()
+        own = attached(model)
+        assert own is not None
+        if config.fold:
+            own.fold_()
+        own.detach_()
+        batches = calibration_batches(data, config.images, seed=config.train.seed)
+        if isinstance(task, (ClassificationTask, DistilTask)):
+            found = slopes(model, masks.groups, batches, seed=config.train.seed)
+        else:
+            found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
+        if config.score == "compensated":
+            found = eliminated(model, masks.groups, found, [batch.images for batch in batches])
+        return found
+    except Exception as error:  # a loader that cannot be read again, memory, a model that takes more: keep the search
+        warnings.warn(
+            f"Score {config.score!r} could not be taken ({type(error).__name__}: {error}); units are ranked by what "
+            "the search collected. search.score: taylor asks for that.",
+            stacklevel=2,
+        )
+        return masks.scores("taylor")
 
 
 def _sensitivity(
@@ -395,15 +332,5 @@ def load_search(directory: str | Path) -> SearchResult:
     )
 
 
-def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
-    """A `SearchConfig` from what `dataclasses.asdict` and JSON made of one."""
-    nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
-    return SearchConfig(**{**_tuples(value), **nested})
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(checkpoint.read_bytes(path)).hexdigest()
-
-
-def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}

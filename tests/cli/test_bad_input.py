@@ -20,7 +20,7 @@ from PIL import Image
 
 from slimming.io import seal
 
-from .conftest import Call, Result, settings, write_images
+from .conftest import ARGUMENTS, Call, Result, settings, write_images
 
 
 def refused(result: Result, *words: str) -> None:
@@ -130,6 +130,13 @@ def test_data_that_cannot_be(
 def test_too_many_unreadable_images(slimming: Call, site: Path, tmp_path: Path) -> None:
     source = broken_data(tmp_path / "images", "unreadable")
     result = slimming("search", site / "config.yaml", "--output", tmp_path / "o", "--data.source", source)
+    refused(result, "could not be read", "max_unreadable")
+    result = slimming("search", site / "config.yaml", "--output", tmp_path / "o", "--data.source", source,
+                      "--search.rotate", "false")  # fmt: skip
+    refused(result, "could not be read", "max_unreadable")
+    model = ["vit_tiny_patch16_224", "--model.checkpoint", site / "dense.safetensors"]
+    model += ["--model.arguments", ",".join(f"{key}={value}" for key, value in ARGUMENTS.items())]
+    result = slimming("cut", *model, "--one-shot", "--data", source, "--budget", "macs=0.5", "--output", tmp_path / "o")
     refused(result, "could not be read", "max_unreadable")
 
 

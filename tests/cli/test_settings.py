@@ -13,7 +13,7 @@ from slimming.cli.settings import read_yaml
 from slimming.errors import BudgetError, ConfigError
 from slimming.pipeline import RunConfig
 from slimming.plan import Budget
-from slimming.searching import preset
+from slimming.search_config import preset
 from slimming.training.config import TrainConfig
 
 FEWEST = {"model": {"name": "m"}, "data": {"source": "d"}, "budgets": [{"macs": 0.5}]}

@@ -16,7 +16,7 @@ from slimming.pipeline import ModelConfig, RunConfig
 from slimming.plan import Budget
 from slimming.results import BenchConfig
 from slimming.retrain import DistilConfig
-from slimming.searching import SearchConfig, preset
+from slimming.search_config import SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 
 J = TypeVar("J")

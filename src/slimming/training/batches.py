@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slimming.errors import ConfigError, DataError
 from slimming.training.images import Unreadable, mix
-from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset
+from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCount
 
 
 class Batch(NamedTuple):
@@ -88,8 +88,14 @@ def train_batches(data: Data, share: Share, seed: int, start: int, workers: int)
 
 
 def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
-    """The first ``images`` of the training with this seed, the same in every process."""
+    """The first ``images`` of the training with this seed, the same in every process.
+
+    Raises:
+        DataError: more images are unreadable than the data allows.
+    """
+    unreadable = UnreadableCount.of(data.train)
     for batch in train_batches(data, Share(min(batch_size, images)), seed, 0, workers):
+        unreadable.add(batch.unreadable)
         yield batch._replace(images=batch.images[:images], labels=batch.labels[:images])
         images -= len(batch.images)
         if images <= 0:
@@ -109,6 +115,7 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
 
     Raises:
         ConfigError: ``images`` is below 1.
+        DataError: more images are unreadable than the data allows.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -125,6 +132,7 @@ def calibration_batches(data: Data, images: int, *, batch_size: int = 64, seed: 
 
     Raises:
         ConfigError: ``images`` is below 1.
+        DataError: more images are unreadable than the data allows.
     """
     if images < 1:
         raise ConfigError(f"{images} calibration images: give 1 or more.")

@@ -52,7 +52,7 @@ def evaluate(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
-    unreadable = unreadable_counter(images)
+    unreadable = UnreadableCount.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
     with in_evaluation(model), torch.no_grad(), memory_errors(batch_size), autocast(place, precision):
@@ -78,12 +78,3 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context of a precision; ``"no"`` leaves everything in float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "no")
-
-
-def unreadable_counter(images: ImageDataset | StreamDataset | Loader) -> UnreadableCount:
-    """Return the counter of skipped images that a part of the data calls for."""
-    if isinstance(images, ImageDataset):
-        return UnreadableCount(len(images), images.max_unreadable)
-    if isinstance(images, StreamDataset):
-        return UnreadableCount(images.length, images.max_unreadable)
-    return UnreadableCount(None, 0.0)

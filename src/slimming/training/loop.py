@@ -19,7 +19,7 @@ from torch import nn
 from slimming.errors import ConfigError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
-from slimming.training.evaluate import autocast, unreadable_counter
+from slimming.training.evaluate import autocast
 from slimming.training.guards import memory_errors, stop_on_request
 from slimming.training.images import mix, restored_randomness, seed_all
 from slimming.training.log import RunLog, check_trackers
@@ -31,7 +31,7 @@ from slimming.training.optimisation import (
     parameter_groups,
 )
 from slimming.training.processes import no_accelerator
-from slimming.training.samples import Data
+from slimming.training.samples import Data, UnreadableCount
 from slimming.training.state import STATE_FILE, RunState
 from slimming.training.tasks import Task
 
@@ -176,7 +176,7 @@ class _Run:
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
         self.state = RunState(model, optimizer, task, averaged, scaler)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.unreadable = unreadable_counter(data.train)
+        self.unreadable = UnreadableCount.of(data.train)
         self.saved_at = time.monotonic()
 
     def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:

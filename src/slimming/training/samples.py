@@ -148,6 +148,15 @@ class UnreadableCount:
         self.total = total
         self.limit = int(share * (1000 if total is None else total))
 
+    @classmethod
+    def of(cls, images: ImageDataset | StreamDataset | Loader) -> UnreadableCount:
+        """The counter that a part of the data calls for."""
+        if isinstance(images, ImageDataset):
+            return cls(len(images), images.max_unreadable)
+        if isinstance(images, StreamDataset):
+            return cls(images.length, images.max_unreadable)
+        return cls(None, 0.0)
+
     def add(self, names: Sequence[str]) -> None:
         """Count images by name; one that comes again counts once.
 
