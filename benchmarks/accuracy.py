@@ -81,7 +81,7 @@ def cases(settings: Any) -> dict[str, Case]:
     """By name."""
     plain = {"optimizer": "nesterov", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 128, "eval_every": 0}
     return {
-        "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1, 1.0)),
+        "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1,)),
         "vit-eurosat": Case(lambda: recipe(EMBEDDED, "dense"), str(EMBEDDED / "eurosat"), (0.3, 1.0, 3.0)),
         "vgg-cifar10": Case(
             vgg, str(settings.cifar10), (0.1, 1.0), slimming.TrainConfig(epochs=settings.cnn_epochs, **plain)
@@ -150,13 +150,14 @@ class Subject:
             rotate = "no rotation" not in method
             found = slimming.score(self.dense, images, how=how, kinds=kinds, rotate=rotate, seed=seed)
             return found, found.model, [] if "no compensation" in method else images
+        if kinds is not None:  # one search serves every budget
+            return self.ours(method, None, seed)
         preset = slimming.preset("paper" if method == "paper" else "default")
         steps = self.settings.search_steps // (10 if "a tenth" in method else 1)
         train = {"steps": steps, "batch_size": 128, "warmup_epochs": 0.0, "eval_every": 0}
-        train |= {"lr": 5e-4, "weight_decay": preset.train.weight_decay, "mixup": 0.0, "cutmix": 0.0, "seed": seed}
-        config = dataclasses.replace(preset, kinds=kinds, train=dataclasses.replace(preset.train, **train))
-        label = "-".join(kinds) if kinds else "all"
-        place = self.work / f"{method}-{label}-{seed}".replace(", ", "-").replace(" ", "-")
+        train |= {"mixup": 0.0, "cutmix": 0.0, "seed": seed}
+        config = dataclasses.replace(preset, train=dataclasses.replace(preset.train, **train))
+        place = self.work / f"{method}-{seed}".replace(", ", "-").replace(" ", "-")
         result = slimming.search(copy.deepcopy(self.dense), self.data, config, directory=place, resume=True)
         return result, result.model, [] if method == "paper" else images
 
@@ -212,11 +213,10 @@ def pruned(subject: Subject, method: str, kinds: tuple[str, ...] | None, ratio: 
     """One cut of Torch-Pruning 1.6.1."""
     import torch_pruning as tp  # pyright: ignore
 
-    model: Any = copy.deepcopy(subject.dense)
-    importance = getattr(tp.importance, {
-        "magnitude": "GroupMagnitudeImportance", "taylor": "GroupTaylorImportance",
-        "hessian": "GroupHessianImportance", "random": "RandomImportance",
-    }[method.split(",")[0]])()  # fmt: skip
+    start, own = prepared(subject, method, seed)
+    model, importance = copy.deepcopy((start, own))
+    for mine, its in zip(model.parameters(), start.parameters(), strict=True):
+        mine.grad = None if its.grad is None else its.grad.clone()
     attentions: list[Any] = [m for m in model.modules() if isinstance(m, Attention)]
     mlps: list[Any] = [m for m in model.modules() if isinstance(m, Mlp)]
     ignored: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
@@ -226,7 +226,6 @@ def pruned(subject: Subject, method: str, kinds: tuple[str, ...] | None, ratio: 
         ignored += [m.qkv for m in attentions]
     if kinds == ("head_dim",):
         ignored += [m.fc1 for m in mlps]
-    gradients_(subject, model, importance, method, seed)
     extra = {name: p for name, p in model.named_parameters() if name in ("cls_token", "pos_embed")}
     pruner: Any = tp.pruner.BasePruner(
         model,
@@ -248,8 +247,16 @@ def pruned(subject: Subject, method: str, kinds: tuple[str, ...] | None, ratio: 
     return model
 
 
-def gradients_(subject: Subject, model: nn.Module, importance: Any, method: str, seed: int) -> None:
-    """Give ``model`` the gradients that a criterion reads, from the labelled calibration images."""
+@cache
+def prepared(subject: Subject, method: str, seed: int) -> tuple[Any, Any]:
+    """The dense model with the gradients that a criterion reads, from the labelled calibration images, and that."""
+    import torch_pruning as tp  # pyright: ignore
+
+    model: Any = copy.deepcopy(subject.dense)
+    importance = getattr(tp.importance, {
+        "magnitude": "GroupMagnitudeImportance", "taylor": "GroupTaylorImportance",
+        "hessian": "GroupHessianImportance", "random": "RandomImportance",
+    }[method.split(",")[0]])()  # fmt: skip
     if method.startswith("taylor"):
         for images, labels in subject.calibration(seed):
             (F.cross_entropy(model(images), labels) / len(subject.calibration(seed))).backward()
@@ -261,6 +268,7 @@ def gradients_(subject: Subject, model: nn.Module, importance: Any, method: str,
                 model.zero_grad()
                 loss.backward(retain_graph=True)
                 importance.accumulate_grad(model)
+    return model, importance
 
 
 def main() -> None:
@@ -290,7 +298,9 @@ def main() -> None:
         subject = Subject(name, case, settings)
         dense[name] = {"top1": subject.top1, "macs": subject.macs, "images": subject.tested}
         for seed, (part, kinds) in ((seed, item) for seed in range(settings.seeds) for item in subject.kinds.items()):
-            for method in settings.methods or methods(kinds, "vit" in name):
+            for method in methods(kinds, "vit" in name):
+                if settings.methods and method not in settings.methods:
+                    continue
                 for budget in MACS if kinds is None else KEEP:
                     fill(rows, subject, f"{name}/{part}/{method}/{budget}/{seed}", method, kinds, budget, seed)
                     write(settings, rows, dense)
