@@ -82,7 +82,7 @@ def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
             "top1_cut": row["top1_cut"],
             "top1": row["top1"],
             "speedup": {size: entry["median"] for size, entry in row["speedup"].items()},
-            "width": row.get("width"),
+            "width": next(iter(row.get("widths", [])), None),
             "gone": sum(
                 (layer.get("mlp", {}).get("kept") == 0) + (not any(head["v"] for head in layer.get("heads", [])))
                 for layer in row["layers"]

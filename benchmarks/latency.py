@@ -27,7 +27,7 @@ from torch import nn
 
 import slimming
 from common import parser, ratios, table, write
-from slimming.api import anatomy_of
+from slimming.api import anatomy_of, searched
 from slimming.bench import paired_times
 from slimming.cut import complete
 from slimming.runtimes import prepare
@@ -66,15 +66,15 @@ def one(name: str, settings: Any) -> dict[str, Any]:
     path = settings.tables / f"{name}-{settings.batch_size}-{settings.runtime}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    every = slimming.describe(dense)
+    by_dimension = any(group.kind == "head_dim" for group in every)
+    kinds = {group.kind for group in every} - {"head"} if by_dimension else {group.kind for group in searched(every)}
     known = slimming.build_latency_table(
-        dense, batch_size=settings.batch_size, runtime=settings.runtime, path=path, say=print
+        dense, batch_size=settings.batch_size, runtime=settings.runtime, kinds=sorted(kinds), path=path, say=print
     )
     seconds = time.perf_counter() - start
     masked = copy.deepcopy(dense)
-    every = slimming.describe(masked)
-    by_dimension = any(group.kind == "head_dim" for group in every)
-    masks = slimming.attach(masked, [group for group in every if group.kind != "head" or not by_dimension])
-    kinds = {group.kind for group in masks.groups}
+    masks = slimming.attach(masked, searched(slimming.describe(masked), sorted(kinds)))
     sets = [names for names in SETS if kinds.issuperset(names)] if by_dimension else [tuple(sorted(kinds))]
     scattered = [scatter(number, sets, dense, masked, masks, known, settings) for number in range(settings.plans)]
     shares = SHARES if settings.runtime == "eager" else ()

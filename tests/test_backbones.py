@@ -57,9 +57,8 @@ def swin() -> nn.Module:
 
 
 def half(model: nn.Module) -> Plan:
-    groups = slimming.describe(model)
     masks = slimming.attach(model)
-    plan = slimming.plan(masks, Budget(keep=dict.fromkeys({group.kind for group in groups}, 0.5)), layout=FREE)
+    plan = slimming.plan(masks, Budget(keep=dict.fromkeys({group.kind for group in masks.groups}, 0.5)), layout=FREE)
     masks.detach_()
     return plan
 

@@ -15,13 +15,13 @@ from torch import nn
 import slimming
 from clocks import CountingClock
 from slimming import latency
-from slimming.api import anatomy_of
+from slimming.api import anatomy_of, searched
 from slimming.cut import complete
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError
 from slimming.families import family_of
 from slimming.family import Timed
 from slimming.latency import LatencyTable, build_latency_table
-from slimming.plan import Budget, Layout
+from slimming.plan import KINDS, Budget, Layout
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
@@ -45,7 +45,7 @@ def model() -> nn.Module:
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "_Clock", CountingClock)
-        built = build_latency_table(model)
+        built = build_latency_table(model, kinds=KINDS)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
         {**point, "ms": cost_of(point["kind"], {name: point[name] for name in axes if name in point})}
@@ -150,16 +150,26 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     monkeypatch.setattr(latency, "_Clock", CountingClock)
     CountingClock.asked = 0
     path = tmp_path / "table.json"
-    whole = build_latency_table(model, path=path)
+    whole = build_latency_table(model, kinds=KINDS, path=path)
     every = CountingClock.asked
     once = 1 + 2 + len(latency.MULTIPLES)  # the whole model, and sizes that are multiples of something
     assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
-    again = build_latency_table(model, path=path)
+    again = build_latency_table(model, kinds=KINDS, path=path)
     assert CountingClock.asked == every + len(whole.points) - len(half.points) + once
     assert {json.dumps(p) for p in again.points} == {json.dumps(p) for p in whole.points}
-    assert build_latency_table(model, path=path) == again
+    assert build_latency_table(model, kinds=KINDS, path=path) == again
+    CountingClock.asked = 0
+    fewer = build_latency_table(model, path=tmp_path / "fewer.json")
+    assert len(fewer.points) < len(whole.points) / 2
+    narrow = dict.fromkeys(("embedding",), 32)
+    with pytest.raises(PlanError, match=r"knows width 64 only, the model has 32.*--kinds"):
+        fewer.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups} | narrow)
+    more = build_latency_table(model, kinds=KINDS, path=tmp_path / "fewer.json")
+    assert {json.dumps(p) for p in more.points} == {json.dumps(p) for p in whole.points}
+    with pytest.raises(ConfigError, match="There is no kind 'widht'"):
+        build_latency_table(model, kinds=("widht",))
     with pytest.raises(PlanError, match="not complete"):
         LatencyTable(setting=whole.setting, points=whole.points[:-1]).predict(
             anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups}
@@ -192,28 +202,35 @@ def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
         assert torch.allclose(stages["x"], model(x), atol=1e-5)
 
 
+SWIN = {"img_size": 64, "window_size": 2, "depths": (2, 1, 1, 1), "embed_dim": 24}
 TRACED = [
-    ("test_resnet", {}),
-    ("test_efficientnet", {}),
-    ("regnety_002", {}),
-    ("densenet121", {"block_config": (2, 2, 2, 2)}),
-    ("mobilevit_xxs", {}),
-    ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (2, 1, 1, 1), "embed_dim": 24}),
-    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}),
+    ("test_resnet", {}, None),
+    ("test_efficientnet", {}, None),
+    ("regnety_002", {}, None),
+    ("densenet121", {"block_config": (2, 2, 2, 2)}, None),
+    ("mobilevit_xxs", {}, None),
+    ("swin_tiny_patch4_window7_224", SWIN, None),
+    ("swin_tiny_patch4_window7_224", SWIN, ("head", "mlp", "width")),
+    ("test_convnext", {}, ("mlp", "width")),
+    ("levit_128s", {}, ("channel", "head", "mlp", "width")),
+    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}, None),
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments"), TRACED, ids=[name for name, _ in TRACED])
+@pytest.mark.parametrize(
+    ("name", "arguments", "kinds"), TRACED, ids=[f"{name}{' width' * bool(kinds)}" for name, _, kinds in TRACED]
+)
 def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
-    name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency, "_Clock", CountingClock)
     overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
     model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     model = model.eval().requires_grad_(False)
-    built = build_latency_table(model)
+    built = build_latency_table(model, kinds=kinds)
     anatomy = anatomy_of(model)
-    masks = slimming.attach(timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments))
+    twin = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
+    masks = slimming.attach(twin, searched(slimming.describe(twin), kinds))
     with torch.no_grad():
         for number, mask in enumerate(masks.values()):
             mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
@@ -223,6 +240,8 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     assert built.calibration == pytest.approx(1.0, abs=1e-5)
     assert predicted(built, model, plan) == pytest.approx(counted, rel=0.01)
     assert 0.5 < predicted(built, model, plan) / whole <= 0.6
+    gone = {group.kind for group in masks.groups if len(plan.kept[group.name]) < group.size}
+    assert ("width" in gone) == (kinds is not None)
 
 
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:

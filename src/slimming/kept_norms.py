@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimming.groups import Group
+
 
 class KeptNorm:
     """Forward hook of a LayerNorm: its output as if only ``index`` were there, 0 elsewhere."""
@@ -17,14 +19,26 @@ class KeptNorm:
         self.index = index
 
     def __call__(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        index = self.index.to(output.device)
+        index, dim = self.index.to(output.device), feature_dim(module)
         weight, bias = (None if p is None else p[index] for p in (module.weight, module.bias))
-        inside = F.layer_norm(args[0][..., index], (len(index),), weight, bias, module.eps)
-        return torch.zeros_like(output).index_copy(-1, index, inside.to(output.dtype))
+        kept = args[0].index_select(dim, index).movedim(dim, -1)
+        inside = F.layer_norm(kept, (len(index),), weight, bias, module.eps).movedim(-1, dim)
+        return torch.zeros_like(output).index_copy(dim, index, inside.to(output.dtype))
 
 
-def keep_in_norms(model: nn.Module, norms: Sequence[str], units: Sequence[int]) -> list[Callable[[], None]]:
-    """Let the LayerNorms called ``norms`` see ``units`` alone; gives functions that undo it."""
-    hook = KeptNorm(torch.tensor(list(units)))
-    # In front of other hooks, which change what the norm gives.
-    return [model.get_submodule(name).register_forward_hook(hook, prepend=True).remove for name in norms]
+def feature_dim(norm: nn.Module) -> int:
+    """The dimension of its input that a LayerNorm is over: 1 in those that hosts make for images (B, C, H, W)."""
+    images = "2d" in type(norm).__name__ or getattr(norm, "data_format", "") == "channels_first"
+    return 1 if images else -1
+
+
+def keep_in_norms(model: nn.Module, group: Group, units: Sequence[int]) -> list[Callable[[], None]]:
+    """Let the LayerNorms of ``group`` see ``units`` alone; gives functions that undo it."""
+    undo: list[Callable[[], None]] = []
+    for one in group.slices:
+        owner, _, name = one.tensor.rpartition(".")
+        if owner in group.norms and name == "weight":
+            hook = KeptNorm(torch.tensor(sorted(place for unit in units for place in one.index[unit])))
+            # In front of other hooks, which change what the norm gives.
+            undo.append(model.get_submodule(owner).register_forward_hook(hook, prepend=True).remove)
+    return undo

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from slimming.bench import machine, paired_times, summary
-from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
+from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError, nearest
 from slimming.families import family_of
 from slimming.family import Family, Timed
 from slimming.formulas import evaluate
 from slimming.groups import REST, Anatomy, Piece, keep_all
 from slimming.io import atomic_json, seal
-from slimming.plan import FORMAT, read_sealed
+from slimming.plan import FORMAT, KINDS, read_sealed
 from slimming.runtimes import check_runtime, prepare
 
 STEPS: Mapping[str, Sequence[float]] = {
@@ -41,6 +41,8 @@ STEPS: Mapping[str, Sequence[float]] = {
     "channels": (0.25, 1.0),
 }
 """Points of the grid along each axis, as shares of the model's own size."""
+DEFAULT_KINDS = ("head_dim", "head", "mlp", "channel", "token")
+"""Kinds whose sizes a table has if none are named."""
 MULTIPLES, WHOLE, FAST = (1, 2, 4, 8, 16, 32), 64, 1.03
 """Multiples to try, the one that they are held against, and how much longer a size may take and still count as fast."""
 WHAT = "latency table"
@@ -206,7 +208,7 @@ class _Grid:
                 if row[place] != size:
                     raise PlanError(
                         f"The latency table knows {self.axes[place]} {size} only, the model has {row[place]}: build "
-                        "one for this model."
+                        "one for this model: slimming latency-table build, with --kinds if its width is to go."
                     )
         if not self.moving:
             return self.one * len(rows)
@@ -227,6 +229,7 @@ def build_latency_table(
     *,
     batch_size: int = 1,
     runtime: str = "eager",
+    kinds: Sequence[str] | None = None,
     path: str | Path | None = None,
     seconds: float = 0.15,
     say: Say | None = None,
@@ -237,24 +240,30 @@ def build_latency_table(
         model: a dense model; its weights do not matter.
         batch_size: images per pass.
         runtime: ``"eager"``; ``"compile"`` for `torch.compile` or ``"onnxruntime"``, which take some seconds per point.
+        kinds: kinds of units whose number may differ; None takes those that a search takes by default. With ``width`` a
+            table has some times more points; one that is there already gets what it lacks.
         path: where the table goes, point by point; one that is there already is gone on with.
         seconds: about how long to measure each point.
         say: told what is measured, one line at a time.
 
     Raises:
         UnsupportedModelError: the model has no pieces.
-        ConfigError: there is no such runtime, or the file at ``path`` is of another setting.
+        ConfigError: there is no such runtime or kind, or the file at ``path`` is of another setting.
     """
     check_runtime(runtime)
     family = family_of(model)
     model = copy.deepcopy(model).eval()
     anatomy = family.read(model)
     _check_pieces(anatomy)
+    moving = {group.name for group in anatomy.groups if group.kind in (kinds or DEFAULT_KINDS)}
+    if kinds is not None and (unknown := set(kinds).difference(KINDS)):
+        name = sorted(unknown)[0]
+        raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
     table = LatencyTable(setting=_setting(model, batch_size, runtime))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
     have = {_name(point) for point in table.points}
-    left = [(piece, sizes) for piece, sizes in _plan(anatomy) if _name(_point(piece, sizes)) not in have]
+    left = [(piece, sizes) for piece, sizes in _plan(anatomy, moving) if _name(_point(piece, sizes)) not in have]
     clock = _Clock(family, model, anatomy, batch_size, runtime)
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
     table = replace(table, reference_ms=block)
@@ -367,8 +376,8 @@ def _setting(model: nn.Module, batch_size: int, runtime: str) -> dict[str, Any]:
     }
 
 
-def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
-    """Every point of the grid, once per kind of piece."""
+def _plan(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Piece, dict[str, int]]]:
+    """Every point of the grid along what ``groups`` change, once per kind of piece."""
     full = {group.name: group.size for group in anatomy.groups}
     seen: set[tuple[str, str]] = set()
     for piece in anatomy.pieces:
@@ -378,7 +387,7 @@ def _plan(anatomy: Anatomy) -> Iterator[tuple[Piece, dict[str, int]]]:
         axes = []
         for name, dim in piece.axes:
             most = dim.value(full)
-            if not dim.groups:
+            if not any(name in groups for name, _ in dim.groups):
                 axes.append([most])
                 continue
             moving = most - dim.fixed

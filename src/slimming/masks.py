@@ -261,6 +261,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         for name, units in plan.kept.items():
             if name not in self and len(units) < plan.sizes[name]:
                 raise PlanError(f"The plan cuts {name!r}, which has no mask here. Attach that group too.")
+        self._undo_(self._widen_norms)
         for group in self.groups:
             mask = self[group.name]
             stays = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
@@ -273,8 +274,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
                 mask[stays] = one
             mask[~stays] = 0.0
             if group.norms:
-                self._undo_(self._widen_norms)
-                self._widen_norms = keep_in_norms(self.model, group.norms, kept[group.name])
+                self._widen_norms += keep_in_norms(self.model, group, kept[group.name])
 
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
         """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""

@@ -100,19 +100,21 @@ def row_entry(
         "top1_cut": top1_cut,
         "top1": top1,
         "seconds": dict(seconds),
-        **_width(dense, plan),
+        **_widths(dense, plan),
         "layers": layers_of(dense, plan),
         "checkpoint": f"{budget.name}/slim",
         "log": f"{budget.name}/log.jsonl",
     }
 
 
-def _width(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
-    """How much of the embedding width stays, for models where it can go."""
-    for group in anatomy.groups:
-        if group.kind == "width":
-            return {"width": {"kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}}
-    return {}
+def _widths(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
+    """How much of each embedding width stays, for models where it can go."""
+    found = [
+        {"name": group.name, "kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}
+        for group in anatomy.groups
+        if group.kind == "width"
+    ]
+    return {"widths": found} if found else {}
 
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:

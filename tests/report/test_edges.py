@@ -42,6 +42,23 @@ def test_every_kept_number_is_written_in_its_cell(make_run: MakeRun) -> None:
                 assert f"block {depth}: {len(layer['tokens']['kept'])} of 64 " in shown
 
 
+def test_every_embedding_width_is_shown(make_run: MakeRun) -> None:
+    def several(results: dict[str, Any]) -> None:
+        names = ("layers.0.blocks.0.mlp.fc2.width", "layers.1.blocks.0.mlp.fc2.width")
+        for row in results["rows"]:
+            row["widths"] = [{"name": n, "kept": 40 + 8 * i, "of": 96 * (i + 1)} for i, n in enumerate(names)]
+
+    html = page_of(make_run(several))
+    assert "Embedding width" in html
+    for text in ("<title>stage layers.0: 40 of 96 ", "<title>stage layers.1: 48 of 192 "):
+        assert text in panel(html, 0)
+
+    def one(results: dict[str, Any]) -> None:
+        results["rows"][0]["widths"] = [{"name": "embedding", "kept": 64, "of": 96}]
+
+    assert "<title>stage all: 64 of 96 " in panel(page_of(make_run(one)), 0)
+
+
 def test_darkened_cells_are_those_that_are_cut(make_run: MakeRun) -> None:
     def change(results: dict[str, Any]) -> None:
         kept = [p for p in range(64) if p not in (0, 1, 63)]

@@ -87,6 +87,7 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
     result: dict[str, dict[str, int]] = {}
     for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
+        # What goes with a whole attention or MLP is what goes with all its units.
         cost = together(anatomy, whole, [group.name for group in members])
         units = sum(group.size for group in members)
         result[kind] = {"groups": len(members), "units": units, "params": cost.params, "macs": cost.macs}
@@ -142,16 +143,16 @@ def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> A
     by_dimension = {group.site for group in groups if group.kind == "head_dim"}
     blocks: dict[str, list[Group]] = {}
     for group in groups:
-        if not (group.kind == "head" and group.site in by_dimension):
+        # A width is of many blocks.
+        if group.kind != "width" and not (group.kind == "head" and group.site in by_dimension):
             blocks.setdefault(_block(group), []).append(group)
-    # What goes with a whole attention or MLP is what goes with all its units; the width has a line below.
-    blocks = {name: members for name, members in blocks.items() if members[0].kind != "width"}
     titles = {"qk": "QK", "v": "V", "head": "heads", "mlp": "hidden", "channel": "channels", "token": "tokens"}
     present = {group.role for members in blocks.values() for group in members}
     roles = [role for role in titles if role in present]
     table = _table("block", *(titles[role] for role in roles), "params", "share", "MACs", "share")
     for block, members in blocks.items():
         shown = ["+".join(_size(group) for group in members if group.role == role) or "-" for role in roles]
+        # What goes with a whole attention or MLP is what goes with all its units.
         cost = together(anatomy, whole, [group.name for group in members if group.kind not in ("token", "block")])
         table.add_row(block, *shown, *_costs(cost.params, cost.macs, found))
     return table

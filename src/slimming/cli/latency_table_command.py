@@ -23,6 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
                         help="arguments of the host's constructor, such as timm's img_size")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
+    parser.add_argument("--kinds", metavar="A,B", help="kinds of units whose number may differ, such as mlp,width "
+                        "(default: what a search takes)")  # fmt: skip
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
@@ -62,7 +64,12 @@ def execute(arguments: argparse.Namespace) -> None:
     options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
     model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
     table = build_latency_table(
-        model, batch_size=arguments.batch_size, runtime=arguments.runtime, path=arguments.output, say=say
+        model,
+        batch_size=arguments.batch_size,
+        runtime=arguments.runtime,
+        kinds=arguments.kinds.split(",") if arguments.kinds is not None else None,
+        path=arguments.output,
+        say=say,
     )
     say(
         f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "

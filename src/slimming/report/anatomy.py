@@ -83,12 +83,19 @@ def dimensions(row: Row, *, count_tokens: bool) -> Html:
         shown = [(layer, kept) for layer, kept in zip(layers, values, strict=True) if kept or len(layers) <= DEEP]
         if any(values):
             parts.append(figure(_bars(row, shown, kind), title=title))
-    if row.width is not None and row.width.kept < row.width.of:
-        everywhere = Layer(name="embedding", label="all")
-        parts.append(figure(_bars(row, [(everywhere, row.width)], "width"), title="Embedding width"))
+    if any(kept.kept < kept.of for kept in row.widths.values()):
+        one = len(row.widths) == 1
+        shown = [(Layer(name=n, label="all" if one else _stage(n)), kept) for n, kept in row.widths.items()]
+        parts.append(figure(_bars(row, shown, "width"), title="Embedding width"))
     if not parts:
         return tag("p", "The results do not say what stays in each layer.")
     return tag("div", parts, class_="anatomy")
+
+
+def _stage(name: str) -> str:
+    """The stage that an embedding width is of: its name up to the first number."""
+    parts = name.split(".")
+    return ".".join(parts[: 1 + next((place for place, part in enumerate(parts) if part.isdigit()), 0)])
 
 
 def _row_height(layers: Sequence[Layer]) -> float:
@@ -153,7 +160,8 @@ def _bars(row: Row, shown: Sequence[tuple[Layer, Kept | None]], kind: str) -> Ht
         if kept is None:
             parts.append(tag("text", "all", x=left, y=y + height / 2 + 3.5, class_="tick"))
             continue
-        tip = f"layer {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
+        where = "stage" if kind == "width" else "layer"
+        tip = f"{where} {layer.label}: {kept.kept} of {kept.of} ({percent(kept.share)})"
         full = tag("rect", x=left, y=y + 2.5, width=BAR, height=height - 5, rx=2, class_="full")
         bar = tag(
             "rect",
@@ -172,7 +180,7 @@ def _bars(row: Row, shown: Sequence[tuple[Layer, Kept | None]], kind: str) -> Ht
     return svg(
         left + BAR + 40,
         20 + len(layers) * height,
-        f"{what[0].upper()}{what[1:]} kept per layer under {row.label}.",
+        f"{what[0].upper()}{what[1:]} kept per {'stage' if kind == 'width' else 'layer'} under {row.label}.",
         parts,
     )
 

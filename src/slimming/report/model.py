@@ -98,7 +98,7 @@ class Row:
         top1: the same after retraining.
         seconds: stage -> how long it took.
         layers: what stays.
-        width: embedding width, where it can go.
+        widths: embedding widths where they can go, one per stage in hierarchical models, by name.
         log: the log of its retraining, relative to the run's directory.
     """
 
@@ -115,7 +115,7 @@ class Row:
     top1: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
-    width: Kept | None = None
+    widths: Mapping[str, Kept] = field(default_factory=dict)
     log: str | None = None
 
 
@@ -319,7 +319,7 @@ def _row(node: _Node, *, dense: bool) -> Row:
         top1=_maybe(node, "top1", _Node.share),
         seconds={key: found.number() for key, found in _children(node, "seconds")},
         layers=_layers(_list(node, "layers")),
-        width=_maybe(node, "width", lambda found: _kept(found, "kept")),
+        widths={one.need("name").text(): _kept(one, "kept") for one in _list(node, "widths")},
         log=_maybe(node, "log", _Node.text),
     )
 

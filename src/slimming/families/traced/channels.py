@@ -3,6 +3,9 @@
 A unit is a channel with everything that makes it (rows of convolutions and Linears, entries of a BatchNorm)
 and everything that reads it (columns of convolutions and Linears). Setting the columns to 0 is then the same as
 removal, whatever lies between: activations, pooling, squeeze-and-excite, a depthwise convolution.
+
+Channels that LayerNorms or attention read are features of a residual stream: the embedding width, one group per stage
+in hierarchical models. The norms take their statistics over what stays.
 """
 
 from __future__ import annotations
@@ -30,6 +33,21 @@ Place = tuple[str, int]
 """A tensor's name and one of its dimensions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Where channels go into a module that another reader has read, and where they come out.
+
+    Attributes:
+        into: what goes with a channel of the input: a tensor, its dimension, and the side as in `Slices`.
+        makes: tensors and their dimensions that go with a channel of the output.
+        norms: names of the norms over what is as wide as the input.
+    """
+
+    into: tuple[tuple[str, int, str], ...] = ()
+    makes: tuple[Place, ...] = ()
+    norms: tuple[str, ...] = ()
+
+
 @dataclass
 class _Found:
     """One coupled set of channels: where each root channel lies in each tensor."""
@@ -39,6 +57,13 @@ class _Found:
     linear: bool = True
     reason: str | None = None
     grouped: set[str] = field(default_factory=set)
+    norms: set[str] = field(default_factory=set)
+    through: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether these are features of a residual stream."""
+        return bool(self.norms) or self.through
 
     def add(self, tensor: str, dim: int, side: str, pairs: Iterable[tuple[int, int]]) -> None:
         owned = self.places.setdefault(((tensor, dim), side), {})
@@ -46,13 +71,16 @@ class _Found:
             owned.setdefault(root, set()).add(place)
 
 
-def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -> tuple[list[Group], list[str]]:
+def channel_groups(
+    model: nn.Module, example: Any, claimed: Mapping[str, str], ends: Mapping[str, Ends]
+) -> tuple[list[Group], list[str]]:
     """Read the coupled channels of ``model``.
 
     Args:
         model: in evaluation mode, on the CPU, with parameters that require gradients.
         example: what its forward takes.
         claimed: names of modules that another reader has read -> why channels that pass through are left out.
+        ends: those of them that are known from outside.
 
     Returns:
         The groups, and what was left out with the reason.
@@ -68,7 +96,7 @@ def channel_groups(model: nn.Module, example: Any, claimed: Mapping[str, str]) -
         return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
-    found = _joined([_found(members, names, claimed, model) for members in items])
+    found = _joined([_found(members, names, claimed, ends, model) for members in items])
     groups: list[Group] = []
     reasons: dict[str, int] = {}
     taken: set[str] = set()
@@ -193,7 +221,13 @@ def _first_tensors(output: Any) -> Any:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
-def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[str, str], model: nn.Module) -> _Found:
+def _found(
+    members: Sequence[Any],
+    names: Mapping[int, str],
+    claimed: Mapping[str, str],
+    ends: Mapping[str, Ends],
+    model: nn.Module,
+) -> _Found:
     root = names.get(id(members[0].dep.target.module), "?")
     found = _Found(root)
     for item in members:
@@ -202,7 +236,7 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
         if name is None:
             continue  # an operation without weights
         reason = _claim(name, claimed)
-        if reason is not None:
+        if reason is not None and name not in ends:
             found.reason = found.reason or reason
             continue
         roots = list(item.root_idxs or range(len(item.idxs)))
@@ -211,7 +245,14 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
             continue
         pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
         out = "out" in item.dep.handler.__name__ or "depthwise" in item.dep.handler.__name__
-        if isinstance(module, nn.Parameter):
+        if name in ends:
+            found.through = True
+            for tensor, dim in ends[name].makes if out else ():
+                found.add(tensor, dim, "in", pairs)
+            for tensor, dim, side in () if out else ends[name].into:
+                found.add(tensor, dim, side, pairs)
+            found.norms.update(() if out else ends[name].norms)
+        elif isinstance(module, nn.Parameter):
             found.add(name, int(item.dep.target.pruning_dim), "in", pairs)
         elif isinstance(module, nn.Linear):
             _add_weighted(found, name, module, out, pairs)
@@ -222,6 +263,10 @@ def _found(members: Sequence[Any], names: Mapping[int, str], claimed: Mapping[st
             else:
                 _add_weighted(found, name, module, out, pairs)
         elif isinstance(module, BATCH_NORM):
+            for tensor in _vectors(module):
+                found.add(f"{name}.{tensor}", 0, "in", pairs)
+        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+            found.norms.add(name)
             for tensor in _vectors(module):
                 found.add(f"{name}.{tensor}", 0, "in", pairs)
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
@@ -259,6 +304,8 @@ def _join(first: _Found, second: _Found) -> _Found:
     first.linear &= second.linear
     first.reason = first.reason or second.reason
     first.grouped |= second.grouped
+    first.norms |= second.norms
+    first.through |= second.through
     return first
 
 
@@ -288,8 +335,25 @@ def _add_grouped(found: _Found, name: str, module: Any, out: bool, pairs: list[t
         found.add(f"{name}.bias", 0, "in", every)
 
 
+def _repeat_(found: _Found, model: nn.Module) -> None:
+    """Let neighbours that are joined before a norm and a layer, as in Swin's downsampling, go with their channel.
+
+    torch-pruning follows such joins in part or not at all. The guess that blocks of all channels lie behind each other
+    is for the proof to confirm.
+    """
+    tensors = dict(model.named_parameters())
+    width = 1 + max((root for owned in found.places.values() for root in owned), default=0)
+    for ((name, dim), _), owned in found.places.items():
+        length = tensors[name].shape[dim] if name in tensors else width
+        if length > width and length % width == 0 and sum(map(len, owned.values())) < length:
+            owned.clear()
+            owned.update((root, set(range(root, length, width))) for root in range(width))
+
+
 def _group(found: _Found, model: nn.Module) -> Group | str:
     """The group of one coupled set, or why there is none."""
+    if found.wide:
+        _repeat_(found, model)
     roots = sorted({root for owned in found.places.values() for root in owned})
     owner = _merged(roots, found.places.values())
     units = sorted(set(owner.values()))
@@ -311,16 +375,21 @@ def _group(found: _Found, model: nn.Module) -> Group | str:
         return "they leave the model as its output"
     if not any(one.side == "in" and one.tensor.endswith("weight") for one in slices):
         return "nothing in the model makes them"
-    kind = "mlp" if found.linear or _in_mlp(found.name, model) else "channel"
+    kind, what = "channel", "channels"
+    if found.wide:
+        kind, what = "width", "width"
+    elif found.linear or _in_mlp(found.name, model):
+        kind, what = "mlp", "hidden"
     scales = tuple(Scale(tensor=one.tensor, dim=one.dim, index=one.index) for one in slices if one.side == "out")
     return Group(
-        name=f"{found.name}.{'hidden' if kind == 'mlp' else 'channels'}",
+        name=f"{found.name}.{what}",
         kind=kind,
         size=len(units),
         site=found.name,
         role=kind,
         slices=tuple(slices),
         scales=scales,
+        norms=tuple(sorted(found.norms)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,11 @@ def operations(
         each: names of layers that run once per head.
     """
     dims = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
-    macs = macs_by_module(model, example)
+    macs: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for (name, weight), count in macs_by_weight(model, example).items():
+        macs[name][weight] = count
     heads = {group.site: group for group in groups if group.kind == "head"}
+    sizes = {group.name: group.size for group in groups}
     result = []
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -42,13 +46,15 @@ def operations(
                 seen.add(id(parameter))
                 # A scalar is an empty product.
                 own[parameter_name] = dims[f"{name}.{parameter_name}" if name else parameter_name]
-        count = macs.get(name, 0)
-        if not own and not count:
+        # A weight that is standardised or made of others first is known by its module alone.
+        known = f"{name}.weight" if isinstance(module, (nn.Linear, *CONV)) else ""
+        counts = {weight or known: count for weight, count in macs.get(name, {}).items() if count}
+        if not own and not counts:
             continue
         result.append(
             Operation(
                 name=name or "model",
-                macs=(_product(name, module, count, dims, heads, each),) if count else (),
+                macs=tuple(_product(name, *one, dims, sizes, heads, each) for one in counts.items()),
                 params=tuple(own.values()),
             )
         )
@@ -57,16 +63,19 @@ def operations(
 
 def _product(
     name: str,
-    module: nn.Module,
+    weight: str,
     count: int,
     dims: Mapping[str, tuple[Dim, ...]],
+    sizes: Mapping[str, int],
     heads: Mapping[str, Group],
     each: Collection[str],
 ) -> tuple[Dim, ...]:
-    weight = dims.get(f"{name}.weight")
-    if weight is not None and name not in each and isinstance(module, (nn.Linear, *CONV)):
-        rows, columns = module.weight.shape[:2]
-        return (Dim(fixed=count // (rows * columns)), weight[0], weight[1])
+    """The multiply-adds of a module with one weight, or between other tensors, as a product."""
+    rows_and_columns = dims.get(weight, ())[:2]
+    changing = any(dim.groups for dim in rows_and_columns)
+    if rows_and_columns and name not in each and (changing or weight == f"{name}.weight"):
+        full = math.prod(dim.value(sizes) for dim in rows_and_columns)
+        return (Dim(fixed=count // full), *rows_and_columns)
     around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if name else []
     owner = next((heads[one] for one in [name, *around] if one in heads), None)
     if owner is not None and count % owner.size == 0:
@@ -75,10 +84,13 @@ def _product(
 
 
 @torch.no_grad()
-def macs_by_module(model: nn.Module, example: Any) -> dict[str, int]:
-    """Multiply-adds of one forward pass by the innermost module that does them."""
+def macs_by_weight(model: nn.Module, example: Any) -> dict[tuple[str, str], int]:
+    """Multiply-adds of one forward pass by the innermost module that does them and the parameter that takes part.
+
+    The parameter's name is empty where two other tensors are multiplied.
+    """
     stack = [""]
-    counter = _Counter(stack)
+    counter = _Counter(stack, model)
     with _tracked(model, stack), unfused(), counter:
         if isinstance(example, dict):
             model(**example)
@@ -103,13 +115,19 @@ def _tracked(model: nn.Module, stack: list[str]) -> Iterator[None]:
 class _Counter(TorchDispatchMode):
     """Counts multiply-adds of what passes the dispatcher."""
 
-    def __init__(self, stack: list[str]) -> None:
+    def __init__(self, stack: list[str], model: nn.Module) -> None:
         super().__init__()
         self.stack = stack
-        self.macs: defaultdict[str, int] = defaultdict(int)
+        self.macs: defaultdict[tuple[str, str], int] = defaultdict(int)
+        weights = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
+        self.weights = {weight.untyped_storage().data_ptr(): name for name, weight in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.macs[self.stack[-1]] += multiply_adds(func._overloadpacket.__name__, args, tensors)
+        count = multiply_adds(func._overloadpacket.__name__, args, tensors)
+        if count:
+            places = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            weight = next((self.weights[place] for place in places if place in self.weights), "")
+            self.macs[self.stack[-1], weight] += count
         return out

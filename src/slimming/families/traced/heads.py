@@ -51,6 +51,9 @@ class Heads:
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks that its rows fall into (3 for a joint
             projection of q, k and v), each with all heads in order.
+        apart: paths of inputs that read something else than what goes into the module.
+        tied: paths of layers inside whose inputs and outputs the forward takes to be as wide as what goes into the
+            module (a reduction of the tokens).
         output: path of the layer whose columns read the heads, or of a block that begins with it.
         output_blocks: number of equal blocks that these columns fall into, each with all heads in order.
         heads_last: whether the heads are the fastest index of these columns.
@@ -64,6 +67,8 @@ class Heads:
     """
 
     inputs: Mapping[str, int] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     output: str = "proj"
     output_blocks: int = 1
     heads_last: bool = False
@@ -166,6 +171,15 @@ def reader(module: nn.Module, path: str) -> Span | None:
         if name.rpartition(".")[2] == "weight" and tensor.dim() > 1:
             return _span(f"{path}.{name}", tensor.shape[1], within)
     return None
+
+
+def columns(module: nn.Module, path: str) -> list[tuple[str, int]]:
+    """The tensors that read at ``path``, which is a layer, a block that begins with one, or a tensor; with widths."""
+    found = reader(module, path)
+    if found is not None:
+        return [(found.tensor, found.length)]
+    path, _ = _ranged(path)
+    return [(path, tensor.shape[1]) for tensor in _tensors(module, path) if tensor is not None and tensor.dim() > 1]
 
 
 def block_index(length: int, blocks: int, units: int) -> tuple[tuple[int, ...], ...]:

@@ -100,7 +100,7 @@ def pieces(
         module = model.get_submodule(call.name)
         shape = "x".join(map(str, call.x.shape))
         if call.name in heads:
-            axes: dict[str, Dim] = {"heads": Dim(groups=((heads[call.name].name, 1),))}
+            axes: dict[str, Dim] = {"heads": Dim(groups=((heads[call.name].name, 1),)), **_widths(call.name, groups)}
             like, before = f"{type(module).__name__} {_digest(module)} on {shape}", None
         else:
             axes, before = _axes(module, layers.get(call.name), before, full, call.x.shape)
@@ -112,6 +112,18 @@ def pieces(
     if result:
         result.append(Piece(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
     return tuple(result)
+
+
+def _widths(name: str, groups: Sequence[Group]) -> dict[str, Dim]:
+    """The embedding widths that a module reads and, if it is another one, makes."""
+    axes: dict[str, Dim] = {}
+    for side, axis in (("out", "width"), ("in", "out")):
+        for group in groups:
+            touched = any(s.side == side and s.tensor.startswith(f"{name}.") for s in group.slices)
+            dim = Dim(groups=((group.name, 1),))
+            if group.kind == "width" and touched and dim not in axes.values():
+                axes.setdefault(axis, dim)
+    return axes
 
 
 def _axes(
@@ -157,7 +169,7 @@ def piece_module(
                 if tensor.is_floating_point():
                     tensor.data.fill_(0.02)  # what fresh memory holds may be slow to multiply
     shape = list(call.x.shape)
-    if piece.kind == "layer" and axes:
+    if (piece.kind == "layer" and axes) or "width" in axes:
         place, size = _input(small, shape, {name: dim.value(full) for name, dim in axes.items()}, sizes)
         shape[place] = size
     own = sum(tensor.nbytes for tensor in small.parameters())
@@ -229,7 +241,7 @@ def _input(
         return len(shape) - 1, module.in_features
     if isinstance(module, CONV):
         return 1, module.in_channels
-    name = next(iter(full))
+    name = "width" if "width" in full else next(iter(full))
     return (1 if shape[1] == full[name] else len(shape) - 1), sizes[name]
 
 

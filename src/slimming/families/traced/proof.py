@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.groups import Group
+from slimming.kept_norms import keep_in_norms
 
 LIMIT = 1e-9
 """Largest relative difference in float64."""
@@ -95,10 +96,12 @@ def difference(model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut
 def masked_output(
     model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], example: Any
 ) -> list[Tensor]:
-    """The outputs with everything that reads a dropped unit set to 0; the model is as before afterwards."""
+    """The outputs with what reads dropped units set to 0 and norms over what stays; the model is as before then."""
     tensors = dict(model.named_parameters())
     saved: dict[str, Tensor] = {}
+    undo: list[Callable[[], None]] = []
     for group in groups:
+        undo += keep_in_norms(model, group, kept[group.name])
         gone = sorted(set(range(group.size)) - set(kept[group.name]))
         for one in group.slices:
             if one.side == "out" and gone:
@@ -109,6 +112,8 @@ def masked_output(
     try:
         return outputs(model, example)
     finally:
+        for one in undo:
+            one()
         for name, tensor in saved.items():
             tensors[name].data.copy_(tensor)
 

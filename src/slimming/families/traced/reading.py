@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
-from slimming.families.traced.channels import CONV, channel_groups
+from slimming.families.traced.channels import CONV, Ends, channel_groups
 from slimming.families.traced.counting import operations
-from slimming.families.traced.heads import Attributes, head_group
-from slimming.families.traced.mlp import hidden_group
+from slimming.families.traced.heads import Attributes, Heads, columns, head_group, rows
+from slimming.families.traced.mlp import Hidden, hidden_group
 from slimming.families.traced.pieces import calls, pieces
 from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
 from slimming.family import STRUCTURE, Kept, fill_
-from slimming.formulas import Operation
+from slimming.formulas import Dim, Operation
 from slimming.groups import Group, LayerSizes, Piece
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 """How hosts name the number of heads, to recognise attention that no table knows."""
+WIDTHS = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
+"""How models name their own embedding width, or that of the last stage."""
 _BY_HEADS = "they pass through attention, which is cut by heads"
 _UNREAD = "they pass through attention whose heads slimming does not read"
 _BY_HIDDEN = "they pass through a gated MLP, which is cut by hidden units"
@@ -56,11 +58,12 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     hidden, more_attributes, more_claimed, more_uncovered = _hidden(trial)
     for module, values in more_attributes.items():
         attributes[module] = {**attributes.get(module, {}), **values}
-    channels, left_out = channel_groups(trial, example, {**more_claimed, **claimed})
+    channels, left_out = channel_groups(trial, example, {**more_claimed, **claimed}, _ends(trial))
     uncovered += [*more_uncovered, *left_out]
     if asleep:
         uncovered.append(f"{len(asleep)} layers, the first of them {asleep[0]}: they do not run for one image")
     found, tied = _single(trial, [*groups, *hidden, *channels])
+    attributes[""] = {**attributes.get("", {}), **_widths(trial, found)}
     uncovered += tied
     if not found:
         raise UnsupportedModelError(
@@ -170,13 +173,13 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
         found = head_group(name, module, spec)
         if spec.unbound and not is_unbound(module) and unbound_class(type(module)) is None:
             found = "its forward ties the number of heads to the embedding width"
+        elif spec.unbound:
+            unbound.add(name)
         if isinstance(found, str):
             uncovered.append(f"{name} heads: {found}")
             continue
         groups.append(found[0])
         attributes |= found[1]
-        if spec.unbound:
-            unbound.add(name)
     return groups, attributes, unbound, claimed, uncovered
 
 
@@ -198,6 +201,52 @@ def _hidden(model: nn.Module) -> tuple[list[Group], Attributes, dict[str, str], 
             groups.append(found[0])
             attributes |= found[1]
     return groups, attributes, claimed, uncovered
+
+
+def _ends(model: nn.Module) -> dict[str, Ends]:
+    """What the tables' modules read and make, by the innermost module that has their layers."""
+    found: dict[str, Ends] = {}
+    for name, module in model.named_modules():
+        for spec in (heads_of(module), hidden_of(module)):
+            ends = None if spec is None else _end(name, module, spec)
+            if spec is None or ends is None:
+                continue
+            known = found.get(inside := _path(name, spec.inside), Ends())
+            found[inside] = Ends(
+                into=known.into + ends.into, makes=known.makes + ends.makes, norms=known.norms + ends.norms
+            )
+    return found
+
+
+def _end(name: str, module: nn.Module, spec: Heads | Hidden) -> Ends | None:
+    """Where channels go into ``module`` and come out, by its row; None if the row does not say it."""
+    reads = [place for path in spec.inputs if path not in spec.apart for place in columns(module, path)]
+    makes = [(span.tensor, 0, span.length) for span in rows(module, spec.output)]
+    if not reads or not makes:
+        return None
+    # A depthwise convolution has no dimension of its input.
+    into = [(tensor, 1, "out") for tensor, length in reads if length == reads[0][1]]
+    inside = dict(module.named_modules())
+    tied = {path: inside[path] for path in spec.tied if isinstance(inside.get(path), (nn.LayerNorm, nn.Linear, *CONV))}
+    for path, layer in tied.items():
+        into += [(f"{path}.{own}", 0, "in") for own, _ in layer.named_parameters()]
+        into += [] if isinstance(layer, nn.LayerNorm) else [(f"{path}.weight", 1, "out")]
+    return Ends(
+        into=tuple((_path(name, tensor), dim, side) for tensor, dim, side in into),
+        makes=tuple((_path(name, tensor), dim) for tensor, dim, length in makes if length == makes[0][2]),
+        norms=tuple(_path(name, path) for path, layer in tied.items() if isinstance(layer, nn.LayerNorm)),
+    )
+
+
+def _widths(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:
+    """The attributes by which the model itself knows an embedding width, where it can only be that one."""
+    wide = [group for group in groups if group.kind == "width"]
+    result: dict[str, Dim] = {}
+    for name in WIDTHS:
+        same = [group for group in wide if vars(model).get(name) == group.size]
+        if len(same) == 1:
+            result[name] = Dim(groups=((same[0].name, 1),))
+    return result
 
 
 def _single(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:

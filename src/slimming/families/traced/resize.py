@@ -77,6 +77,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             result[name] = {"num_features": weight[0]}
         elif isinstance(module, nn.PReLU):
             result[name] = {"num_parameters": weight[0]}
+        elif isinstance(module, nn.LayerNorm):
+            result[name] = {"normalized_shape[0]": weight[0]}
     return result
 
 
@@ -117,11 +119,12 @@ def layer_sizes(
         used = {name: dim for name, dim in values.items() if {group for group, _ in dim.groups} <= present}
         if used:
             attributes[module] = {**attributes.get(module, {}), **used}
-    for module in {**tensors, **attributes}:
+    tied = [name for name in unbound if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
+    for module in {**tensors, **attributes, **dict.fromkeys(tied)}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
-            unbound=module in unbound and module in attributes,
+            unbound=module in unbound,
         )
     return result
 
@@ -132,7 +135,10 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     counts = {name: len(kept[name]) if name in kept else size for name, size in full.items()}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
-    return {name: entry for name, entry in entries.items() if entry != dense[name]}
+    changed = {name for name, entry in entries.items() if entry != dense[name]}
+    # A forward that ties its heads to the embedding width is changed with either.
+    changed |= {n for n, one in sizes.items() if one.unbound and any(c.startswith(f"{n}.") for c in changed)}
+    return {name: entry for name, entry in entries.items() if name in changed}
 
 
 def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ _ROWS: dict[str, Row] = {
     "models.mvitv2.MultiScaleAttention": _mvit,
     "models.nest.Attention": Heads(inputs=_QKV, heads_last=True, unbound=True),
     "models.nextvit.EfficientAttention": Heads(inputs=_APART, unbound=True),
-    "models.pvt_v2.Attention": Heads(inputs=_Q_AND_KV, unbound=True),
+    "models.pvt_v2.Attention": Heads(inputs=_Q_AND_KV, tied=("sr", "norm"), unbound=True),
     "models.swiftformer.EfficientAdditiveAttention": Heads(
         inputs={"to_query": 1}, output="final", why_not="it has one head"
     ),
@@ -176,14 +176,14 @@ _ROWS: dict[str, Row] = {
         inputs=_QKV, per_head={"relative_position_bias_table": 1}, sizes=("attn_dim",)
     ),
     "models.swin_transformer_v2.WindowAttention": Heads(
-        inputs={**_BIASED, "cpb_mlp.2": 1}, per_head={"logit_scale": 0}, unbound=True
+        inputs={**_BIASED, "cpb_mlp.2": 1}, apart=("cpb_mlp.2",), per_head={"logit_scale": 0}, unbound=True
     ),
     "models.swin_transformer_v2_cr.WindowMultiHeadAttention": Heads(
-        inputs={**_QKV, "meta_mlp.fc2": 1}, per_head={"logit_scale": 0}, unbound=True
+        inputs={**_QKV, "meta_mlp.fc2": 1}, apart=("meta_mlp.fc2",), per_head={"logit_scale": 0}, unbound=True
     ),
     "models.tiny_vit.Attention": Heads(inputs={"qkv": 1}, **_KEYED),
     "models.tnt.Attention": Heads(inputs={"qk": 2, "v": 1}),
-    "models.twins.GlobalSubSampleAttn": Heads(inputs=_Q_AND_KV, unbound=True),
+    "models.twins.GlobalSubSampleAttn": Heads(inputs=_Q_AND_KV, tied=("sr", "norm"), unbound=True),
     "models.twins.LocallyGroupedAttn": _UNBOUND,
     "models.vision_transformer.DiffParallelScalingBlock": _parallel,
     "models.vision_transformer.ParallelScalingBlock": _parallel,

@@ -31,7 +31,7 @@ TORCHVISION: dict[str, Row] = {
     ),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": Heads(**_SWIN, unbound=True),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": Heads(
-        inputs={"qkv": 3, "cpb_mlp.2": 1}, per_head={"logit_scale": 0}, unbound=True
+        inputs={"qkv": 3, "cpb_mlp.2": 1}, apart=("cpb_mlp.2",), per_head={"logit_scale": 0}, unbound=True
     ),
 }
 """Full class name -> where its heads are."""

@@ -27,6 +27,10 @@ _LAYOUTS = (
     ),
 )
 """The layers by which a module without a row is known; what it has besides is found by `_laid_out`."""
+_REDUCTIONS = (
+    *("sequence_reduction", "spatial_reduction", "layer_norm"),
+    *("sequence_reduction.sequence_reduction", "sequence_reduction.layer_norm"),
+)
 _BIASES = ("relative_position_bias_table", "relative_position_bias.relative_position_bias_table")
 
 
@@ -40,6 +44,7 @@ def _laid_out(module: nn.Module, layout: Heads) -> Heads:
     size = getattr(owner, "head_dim", None) or getattr(owner, "attention_head_size", None)
     row = replace(
         layout,
+        tied=tuple(f"{prefix}{path}" for path in _REDUCTIONS),
         per_head={f"{prefix}{path}": 1 for path in _BIASES},
         count=f"{prefix}{counts[0]}" if counts else rows // size if size else 1,
         sizes=(f"{prefix}all_head_size",),
@@ -84,6 +89,7 @@ _ROWS: dict[str, Row] = {
     ),
     "swinv2.modeling_swinv2.Swinv2Attention": Heads(
         inputs={f"self.{path}": 1 for path in ("query", "key", "value", "continuous_position_bias_mlp.2")},
+        apart=("self.continuous_position_bias_mlp.2",),
         output="output.dense",
         per_head={"self.logit_scale": 0},
         count="self.num_attention_heads",
