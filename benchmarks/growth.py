@@ -4,7 +4,8 @@
 
 Random weights, random masks, half of the multiply-adds; each model in a process of its own, so that its peak of memory
 is its own. A stage that grows like the parameters has exponent 1. The search step is one forward and backward pass of
-one image with masks, penalty and scores, without an optimiser.
+one image with masks, penalty and scores, without an optimiser. ViT-g's weights are bfloat16, so that all fits in 24 GB;
+its row takes no part in the exponents. The rows are drawn too, in growth.svg.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MODELS = (
     "vit_huge_patch14_224",
     "vit_giant_patch14_224",
 )
+HALF = "vit_giant_patch14_224"
+"""Measured with weights of half the size."""
 STAGES = {
     "attach": "attach, s",
     "step": "search step, s",
@@ -53,7 +56,8 @@ def measure(name: str, threads: int, seed: int) -> dict[str, float]:
     """Seconds and bytes of one model."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    model: Any = timm.create_model(name).eval()
+    dtype = torch.bfloat16 if name == HALF else torch.float32
+    model: Any = timm.create_model(name, dtype=dtype).eval()
     found: dict[str, float] = {"params": sum(p.numel() for p in model.parameters())}
 
     def timed(stage: str, work: Callable[[], Any]) -> Any:
@@ -66,7 +70,7 @@ def measure(name: str, threads: int, seed: int) -> dict[str, float]:
     for mask in masks.values():
         nn.init.uniform_(mask)
     image, label = (
-        torch.randn(1, *model.patch_embed.proj.weight.shape[1:2], *model.patch_embed.img_size),
+        torch.randn(1, *model.patch_embed.proj.weight.shape[1:2], *model.patch_embed.img_size, dtype=dtype),
         torch.tensor([0]),
     )
 
@@ -126,8 +130,33 @@ def write(rows: dict[str, dict[str, float]], settings: Any) -> None:
         for name, row in ordered.items()
     ]
     if len(rows) > 1:
-        lines.append(["exponent", "1", *(f"{exponent(ordered, stage):.2f}" for stage in STAGES)])
+        alike = {name: row for name, row in ordered.items() if name != HALF}
+        lines.append(["exponent", "1", *(f"{exponent(alike, stage):.2f}" for stage in STAGES)])
+    draw(ordered, settings.output / "growth.svg")
     store("growth", settings, table(["model", "params", *STAGES.values()], lines), rows=ordered)
+
+
+def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Seconds of every stage over parameters, both axes logarithmic, with a line that grows like the parameters."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "growth", "font.size": 9}
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    alike = {name: row for name, row in rows.items() if name != HALF}
+    params = [row["params"] / 1e6 for row in alike.values()]
+    for stage, title in STAGES.items():
+        if title.endswith(", s"):
+            (line,) = axes.loglog(params, [row[stage] for row in alike.values()], marker="o", ms=3, lw=1.2)
+            line.set_label(title.removesuffix(", s"))
+            for name in rows.keys() - alike.keys():
+                axes.loglog(rows[name]["params"] / 1e6, rows[name][stage], marker="o", mfc="none", c=line.get_color())
+    axes.loglog(params, [0.02 * p / params[0] for p in params], c="0.6", ls="--", lw=1, label="like the parameters")
+    axes.set(xlabel="parameters, millions", ylabel="seconds")
+    axes.grid(visible=True, which="major", lw=0.4, alpha=0.5)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":

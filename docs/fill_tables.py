@@ -31,7 +31,7 @@ CONFIGS = {
     "RunConfig": "slimming.pipeline",
     "ModelConfig": "slimming.pipeline",
     "DataConfig": "slimming.training.config",
-    "SearchConfig": "slimming.searching",
+    "SearchConfig": "slimming.search_config",
     "Layout": "slimming.plan",
     "TrainConfig": "slimming.training.config",
     "DistilConfig": "slimming.retrain",

@@ -104,6 +104,25 @@ def test_several_limits_are_both_nearly_met(model: nn.Module) -> None:
     assert 0.594 <= found.params / whole.params <= 0.6
 
 
+def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) -> None:
+    """Whole attentions and MLPs are a twentieth of the model each: one order ends below, the default fills up."""
+    anatomy, whole = anatomy_of(model), slimming.cost(model)
+    dice = torch.Generator().manual_seed(0)
+    groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "branch")]
+    scores = {g.name: torch.rand(g.size, generator=dice) * (500 if g.role == "branch" else 1) for g in groups}
+    planner = Planner(anatomy, scores, Layout(), partial(_measure, anatomy))
+    short = 0
+    for percent in range(35, 100, 5):
+        budget = Budget(macs=percent / 100)
+        nested, default = (planner.plan(budget, fold=True, solver=name) for name in ("nested", None))
+        shares = [slimming.cost(model, made).macs / whole.macs / budget.limits["macs"] for made in (nested, default)]
+        assert 0.99 <= shares[1] <= 1
+        assert default.solution["kept_score"] >= nested.solution["kept_score"]
+        assert default.solution["solver"] == ("exact" if shares[0] < 0.99 else "nested")
+        short += shares[0] < 0.99
+    assert short
+
+
 def test_channels_in_times_channels_out(model: nn.Module) -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     anatomy = anatomy_of(net)

@@ -178,9 +178,10 @@ def plan(
         score: which score of attached masks to use, see `SoftMasks.scores`; other sources have theirs.
         fold: False makes the masks of what stays 1 at the cut, as in the paper; by default as the search says.
         solver: ``"nested"`` takes units away in one order, so that larger budgets keep all that smaller ones keep;
-            it is the default for one limit. ``"exact"`` keeps the most total score that fits, by linear programming
-            (see `slimming.solve`): the default for several limits, which one order meets badly. Its plans are not
-            nested. Keep ratios need no solver.
+            it is the default for one limit, where it ends within 1 % of it. ``"exact"`` keeps the most total score that
+            fits, by linear programming (see `slimming.solve`): the default for several limits, which one order meets
+            badly, and where the last step of the order was a large one. Its plans are not nested. Keep ratios need no
+            solver.
         latency: the table, or its file, that says how long a model takes; needed for limits of latency.
 
     Raises:
@@ -243,7 +244,7 @@ def plans(
     fold = rating.fold if fold is None else fold
     found = []
     for budget in budgets:
-        made = planner.plan(budget, fold=fold, solver=solver or ("nested" if len(budget.limits) < 2 else "exact"))
+        made = planner.plan(budget, fold=fold, solver=solver)
         if table is not None:
             counts = {name: len(units) for name, units in complete(rating.anatomy, made).items()}
             made = replace(made, solution={**made.solution, "latency_ms": table.predict(rating.anatomy, counts)})

@@ -28,8 +28,8 @@ Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
 
 _ROUNDS = 10
 """How often costs are made linear anew, at most."""
-
-
+NEAR = 0.99
+"""The share of a limit that plans of one order are to reach."""
 _ORDER = ("macs", "latency", "latency_ms", "params", "memory_bytes")
 """Of several limits, the one by whose order the exact solver begins."""
 
@@ -66,13 +66,14 @@ class Planner:
         """The smallest share of the units of ``kind`` that a plan may keep."""
         return _shares_left(self._groups, self._ranked, kind)[1][-1]
 
-    def plan(self, budget: Budget, *, fold: bool, solver: str = "nested") -> Plan:
+    def plan(self, budget: Budget, *, fold: bool, solver: str | None = None) -> Plan:
         """The plan that keeps the most valuable units under ``budget``.
 
         Args:
             budget: what the slim model may cost.
             fold: stored in the plan, see `Plan`.
-            solver: ``"nested"`` or ``"exact"``; keep ratios need neither.
+            solver: ``"nested"`` or ``"exact"``; None for the first where it ends near enough to a single limit, else
+                for the second. Keep ratios need neither.
 
         Raises:
             BudgetError: the budget cannot be reached (the message says what can), or names a kind without scores.
@@ -84,7 +85,7 @@ class Planner:
             prices = _prices(self._pool, budget, self._measure)
             pool = self._pool.revalued(valued(self._ranked, self._groups, self._sensitivity, prices))
             goes, solution = _for_limits(pool, budget, self._measure, prices), {"solver": "nested"}
-            if solver == "exact":
+            if solver == "exact" or (solver is None and not self._near(goes, budget)):
                 goes, solution = _exactly(pool, budget, self._measure, goes)
             lost, total = float(pool.values[~pool.stays(goes)].sum()), float(pool.values.sum())
             solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
@@ -96,6 +97,13 @@ class Planner:
             solution=solution,
             fold=fold,
         )
+
+    def _near(self, goes: Choice, budget: Budget) -> bool:
+        """Whether a choice ends at the only limit of ``budget``."""
+        dense = self._measure({group.name: group.size for group in self._pool.anatomy.groups})
+        limits = budget.absolute(dense)
+        found = self._measure(self._pool.counts(self._pool.kept(goes)))
+        return len(limits) == 1 and all(found[name] >= NEAR * min(limit, dense[name]) for name, limit in limits.items())
 
 
 def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group]:
