@@ -316,8 +316,8 @@ def check_training(where: str, config: TrainConfig, data: Data, directory: Path)
         per_epoch = steps_per_epoch(data.train, config.batch_size)
         if per_epoch is None and config.steps is None:
             raise ConfigError("this data does not know how many images it has; set steps in place of epochs.")
-        total = config.steps or max(1, round(config.epochs * (per_epoch or 0)))
-        if round(config.warmup_epochs * (per_epoch or total)) >= total:
+        total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
+        if total and round(config.warmup_epochs * (per_epoch or total)) >= total:
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
     except (ConfigError, MissingExtraError) as error:
         raise type(error)(f"{where}: {error}") from error

@@ -59,7 +59,7 @@ class SearchConfig:
     mask_lr: float = 1.0
     layout: Layout = field(default_factory=Layout)
     sensitivity: int = 0
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, lr=1e-4, schedule="constant"))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0, lr=1e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
         for name in (*(self.kinds or ()), *self.penalty):
@@ -70,6 +70,11 @@ class SearchConfig:
         if self.score not in (known := (*SCORES, *ANEW)):
             raise ConfigError(
                 f"There is no score {self.score!r}; scores are {', '.join(known)}.{nearest(self.score, known)}"
+            )
+        if self.train.steps == 0 and self.score not in (*ANEW, "contribution"):
+            raise ConfigError(
+                f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take score "
+                "compensated, fisher or contribution."
             )
         if self.images < 1:
             raise ConfigError(f"search.images is {self.images}; it must be at least 1.")

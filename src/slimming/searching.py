@@ -227,6 +227,8 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
             found = eliminated(model, masks.groups, found, [batch.images for batch in batches])
         return found
     except Exception as error:  # a loader that cannot be read again, memory, a model that takes more: keep the search
+        if config.train.steps == 0:
+            raise
         warnings.warn(
             f"Score {config.score!r} could not be taken ({type(error).__name__}: {error}); units are ranked by what "
             "the search collected. search.score: taylor asks for that.",

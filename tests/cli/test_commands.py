@@ -311,6 +311,32 @@ def test_cut_by_absolute_limits_and_a_chosen_solver(slimming: Call, finished: Pa
     assert not (tmp_path / "no").exists()
 
 
+def test_a_run_without_training_is_one_shot(slimming: Call, site: Path, tmp_path: Path) -> None:
+    run = ("run", site / "config.yaml", "--search.train.steps", "0", "--output")
+    done = slimming(*run, tmp_path / "run", "--retrain.steps", "0")
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert row["top1"] == row["top1_cut"]
+    assert row["macs"] <= 0.7 * results["dense"]["macs"]
+    assert (tmp_path / "run" / "report.html").exists()
+    found = library.load_search(tmp_path / "run" / "search")
+    assert all(bool((mask == 1).all()) for mask in found.masks.values())
+    model, _ = library.open_model(
+        library.ModelConfig(
+            name="vit_tiny_patch16_224", checkpoint=str(site / "dense.safetensors"), arguments=ARGUMENTS
+        )
+    )
+    data = library.open_data(library.DataConfig(source=str(site / "images")), model)
+    expected = library.score(model, library.calibration_images(data, 512)).scores
+    for name, score in found.scores.items():
+        torch.testing.assert_close(score, expected[name], rtol=1e-3, atol=1e-7)
+    assert "is complete" in slimming(*run, tmp_path / "run", "--retrain.steps", "0").out
+    wrong = slimming(*run, tmp_path / "no", "--search.score", "taylor")
+    assert wrong.code == 2
+    assert "score 'taylor' is collected in training" in wrong.err
+
+
 def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_path: Path) -> None:
     cut = ("cut", finished, "--budget", "macs=0.6", "--budget", "keep.mlp=0.5")
     done = slimming(*cut, "--output", tmp_path / "alike")

@@ -16,7 +16,7 @@ Stopped anywhere, the same command goes on where it was.
 config.yaml:
   model: {name: deit_small_patch16_224}
   data: {source: flowers/, split_fraction: 0.1}
-  search: {preset: default, train: {epochs: 5}}
+  search: {preset: default, train: {epochs: 1}}
   budgets: [{macs: 0.7}, {keep: {mlp: 0.5, head_dim: 0.7}}]
   retrain: {epochs: 10}
 """

@@ -18,7 +18,8 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training data; fractions are allowed.
-        steps: optimizer steps; takes the place of ``epochs`` where it is given.
+        steps: optimizer steps; takes the place of ``epochs`` where it is given. 0 trains nothing: a search then scores
+            the model as it is.
         batch_size: images per optimizer step, over all processes and accumulated parts together.
         accumulate: parts that each process splits its share of a batch into, to save memory.
         optimizer: a name of ``timm.optim``.
@@ -70,7 +71,7 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.steps is not None:
-            _require(self.steps >= 1, "steps", self.steps, "at least 1")
+            _require(self.steps >= 0, "steps", self.steps, "0 or more")
         for name in ("epochs", "lr"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in (

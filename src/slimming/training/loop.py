@@ -128,6 +128,9 @@ def fit(
                             f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
                         )
                         raise Interrupted(f"Stopped after step {step} of {run.total}; {saved}.")
+                if evaluate is not None and not run.total:
+                    metrics = evaluate(model.eval())
+                    log.write({"step": 0, "epoch": 0.0, **{f"val_{k}": v for k, v in metrics.items()}})
         finally:
             task.stop()
             for tracker in accelerator.trackers:  # end_training would also end the process group, for later calls too
@@ -158,16 +161,16 @@ class _Run:
         per_epoch = steps_per_epoch(data.train, config.batch_size)
         if per_epoch is None and config.steps is None:
             raise ConfigError("This data does not know how many images it has; set steps in place of epochs.")
-        self.total = config.steps or max(1, round(config.epochs * (per_epoch or 0)))
+        self.total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
         self.per_epoch = per_epoch or self.total
         self.evaluate_steps = max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
         optimizer = make_optimizer(parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config)
         part = self.share.part(0)
         warmup = round(config.warmup_epochs * self.per_epoch)
-        if warmup >= self.total:
+        if self.total and warmup >= self.total:
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it.")
         self.mixup = make_mixup(config, len(data.classes), part.stop - part.start)
-        self.schedule = make_schedule(optimizer, config, self.total, round(config.warmup_epochs * self.per_epoch))
+        self.schedule = make_schedule(optimizer, config, self.total, warmup)
         prepared: Any = accelerator.prepare_model(model.train())
         self.prepared: nn.Module = prepared
         runner: Any = torch.compile(prepared) if config.compile else prepared
