@@ -55,7 +55,7 @@ def results_table(name: str) -> str:
     path = RESULTS / f"{name}.json"
     if path.exists():
         content = json.loads(path.read_text("utf-8"))
-        if "dense" in content and "rows" in content:
+        if "dense" in content and isinstance(content.get("rows"), list):  # of a run
             return run_table(content)
         written = path.with_suffix(".md").read_text("utf-8").strip()
         return "\n".join(line for line in written.splitlines() if not line.startswith("# ")).strip()
