@@ -277,7 +277,7 @@ def main() -> None:
     arguments.add_argument("--cifar10", type=Path, required=True)
     arguments.add_argument("--vit", type=Path, required=True)
     arguments.add_argument("--work", type=Path, required=True)
-    arguments.add_argument("--note", default="CIFAR-10, re-encoded JPEG q95; EuroSAT, the embedded subset")
+    arguments.add_argument("--note", default="CIFAR-10 as JPEG of quality 95, EuroSAT as the subset in the package")
     arguments.add_argument("--only", nargs="+")
     arguments.add_argument("--methods", nargs="+")
     arguments.add_argument("--seeds", type=int, default=1)
@@ -360,7 +360,15 @@ def write(settings: Any, rows: dict[str, Any], dense: dict[str, Any]) -> None:
             text += f"{title} (dense {own['top1']:.1%})\n\n"
             text += table(["method", *(f"{float(budget):.0%}" for budget in budgets)], lines) + "\n"
             text += retrained(name, found)
-    store("accuracy", settings, f"{settings.note}.\n\n{text}", rows=rows, dense=dense)
+    tested = ", ".join(f"{name} {own['images']:,}" for name, own in dense.items())
+    note = f"{settings.note}. Means over seeds, with ranges. Test images: {tested}; a difference below "
+    note += f"{margin(dense):.0%} says little."
+    store("accuracy", settings, f"{note}\n\n{text}", rows=rows, dense=dense)
+
+
+def margin(dense: dict[str, Any]) -> float:
+    """Two standard errors of the accuracy on the fewest images."""
+    return max(2 * (own["top1"] * (1 - own["top1"]) / own["images"]) ** 0.5 for own in dense.values())
 
 
 def retrained(name: str, found: dict[str, dict[str, list[Any]]]) -> str:

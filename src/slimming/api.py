@@ -24,7 +24,7 @@ from slimming.groups import Anatomy, Group, keep_all
 from slimming.io import atomic_write_bytes, seal, unseal
 from slimming.latency import LatencyTable
 from slimming.masks import SoftMasks
-from slimming.plan import FORMAT, SOLVERS, Budget, Layout, Plan, Structure
+from slimming.plan import FORMAT, ON_REQUEST, SOLVERS, Budget, Layout, Plan, Structure
 from slimming.rank import Planner
 from slimming.worth import Sensitivity
 
@@ -123,7 +123,7 @@ def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> lis
     """
     if kinds is None:
         has_dimensions = {group.site for group in groups if group.kind == "head_dim"}
-        inner = [group for group in groups if group.kind not in ("block", "width")]
+        inner = [group for group in groups if group.kind not in ON_REQUEST]
         return [group for group in inner if group.kind != "head" or group.site not in has_dimensions]
     missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
     if missing:
@@ -211,11 +211,12 @@ def plans(
 ) -> list[Plan]:
     """One plan per budget, as `plan` makes them; faster than one by one, and from the same scores.
 
-    Plans for one metric are nested: what a smaller budget keeps, a larger one keeps too.
+    With the solver ``"nested"``, what a smaller budget of one limit keeps, a larger one keeps too.
 
     >>> import timm, slimming
     >>> masks = slimming.attach(timm.create_model("test_vit"))
-    >>> small, large = slimming.plans(masks, [slimming.Budget(macs=0.4), slimming.Budget(macs=0.8)])
+    >>> budgets = [slimming.Budget(macs=0.4), slimming.Budget(macs=0.8)]
+    >>> small, large = slimming.plans(masks, budgets, solver="nested")
     >>> all(set(units) <= set(large.kept[name]) for name, units in small.kept.items())
     True
     """

@@ -20,7 +20,7 @@ from slimming.cost import total
 from slimming.errors import SlimmingError
 from slimming.families.traced.proof import outputs, randomise_
 from slimming.groups import Anatomy, Group, keep_all
-from slimming.plan import FREE, Budget, Plan
+from slimming.plan import FREE, ON_REQUEST, Budget, Plan
 
 EXACT = 1e-9
 """Largest relative difference between masked and cut, in float64."""
@@ -158,7 +158,7 @@ class Trial:
         """Cut, and hold outputs and the image's gradient against those of the masked model."""
         randomise_(self.model, self.seed)
         every = [group for group in self.anatomy.groups if group.role != "qkv"]
-        groups: list[Group] = searched(every) + [group for group in every if group.kind in ("block", "width")]
+        groups: list[Group] = searched(every) + [group for group in every if group.kind in ON_REQUEST]
         masked = copy.deepcopy(self.model)
         masks = attach(masked, groups)
         with torch.no_grad():

@@ -27,7 +27,7 @@ from slimming.family import Family, Timed
 from slimming.formulas import evaluate
 from slimming.groups import REST, Anatomy, Piece, keep_all
 from slimming.io import atomic_json, seal
-from slimming.plan import FORMAT, KINDS, read_sealed
+from slimming.plan import FORMAT, KINDS, ON_REQUEST, read_sealed
 from slimming.runtimes import check_runtime, prepare
 
 STEPS: Mapping[str, Sequence[float]] = {
@@ -41,8 +41,6 @@ STEPS: Mapping[str, Sequence[float]] = {
     "channels": (0.25, 1.0),
 }
 """Points of the grid along each axis, as shares of the model's own size."""
-DEFAULT_KINDS = ("head_dim", "head", "mlp", "channel", "token")
-"""Kinds whose sizes a table has if none are named."""
 MULTIPLES, WHOLE, FAST = (1, 2, 4, 8, 16, 32), 64, 1.03
 """Multiples to try, the one that they are held against, and how much longer a size may take and still count as fast."""
 WHAT = "latency table"
@@ -229,7 +227,7 @@ def build_latency_table(
     *,
     batch_size: int = 1,
     runtime: str = "eager",
-    kinds: Sequence[str] | None = None,
+    kinds: Collection[str] | None = None,
     path: str | Path | None = None,
     seconds: float = 0.15,
     say: Say | None = None,
@@ -251,14 +249,15 @@ def build_latency_table(
         ConfigError: there is no such runtime or kind, or the file at ``path`` is of another setting.
     """
     check_runtime(runtime)
+    kinds = set(KINDS).difference(ON_REQUEST) if kinds is None else kinds
+    for name in kinds:
+        if name not in KINDS:
+            raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
     family = family_of(model)
     model = copy.deepcopy(model).eval()
     anatomy = family.read(model)
     _check_pieces(anatomy)
-    moving = {group.name for group in anatomy.groups if group.kind in (kinds or DEFAULT_KINDS)}
-    if kinds is not None and (unknown := set(kinds).difference(KINDS)):
-        name = sorted(unknown)[0]
-        raise ConfigError(f"There is no kind {name!r}; kinds are {', '.join(KINDS)}.{nearest(name, KINDS)}")
+    moving = {group.name for group in anatomy.groups if group.kind in kinds}
     table = LatencyTable(setting=_setting(model, batch_size, runtime))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
@@ -387,7 +386,7 @@ def _plan(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Piece, di
         axes = []
         for name, dim in piece.axes:
             most = dim.value(full)
-            if not any(name in groups for name, _ in dim.groups):
+            if not any(group in groups for group, _ in dim.groups):
                 axes.append([most])
                 continue
             moving = most - dim.fixed

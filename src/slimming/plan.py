@@ -17,7 +17,8 @@ FORMAT = 1
 
 KINDS = ("head_dim", "head", "mlp", "channel", "token", "block", "width")
 """The kinds of unit, in the order in which they are shown."""
-
+ON_REQUEST = ("block", "width")
+"""Kinds that are left whole unless they are named."""
 
 METRICS = ("params", "macs", "memory_bytes", "latency", "latency_ms")
 """What a budget can limit, see `slimming.cost.Cost` and `slimming.latency`."""

@@ -21,7 +21,7 @@ from slimming.api import anatomy_of, cost
 from slimming.bench import machine, paired_times, speedup, summary
 from slimming.errors import ConfigError
 from slimming.groups import Anatomy, Group, resolve
-from slimming.plan import FORMAT, Budget, Plan
+from slimming.plan import FORMAT, ON_REQUEST, Budget, Plan
 from slimming.runtimes import check_runtime
 from slimming.searching import SearchResult
 from slimming.training.samples import Data, ImageDataset
@@ -124,7 +124,7 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
     for group in anatomy.groups:
-        if group.kind in ("block", "width"):
+        if group.kind in ON_REQUEST:
             continue  # a branch that went shows as its inner units, which went with it
         layer = layers.setdefault(_layer_of(group), {})
         if group.role in ("qk", "v"):

@@ -32,7 +32,8 @@ class SearchConfig:
         score: what units are ranked by: ``"compensated"`` or ``"fisher"`` of the trained model, see `slimming.score`
             (with a task of one's own, its slopes take the place of the likelihood's); or what the search saw, see
             `SoftMasks.scores`.
-        rotate: give attention heads the bases in which they are best cut before the training, see `slimming.rotation`.
+        rotate: give attention heads the bases in which they are best cut before the training, see `slimming.rotation`;
+            left out where the training images can be iterated over only once.
         images: training images, without their labels, for ``rotate`` and ``score``.
         fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
         mask_lr: learning rate of the masks as a multiple of that of the weights.

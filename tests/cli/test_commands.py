@@ -231,7 +231,9 @@ def test_inspect(slimming: Call, finished: Path) -> None:
     assert found["input"] == [3, 16, 16]
     assert set(found["kinds"]) == {"head_dim", "head", "mlp", "token", "block", "width"}
     assert found["macs"] <= 0.7 * json.loads((finished / "results.json").read_text())["dense"]["macs"]
-    assert found["kinds"]["token"]["units"] < 2 * 4
+    plan = json.loads((finished / "macs-0.70" / "plan.json").read_text())
+    kept = sum(len(units) for name, units in plan["kept"].items() if name.endswith("hidden"))
+    assert found["kinds"]["mlp"]["units"] == kept < 2 * 64
     assert "blocks.0.attn.qk" in slimming("inspect", "test_vit", "--groups").out
 
 

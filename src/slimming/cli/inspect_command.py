@@ -87,7 +87,6 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
     result: dict[str, dict[str, int]] = {}
     for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
-        # What goes with a whole attention or MLP is what goes with all its units.
         cost = together(anatomy, whole, [group.name for group in members])
         units = sum(group.size for group in members)
         result[kind] = {"groups": len(members), "units": units, "params": cost.params, "macs": cost.macs}

@@ -21,15 +21,12 @@ class Hidden:
 
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks that its rows fall into.
-        apart, tied: as for heads.
         output: path of the layer whose columns read the hidden units.
         sizes: paths of attributes that are a multiple of the number of hidden units.
         why_not: why the hidden units stay, or None.
     """
 
     inputs: Mapping[str, int]
-    apart: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ()
     output: str = "fc2"
     sizes: tuple[str, ...] = ()
     why_not: str | None = None

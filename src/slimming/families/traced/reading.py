@@ -220,14 +220,15 @@ def _ends(model: nn.Module) -> dict[str, Ends]:
 
 def _end(name: str, module: nn.Module, spec: Heads | Hidden) -> Ends | None:
     """Where channels go into ``module`` and come out, by its row; None if the row does not say it."""
-    reads = [place for path in spec.inputs if path not in spec.apart for place in columns(module, path)]
+    apart, paths = (spec.apart, spec.tied) if isinstance(spec, Heads) else ((), ())
+    reads = [place for path in spec.inputs if path not in apart for place in columns(module, path)]
     makes = [(span.tensor, 0, span.length) for span in rows(module, spec.output)]
     if not reads or not makes:
         return None
     # A depthwise convolution has no dimension of its input.
     into = [(tensor, 1, "out") for tensor, length in reads if length == reads[0][1]]
     inside = dict(module.named_modules())
-    tied = {path: inside[path] for path in spec.tied if isinstance(inside.get(path), (nn.LayerNorm, nn.Linear, *CONV))}
+    tied = {path: inside[path] for path in paths if isinstance(inside.get(path), (nn.LayerNorm, nn.Linear, *CONV))}
     for path, layer in tied.items():
         into += [(f"{path}.{own}", 0, "in") for own, _ in layer.named_parameters()]
         into += [] if isinstance(layer, nn.LayerNorm) else [(f"{path}.weight", 1, "out")]
