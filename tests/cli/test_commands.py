@@ -232,7 +232,7 @@ def test_inspect(slimming: Call, finished: Path) -> None:
     assert set(found["kinds"]) == {"head_dim", "head", "mlp", "token", "block", "width"}
     assert found["macs"] <= 0.7 * json.loads((finished / "results.json").read_text())["dense"]["macs"]
     plan = json.loads((finished / "macs-0.70" / "plan.json").read_text())
-    kept = sum(len(units) for name, units in plan["kept"].items() if name.endswith("hidden"))
+    kept = sum(len(group["kept"]) for name, group in plan["groups"].items() if name.endswith("hidden"))
     assert found["kinds"]["mlp"]["units"] == kept < 2 * 64
     assert "blocks.0.attn.qk" in slimming("inspect", "test_vit", "--groups").out
 
