@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
-from slimming import elimination
+from slimming import elimination, turns
 from slimming.api import anatomy_of
 from slimming.elimination import eliminated
 from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError
 from slimming.layers import UnevenAttention
-from slimming.oneshot import ONE_SHOT_SCORES
-from slimming.plan import FREE
+from slimming.oneshot import ONE_SHOT_SCORES, OneShot
+from slimming.plan import FREE, Plan
 from slimming.rotation import rotate_
+from slimming.slopes import slopes
+from slimming.training.batches import Batch
+from slimming.turns import _half_later, at_their_turn
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 
@@ -64,20 +67,31 @@ def test_fisher_is_the_divergence_of_a_small_step() -> None:
     assert all(0.5 < ratio < 2 for ratio in ratios)
 
 
-def test_more_of_what_matters_stays_than_by_chance() -> None:
-    """On the demo's trained model and images: the outputs of the cut model are closer to the dense ones."""
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, list[Tensor], Tensor]:
+    """The demo's model, some of its images, and others to judge cuts on."""
     from slimming.demo import settings
     from slimming.pipeline import ModelConfig, open_model
 
     demo = settings()
     model = open_model(ModelConfig(**demo["model"]))[0].eval()
     seen = slimming.load_images(demo["data"]["source"], model, 128, seed=0)
-    other = torch.cat(slimming.load_images(demo["data"]["source"], model, 128, seed=5))
-    whole = model(other).log_softmax(1)
+    return model, seen, torch.cat(slimming.load_images(demo["data"]["source"], model, 128, seed=5))
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, small: nn.Module, x: Tensor) -> float:
+    whole = model(x).log_softmax(1)
+    return float(F.kl_div(small.eval()(x).log_softmax(1), whole, reduction="batchmean", log_target=True))
+
+
+def test_more_of_what_matters_stays_than_by_chance(trained: tuple[nn.Module, list[Tensor], Tensor]) -> None:
+    """The outputs of the cut model are closer to the dense ones."""
+    model, seen, other = trained
 
     def lost(scored: Any, batches: list[Tensor]) -> float:
         small = slimming.cut(scored.model, slimming.plan(scored, slimming.Budget(macs=0.4)), images=batches)
-        return float(F.kl_div(small.eval()(other).log_softmax(1), whole, reduction="batchmean", log_target=True))
+        return divergence(model, small, other)
 
     with torch.no_grad():
         best = slimming.score(model, seen)
@@ -92,6 +106,70 @@ def test_more_of_what_matters_stays_than_by_chance() -> None:
         }
     assert losses["ours"] == min(losses.values()), losses
     assert losses["ours"] < 0.2 * losses["by chance"], losses
+
+
+# Turns.
+
+
+def test_tokens_by_turns_lose_less_than_by_slopes_of_the_whole_model(
+    trained: tuple[nn.Module, list[Tensor], Tensor],
+) -> None:
+    model, seen, other = trained
+    lost = {}
+    for how in ("compensated", "fisher"):
+        scored = slimming.score(model, seen, how=how, kinds=["token"], rotate=False)
+        for keep in (0.7, 0.5, 0.3):
+            plan = slimming.plan(scored, slimming.Budget(keep={"token": keep}))
+            lost[how, keep] = divergence(model, slimming.cut(model, plan), other)
+    assert lost["compensated", 0.7] < lost["fisher", 0.7], lost
+    assert all(lost["compensated", keep] < 0.7 * lost["fisher", keep] for keep in (0.5, 0.3)), lost
+
+
+def test_a_round_halves_a_group_at_most() -> None:
+    """All groups but the first are cheap; each loses half of its units before any loses more."""
+    groups, costs = 4, {"0": torch.arange(1.0, 9.0)} | {str(i): torch.arange(1.0, 9.0) / 100 for i in range(1, 4)}
+    stays = {name: torch.ones(8, dtype=torch.bool) for name in costs}
+    stays["1"][:4] = False
+    ranked = {name: _half_later(costs[name], stays[name], 10.0) for name in costs}
+    cheap = [int((scores < 1).sum()) for scores in ranked.values()]
+    assert cheap == [0, 4 + 2, 4, 4], "units of 0 and of the cheap half"
+    assert len(ranked) == groups
+    assert bool((ranked["1"][:4] == 0).all())
+    assert [int(scores.argmax()) for scores in ranked.values()] == [7] * 4
+
+
+@pytest.mark.parametrize("kind", ["token", "block", "width"])
+def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, asked = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()], []
+    groups = [group for group in slimming.describe(model) if group.kind == kind]
+    alone = {group.name: torch.rand(group.size, generator=torch.Generator().manual_seed(2)) + 1 for group in groups}
+
+    def cheaper(*_: Any, after: Plan, **__: Any) -> dict[str, Tensor]:
+        asked.append(sum(len(units) for units in after.kept.values()))
+        return {name: score / 1000 for name, score in alone.items()}
+
+    monkeypatch.setattr(turns, "slopes", cheaper)
+    costs = torch.cat(list(at_their_turn(model, groups, alone, batches).values()))
+    assert asked == sorted(set(asked), reverse=True), "each round takes more"
+    gone = len(costs) - asked[0]
+    first = costs.sort().values[:gone]
+    assert gone > 0
+    assert bool((first >= 1).all())
+    assert bool((costs.sort().values[gone:] == first.max()).all())
+
+
+def test_slopes_after_a_plan_are_those_of_the_cut_model() -> None:
+    model, batches = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()]
+    groups = slimming.describe(model)
+    groups = [group for group in groups if group.kind in ("token", "width")]
+    scored = OneShot(model=model, scores=slopes(model, groups, batches), how="fisher", images=[])
+    plan = slimming.plan(scored, slimming.Budget(keep={"token": 0.5, "width": 0.5}), layout=FREE)
+    small = slimming.cut(model, plan)
+    found = slopes(model, groups, batches, after=plan)
+    expected = slopes(small, [group for group in slimming.describe(small) if group.kind in ("token", "width")], batches)
+    for name, units in plan.kept.items():
+        if name in expected:
+            assert torch.allclose(found[name][list(units)], expected[name], rtol=1e-4), name
 
 
 # Redundancy.

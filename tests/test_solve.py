@@ -123,6 +123,15 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
     assert short
 
 
+def test_whole_branches_alone(model: nn.Module) -> None:
+    """Nothing is left for the solver where every chunk is a whole branch: the order's plan is the answer."""
+    image = torch.randn(1, *anatomy_of(model).input_shape)
+    scored = slimming.score(model, [image], kinds=["block"], how="contribution")
+    plan = slimming.plan(scored, Budget(macs=0.88))
+    assert slimming.cost(model, plan).macs <= 0.88 * slimming.cost(model).macs
+    assert plan.solution["solver"] == "nested"
+
+
 def test_channels_in_times_channels_out(model: nn.Module) -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     anatomy = anatomy_of(net)

@@ -7,27 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.api import Rated, Rating, anatomy_of, attach, describe, searched
-from slimming.elimination import eliminated
-from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError, nearest
-from slimming.families.hosts import classes_of
-from slimming.groups import Group
-from slimming.inputs import add_up, own_share
+from slimming.errors import ConfigError, DataError, PlanError, nearest
 from slimming.masks import attached
 from slimming.plan import Layout
 from slimming.rotation import rotate_
+from slimming.slopes import slopes
 from slimming.training.batches import Batch, calibration_batches
-from slimming.training.images import mix
 from slimming.training.samples import Data
-from slimming.training.tasks import both_heads
+from slimming.turns import at_their_turn
 
 ONE_SHOT_SCORES = ("compensated", "fisher", "taylor", "contribution")
 NO_LABEL = -1
-AT_ONCE, DRAWS = 8, 2
-"""Images per backward pass, and how often their labels are drawn: more passes make less noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +69,9 @@ def score(
         data: its training part is read, see `slimming.open_data`; or batches of images, shape (B, C, H, W).
         how: ``"fisher"``, half the mean square of the slope of the log-likelihood with labels drawn from what the
             model itself says, along each unit's factor: to second order, how far its outputs go from those of the
-            whole model (Kullback-Leibler). Without a classifier, the same of its features. ``"compensated"``, the
-            share of it that compensation cannot make up for, see `slimming.elimination`. ``"taylor"``, with the
+            whole model (Kullback-Leibler). Without a classifier, the same of its features. ``"compensated"``,
+            what each unit costs at its turn, when others of its kind have gone and compensation has made up for what
+            it can, see `slimming.turns`. ``"taylor"``, with the
             true labels, which ``data`` must have (Molchanov et al., CVPR 2019). ``"contribution"``, the norms of the
             weights that make and read the unit, without images.
         images: how many of the training images.
@@ -119,7 +113,7 @@ def score(
     else:
         scores = slopes(model, groups, batches, drawn=how != "taylor", seed=seed)
     if how == "compensated":
-        scores = eliminated(model, groups, scores, pictures)
+        scores = at_their_turn(model, groups, scores, batches, seed=seed)
     return OneShot(model=model, scores=scores, how=how, images=pictures, layout=layout or Layout())
 
 
@@ -131,69 +125,3 @@ def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batc
     if not given or any(not isinstance(batch, Tensor) or batch.dim() != 4 for batch in given):
         raise DataError("Give data of slimming.open_data, or batches of images of shape (B, C, H, W).")
     return [Batch(batch, torch.full((len(batch),), NO_LABEL), ()) for batch in given]
-
-
-@torch.enable_grad()
-def slopes(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], *, drawn: bool = True, seed: int = 0
-) -> dict[str, Tensor]:
-    """Half the mean square of the log-likelihood's slope along the factor of each unit, over images.
-
-    Args:
-        model: plain, in evaluation mode; it stays as it is.
-        groups: of that model.
-        batches: the same on every process.
-        drawn: take labels drawn from what the model says, in place of those of the batches.
-        seed: of the draws.
-
-    Returns:
-        Group name -> one number per unit, shape (size,).
-
-    Raises:
-        NonFiniteLossError: the model's outputs or their slopes are not finite.
-    """
-    model = copy.deepcopy(model).requires_grad_(False)
-    masks = attach(model, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
-    own = {name: mask.requires_grad_(True) for name, mask in masks.items()}
-    squares = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in own.items()}
-    like = next(model.parameters())
-    count = torch.zeros((), dtype=torch.float64, device=like.device)
-    parts = [
-        pair for one in batches for pair in zip(one.images.split(AT_ONCE), one.labels.split(AT_ONCE), strict=False)
-    ]
-    draws = DRAWS if drawn else 1
-    loss = _log_likelihood if classes_of(model) else _projection
-    for number, (images, labels) in own_share(list(enumerate(parts))):
-        dice = torch.Generator().manual_seed(mix(seed, number))
-        output, _ = both_heads(model(images.to(like.device, like.dtype)))
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
-        for draw in range(draws):
-            # Slopes for drawn labels are 0 on average, so the square of their sum over images is the sum of squares.
-            value = loss(output.float(), None if drawn else labels.to(like.device), dice)
-            found = torch.autograd.grad(value, list(own.values()), retain_graph=draw + 1 < draws, allow_unused=True)
-            for total, slope in zip(squares.values(), found, strict=True):
-                if slope is not None:
-                    total += slope.double().square()
-            count += len(images)
-    add_up(count, *squares.values())
-    result = {name: (total / count / 2).float().cpu() for name, total in squares.items()}
-    if not all(bool(torch.isfinite(one).all()) for one in result.values()):
-        raise NonFiniteLossError("The slopes of the model's outputs are not finite. Check its weights and the images.")
-    return result
-
-
-def _log_likelihood(logits: Tensor, labels: Tensor | None, dice: torch.Generator) -> Tensor:
-    """Sum over images of the cross-entropy with their labels, or with labels drawn as the logits (B, K, …) say."""
-    if labels is None:
-        shares = logits.detach().softmax(1).movedim(1, -1)
-        drawn = torch.multinomial(shares.reshape(-1, shares.shape[-1]).cpu(), 1, generator=dice)
-        labels = drawn.to(logits.device).reshape(shares.shape[:-1])
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def _projection(features: Tensor, labels: Tensor | None, dice: torch.Generator) -> Tensor:
-    """Sum of features along a drawn direction: the log-likelihood's slope where features have normal noise."""
-    if labels is not None:
-        raise ConfigError("Score 'taylor' needs a model that tells classes apart; take score 'compensated'.")
-    return (features * torch.randn(features.shape, generator=dice).to(features.device)).sum()

@@ -201,6 +201,8 @@ def _exactly(pool: Pool, budget: Budget, measure: Measure, start: Choice) -> tup
         current = _for_limits(pool, alone, measure, _prices(pool, alone, measure))
     whole = current & pool.branch
     free = np.flatnonzero(pool.stays(whole) & ~pool.branch)
+    if not free.size:
+        return start, {"solver": "nested"}  # nothing but whole branches
     names = list(dict.fromkeys(name for place in free.tolist() for name, _ in pool.chunks[place].units))
     values = pool.values[free]
     before = pool.before(free.tolist())

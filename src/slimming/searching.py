@@ -33,17 +33,18 @@ from slimming.groups import Anatomy
 from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
 from slimming.modes import in_evaluation
-from slimming.oneshot import slopes
 from slimming.plan import FORMAT, read_sealed
 from slimming.rotation import rotate_
 from slimming.search_config import SearchConfig, config_from_dict
 from slimming.sensitivity import sensitivity
+from slimming.slopes import slopes
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.evaluate import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes
 from slimming.training.samples import Data
 from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task, both_heads
+from slimming.turns import at_their_turn
 from slimming.worth import Sensitivity
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
@@ -221,8 +222,10 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         batches = calibration_batches(data, config.images, seed=config.train.seed)
         if isinstance(task, (ClassificationTask, DistilTask)):
             found = slopes(model, masks.groups, batches, seed=config.train.seed)
-        else:
-            found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
+            if config.score == "compensated":
+                found = at_their_turn(model, masks.groups, found, batches, seed=config.train.seed)
+            return found
+        found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
             found = eliminated(model, masks.groups, found, [batch.images for batch in batches])
         return found
