@@ -1,7 +1,7 @@
 """How well a latency table predicts, and what planning for time is worth.
 
     python benchmarks/latency.py                              the models of MODELS
-    python benchmarks/latency.py --only resnet50 [--batch-size 16] [--runtime onnxruntime] [--tables DIR]
+    python benchmarks/latency.py --only resnet50 [--batch-size 16] [--runtime onnxruntime] [--uneven-heads]
 
 A table of each model is built on this machine (or gone on with), then random plans of all kinds are cut and timed in
 turns with the dense model: predicted and measured time, both as shares of dense. Then plans for a share of the MACs
@@ -30,6 +30,7 @@ from common import parser, ratios, table, write
 from slimming.api import anatomy_of, searched
 from slimming.bench import paired_times
 from slimming.cut import complete
+from slimming.latency import ONE_SIZE, UNEVEN
 from slimming.runtimes import prepare
 
 MODELS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50", "mobilenetv3_large_100")
@@ -47,13 +48,16 @@ def main() -> None:
     arguments.add_argument("--plans", type=int, default=30)
     arguments.add_argument("--batch-size", type=int, default=1)
     arguments.add_argument("--runtime", default="eager")
+    arguments.add_argument("--uneven-heads", action="store_true", help="plans whose heads may differ in size")
     arguments.add_argument("--tables", type=Path, default=Path("build/latency"), help="directory of the tables")
     settings = arguments.parse_args()
     torch.set_num_threads(settings.threads)
     file = settings.output / "latency.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+    rows = [{"heads": ONE_SIZE, **row} for row in rows]
     for name in settings.only.split(",") if settings.only else MODELS:
-        key = {"model": name, "batch": settings.batch_size, "runtime": settings.runtime}
+        heads = UNEVEN if settings.uneven_heads else ONE_SIZE
+        key = {"model": name, "batch": settings.batch_size, "runtime": settings.runtime, "heads": heads}
         rows = [row for row in rows if any(row[part] != value for part, value in key.items())]
         rows.append({**key, **one(name, settings)})
         write("latency", settings=settings, rows=rows, markdown=shown(rows))
@@ -63,21 +67,28 @@ def one(name: str, settings: Any) -> dict[str, Any]:
     """Build the table of one model, predict and measure."""
     torch.manual_seed(settings.seed)
     dense = timm.create_model(name).eval()
-    path = settings.tables / f"{name}-{settings.batch_size}-{settings.runtime}.json"
+    heads = "-uneven" * settings.uneven_heads
+    path = settings.tables / f"{name}-{settings.batch_size}-{settings.runtime}{heads}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     every = slimming.describe(dense)
     by_dimension = any(group.kind == "head_dim" for group in every)
     kinds = {group.kind for group in every} - {"head"} if by_dimension else {group.kind for group in searched(every)}
     known = slimming.build_latency_table(
-        dense, batch_size=settings.batch_size, runtime=settings.runtime, kinds=sorted(kinds), path=path, say=print
+        dense,
+        batch_size=settings.batch_size,
+        runtime=settings.runtime,
+        kinds=sorted(kinds),
+        uneven_heads=settings.uneven_heads,
+        path=path,
+        say=print,
     )
     seconds = time.perf_counter() - start
     masked = copy.deepcopy(dense)
     masks = slimming.attach(masked, searched(slimming.describe(masked), sorted(kinds)))
     sets = [names for names in SETS if kinds.issuperset(names)] if by_dimension else [tuple(sorted(kinds))]
     scattered = [scatter(number, sets, dense, masked, masks, known, settings) for number in range(settings.plans)]
-    shares = SHARES if settings.runtime == "eager" else ()
+    shares = SHARES if settings.runtime == "eager" and not settings.uneven_heads else ()
     pairs = [row for share in shares for row in by_time(share, dense, masked, masks, known, settings)]
     return {"points": len(known.points), "seconds": seconds, "plans": scattered, "for time": pairs}
 
@@ -88,7 +99,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         found = errors(row)
         within = f"{sum(error <= 0.1 for error in found)} of {len(found)}"
-        lines.append([row["model"], row["runtime"], row["batch"], row["points"], within,
+        lines.append([row["model"], row["runtime"], row["batch"], row["heads"], row["points"], within,
                       f"{found[len(found) // 2]:.1%}", f"{found[-1]:.1%}"])  # fmt: skip
         for plan in row["for time"]:
             timed.append([row["model"], row["batch"], plan["plan"], f"{plan['macs']:.1%}", f"{plan['score']:.1%}",
@@ -98,7 +109,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
          f"{plan['predicted'] / plan['measured']['median'] - 1:+.1%}"]
         for plan in rows[0]["plans"]
     ]  # fmt: skip
-    header = ["model", "runtime", "batch", "points", "within 10 %", "median error", "largest"]
+    header = ["model", "runtime", "batch", "heads", "points", "within 10 %", "median error", "largest"]
     columns = ["model", "batch", "plan", "MACs", "score kept", "predicted time", "measured time"]
     return (
         "Random plans, and how far their predicted time is from the measured one. All times are shares of the dense "
@@ -127,9 +138,14 @@ def scatter(
     dice = random.Random(settings.seed + number)
     kinds = sets[number % len(sets)]
     keep = {kind: dice.uniform(LEAST.get(kind, 0.35), 1.0) for kind in kinds}
-    for mask in masks.values():
-        nn.init.uniform_(mask)
-    plan = slimming.plan(masks, slimming.Budget(keep=keep), score="mask")
+    for group in masks.groups:
+        nn.init.uniform_(masks[group.name])
+        if settings.uneven_heads and group.limits.parts:
+            levels = torch.randn(len(group.limits.parts)).mul(0.5).exp()
+            with torch.no_grad():
+                masks[group.name].mul_(levels.repeat_interleave(torch.tensor(group.limits.parts)))
+    layout = slimming.Layout(equal_heads=not settings.uneven_heads)
+    plan = slimming.plan(masks, slimming.Budget(keep=keep), score="mask", layout=layout)
     return {"kinds": kinds, "keep": keep, **judge(plan, dense, masked, known, settings)}
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import slimming
 from slimming.api import anatomy_of
 from slimming.errors import ConfigError
-from slimming.masks import original
 from slimming.plan import FREE, Budget, Plan
+from slimming.scaling import original
 from variants import VARIANTS, distance, draw, image
 
 BY_ID = {variant.id: variant for variant in VARIANTS}

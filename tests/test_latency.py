@@ -17,11 +17,11 @@ from clocks import CountingClock
 from slimming import latency
 from slimming.api import anatomy_of, searched
 from slimming.cut import complete
-from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError
+from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.families import family_of
 from slimming.family import Timed
 from slimming.latency import LatencyTable, build_latency_table
-from slimming.plan import KINDS, Budget, Layout
+from slimming.plan import FREE, KINDS, Budget, Layout
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
@@ -247,7 +247,7 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a table of the device"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask")
-    with pytest.raises(BudgetError, match="heads of one size"):
+    with pytest.raises(BudgetError, match=r"heads of one size.*--uneven-heads"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask", latency=table, layout=Layout(equal_heads=False))
     for wrong in (0.0, -1.0, float("nan"), True):
         with pytest.raises(BudgetError, match="latency_ms"):
@@ -267,3 +267,36 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is no latency table"):
         LatencyTable.load(tmp_path / "other.json")
+
+
+def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    uneven = build_latency_table(model, uneven_heads=True)
+    whole = uneven.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups})
+    layout = Layout(equal_heads=False)
+    plan = slimming.plan(masked(model), Budget(latency=0.6), score="mask", latency=uneven, layout=layout)
+    assert 0.5 < predicted(uneven, model, plan) / whole <= 0.6
+    assert LatencyTable(setting=uneven.setting).uneven_heads
+    with pytest.raises(BudgetError, match="heads of different sizes"):
+        slimming.plan(masked(model), Budget(latency=0.6), score="mask", latency=uneven)
+    with pytest.raises(BudgetError, match="QK and V alike"):
+        slimming.plan(masked(model), Budget(latency=0.6), score="mask", latency=uneven, layout=FREE)
+    with pytest.raises(ConfigError, match="different settings: heads is 'uneven' and 'one size'"):
+        uneven.merged(build_latency_table(model))
+    with pytest.raises(UnsupportedModelError, match="keep one size"):
+        build_latency_table(timm.create_model("test_convnext"), uneven_heads=True)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5, 6])
+def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
+    size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
+    vit = timm.create_model("vit_tiny_patch16_224", **size)
+    anatomy, family = anatomy_of(vit), family_of(vit)
+    piece = next(each for each in anatomy.pieces if each.kind == "attention")
+    for each in (8, 16, 32, 48, 64):
+        sizes = {"tokens": 17, "width": 64 * heads, "qkv": 3 * heads * each}
+        attention: Any = family.piece_module(vit, piece, sizes, uneven_heads=True).module[0].attn  # pyright: ignore
+        assert attention.qkv.out_features == sizes["qkv"]
+        found = {qk for qk, _ in getattr(attention, "heads", [(each, each)])}
+        assert (len(found) > 1) == (heads > 1 and 8 < each < 64), (each, found)
+        assert all(0 < qk <= 64 and qk % 8 == 0 for qk in found)

@@ -271,8 +271,13 @@ def _check_latency(table: LatencyTable | None, layout: Layout) -> None:
             "A budget of latency needs a table of the device: slimming latency-table build MODEL --output FILE, then "
             "plan(…, latency=FILE) or --latency-table FILE."
         )
-    if not layout.equal_heads:
-        raise BudgetError("Latency tables are of heads of one size. Give layout.equal_heads, or params or macs.")
+    if table.uneven_heads == layout.equal_heads or not layout.equal_qkv:
+        table_has = "different sizes" if table.uneven_heads else "one size"
+        raise BudgetError(
+            f"This latency table is of heads of {table_has}, QK and V alike, and the layout is not. Set "
+            "layout.equal_heads and layout.equal_qkv, or build one for the other: slimming latency-table build, with "
+            "or without --uneven-heads."
+        )
 
 
 def _check_memory(anatomy: Anatomy, layout: Layout) -> None:

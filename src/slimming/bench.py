@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -70,13 +70,25 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    owned = [*model.parameters(), *model.buffers(), image]
-    counter = _Counter({tensor.untyped_storage()._cdata for tensor in owned})
-    with in_evaluation(model), unfused(), counter:
+    alive, macs = _Alive([*model.parameters(), *model.buffers(), image]), _Macs()
+    with in_evaluation(model), unfused(), alive, macs:
         model(image)
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Counted(params=params, macs=counter.macs, memory_bytes=weights + counter.peak)
+    return Counted(params=params, macs=macs.total, memory_bytes=weights + alive.peak)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors made by ``work`` that are alive at once; those that it was given do not count.
+
+    What a kernel takes for itself while it runs is not seen. The count is the same on every machine.
+
+    >>> peak_bytes(lambda: torch.zeros(4).exp().sum())
+    32
+    """
+    with _Alive([]) as alive:
+        work()
+    return alive.peak
 
 
 @torch.no_grad()
@@ -206,25 +218,44 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class _Counter(TorchDispatchMode):
-    """Counts multiply-adds and follows which storages are alive."""
+class _Alive(TorchDispatchMode):
+    """Follows which storages are alive, other than those of ``owned``."""
 
-    def __init__(self, owned: set[int]) -> None:
+    def __init__(self, owned: Sequence[Tensor]) -> None:
         super().__init__()
-        self.owned = owned
+        self.owned = {tensor.untyped_storage()._cdata for tensor in owned}
         self.alive: dict[int, int] = {}
-        self.peak = 0
-        self.macs = 0
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            # Views, and results in place of what was there before, are no storages of their own.
+            if key not in self.owned and key not in self.alive and key not in given:
+                self.alive[key] = storage.nbytes()
+                self.total += self.alive[key]
+                weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.total)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.total -= self.alive.pop(key, 0)
+
+
+class _Macs(TorchDispatchMode):
+    """Counts multiply-adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.macs += multiply_adds(func._overloadpacket.__name__, args, tensors)
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self.owned and key not in self.alive:
-                self.alive[key] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
+        self.total += multiply_adds(func._overloadpacket.__name__, args, tensors)
         return result

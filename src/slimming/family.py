@@ -76,8 +76,17 @@ class Family(abc.ABC):
         """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
         return False
 
-    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
-        """A module that does what ``piece`` does at ``sizes``, for timing."""
+    def piece_module(
+        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> Timed:
+        """A module that does what ``piece`` does at ``sizes``, for timing.
+
+        Args:
+            model: the dense model.
+            piece: one of its pieces.
+            sizes: axis -> size.
+            uneven_heads: heads of an attention differ in size, as they do where a plan is free to choose.
+        """
         raise UnsupportedModelError(f"Family {self.name} has no pieces to time.")
 
     @abc.abstractmethod

@@ -44,6 +44,7 @@ STEPS: Mapping[str, Sequence[float]] = {
 MULTIPLES, WHOLE, FAST = (1, 2, 4, 8, 16, 32), 64, 1.03
 """Multiples to try, the one that they are held against, and how much longer a size may take and still count as fast."""
 WHAT = "latency table"
+ONE_SIZE, UNEVEN = "one size", "uneven"
 Point = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -53,7 +54,7 @@ class LatencyTable:
     """Measured times of a model's pieces; made by `build_latency_table`.
 
     Attributes:
-        setting: what the times are of: machine, device, threads, dtype, batch_size, runtime.
+        setting: what the times are of: machine, device, threads, dtype, batch_size, runtime, heads.
         points: one measurement each: ``kind``, ``like`` (what else tells two pieces apart), one entry per axis with
             its size, ``ms`` (median), ``p25``, ``p75``, ``runs``.
         calibration: time of the dense model over the sum of its pieces; None before it was measured.
@@ -68,6 +69,11 @@ class LatencyTable:
     calibration: float | None = None
     reference_ms: float | None = None
     multiples: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def uneven_heads(self) -> bool:
+        """Whether the times are of attention whose heads differ in size."""
+        return self.setting.get("heads") == UNEVEN
 
     @property
     def multiple(self) -> int | None:
@@ -228,6 +234,7 @@ def build_latency_table(
     batch_size: int = 1,
     runtime: str = "eager",
     kinds: Collection[str] | None = None,
+    uneven_heads: bool = False,
     path: str | Path | None = None,
     seconds: float = 0.15,
     say: Say | None = None,
@@ -240,12 +247,14 @@ def build_latency_table(
         runtime: ``"eager"``; ``"compile"`` for `torch.compile` or ``"onnxruntime"``, which take some seconds per point.
         kinds: kinds of units whose number may differ; None takes those that a search takes by default. With ``width`` a
             table has some times more points; one that is there already gets what it lacks.
+        uneven_heads: attention is timed with heads of different sizes around each mean, for plans whose layout has
+            ``equal_heads`` off; otherwise with heads of one size.
         path: where the table goes, point by point; one that is there already is gone on with.
         seconds: about how long to measure each point.
         say: told what is measured, one line at a time.
 
     Raises:
-        UnsupportedModelError: the model has no pieces.
+        UnsupportedModelError: the model has no pieces, or its heads keep one size.
         ConfigError: there is no such runtime or kind, or the file at ``path`` is of another setting.
     """
     check_runtime(runtime)
@@ -258,7 +267,7 @@ def build_latency_table(
     anatomy = family.read(model)
     _check_pieces(anatomy)
     moving = {group.name for group in anatomy.groups if group.kind in kinds}
-    table = LatencyTable(setting=_setting(model, batch_size, runtime))
+    table = LatencyTable(setting=_setting(model, batch_size, runtime, uneven_heads))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
     have = {_name(point) for point in table.points}
@@ -267,7 +276,7 @@ def build_latency_table(
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
     table = replace(table, reference_ms=block)
     for number, (piece, sizes) in enumerate(left, start=1):
-        times = clock.times(family.piece_module(model, piece, sizes), seconds, block)
+        times = clock.times(family.piece_module(model, piece, sizes, uneven_heads=uneven_heads), seconds, block)
         table = replace(table, points=(*table.points, {**_point(piece, sizes), **times}))
         if say is not None:
             at = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -362,7 +371,7 @@ class _OwnInput(nn.Module):
         return self.module(self.x)
 
 
-def _setting(model: nn.Module, batch_size: int, runtime: str) -> dict[str, Any]:
+def _setting(model: nn.Module, batch_size: int, runtime: str, uneven_heads: bool) -> dict[str, Any]:
     parameter = next(model.parameters())
     found = machine()
     return {
@@ -371,6 +380,7 @@ def _setting(model: nn.Module, batch_size: int, runtime: str) -> dict[str, Any]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "runtime": runtime,
+        "heads": UNEVEN if uneven_heads else ONE_SIZE,
         "torch": torch.__version__,
     }
 

@@ -8,7 +8,7 @@ as an additive bias log(m) on the keys, which is the same as removal when m reac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from slimming.errors import ConfigError, PlanError
 from slimming.groups import Anatomy, Group, resolve_plan
 from slimming.kept_norms import keep_in_norms
 from slimming.plan import Plan
+from slimming.scaling import Factor, flat, original, own_class_, scaled
 from slimming.token_gates import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
 
 ATTRIBUTE = "slimming_masks"
@@ -25,38 +26,6 @@ ATTRIBUTE = "slimming_masks"
 
 SCORES = ("taylor", "contribution", "mask")
 _DECAY = 0.99
-
-
-class Scaled(nn.Module):
-    """The parametrisation of one tensor by one group's mask: factors along one dimension.
-
-    Args:
-        mask: one factor per unit, float32.
-        dim: dimension of the tensor that is scaled.
-        index: places of each unit along it.
-        length: size of the tensor along it.
-    """
-
-    places: Tensor | None
-
-    def __init__(self, mask: nn.Parameter, dim: int, index: Sequence[Sequence[int]], length: int) -> None:
-        super().__init__()
-        self.mask = mask
-        self.dim = dim
-        places = torch.zeros(length, dtype=torch.int64)
-        owners, spots = _flat(index, places.device)
-        places[spots] = owners + 1
-        whole = places.equal(torch.arange(1, mask.numel() + 1)) if length == mask.numel() else False
-        self.register_buffer("places", None if whole else places.to(mask.device), persistent=False)
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Scale ``tensor`` (any shape) along `dim`."""
-        factor = self.mask
-        if self.places is not None:
-            factor = torch.cat([factor.new_ones(1), factor]).index_select(0, self.places)
-        shape = [1] * tensor.dim()
-        shape[self.dim] = -1
-        return tensor * factor.to(tensor.dtype).view(shape)
 
 
 class SoftMasks(Mapping[str, nn.Parameter]):
@@ -239,7 +208,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
                 continue
             tensor = original(self.model, slices.tensor).float()
             each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
-            owners, places = _flat(slices.index, device)
+            owners, places = flat(slices.index, device)
             total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
             squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
         result = torch.ones(group.size, device=device)
@@ -314,7 +283,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
     def _remove_scales(self, *, fold: bool) -> None:
         tensors = {scale.tensor for group in self.groups if group.name not in self._norms for scale in group.scales}
         for module in {tensor.rpartition(".")[0] for tensor in tensors}:
-            _own_class_(self.model.get_submodule(module))
+            own_class_(self.model.get_submodule(module))
         for tensor in sorted(tensors):
             module, _, name = tensor.rpartition(".")
             parametrize.remove_parametrizations(self.model.get_submodule(module), name, leave_parametrized=fold)
@@ -360,11 +329,8 @@ def attach(
     masks.collected["steps"] = torch.zeros((), dtype=torch.int64)
     for group in groups:
         for scale in group.scales if group.name not in masks._norms else ():
-            module_name, _, name = scale.tensor.rpartition(".")
-            module = model.get_submodule(module_name)
             length = original(model, scale.tensor).shape[scale.dim]
-            scaled = Scaled(masks[group.name], scale.dim, scale.index, length)
-            parametrize.register_parametrization(module, name, scaled)
+            scaled(model, scale.tensor).add(Factor(masks[group.name], scale.dim, scale.index, length))
     sites = [group for group in anatomy.groups if group.token is not None]
     masks._remove_gates = attach_token_gates(model, sites, masks, tokens)
     model.__dict__[ATTRIBUTE] = masks
@@ -375,16 +341,6 @@ def attached(model: nn.Module) -> SoftMasks | None:
     """The masks that are attached to ``model``, if any."""
     masks: Any = model.__dict__.get(ATTRIBUTE)
     return masks
-
-
-def original(model: nn.Module, tensor: str) -> Tensor:
-    """The tensor called ``tensor`` without its masks."""
-    module_name, _, name = tensor.rpartition(".")
-    module = model.get_submodule(module_name)
-    if parametrize.is_parametrized(module, name):
-        parametrization: Any = module.get_submodule("parametrizations").get_submodule(name)
-        return parametrization.original
-    return module.get_parameter(name)
 
 
 def batch_norms(model: nn.Module, group: Group) -> list[tuple[nn.Parameter, Tensor]]:
@@ -402,24 +358,6 @@ def is_buffer(model: nn.Module, tensor: str) -> bool:
     """Whether ``tensor`` is a statistic of a norm or another tensor that is not trained."""
     module_name, _, name = tensor.rpartition(".")
     return name in dict(model.get_submodule(module_name).named_buffers(recurse=False))
-
-
-def _flat(index: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The unit and the place of every entry of ``index``, both of shape (entries,)."""
-    pairs = [(unit, place) for unit, places in enumerate(index) for place in places]
-    both = torch.tensor(pairs, dtype=torch.int64, device=device)
-    return both[:, 0], both[:, 1]
-
-
-def _own_class_(module: nn.Module) -> None:
-    """Give a parametrised module a class of its own.
-
-    torch makes one class per parametrised module, which a deep copy shares; removing the parametrisation changes
-    that class, and would break the other one.
-    """
-    old: Any = type(module)
-    body = {name: entry for name, entry in vars(old).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = cast(Any, type(old.__name__, old.__bases__, body))
 
 
 def _plain_name(name: str) -> str:

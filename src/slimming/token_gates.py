@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slimming.groups import Group, TokenSite
 
@@ -17,6 +19,11 @@ BIAS = "bias"
 MULTIPLY = "multiply"
 RAW_INIT = 3.0
 """Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
+
+ALIGNED = 8
+"""Fused attention kernels of GPUs ask for head sizes that are multiples of this."""
+NEVER = -1e4
+"""A key bias that no kernel tells from -inf, and that gives no NaN where it is multiplied by 0."""
 
 Source = tuple[nn.Parameter, Tensor | None]
 """A mask and the places of the wanted positions in it (None: all of them, in order)."""
@@ -63,10 +70,61 @@ class KeyBias(_Gate):
         if given is not None and given.dtype == torch.bool:
             given = torch.zeros(given.shape, dtype=bias.dtype, device=given.device).masked_fill(~given, -torch.inf)
         joined = bias if given is None else bias + given
+        if given is None:
+            joined = joined.as_subclass(_Learning)
         if len(positional) > 1:
             positional[1] = joined
             return tuple(positional), kwargs
         return args, {**kwargs, "attn_mask": joined}
+
+
+class _Learning(Tensor):
+    """An attention mask (1, 1, 1, N) with one number per key, which hosts hand on to the attention kernel.
+
+    Kernels that give no gradient of a mask would be left for one that keeps the weights of all heads, (B, heads, N, N).
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
+                return _attend(*args, **kwargs)
+            return func(*args, **kwargs)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """Attention with a key bias (1, 1, 1, N); where the bias learns, it is made again in the backward pass."""
+    if not (attn_mask.requires_grad and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out: Any = checkpoint(_bias_as_dimension, query, key, value, attn_mask, dropout_p, scale, use_reentrant=False)
+    return out
+
+
+def _bias_as_dimension(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_p: float, scale: float
+) -> Tensor:
+    """Attention whose key bias is one more dimension: 1 in the queries, the bias in the keys."""
+    more = ALIGNED - query.shape[-1] % ALIGNED
+    column = (bias.clamp_min(NEVER) / scale).to(key.dtype).view(1, 1, -1, 1).expand(*key.shape[:-1], 1)
+    ones = query.new_ones(*query.shape[:-1], 1)
+    return F.scaled_dot_product_attention(
+        F.pad(torch.cat([query, ones], -1), (0, more - 1)),
+        F.pad(torch.cat([key, column], -1), (0, more - 1)),
+        F.pad(value, (0, more)),
+        dropout_p=dropout_p,
+        scale=scale,
+    )[..., : value.shape[-1]]
 
 
 class MeanPoolWeight(_Gate):

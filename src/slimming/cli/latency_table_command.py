@@ -25,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
     parser.add_argument("--kinds", metavar="A,B", help="kinds of units whose number may differ, such as mlp,width "
                         "(default: what a search takes)")  # fmt: skip
+    parser.add_argument("--uneven-heads", action="store_true", help="for plans whose heads may differ in size")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
@@ -68,6 +69,7 @@ def execute(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         runtime=arguments.runtime,
         kinds=arguments.kinds.split(",") if arguments.kinds is not None else None,
+        uneven_heads=arguments.uneven_heads,
         path=arguments.output,
         say=say,
     )

@@ -80,8 +80,10 @@ class TimmViT(Family):
         plain = bool(anatomy.operations[0].live)
         return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
 
-    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
-        return piece_module(_vit(model), piece, sizes)
+    def piece_module(
+        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> Timed:
+        return piece_module(_vit(model), piece, sizes, uneven_heads=uneven_heads)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)

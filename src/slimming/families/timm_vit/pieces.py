@@ -81,7 +81,9 @@ def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
 
 
 @torch.no_grad()
-def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int]) -> Timed:
+def piece_module(
+    vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
+) -> Timed:
     """A module that does what ``piece`` does at ``sizes``.
 
     Blocks get as many copies as stand between two uses of one block in a model, so that their weights are not found
@@ -106,10 +108,21 @@ def piece_module(vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int])
     if piece.kind == "attention":
         count = int(piece.like.partition(" ")[0])
         each = sizes["qkv"] // (3 * count)
-        wanted = replace(wanted, heads=((each, each),) * count, scale=each**-0.5)
+        heads = _spread(each, count, own.qkv.out_features // (3 * count)) if uneven_heads else [each] * count
+        wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=each**-0.5)
     resize_block_(lean, wanted)
     resize_width_(lean, sizes["width"])
     return Timed(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
+
+
+def _spread(mean: int, count: int, full: int) -> list[int]:
+    """Sizes of ``count`` heads in multiples of 8 around ``mean``, up to half as much again, as plans leave them."""
+    if mean % 8 or mean >= full:
+        return [mean] * count
+    span = min(full, 1.5 * mean) - mean
+    half = [round(span * (count - 1 - 2 * place) / (8 * max(count - 1, 1))) * 8 for place in range(count // 2)]
+    middle = [0] * (count % 2)
+    return sorted(mean + offset for offset in (*half, *middle, *(-offset for offset in half)))
 
 
 def _block_of(vit: VisionTransformer, piece: Piece) -> nn.Module:

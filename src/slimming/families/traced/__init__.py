@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.errors import UnsupportedModelError
 from slimming.families.traced import origin
 from slimming.families.traced.pieces import Call, calls, piece_module
 from slimming.families.traced.reading import Reading, attention_sites, read_model
@@ -63,7 +64,11 @@ class Traced(Family):
             pieces=reading.pieces,
         )
 
-    def piece_module(self, model: nn.Module, piece: Piece, sizes: Mapping[str, int]) -> Timed:
+    def piece_module(
+        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> Timed:
+        if uneven_heads:
+            raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
         if self._timed is None or self._timed[0]() is not model:  # a table asks hundreds of times
             anatomy, like = self.read(model), next(model.parameters())
             example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
