@@ -132,8 +132,8 @@ def write(rows: dict[str, dict[str, float]], settings: Any) -> None:
     if len(rows) > 1:
         alike = {name: row for name, row in ordered.items() if name != HALF}
         lines.append(["exponent", "1", *(f"{exponent(alike, stage):.2f}" for stage in STAGES)])
-    draw(ordered, settings.output / "growth.svg")
     store("growth", settings, table(["model", "params", *STAGES.values()], lines), rows=ordered)
+    draw(ordered, settings.output / "growth.svg")
 
 
 def draw(rows: dict[str, dict[str, float]], path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 import slimming
 from slimming.api import Rating, anatomy_of, load_scores, save_scores
-from slimming.checkpoint import read_provenance
+from slimming.checkpoint import read_provenance, untied, write_tensors
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.io import atomic_json, seal
 from slimming.plan import Budget, Layout
@@ -67,6 +71,82 @@ def test_tied_and_odd_tensors_are_saved(tmp_path: Path) -> None:
     slimming.save(model, tmp_path / "odd")
     again = slimming.load(tmp_path / "odd")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tied_tensors_are_written_once_per_name_and_stay_tied(tmp_path: Path) -> None:
+    model: Any = VARIANTS[0].make()
+    one, other = model.blocks[0].mlp, model.blocks[1].mlp
+    other.fc1.weight = one.fc1.weight
+    one.fc2.weight.data = one.fc1.weight.data.view_as(one.fc2.weight)
+    whole = torch.randn(2, *other.fc2.weight.shape)
+    other.fc2.weight.data = whole[1]
+    slimming.save(model, tmp_path / "tied")
+    written, again = load_file(tmp_path / "tied" / "weights.safetensors"), slimming.load(tmp_path / "tied")
+    for found in (written, again.state_dict()):
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+    assert other.fc1.weight is one.fc1.weight
+    assert one.fc2.weight.data_ptr() == one.fc1.weight.data_ptr()
+
+
+def test_only_what_shares_memory_or_lies_apart_is_copied_to_be_written() -> None:
+    base = torch.randn(4, 6)
+    state = {"plain": nn.Parameter(torch.randn(3)), "base": base, "tied": base, "part": base[1:], "across": base.t()}
+    state |= {"empty": torch.empty(0), "scalar": torch.tensor(2)}
+    plain = untied(state)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in state.items())
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in plain.values())
+    kept = [name for name in state if plain[name].data_ptr() == state[name].data_ptr()]
+    assert kept == ["plain", "base", "empty", "scalar"]
+
+
+MEMORY = """
+import os, sys, threading, timm, torch, slimming
+
+def own() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def most(work) -> float:
+    before, peak, done = own(), 0, threading.Event()
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, own())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kept = work()
+    done.set()
+    watcher.join()
+    return max(peak, own()) - before
+
+torch.set_num_threads(1)
+model = timm.create_model("vit_large_patch16_224", depth=2)
+saving = most(lambda: slimming.save(model, sys.argv[1]))
+loading = most(lambda: slimming.load(sys.argv[1]))
+size = os.path.getsize(sys.argv[1] + "/weights.safetensors")
+print(saving / size, loading / size)
+"""
+"""Prints the most memory of its own that the process takes while it saves and loads, over the size of the file."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+@pytest.mark.skipif(safetensors.__version__ < "0.8", reason="older safetensors copy what they write")
+def test_saving_takes_no_memory_of_the_size_of_the_model_and_loading_takes_it_once(tmp_path: Path) -> None:
+    printed = subprocess.check_output([sys.executable, "-c", MEMORY, str(tmp_path / "large")], text=True)
+    saving, loading = map(float, printed.split())
+    assert saving < 0.5
+    assert 0.9 < loading < 1.5
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(slim: nn.Module, saved: Path) -> None:
+    loaded = slimming.load(saved)
+    with (saved / "weights.safetensors").open("r+b") as file:
+        file.write(bytes(os.fstat(file.fileno()).st_size))
+    assert torch.equal(loaded(image(slim)), slim(image(slim)))
+    shutil.rmtree(saved)
+    slimming.save(loaded, saved)
+    assert torch.equal(slimming.load(saved)(image(slim)), slim(image(slim)))
 
 
 def test_masked_models_are_not_saved_as_if_they_were_plain(tmp_path: Path) -> None:
@@ -178,6 +258,51 @@ def test_a_full_disk_leaves_nothing(
         return
     with pytest.raises(OutputError, match=r"The disk is full: .*slim.* was not written\. Free some space"):
         slimming.save(slim, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("I/O error: No space left on device (os error 28)", "The disk is full: "),
+        ('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })', "The disk is full: "),
+        ("I/O error: Permission denied (os error 13) at path", r"cannot be written \(Permission denied\)"),
+        ("something else", r"cannot be written \(something else\)"),
+    ],
+)
+def test_what_the_writer_of_tensors_says_of_the_disk_is_understood(
+    said: str, says: str, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError(said)
+
+    monkeypatch.setattr("slimming.checkpoint.save_file", half)
+    with pytest.raises(OutputError, match=says):
+        slimming.save(slim, tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_halfway_leaves_nothing(slim: nn.Module, tmp_path: Path) -> None:
+    """The system's limit on the size of a file, which the library that writes the tensors runs into."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"weights\.safetensors cannot be written \(File too large\)"):
+            slimming.save(slim, tmp_path / "slim")
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "before").write_text("mine")
+        with pytest.raises(OutputError, match="before cannot be written"):
+            write_tensors(tmp_path / "before", untied(slim.state_dict()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+    assert (tmp_path / "before").read_text() == "mine"
+
+
+def test_a_model_without_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="meta"):
+        slimming.save(VARIANTS[0].make().to("meta"), tmp_path / "new" / "slim")
     assert list(tmp_path.iterdir()) == []
 
 

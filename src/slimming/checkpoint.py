@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
@@ -21,7 +24,7 @@ from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.families import family_called, family_of
 from slimming.family import STRUCTURE as SLIM
 from slimming.family import fill_
-from slimming.io import atomic_json, atomic_write_bytes, check_json, explain, seal
+from slimming.io import atomic_file, atomic_json, check_json, explain, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
 
@@ -60,7 +63,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         if name in record:
             raise ConfigError(f"provenance.{name} is an entry of the file itself. Give yours another name.")
     structure = family_of(model).read(model).structure
-    weights = dump_tensors(model.state_dict())
+    weights = untied(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")
     try:
@@ -69,9 +72,8 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     except OSError as error:
         raise explain(error, path) from error
     try:
-        atomic_write_bytes(partial / WEIGHTS, weights)
-        digest = hashlib.sha256(weights).hexdigest()
-        atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": digest}))
+        write_tensors(partial / WEIGHTS, weights)
+        atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))
         atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **record}))
         os.chmod(partial, 0o755)
         os.replace(partial, path)
@@ -105,10 +107,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     structure_file = path / STRUCTURE
     raw = read_sealed(structure_file)
     structure = Structure.from_dict(raw, source=str(structure_file))
-    weights = read_bytes(path / WEIGHTS)
-    if hashlib.sha256(weights).hexdigest() != raw.get("weights_sha256"):
+    if sha256(path / WEIGHTS) != raw.get("weights_sha256"):
         raise CheckpointError(f"{path / WEIGHTS} is not as it was written: its checksum differs. Take an intact copy.")
-    state = parse_tensors(weights, path / WEIGHTS)
+    state = read_tensors(path / WEIGHTS)
     model = build(structure) if dense is None else _refit(dense, structure, path)
     try:
         fill_(model, state)
@@ -185,10 +186,52 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     return read_sealed(Path(path) / PROVENANCE)
 
 
+def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as safetensors takes it: on the CPU, contiguous, each tensor in memory of its own.
+
+    Only what is not so already is copied; of tied tensors, all but the first.
+    """
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        plain[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return plain
+
+
+def write_tensors(path: Path, plain: dict[str, Tensor]) -> None:
+    """Write what `untied` gives to a safetensors file, whole or not at all.
+
+    The file is never held in memory; safetensors before 0.8 makes one copy of the tensors.
+
+    Raises:
+        OutputError: the disk is full, or the place is not writable.
+    """
+    with atomic_file(path) as temporary:
+        try:
+            save_file(plain, temporary)
+        except SafetensorError as error:
+            # It holds what the system said as text: "(os error 28)", before safetensors 0.6 "Os { code: 28, …".
+            said = re.search(r"(?:os error|code:) (\d+)", str(error))
+            raise (OSError(int(said[1]), os.strerror(int(said[1]))) if said else OSError(str(error))) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or not safetensors.
+    """
+    with _damage_named(path):
+        # load_file maps the file. Copies, since a mapped model changes or dies when its file is overwritten in place;
+        # they are also aligned in memory as other tensors are, which the file is not.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The safetensors bytes of a state dict; tied tensors are written once per name."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    return dump_safetensors(plain, metadata=dict(metadata or {}))
+    """The safetensors bytes of a small state dict; tied tensors are written once per name."""
+    return dump_safetensors(untied(state), metadata=dict(metadata or {}))
 
 
 def parse_tensors(data: bytes, source: Path) -> dict[str, Tensor]:
@@ -197,22 +240,47 @@ def parse_tensors(data: bytes, source: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: they are truncated or not safetensors.
     """
-    try:
+    with _damage_named(source):
         return load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{source} is truncated or not a safetensors file ({error}). Take an intact copy."
         ) from error
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
+def sha256(path: Path) -> str:
+    """The checksum of a file, which is read in pieces.
 
     Raises:
         CheckpointError: it is missing or not readable.
     """
-    try:
+    digest = hashlib.sha256()
+    with _readable(path), path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        CheckpointError: it is missing or not readable.
+    """
+    with _readable(path):
         return path.read_bytes()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a path that slimming wrote.") from error
 

@@ -8,35 +8,46 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from slimming.errors import ConfigError, OutputError
 
 
-def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` to ``path``: afterwards the file is whole, or what was there before is untouched.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Lend an empty file beside ``path`` to write to: afterwards ``path`` is whole, or what was there is untouched.
 
-    The bytes go to a temporary file in the same directory, are flushed to the disk and renamed into place.
+    When the block ends, what it wrote is flushed to the disk and renamed into place; when it raises, it is removed.
 
     Raises:
-        OutputError: the disk is full, or the place is not writable.
+        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        # Opened only now, since the block may have put another file in its place.
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         raise explain(error, path) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` to ``path``; see `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

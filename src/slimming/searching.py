@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from slimming.api import (
 from slimming.elimination import eliminated
 from slimming.errors import CheckpointError
 from slimming.groups import Anatomy
-from slimming.io import atomic_json, atomic_write_bytes, check_json, seal
+from slimming.io import atomic_json, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
 from slimming.modes import in_evaluation
 from slimming.plan import FORMAT, read_sealed
@@ -100,14 +99,14 @@ class SearchResult(Rated):
         check_json(config, "config")
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
         for name, content in tensors.items():
-            atomic_write_bytes(directory / name, checkpoint.dump_tensors(content))
+            checkpoint.write_tensors(directory / name, checkpoint.untied(content))
         save_scores(directory / SCORES_FILE, self.rating)
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
             "config": config,
             "metrics": metrics,
-            "files_sha256": {name: _digest(directory / name) for name in (*tensors, SCORES_FILE)},
+            "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
         }
         atomic_json(directory / RECORD, seal(record))
 
@@ -309,15 +308,15 @@ def load_search(directory: str | Path) -> SearchResult:
     directory = Path(directory)
     record = read_sealed(directory / RECORD)
     for name, digest in record["files_sha256"].items():
-        if _digest(directory / name) != digest:
+        if checkpoint.sha256(directory / name) != digest:
             raise CheckpointError(
                 f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
             )
     rating = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
     model = checkpoint.build(rating.anatomy.structure)
-    weights = checkpoint.parse_tensors(checkpoint.read_bytes(directory / WEIGHTS), directory / WEIGHTS)
-    values = checkpoint.parse_tensors(checkpoint.read_bytes(directory / MASKS), directory / MASKS)
+    weights = checkpoint.read_tensors(directory / WEIGHTS)
+    values = checkpoint.read_tensors(directory / MASKS)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
         groups = [rating.anatomy.group(name) for name in values]
@@ -335,7 +334,3 @@ def load_search(directory: str | Path) -> SearchResult:
         sensitivity=rating.sensitivity,
         metrics=record["metrics"],
     )
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(checkpoint.read_bytes(path)).hexdigest()

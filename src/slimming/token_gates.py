@@ -21,7 +21,7 @@ RAW_INIT = 3.0
 """Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
 
 ALIGNED = 8
-"""Fused attention kernels of GPUs ask for head sizes that are multiples of this."""
+"""Fused attention kernels of accelerators ask for head sizes that are multiples of this; those of CPUs take any."""
 NEVER = -1e4
 """A key bias that no kernel tells from -inf, and that gives no NaN where it is multiplied by 0."""
 
@@ -115,7 +115,7 @@ def _bias_as_dimension(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_p: float, scale: float
 ) -> Tensor:
     """Attention whose key bias is one more dimension: 1 in the queries, the bias in the keys."""
-    more = ALIGNED - query.shape[-1] % ALIGNED
+    more = 1 if query.device.type == "cpu" else ALIGNED - query.shape[-1] % ALIGNED
     column = (bias.clamp_min(NEVER) / scale).to(key.dtype).view(1, 1, -1, 1).expand(*key.shape[:-1], 1)
     ones = query.new_ones(*query.shape[:-1], 1)
     return F.scaled_dot_product_attention(
