@@ -28,8 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(<!-- (results|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
 
 CONFIGS = {
-    "RunConfig": "slimming.pipeline",
-    "ModelConfig": "slimming.pipeline",
+    "RunConfig": "slimming.run_config",
+    "ModelConfig": "slimming.opening",
     "DataConfig": "slimming.training.config",
     "SearchConfig": "slimming.search_config",
     "Layout": "slimming.plan",

@@ -23,7 +23,7 @@ from slimming import latency
 from slimming.cli.entry import COMMANDS, make_parser
 from slimming.cli.jobs import from_values
 from slimming.cli.settings import read_yaml
-from slimming.pipeline import RunConfig
+from slimming.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

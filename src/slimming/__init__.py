@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from slimming.contract import Check, check
     from slimming.latency import LatencyTable, build_latency_table
     from slimming.oneshot import OneShot, score
-    from slimming.pipeline import ModelConfig, RunConfig, load_images, open_data, open_model, run
+    from slimming.opening import ModelConfig, load_images, open_data, open_model
+    from slimming.pipeline import run
+    from slimming.progressive import train_progressive
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
+    from slimming.run_config import RunConfig
     from slimming.search_config import SearchConfig, preset
     from slimming.searching import SearchResult, load_search, search
+    from slimming.slimmable import train_slimmable
     from slimming.training.batches import calibration_images
     from slimming.training.config import DataConfig, TrainConfig
     from slimming.training.evaluate import evaluate
@@ -71,6 +75,8 @@ __all__ = [
     "score",
     "search",
     "train",
+    "train_progressive",
+    "train_slimmable",
 ]
 
 # What trains needs accelerate, timm and more; it is imported when it is first used.
@@ -81,9 +87,9 @@ _LAZY = {
     "DistilConfig": "retrain",
     "LatencyTable": "latency",
     "build_latency_table": "latency",
-    "ModelConfig": "pipeline",
+    "ModelConfig": "opening",
     "OneShot": "oneshot",
-    "RunConfig": "pipeline",
+    "RunConfig": "run_config",
     "MatchTask": "training.tasks",
     "SearchConfig": "search_config",
     "SearchResult": "searching",
@@ -91,15 +97,17 @@ _LAZY = {
     "calibration_images": "training.batches",
     "check": "contract",
     "evaluate": "training.evaluate",
-    "load_images": "pipeline",
+    "load_images": "opening",
     "load_search": "searching",
-    "open_data": "pipeline",
-    "open_model": "pipeline",
+    "open_data": "opening",
+    "open_model": "opening",
     "preset": "search_config",
     "run": "pipeline",
     "score": "oneshot",
     "search": "searching",
     "train": "retrain",
+    "train_progressive": "progressive",
+    "train_slimmable": "slimmable",
 }
 
 

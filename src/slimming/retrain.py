@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from slimming.errors import ConfigError
+from slimming.api import anatomy_of
+from slimming.errors import ConfigError, UnsupportedModelError
+from slimming.groups import Group
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
@@ -25,6 +29,11 @@ class DistilConfig:
         features: modules that teacher and student share whose outputs are matched too, such as ``"blocks.5"``.
         feature_weight: weight of that match.
         pool: what of the outputs is matched: the ``"first"`` token or the ``"mean"`` over tokens.
+        relations: modules whose outputs (B, N, D) are matched by how their tokens relate to one another, such as
+            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); their widths D may differ.
+        relation_weight: weight of that match.
+        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 keeps queries, keys
+            and values of a ``qkv`` apart.
     """
 
     alpha: float = 0.8
@@ -32,6 +41,9 @@ class DistilConfig:
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
     pool: str = "first"
+    relations: tuple[str, ...] = ()
+    relation_weight: float = 1.0
+    relation_heads: int = 12
 
 
 def train(
@@ -74,20 +86,53 @@ def train(
     2
     """
     config = config or TrainConfig()
-    if task is not None and (teacher is not None or distil is not None):
-        raise ConfigError("Give a task of your own, or a teacher; the task would not use the teacher.")
-    if task is None:
-        task = ClassificationTask(config.label_smoothing)
-    if teacher is not None:
-        distil = distil or DistilConfig()
-        task = DistilTask(
-            teacher,
-            alpha=distil.alpha,
-            temperature=distil.temperature,
-            features=distil.features,
-            feature_weight=distil.feature_weight,
-            pool=distil.pool,
-            label_smoothing=config.label_smoothing,
-        )
+    task = task_of(model, config, teacher, distil, task)
     target = Path(directory) if directory is not None else None
     return fit(model, task, data, config, directory=target, resume=resume, evaluate=evaluate, title=title)
+
+
+def task_of(
+    model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, task: Task | None
+) -> Task:
+    """What `train` trains ``model`` for: the labels, the teacher, or the task that was given.
+
+    Raises:
+        ConfigError: there are a task and a teacher.
+    """
+    if task is not None and (teacher is not None or distil is not None):
+        raise ConfigError("Give a task of your own, or a teacher; the task would not use the teacher.")
+    if task is not None or teacher is None:
+        return task or ClassificationTask(config.label_smoothing)
+    distil = distil or DistilConfig()
+    return DistilTask(
+        teacher,
+        **dataclasses.asdict(distil),
+        places=common_tokens(model, teacher, distil.relations),
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def common_tokens(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The places of the teacher's tokens that the student has, for those of the named modules where it lost some."""
+    if not names:
+        return {}
+    found = {}
+    sites = [{g.token.block: g.token for g in _groups(model) if g.token is not None} for model in (student, teacher)]
+    for name in names:
+        block = next((block for block in sites[0] if f"{name}.".startswith(f"{block}.")), None)
+        if block is None or block not in sites[1]:
+            continue
+        mine, theirs = sites[0][block], sites[1][block]
+        if mine.positions != theirs.positions:
+            place_of = {position: mine.prefix + place for place, position in enumerate(theirs.positions)}
+            # A position that the teacher lacks cannot be compared; the task says so when it sees the shapes.
+            shared = [place_of[position] for position in mine.positions if position in place_of]
+            found[name] = torch.tensor([*range(mine.prefix), *shared])
+    return found
+
+
+def _groups(model: nn.Module) -> tuple[Group, ...]:
+    try:
+        return anatomy_of(model).groups
+    except UnsupportedModelError:  # a model of one's own, which lost no tokens
+        return ()

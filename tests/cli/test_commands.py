@@ -258,7 +258,7 @@ def test_the_demo_runs_its_embedded_settings(
 
 def test_the_demo_is_complete_in_the_package() -> None:
     from slimming.cli.jobs import from_values
-    from slimming.pipeline import RunConfig
+    from slimming.run_config import RunConfig
 
     config = from_values(RunConfig, demo.settings())
     assert [budget.macs for budget in config.budgets] == [0.7, 0.5, 0.3]

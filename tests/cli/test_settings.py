@@ -11,8 +11,8 @@ from slimming.cli.flags import attribute_texts, flags_of, given, parse_flag, par
 from slimming.cli.jobs import JOBS, SearchJob, TrainJob, differences, document, from_values
 from slimming.cli.settings import read_yaml
 from slimming.errors import BudgetError, ConfigError
-from slimming.pipeline import RunConfig
 from slimming.plan import Budget
+from slimming.run_config import RunConfig
 from slimming.search_config import preset
 from slimming.training.config import TrainConfig
 

@@ -14,7 +14,7 @@ from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, relation_error
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
@@ -149,3 +149,94 @@ def test_mixup() -> None:
     assert targets.shape == (4, 3)
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
     assert targets.min() > 0.03
+
+
+def test_relations_by_hand() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 6), torch.randn(2, 4, 12)
+    by_hand = []
+    for image in range(2):
+        for head in range(3):
+            one, other = student[image, :, 2 * head : 2 * head + 2], teacher[image, :, 4 * head : 4 * head + 4]
+            q, p = (one @ one.T / 2**0.5).softmax(1), (other @ other.T / 4**0.5).softmax(1)
+            by_hand.append((p * (p / q).log()).sum(1).mean())
+    torch.testing.assert_close(relation_error(student, teacher, 3), torch.stack(by_hand).mean())
+    assert relation_error(teacher, teacher, 5).item() == 0
+    # Turned features relate alike, as long as every head is turned in itself.
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    assert relation_error(teacher @ turn, teacher, 1).item() == pytest.approx(0, abs=1e-6)
+    assert relation_error(teacher @ turn, teacher, 3).item() > 1e-3
+
+
+def test_relations_of_models_of_other_widths() -> None:
+    student, teacher = make_model(1), make_model(2, embed_dim=32, num_heads=4)
+    names = ("blocks.0.attn.qkv", "blocks.1")
+    task = DistilTask(teacher, relations=names, relation_weight=2.0, relation_heads=3)
+    task.start(student, CPU)
+    found = task.loss(student, images(), LABELS)
+    task.stop()
+    assert found["relations"].item() > 0
+    torch.testing.assert_close(found["loss"], 0.5 * found["labels"] + 0.5 * found["teacher"] + 2.0 * found["relations"])
+    found["loss"].backward()
+    assert student.get_parameter("blocks.0.attn.qkv.weight").grad is not None
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
+    # Its own teacher relates like itself.
+    task = DistilTask(student, relations=names)
+    task.start(student.eval(), CPU)
+    assert task.loss(student, images(), LABELS)["relations"].item() == pytest.approx(0, abs=1e-6)
+    task.stop()
+
+
+def test_relations_of_the_tokens_that_are_left() -> None:
+    class Fewer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, [0, 2, 4]]
+
+    student, teacher = make_model(1).eval(), make_model(1).eval()
+    blocks = student.get_submodule("blocks")
+    blocks[1] = nn.Sequential(Fewer(), blocks[1])  # type: ignore[index, operator]
+    asked = {"relations": ("blocks.1",), "relation_heads": 2}
+    task = DistilTask(teacher, **asked)  # type: ignore[arg-type]
+    task.start(student, CPU)
+    with pytest.raises(ConfigError, match=r"blocks.1 need the same tokens.*\(4, 3, 16\), the teacher \(4, 5, 16\)"):
+        task.loss(student, images(), LABELS)
+    task.stop()
+    found = []
+    for places in ([0, 2, 4], [0, 1, 3]):
+        task = DistilTask(teacher, **asked, places={"blocks.1": torch.tensor(places)})  # type: ignore[arg-type]
+        task.start(student, CPU)
+        found.append(task.loss(student, images(), LABELS)["relations"].item())
+        task.stop()
+    assert found[0] < found[1]
+
+
+def test_relations_refuse() -> None:
+    with pytest.raises(ConfigError, match="relation_heads is 0"):
+        DistilTask(make_model(), relation_heads=0)
+    task = DistilTask(make_model(), relations=("block.1",))
+    with pytest.raises(ConfigError, match=r"teacher has no module 'block\.1'"):
+        task.start(make_model(), CPU)
+    task = DistilTask(make_model(), relations=("blocks.1",), relation_heads=17)
+    student = make_model()
+    task.start(student, CPU)
+    with pytest.raises(ConfigError, match=r"relation_heads is 17, but blocks.1 gives 16 numbers"):
+        task.loss(student, images(), LABELS)
+    task.stop()
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x[:, :3], x[:, 3:]
+
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.pair(images.flatten(1))[0]
+
+    task = DistilTask(Paired(), features=("pair",))
+    task.start(Paired(), CPU)
+    with pytest.raises(ConfigError, match="pair of the teacher gives tuple, not one tensor"):
+        task.loss(Paired(), images(), LABELS)
+    task.stop()

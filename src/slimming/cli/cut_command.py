@@ -125,7 +125,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.cli.output import say
     from slimming.errors import ConfigError
     from slimming.oneshot import score
-    from slimming.pipeline import ModelConfig, check_input, load_images, open_model
+    from slimming.opening import ModelConfig, check_input, load_images, open_model
     from slimming.plan import Layout
     from slimming.results import versions
 
@@ -154,7 +154,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
     from slimming.api import plans
     from slimming.cli.models import load_checkpoint, search_directory
     from slimming.errors import CheckpointError, ConfigError
-    from slimming.pipeline import load_images
+    from slimming.opening import load_images
     from slimming.plan import Plan
     from slimming.results import plain, versions
     from slimming.searching import load_search

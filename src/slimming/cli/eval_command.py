@@ -34,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.cli.models import choose_device, load_checkpoint
     from slimming.cli.output import say
-    from slimming.pipeline import check_input, open_data
+    from slimming.opening import check_input, open_data
     from slimming.training.evaluate import evaluate
 
     device = choose_device(arguments.device)

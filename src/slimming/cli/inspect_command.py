@@ -39,7 +39,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.api import anatomy_of, cost, describe
     from slimming.cli.flags import parse_flag
     from slimming.cli.models import open_named
-    from slimming.pipeline import check_input
+    from slimming.opening import check_input
 
     given = arguments.model_arguments
     options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from slimming.cli.flags import given
 from slimming.cli.settings import build, merge, read_yaml
 from slimming.errors import ConfigError
-from slimming.pipeline import ModelConfig, RunConfig
+from slimming.opening import ModelConfig
 from slimming.plan import Budget
 from slimming.results import BenchConfig
 from slimming.retrain import DistilConfig
+from slimming.run_config import RunConfig
 from slimming.search_config import SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 

@@ -12,6 +12,7 @@ Stopped anywhere, the same command goes on where it was.
 
   slimming run config.yaml --output runs/flowers
   slimming run --model.name deit_small_patch16_224 --data.source flowers/ --budget macs=0.7 --budget macs=0.5
+  slimming run config.yaml --hours 2 --retraining together --output runs/flowers
 
 config.yaml:
   model: {name: deit_small_patch16_224}
@@ -25,7 +26,7 @@ config.yaml:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from slimming.cli.flags import add_flags
-    from slimming.pipeline import RunConfig
+    from slimming.run_config import RunConfig
 
     parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
     parser.add_argument("--output", metavar="DIR", help="where everything goes (default runs/ and the file's name)")
@@ -35,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.jobs import read_job
-    from slimming.pipeline import RunConfig
+    from slimming.run_config import RunConfig
 
     config, notes = read_job(RunConfig, arguments)
     run_into(config, output_of(arguments, "run"), "run", notes)

@@ -30,7 +30,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.jobs import SearchJob, read_job
     from slimming.cli.output import announce, claimed, is_main, say
     from slimming.cli.run_command import output_of
-    from slimming.pipeline import open_start
+    from slimming.opening import open_start
     from slimming.searching import RECORD, search
     from slimming.training.evaluate import evaluate
 

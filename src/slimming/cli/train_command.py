@@ -34,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import announce, claimed, is_main, say
     from slimming.cli.run_command import output_of
-    from slimming.pipeline import open_start
+    from slimming.opening import open_start
     from slimming.retrain import train
     from slimming.training.evaluate import evaluate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from slimming.plan import KINDS
@@ -147,13 +148,20 @@ def sensitivity(results: Results) -> Html | None:
 
 
 def retrain_curves(results: Results, logs: Mapping[str, Log]) -> Html | None:
-    """Return loss and accuracy over retraining, one line per budget; None when nothing was logged."""
+    """Return loss and accuracy over retraining, one line per budget or training; None when nothing was logged."""
     if not logs:
         return None
     looks = [(row, budget_colour(i), dash(i)) for i, row in enumerate(results.rows) if row.name in logs]
+    # Budgets that were trained together have one log, which was evaluated at the smallest of them.
+    many = {name for name, count in Counter(row.log for row in results.rows).items() if name is not None and count > 1}
+    first = {row.log: row for row in reversed(results.rows)}
+    looks = [look for look in looks if look[0].log not in many or look[0] is first[look[0].log]]
     axis = "epoch" if all(log.axis == "epoch" for log in logs.values()) else "step"
-    loss = [_curve(logs[row.name], "loss", row.label, colour, line) for row, colour, line in looks]
-    top1 = [_accuracy(logs[row.name], row.label, colour, line) for row, colour, line in looks]
+    loss, top1 = [], []
+    for row, colour, line in looks:
+        names = ("all budgets together", "smallest of all budgets") if row.log in many else (row.label, row.label)
+        loss.append(_curve(logs[row.name], "loss", names[0], colour, line))
+        top1.append(_accuracy(logs[row.name], names[1], colour, line))
     rule = None if results.dense.top1 is None else 100 * results.dense.top1
     panels = [
         _panel("Loss", "loss", loss, axis),

@@ -260,9 +260,14 @@ class _Run:
             self.saved_at = time.monotonic()
 
     def result(self) -> nn.Module | None:
-        """Put the model into evaluation mode and return the averaged one."""
+        """Put the model into evaluation mode and return the averaged one, which can be trained like the model."""
         self.state.model.eval()
-        return None if self.state.averaged is None else self.state.averaged.module
+        if self.state.averaged is None:
+            return None
+        averaged = self.state.averaged.module
+        for mine, theirs in zip(averaged.parameters(), self.state.model.parameters(), strict=True):
+            mine.requires_grad_(theirs.requires_grad)
+        return averaged
 
 
 def last_metrics(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,32 @@ def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
+def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tensor:
+    """Return how far the token-to-token relations of two outputs lie apart (MiniLMv2, Wang et al. 2021, section 3.1).
+
+    A relation is the softmax over tokens of their scaled dot products, (B, heads, N, N): D is split into ``heads``
+    parts of consecutive numbers, as many on both sides whatever their D. The error is the mean of
+    KL(teacher || student) over images, heads and tokens.
+
+    Args:
+        student_BND: an output of the student.
+        teacher_BND: the teacher's, of the same tokens; its D may differ.
+        heads: parts. A multiple of 3 compares queries, keys and values of a joint projection apart.
+
+    >>> x = torch.randn(2, 5, 24)
+    >>> relation_error(x, x, 3).item()
+    0.0
+    """
+    student, teacher = _relations(student_BND, heads), _relations(teacher_BND, heads)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
+
+
+def _relations(output_BND: Tensor, heads: int) -> Tensor:
+    """Logarithms of the relations, (B, heads, N, N)."""
+    products = [part @ part.mT / part.shape[-1] ** 0.5 for part in output_BND.tensor_split(heads, dim=-1)]
+    return torch.stack(products, 1).log_softmax(-1)
+
+
 class ClassificationTask:
     """Cross-entropy with label smoothing; with a distillation token both heads learn the labels."""
 
@@ -109,12 +135,12 @@ class ClassificationTask:
 
 
 class DistilTask:
-    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), and from its features.
+    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), its features and its relations.
 
     The loss is ``(1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student)`` at temperature ``T``,
-    plus ``feature_weight`` times the mean squared error of the named modules' outputs. A model with a
-    distillation token learns the labels with its class head and the teacher with its distillation head
-    (Touvron et al. 2021).
+    plus ``feature_weight`` times the mean squared error of the named modules' outputs, plus ``relation_weight``
+    times the divergence of their token-to-token relations, see `relation_error`. A model with a distillation token
+    learns the labels with its class head and the teacher with its distillation head (Touvron et al. 2021).
 
     Args:
         teacher: a model of the same classes; put into evaluation mode and never trained.
@@ -124,6 +150,11 @@ class DistilTask:
         feature_weight: weight of their error.
         pool: what is compared of outputs (B, N, D): ``"first"`` token or the ``"mean"`` over tokens. A
             student that lost tokens still has both.
+        relations: names of modules whose outputs (B, N, D) are compared by their relations, such as
+            ``"blocks.5.attn.qkv"``; D may differ.
+        relation_weight: weight of their divergence.
+        relation_heads: parts that D is split into, see `relation_error`.
+        places: module in ``relations`` -> places of the teacher's tokens that the student has, where it lost some.
         label_smoothing: as in `ClassificationTask`.
     """
 
@@ -136,6 +167,10 @@ class DistilTask:
         features: tuple[str, ...] = (),
         feature_weight: float = 1.0,
         pool: str = "first",
+        relations: tuple[str, ...] = (),
+        relation_weight: float = 1.0,
+        relation_heads: int = 12,
+        places: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         if not 0 <= alpha <= 1:
@@ -144,9 +179,13 @@ class DistilTask:
             raise ConfigError(f"temperature is {temperature}; it must be above 0.")
         if pool not in ("first", "mean"):
             raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, ('first', 'mean'))}")
+        if relation_heads < 1:
+            raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
         self.teacher = teacher
         self.alpha, self.temperature = alpha, temperature
         self.features, self.feature_weight, self.pool = features, feature_weight, pool
+        self.relations, self.relation_weight, self.relation_heads = relations, relation_weight, relation_heads
+        self.places = dict(places or {})
         self.label_smoothing = label_smoothing
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
@@ -160,18 +199,17 @@ class DistilTask:
         self.teacher.to(device).eval()
         for who, whole in (("teacher", self.teacher), ("student", model)):
             modules = dict(whole.named_modules())
-            for name in self.features:
+            for name in dict.fromkeys((*self.features, *self.relations)):
                 if name not in modules:
                     self.stop()
                     raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
                 self.handles.append(modules[name].register_forward_hook(self._watch(who, name)))
 
     def _watch(self, who: str, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            tokens = output.float()
-            if tokens.ndim == 3:
-                tokens = tokens[:, 0] if self.pool == "first" else tokens.mean(1)
-            self.seen[who][name] = tokens
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise ConfigError(f"{name} of the {who} gives {type(output).__name__}, not one tensor; name another.")
+            self.seen[who][name] = output.float()
 
         return hook
 
@@ -196,10 +234,37 @@ class DistilTask:
         if self.features:
             parts["features"] = torch.stack([self._error(name) for name in self.features]).mean()
             loss = loss + self.feature_weight * parts["features"]
+        if self.relations:
+            parts["relations"] = torch.stack([self._divergence(name) for name in self.relations]).mean()
+            loss = loss + self.relation_weight * parts["relations"]
+        for seen in self.seen.values():
+            seen.clear()
         return {"loss": loss, **parts}
 
+    def _divergence(self, name: str) -> Tensor:
+        student, teacher = self.seen["student"][name], self.seen["teacher"][name]
+        if name in self.places:
+            teacher = teacher[:, self.places[name].to(teacher.device)]
+        if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+            raise ConfigError(
+                f"Relations of {name} need the same tokens (B, N, D) on both sides; the student has "
+                f"{tuple(student.shape)}, the teacher {tuple(teacher.shape)}."
+            )
+        least = min(student.shape[2], teacher.shape[2])
+        if least < self.relation_heads:
+            raise ConfigError(
+                f"relation_heads is {self.relation_heads}, but {name} gives {least} numbers per token; lower it."
+            )
+        return relation_error(student, teacher, self.relation_heads)
+
+    def _pooled(self, who: str, name: str) -> Tensor:
+        tokens = self.seen[who][name]
+        if tokens.ndim == 3:
+            return tokens[:, 0] if self.pool == "first" else tokens.mean(1)
+        return tokens
+
     def _error(self, name: str) -> Tensor:
-        student, teacher = self.seen["student"].pop(name), self.seen["teacher"].pop(name)
+        student, teacher = self._pooled("student", name), self._pooled("teacher", name)
         if student.shape != teacher.shape:
             raise ConfigError(
                 f"{name} gives {tuple(student.shape)} in the student, {tuple(teacher.shape)} in the teacher."
