@@ -61,6 +61,7 @@ def main() -> None:
         rows = [row for row in rows if any(row[part] != value for part, value in key.items())]
         rows.append({**key, **one(name, settings)})
         write("latency", settings=settings, rows=rows, markdown=shown(rows))
+        draw(rows, settings.output / "latency.svg")
 
 
 def one(name: str, settings: Any) -> dict[str, Any]:
@@ -119,6 +120,35 @@ def shown(rows: list[dict[str, Any]]) -> str:
         "Plans for MACs, and for time, with the same scores for all kinds (random times a unit's MACs):\n\n"
         f"{table(columns, timed)}"
     )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every random plan: measured over predicted time, with the lines of 10 % around equality."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "latency", "font.size": 9}
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    ends = (0.15, 1.1)
+    axes.plot(ends, ends, c="0.3", lw=0.8)
+    for factor in (0.9, 1.1):
+        axes.plot(ends, [factor * end for end in ends], c="0.6", lw=0.8, ls="--")
+    for row, marker in zip(rows, "osD^vPX*" * len(rows), strict=False):
+        predicted = [plan["predicted"] for plan in row["plans"]]
+        label = ", ".join([row["model"].split("_patch")[0], f"batch {row['batch']}"] + ["uneven heads"] * uneven(row))
+        axes.plot(
+            predicted, [plan["measured"]["median"] for plan in row["plans"]], marker, ms=4, alpha=0.7, label=label
+        )
+    axes.set(xlabel="predicted time, share of dense", ylabel="measured time, share of dense", xlim=ends, ylim=ends)
+    axes.grid(visible=True, lw=0.4, alpha=0.5)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def uneven(row: dict[str, Any]) -> bool:
+    """Whether heads of the row's plans differ in size."""
+    return row["heads"] == UNEVEN
 
 
 def errors(row: dict[str, Any]) -> list[float]:

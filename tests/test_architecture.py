@@ -91,7 +91,7 @@ SIDEWAYS = {
     ("searching", "slopes"),
     ("opening", "api"),
     ("retrain", "api"),
-    *(("pipeline", part) for part in ("opening", "run_config", "hours", "budgets")),
+    *(("pipeline", part) for part in ("opening", "run_config", "hours", "budgets", "slimmable")),
     *(("run_config", part) for part in ("opening", "results", "retrain", "search_config")),
     *(("progressive", part) for part in ("api", "oneshot", "retrain", "searching")),
     *(("budgets", part) for part in ("api", "results", "retrain", "run_config", "searching")),

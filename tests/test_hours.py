@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
@@ -150,3 +151,22 @@ def test_the_pace_of_this_machine() -> None:
     assert found.read_seconds > 0
     assert found.step_seconds > 0
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_that_is_slower_than_training_is_seen(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimming.demo import settings
+    from slimming.training.samples import ImageDataset
+
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=64, val_limit=8)
+    data = slimming.open_data(images, model)
+    own = ImageDataset.sample
+
+    def slow(dataset: ImageDataset, index: int, epoch: int) -> Any:
+        time.sleep(0.1)
+        return own(dataset, index, epoch)
+
+    monkeypatch.setattr(ImageDataset, "sample", slow)
+    found = measure_pace(model, data, slimming.TrainConfig(batch_size=4, workers=workers))
+    assert found.work(1) >= 0.8 * 0.1 / max(1, workers)

@@ -1,4 +1,4 @@
-"""What masks keep in memory while they learn, counted, and the gradients of what is made again instead of kept."""
+"""What masks keep in memory while they learn, counted, and the gradients of what takes less."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def peak(kinds: tuple[str, ...], batch: int) -> int:
 def test_masks_of_all_kinds_keep_one_copy_of_the_weights_that_they_scale() -> None:
     plain, few, every = (peak(kinds, 4) for kinds in ((), ALL[:2], ALL))
     assert plain < few <= 1.1 * plain
-    # Tokens, branches and width scale what is scaled anyway, vectors, or attention that is made again.
+    # Tokens, branches and width scale what is scaled anyway, vectors, or attention in the fused kernel.
     assert every <= 1.01 * few
 
 
@@ -59,6 +59,19 @@ def test_a_bias_that_learns_has_the_gradients_of_a_mask(value_size: int, alive: 
         strict=True,
     ):
         assert torch.allclose(mine, its, atol=1e-11)
+
+
+def test_a_bias_that_learns_under_autocast_and_by_position() -> None:
+    torch.manual_seed(3)
+    given = [torch.randn(2, 3, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
+    bias = torch.randn(1, 1, 1, 5, requires_grad=True)
+    found = []
+    for mask in (bias.as_subclass(_Learning), bias):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = F.scaled_dot_product_attention(*given, mask, 0.0, False)
+        found += torch.autograd.grad(out.float().square().sum(), bias)
+        assert out.dtype is torch.bfloat16
+    assert torch.allclose(found[0], found[1], atol=0.05 * float(found[1].abs().max()))
 
 
 def test_a_bias_that_learns_is_an_ordinary_tensor_elsewhere() -> None:

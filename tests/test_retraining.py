@@ -180,7 +180,7 @@ def test_what_it_refuses(result: slimming.SearchResult, plans: list[Plan], data:
     with pytest.raises(ConfigError, match="Give the plans"):
         slimming.train_slimmable(result, data, [])
     distil = slimming.DistilConfig(relations=("blocks.1",))
-    with pytest.raises(ConfigError, match=r"cut tokens \(blocks.*only masks"):
+    with pytest.raises(ConfigError, match=r"Tokens may go \(blocks.*only masks"):
         slimming.train_slimmable(
             result, data, plans, slimming.TrainConfig(steps=1, batch_size=8), tiny(), distil=distil
         )

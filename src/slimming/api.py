@@ -271,7 +271,7 @@ def _check_latency(table: LatencyTable | None, layout: Layout) -> None:
             "A budget of latency needs a table of the device: slimming latency-table build MODEL --output FILE, then "
             "plan(…, latency=FILE) or --latency-table FILE."
         )
-    if table.uneven_heads == layout.equal_heads or not layout.equal_qkv:
+    if table.uneven_heads == layout.equal_heads or not (layout.equal_heads or layout.equal_qkv):
         table_has = "different sizes" if table.uneven_heads else "one size"
         raise BudgetError(
             f"This latency table is of heads of {table_has}, QK and V alike, and the layout is not. Set "

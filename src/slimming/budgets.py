@@ -55,9 +55,9 @@ class Work:
     judge: Judge
     say: Say
 
-    def images(self) -> list[Tensor]:
+    def images(self, at_least: int = 0) -> list[Tensor]:
         """Training images without labels, for the cut."""
-        train, count = self.config.search.train, self.config.compensate
+        train, count = self.config.search.train, max(self.config.compensate, at_least)
         return calibration_images(self.data, count, batch_size=train.batch_size, seed=train.seed) if count else []
 
     @property
@@ -120,7 +120,7 @@ def _one_budget(
         small, metrics, seconds["retrain"] = _retrain(work, small, budget.name)
     else:
         small = cut(shared[0].model, chosen).eval()
-        settle_norms_(small, images)
+        settle_norms_(small, images or work.images(at_least=256))
         metrics, seconds["retrain"] = work.judge(small), shared[1]
     _save(small, directory / "slim", provenance(config, result, chosen, metrics))
     row = row_entry(budget, small, anatomy_of(work.dense), chosen, top1_cut, metrics["top1"], seconds)

@@ -206,18 +206,20 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)
     share = Share(batch_size, config.accumulate, processes().process_index, world)
     batches = train_batches(data, share, config.seed, 0, config.workers)
-    count = 2 * config.accumulate
-    list(islice(batches, count))  # processes that read start here
+    # Processes that read start here, and have two batches each ready before anyone asks: those are no measure.
+    list(islice(batches, 2 * config.accumulate + 2 * config.workers))
+    steps = 2 + 2 * config.workers
     began = time.monotonic()
-    list(islice(batches, count))
-    read = (time.monotonic() - began) / (2 * batch_size)
+    list(islice(batches, steps * config.accumulate))
+    read = (time.monotonic() - began) / (steps * batch_size)
     few = dataclasses.replace(
         config, steps=4, log_every=2, eval_every=0.0, batch_size=batch_size, warmup_epochs=0.0, ema=None, mixup=0.0,
         cutmix=0.0, trackers=(),
     )  # fmt: skip
     history = fit(copy.deepcopy(dense), ClassificationTask(config.label_smoothing), data, few, title=None)
     rates = [line["images_per_second"] for line in history.log if "images_per_second" in line]
-    whole = 1 / rates[-1]
-    # Processes that read beside the training are waited for or not; a fifth of the time is the step's in any case.
+    # The few steps may have found their batches ready. Processes that read beside the training are waited for or not;
+    # a fifth of the time is the step's in any case.
+    whole = max(1 / rates[-1], read) if config.workers else 1 / rates[-1]
     read = min(read, 0.8 * whole)
     return Pace(read_seconds=read, step_seconds=whole - read)

@@ -28,8 +28,9 @@ from slimming.oneshot import score
 from slimming.opening import open_data, open_start
 from slimming.plan import read_json
 from slimming.results import dense_entry, measure_all, results_of
-from slimming.run_config import RunConfig
+from slimming.run_config import TOGETHER, RunConfig
 from slimming.searching import RECORD, SearchResult, load_search, search
+from slimming.slimmable import check_tokens
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import TrainConfig
 from slimming.training.evaluate import evaluate
@@ -72,7 +73,6 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     if allotment is not None:
         say(allotment.line(asked))
         config = allotment.applied(asked)
-        check_training("retrain", config.retrain, data, directory)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     one_shot = _one_shot(dense, config, directory, judge, say)
@@ -102,9 +102,12 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> list[float]:
 
     Raises:
         BudgetError: one cannot be reached; the message says the smallest that can.
+        ConfigError: one retraining for all budgets cannot compare what ``distil`` names.
     """
     model = copy.deepcopy(dense)
     groups = searched(describe(model, coupled=config.search.coupled), config.search.kinds)
+    if config.retraining == TOGETHER:
+        check_tokens(config.distil, [group for group in groups if group.kind == "token"])
     masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
     anatomy, shares = masks.anatomy, []
     whole = total(anatomy, {group.name: group.size for group in anatomy.groups}).macs
@@ -141,7 +144,7 @@ def _allotment(
     """What the hours are enough for, as an earlier call found it, or measured now; None where none were given.
 
     Raises:
-        ConfigError: nobody knows how many training images there are.
+        ConfigError: nobody knows how many training images there are, or a warm-up is longer than its training.
     """
     if config.hours is None:
         return None
@@ -154,6 +157,9 @@ def _allotment(
         val = len(data.val) if isinstance(data.val, ImageDataset) else getattr(data.val, "length", None) or 0
         spent = time.monotonic() - began
         chosen = allot(config, pace, shares, epochs=(epochs[0], epochs[1]), val_images=val, spent_seconds=spent)
+        applied = chosen.applied(config)
+        check_training("search.train", applied.search.train, data, directory)
+        check_training("retrain", applied.retrain, data, directory)
         if processes().is_main_process:
             atomic_json(target, dataclasses.asdict(chosen))
         processes().wait_for_everyone()

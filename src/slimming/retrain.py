@@ -32,8 +32,8 @@ class DistilConfig:
         relations: modules whose outputs (B, N, D) are matched by how their tokens relate to one another, such as
             ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); their widths D may differ.
         relation_weight: weight of that match.
-        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 keeps queries, keys
-            and values of a ``qkv`` apart.
+        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 that divides D keeps
+            queries, keys and values of a ``qkv`` apart.
     """
 
     alpha: float = 0.8

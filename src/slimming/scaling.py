@@ -89,10 +89,13 @@ def scaled(model: nn.Module, tensor: str) -> Scaled:
     """The parametrisation of the tensor called ``tensor``, which gets one if it has none."""
     module_name, _, name = tensor.rpartition(".")
     module = model.get_submodule(module_name)
-    if not parametrize.is_parametrized(module, name):
-        parametrize.register_parametrization(module, name, Scaled())
-    parametrizations: Any = module.get_submodule("parametrizations").get_submodule(name)
-    return next(each for each in parametrizations if isinstance(each, Scaled))
+    if parametrize.is_parametrized(module, name):
+        parametrizations: Any = module.get_submodule("parametrizations").get_submodule(name)
+        if isinstance(parametrizations[-1], Scaled):
+            return parametrizations[-1]
+    made = Scaled()
+    parametrize.register_parametrization(module, name, made)
+    return made
 
 
 def original(model: nn.Module, tensor: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slimming.api import attach, cost
 from slimming.errors import ConfigError
-from slimming.groups import keep_all
+from slimming.groups import Group, keep_all
 from slimming.masks import SoftMasks, attached
 from slimming.modes import in_evaluation
 from slimming.plan import Plan
@@ -91,7 +91,8 @@ def train_slimmable(
     masks = _fresh(result)
     for plan in ones:  # so that one that does not fit is met before the first step
         masks.apply_(plan)
-    _check_tokens(distil if teacher is not None else None, ones)
+    lost = [g for g in masks.groups if g.kind == "token" and any(len(p.kept[g.name]) < g.size for p in ones)]
+    check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
         _InTurn(task_of(masks.model, config, teacher, distil, task), masks, ones, config.seed),
@@ -142,14 +143,22 @@ def _at(plan: Plan, evaluate: Callable[[nn.Module], dict[str, float]]) -> Callab
     return judge
 
 
-def _check_tokens(distil: DistilConfig | None, plans: Sequence[Plan]) -> None:
-    """A masked token is still there, with outputs that no cut model has; comparing it would train for nothing."""
+def check_tokens(distil: DistilConfig | None, lost: Sequence[Group]) -> None:
+    """A masked token is still there, with outputs that no cut model has; comparing it would train for nothing.
+
+    Args:
+        distil: how the shared weights learn from a teacher, if they do.
+        lost: the groups of tokens that plans cut.
+
+    Raises:
+        ConfigError: outputs of all tokens would be compared, and some are only masked.
+    """
     compares = distil is not None and (distil.relations or (distil.features and distil.pool == "mean"))
-    lost = [n for plan in plans for n in plan.kept if n.endswith(".tokens") and len(plan.kept[n]) < plan.sizes[n]]
     if compares and lost:
         raise ConfigError(
-            f"The plans cut tokens ({lost[0]}), which one training for all only masks: distil.relations, and "
-            "distil.features with pool mean, would compare them too. Drop these, or retrain each plan on its own."
+            f"Tokens may go ({lost[0].name}), which one training for all budgets only masks: distil.relations, and "
+            "distil.features with pool mean, would compare them too. Drop these, leave tokens out of search.kinds, or "
+            "retrain each budget on its own."
         )
 
 
@@ -239,7 +248,9 @@ def settle_norms_(model: nn.Module, images: Sequence[Tensor]) -> None:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
             norm.train()
-        for batch in images:
-            model(batch.to(like.device, like.dtype))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        try:
+            for batch in images:
+                model(batch.to(like.device, like.dtype))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

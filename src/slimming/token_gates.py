@@ -1,6 +1,6 @@
 """Where token masks act: hooks on the attention modules, the pooling and, for the paper's variant, the norms.
 
-Shape suffixes: B batch, N tokens (prefix included), D embedding width.
+Shape suffixes: B batch, H heads, N tokens (prefix included), D embedding width, X size of a head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slimming.groups import Group, TokenSite
 
@@ -20,8 +19,6 @@ MULTIPLY = "multiply"
 RAW_INIT = 3.0
 """Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
 
-ALIGNED = 8
-"""Fused attention kernels of accelerators ask for head sizes that are multiples of this; those of CPUs take any."""
 NEVER = -1e4
 """A key bias that no kernel tells from -inf, and that gives no NaN where it is multiplied by 0."""
 
@@ -81,7 +78,8 @@ class KeyBias(_Gate):
 class _Learning(Tensor):
     """An attention mask (1, 1, 1, N) with one number per key, which hosts hand on to the attention kernel.
 
-    Kernels that give no gradient of a mask would be left for one that keeps the weights of all heads, (B, heads, N, N).
+    The fused kernel of CPUs gives no gradient of a mask, and is left for one that keeps the attention weights of all
+    heads, (B, heads, N, N). With this mask it stays. Those of GPUs give one.
     """
 
     @classmethod
@@ -100,31 +98,60 @@ def _attend(
     attn_mask: Tensor,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention with a key bias (1, 1, 1, N); where the bias learns, it is made again in the backward pass."""
-    if not (attn_mask.requires_grad and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Any = checkpoint(_bias_as_dimension, query, key, value, attn_mask, dropout_p, scale, use_reentrant=False)
+    """Attention with a key bias (1, 1, 1, N)."""
+    learns = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
+    alike = query.shape == value.shape and query.dtype == key.dtype == value.dtype
+    if not (learns and alike) or dropout_p or is_causal or others.get("enable_gqa"):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
+    out: Any = _KeyBiased.apply(query, key, value, attn_mask.to(query.dtype), others.get("scale"))
     return out
 
 
-def _bias_as_dimension(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_p: float, scale: float
-) -> Tensor:
-    """Attention whose key bias is one more dimension: 1 in the queries, the bias in the keys."""
-    more = 1 if query.device.type == "cpu" else ALIGNED - query.shape[-1] % ALIGNED
-    column = (bias.clamp_min(NEVER) / scale).to(key.dtype).view(1, 1, -1, 1).expand(*key.shape[:-1], 1)
-    ones = query.new_ones(*query.shape[:-1], 1)
-    return F.scaled_dot_product_attention(
-        F.pad(torch.cat([query, ones], -1), (0, more - 1)),
-        F.pad(torch.cat([key, column], -1), (0, more - 1)),
-        F.pad(value, (0, more)),
-        dropout_p=dropout_p,
-        scale=scale,
-    )[..., : value.shape[-1]]
+class _KeyBiased(torch.autograd.Function):
+    """Fused attention on a CPU whose key bias has a gradient.
+
+    The kernel's backward pass sees the bias as one more dimension, 1 in the queries and the bias in the keys, of which
+    it gives the gradient like that of all others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+        ctx.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        mask = bias.expand(1, 1, query.shape[2], -1)
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=mask, scale=ctx.scale
+        )
+        ctx.save_for_backward(query, key, value, bias, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, out, total = ctx.saved_tensors
+        column = bias.view(1, 1, -1).clamp_min(NEVER) / ctx.scale
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _wider(grads[0], 0.0),
+            _wider(query, 1.0),
+            _wider(key, column),
+            _wider(value, 0.0),
+            _wider(out, 0.0),
+            total,
+            0.0,
+            False,
+            scale=ctx.scale,
+        )
+        along_bias = found[1][..., -1].sum((0, 1)).view_as(bias) / ctx.scale
+        return *(each[..., :-1] for each in found), along_bias, None
+
+
+def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
+    """A copy with one more dimension per head, which is ``last``; in memory (B, N, H, X), as the kernel likes it."""
+    batch, heads, tokens, size = tensor_BHNX.shape
+    made = tensor_BHNX.new_empty(batch, tokens, heads, size + 1).transpose(1, 2)
+    made[..., :-1] = tensor_BHNX
+    made[..., -1] = last
+    return made
 
 
 class MeanPoolWeight(_Gate):

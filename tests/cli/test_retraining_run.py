@@ -140,3 +140,13 @@ def test_hours_that_make_no_sense(slimming: Call, site: Path, tmp_path: Path) ->
     refused = slimming("run", start(site, tmp_path), "--output", output, "--retraining", "togehter")
     assert "Did you mean 'together'" in refused.err
     assert not output.exists()
+
+
+def test_together_refuses_to_compare_masked_tokens_before_it_searches(
+    slimming: Call, site: Path, tmp_path: Path
+) -> None:
+    config, output = start(site, tmp_path, retraining="together"), tmp_path / "out"
+    shown = slimming("run", config, "--output", output, "--distil.relations", "[blocks.0]")
+    assert shown.code == 2
+    assert "retrain each budget on its own" in shown.err
+    assert not (output / "search").exists()

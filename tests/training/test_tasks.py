@@ -240,3 +240,13 @@ def test_relations_refuse() -> None:
     with pytest.raises(ConfigError, match="pair of the teacher gives tuple, not one tensor"):
         task.loss(Paired(), images(), LABELS)
     task.stop()
+
+
+def test_relations_of_large_outputs_are_finite_in_half_precision() -> None:
+    torch.manual_seed(0)
+    one, other = 300 * torch.randn(2, 2, 5, 24)
+    expected = relation_error(one, other, 3)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = relation_error(one, other, 3)
+    assert torch.isfinite(expected)
+    assert found == expected

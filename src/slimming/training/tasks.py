@@ -87,14 +87,15 @@ def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tens
     Args:
         student_BND: an output of the student.
         teacher_BND: the teacher's, of the same tokens; its D may differ.
-        heads: parts. A multiple of 3 compares queries, keys and values of a joint projection apart.
+        heads: parts. A multiple of 3 that divides D compares queries, keys and values of a joint projection apart.
 
     >>> x = torch.randn(2, 5, 24)
     >>> relation_error(x, x, 3).item()
     0.0
     """
-    student, teacher = _relations(student_BND, heads), _relations(teacher_BND, heads)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
+    with torch.autocast(student_BND.device.type, enabled=False):  # products of large outputs leave half precision
+        student, teacher = _relations(student_BND.float(), heads), _relations(teacher_BND.float(), heads)
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _relations(output_BND: Tensor, heads: int) -> Tensor:
@@ -248,7 +249,7 @@ class DistilTask:
         if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
             raise ConfigError(
                 f"Relations of {name} need the same tokens (B, N, D) on both sides; the student has "
-                f"{tuple(student.shape)}, the teacher {tuple(teacher.shape)}."
+                f"{tuple(student.shape)}, the teacher {tuple(teacher.shape)}. Name another module in distil.relations."
             )
         least = min(student.shape[2], teacher.shape[2])
         if least < self.relation_heads:
