@@ -280,6 +280,7 @@ def main() -> None:
     arguments.add_argument("--note", default="CIFAR-10 as JPEG of quality 95, EuroSAT as the subset in the package")
     arguments.add_argument("--only", nargs="+")
     arguments.add_argument("--methods", nargs="+")
+    arguments.add_argument("--parts", nargs="+", help="all, mlp, attention, tokens")
     arguments.add_argument("--seeds", type=int, default=1)
     arguments.add_argument("--images", type=int, default=512, help="for calibration")
     arguments.add_argument("--hessian-batches", type=int, default=4, help="of the calibration images")
@@ -299,7 +300,7 @@ def main() -> None:
         dense[name] = {"top1": subject.top1, "macs": subject.macs, "images": subject.tested}
         for seed, (part, kinds) in ((seed, item) for seed in range(settings.seeds) for item in subject.kinds.items()):
             for method in methods(kinds, "vit" in name):
-                if settings.methods and method not in settings.methods:
+                if method not in (settings.methods or [method]) or part not in (settings.parts or [part]):
                     continue
                 for budget in MACS if kinds is None else KEEP:
                     fill(rows, subject, f"{name}/{part}/{method}/{budget}/{seed}", method, kinds, budget, seed)
