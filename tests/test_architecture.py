@@ -97,6 +97,7 @@ SIDEWAYS = {
     *(("budgets", part) for part in ("api", "results", "retrain", "run_config", "searching")),
     *(("budgets", part) for part in ("progressive", "slimmable")),
     ("hours", "run_config"),
+    ("hours", "search_config"),
     ("slimmable", "api"),
     ("slimmable", "retrain"),
     ("slimmable", "searching"),

@@ -78,6 +78,16 @@ def test_a_search_of_less_than_a_tenth_of_an_epoch_is_none() -> None:
         assert not 0 < found.search_steps < 100
 
 
+def test_a_score_that_training_collects_is_not_left_without_training() -> None:
+    search = slimming.SearchConfig(score="taylor")
+    found = allot(config(0.01, search=search), PACE, SHARES, epochs=(1000, 1000), val_images=0)
+    assert found.search_steps == 100
+    assert found.applied(config(0.01, search=search)).search.train.steps == 100
+    assert "MORE than granted" in found.line(config(0.01, search=search))
+    assert found.seconds["score"] == 0
+    assert given(one_shot=64, search=search).seconds["score"] == pytest.approx(10 * 64 * 0.010)
+
+
 def test_a_slower_machine_trains_less() -> None:
     assert given(pace=Pace(read_seconds=0.02, step_seconds=0.08)).retrain_steps < given().retrain_steps  # type: ignore[operator]
 

@@ -12,6 +12,7 @@ from itertools import islice
 from torch import nn
 
 from slimming.run_config import TOGETHER, RunConfig
+from slimming.search_config import ANEW, UNTRAINED
 from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
@@ -144,7 +145,7 @@ def allot(
         room = (free - fixed * _steps(config.retrain, epochs[1])) * (SEARCHING if config.retrain_is_open else 1.0)
         planned = search_steps = min(epochs[0], max(0, int(room / step)))
         if search_steps < least:
-            planned = search_steps = 0
+            planned = search_steps = 0 if config.search.score in UNTRAINED else least
     seconds["search"] = planned * step
 
     step = _retrain_step(config, pace, shares, epochs[1], val_images)
@@ -168,7 +169,8 @@ def allot(
 
 def _fixed(config: RunConfig, pace: Pace, shares: Sequence[float], val_images: int) -> dict[str, float]:
     """Seconds of what is done whatever the length of the trainings."""
-    score = pace.work(SCORING * (config.search.images + config.one_shot))
+    scored = config.search.images * (config.search.score in ANEW) + config.one_shot
+    score = pace.work(SCORING * scored)
     cuts = len(shares) * (1 + bool(config.one_shot))
     cut = pace.work(CUTTING * config.compensate) * cuts
     judge = pace.judge(val_images) + 2 * sum(pace.judge(val_images, share) for share in shares)

@@ -15,6 +15,8 @@ from slimming.training.config import TrainConfig
 
 ANEW = ("compensated", "fisher")
 """Scores of the trained model, beside those that the search collects."""
+UNTRAINED = (*ANEW, "contribution")
+"""Scores that a search without a single step has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class SearchConfig:
             raise ConfigError(
                 f"There is no score {self.score!r}; scores are {', '.join(known)}.{nearest(self.score, known)}"
             )
-        if self.train.steps == 0 and self.score not in (*ANEW, "contribution"):
+        if self.train.steps == 0 and self.score not in UNTRAINED:
             raise ConfigError(
                 f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take score "
                 "compensated, fisher or contribution."

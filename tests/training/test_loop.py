@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from slimming.errors import (
     NonFiniteLossError,
     OutputError,
 )
+from slimming.training import state
 from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
 from slimming.training.tasks import AddPenalty, ClassificationTask
@@ -284,11 +287,21 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         train(data, tiny_config(trackers=("tensorbord",)), tmp_path / "t", make_model())
     with pytest.raises(MissingExtraError, match="pip install"):
         train(data, tiny_config(trackers=("aim",)), tmp_path / "t", make_model())
-    state = (tmp_path / "state.pt").read_bytes()
-    for damaged in (state[: len(state) // 2], b"no state"):
+    whole = (tmp_path / "state.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no state"):
         (tmp_path / "state.pt").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"is damaged"):
             train(data, tiny_config(steps=2), tmp_path, make_model(), resume=True)
+
+
+def test_a_full_disk_is_what_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(state, "atomic_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(open_tiny(folder), tiny_config(steps=1), tmp_path, make_model())
 
 
 def test_out_of_memory_is_advice(folder: Path) -> None:

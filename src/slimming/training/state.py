@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from slimming.errors import CheckpointError, ConfigError
-from slimming.io import atomic_write_bytes
+from slimming.io import atomic_file
 from slimming.training.config import TrainConfig
 from slimming.training.optimisation import AveragedModel
 from slimming.training.tasks import Task
@@ -51,9 +50,11 @@ class RunState:
             "averaged": None if self.averaged is None else self.averaged.module.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        atomic_write_bytes(directory / STATE_FILE, buffer.getbuffer())
+        with atomic_file(directory / STATE_FILE) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # PyTorch's writer says less than the file that it could not write to
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load(self, directory: Path, config: TrainConfig, total: int) -> None:
         """Take over the state in ``directory``.
