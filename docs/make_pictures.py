@@ -162,9 +162,10 @@ def budgets(scores: Mapping[str, Sequence[float]], keeps: Mapping[float, Mapping
             parts += [box(70 + 600 * a / len(order), y, 600 * (b - a) / len(order), 20, BUDGETS[budget])
                       for a, b in runs([unit in kept for unit in order])]  # fmt: skip
     y = 32 + 26 * len(scores) + 10
-    words = [(BUDGETS[b], f"stays at {100 * b:.0f} %") for b in sorted(keeps)]
-    words = [(words[0][0], "stays at every budget"), *[(c, w + " and above") for c, w in words[1:-1]], words[-1]]
-    words[-1] = (words[-1][0], words[-1][1] + " only")
+    low, *between, high = sorted(keeps)
+    words = [(BUDGETS[low], "stays at every budget")]
+    words += [(BUDGETS[share], f"stays from {100 * share:.0f} % on") for share in between]
+    words.append((BUDGETS[high], f"stays at {100 * high:.0f} % only"))
     for place, (colour, word) in enumerate([*words, (GONE, "goes at every budget")]):
         x = 70 + 152 * place
         parts.append(join(box(x, y, 12, 12, colour), text(word, x + 18, y + 10, "soft")))
@@ -186,9 +187,9 @@ def cut(kept: frozenset[int], of: int, features: int) -> str:
     """The two matrices of an MLP before and after the cut: rows of the first and columns of the second go."""
     scale = 0.62
     tall, wide, small = of * scale, features * scale, len(kept) * scale
-    step = scale + 0.05
-    rows = [box(20, 40 + i * scale, wide, step, MLP) for i in sorted(kept)]
-    columns = [box(130 + i * scale, 40, step, wide, V) for i in sorted(kept)]
+    stretches = runs([unit in kept for unit in range(of)])
+    rows = [box(20, 40 + a * scale, wide, (b - a) * scale, MLP) for a, b in stretches]
+    columns = [box(130 + a * scale, 40, (b - a) * scale, wide, V) for a, b in stretches]
     before = [
         text(f"fc1: {of} × {features}", 20, 28, "title"),
         text(f"fc2: {features} × {of}", 130, 28, "title"),
