@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup test test-slow lint format bench sweep demo clean
+.PHONY: help setup test test-slow lint format docs bench sweep demo dist wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,7 +12,10 @@ help:
 	@echo "make demo    the whole job on real images: search, cut three budgets, retrain, report"
 	@echo "make test    the tests (CPU, no network); make test-slow adds the long ones"
 	@echo "make lint    ruff and pyright; make format mends what ruff can mend"
+	@echo "make docs    the site of docs/, into build/site (links are checked)"
 	@echo "make bench   the benchmarks whose results lie in benchmarks/results (long)"
+	@echo "make dist    wheel and sdist, into dist, with their metadata checked"
+	@echo "make wheel-check   the wheel alone in a fresh environment (network, some GB)"
 	@echo "make clean   remove caches and build outputs; runs/ and .venv stay"
 
 setup: $(STAMP)
@@ -37,6 +40,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The theme's advertisement for its successor is left out.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html; for the search: $(PYTHON) -m http.server -d build/site"
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/search_overhead.py
 	$(BIN)/python benchmarks/realised_speed.py
@@ -47,6 +55,14 @@ sweep: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/slimming demo
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+wheel-check: dist
+	.ci/check-wheel
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ from slimming.cli.settings import read_yaml
 from slimming.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLASSES = ("field", "forest", "river")
 
@@ -146,7 +146,12 @@ def test_configurations_of_the_page_are_whole(page: Path, tmp_path: Path) -> Non
 
 
 def fill_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "docs" / "fill_tables.py")
+    return script("fill_tables")
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -158,6 +163,17 @@ def fill_tables() -> ModuleType:
 def test_made_parts_are_up_to_date(page: Path) -> None:
     text = page.read_text("utf-8")
     assert fill_tables().filled(text) == text, "run: python docs/fill_tables.py"
+
+
+def test_pictures_of_results_are_up_to_date() -> None:
+    for name, picture in script("make_pictures").from_results().items():
+        assert (ROOT / "docs" / "images" / name).read_text("utf-8") == picture, "run: python docs/make_pictures.py"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"([\w/-]+(?:\.md|/))$", (ROOT / "mkdocs.yml").read_text("utf-8"), flags=re.MULTILINE))
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+    assert [page for page in pages if page not in named and f"{page.rpartition('/')[0]}/" not in named] == []
 
 
 def test_every_setting_is_explained() -> None:
