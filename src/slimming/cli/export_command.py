@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote")
     parser.add_argument("--to", default="onnx", metavar="TARGET,TARGET", help="kinds of files (default: onnx)")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
-                        "as in data.source; labels are not used (default: what the checkpoint was trained on)")  # fmt: skip
+                        "as in data.source, without labels (default: what the checkpoint was trained on)")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="a directory that is empty or does not exist yet "
                         "(default: CHECKPOINT-export)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, metavar="X", help="the largest difference of a logit, as a share of "

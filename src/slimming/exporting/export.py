@@ -124,7 +124,7 @@ def export(
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
-    words = description(image_spec(data or DataConfig(source=""), model), class_names(model), reference.shape[1])
+    words = description(image_spec(data or DataConfig(source="batches"), model), class_names(model), reference.shape[1])
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
