@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -175,6 +177,20 @@ def test_dynamic_quantisation_needs_linear_layers(tmp_path: Path) -> None:
     job = targets.Job(Convolutions().eval(), {}, torch.zeros(2, 3, 8, 8), 20, tmp_path)
     with pytest.raises(UnsupportedModelError, match="onnx-int8-static"):
         TARGETS["onnx-int8-dynamic"].write(job, tmp_path / "x.onnx")
+
+
+def test_torchao_takes_uneven_heads(made) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = made[ALL][0]
+    small = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_(small, Int8DynamicActivationInt8WeightConfig())
+        x = torch.cat(exported.images(model))
+        with torch.no_grad():
+            found, wanted = small(x), model(x)
+    assert 1e-5 < float((found - wanted).abs().max() / wanted.abs().max()) < 0.5
 
 
 @pytest.fixture(scope="module")
