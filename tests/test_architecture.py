@@ -49,6 +49,7 @@ LAYERS = {
     "sensitivity": 3,
     "training": 3,
     "bench": 3,
+    "programs": 1,
     "runtimes": 1,
     "report": 3,
     "demo": 3,
@@ -67,6 +68,7 @@ LAYERS = {
     "retrain": 4,
     "results": 4,
     "contract": 4,
+    "exporting": 4,
     "pipeline": 4,
     "cli": 5,
     "__main__": 6,
@@ -108,6 +110,8 @@ SIDEWAYS = {
     ("results", "api"),
     ("results", "searching"),
     ("contract", "api"),
+    ("exporting", "api"),
+    ("exporting", "opening"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""

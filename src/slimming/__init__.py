@@ -20,6 +20,7 @@ from slimming.plan import Budget, Layout, Plan
 
 if TYPE_CHECKING:
     from slimming.contract import Check, check
+    from slimming.exporting.export import Exported, export
     from slimming.latency import LatencyTable, build_latency_table
     from slimming.oneshot import OneShot, score
     from slimming.opening import ModelConfig, load_images, open_data, open_model
@@ -44,6 +45,7 @@ __all__ = [
     "Check",
     "DataConfig",
     "DistilConfig",
+    "Exported",
     "LatencyTable",
     "Layout",
     "MatchTask",
@@ -62,6 +64,7 @@ __all__ = [
     "cut",
     "describe",
     "evaluate",
+    "export",
     "load",
     "load_images",
     "load_search",
@@ -85,6 +88,7 @@ _LAZY = {
     "Check": "contract",
     "DataConfig": "training.config",
     "DistilConfig": "retrain",
+    "Exported": "exporting.export",
     "LatencyTable": "latency",
     "build_latency_table": "latency",
     "ModelConfig": "opening",
@@ -97,6 +101,7 @@ _LAZY = {
     "calibration_images": "training.batches",
     "check": "contract",
     "evaluate": "training.evaluate",
+    "export": "exporting.export",
     "load_images": "opening",
     "load_search": "searching",
     "open_data": "opening",

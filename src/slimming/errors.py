@@ -8,6 +8,7 @@
      ├── ConfigError             a setting that is unknown, malformed or without effect
      ├── DataError               data that is missing, empty, unreadable or inconsistent
      ├── OutputError             an output place that is occupied, not writable or full
+     ├── ParityError             an exported file does not say what the model says
      ├── NonFiniteLossError      training met a loss that is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
      └── Interrupted             training was stopped by the user, after its state was saved
@@ -51,6 +52,10 @@ class DataError(SlimmingError):
 
 class OutputError(SlimmingError):
     """An output place is occupied, not writable or full."""
+
+
+class ParityError(SlimmingError):
+    """An exported file does not say what the model says."""
 
 
 class NonFiniteLossError(SlimmingError):

@@ -83,7 +83,7 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     >>> len(data.train), data.classes[:3]
     (8, ('AnnualCrop', 'Forest', 'HerbaceousVegetation'))
     """
-    return open_images(config, _spec(config, model), seed)
+    return open_images(config, image_spec(config, model), seed)
 
 
 def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
@@ -108,13 +108,23 @@ def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int =
     >>> [batch.shape for batch in slimming.load_images(settings()["data"]["source"], model, 40)]
     [torch.Size([40, 3, 32, 32])]
     """
-    config = DataConfig(source=source, augment="none")
-    found = open_pictures(source, _spec(config, model))
+    return read_images(DataConfig(source=source), model, images, seed=seed)
+
+
+def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int = 0) -> list[Tensor]:
+    """`load_images` of data with settings of its own; what it says of augmentation is left out.
+
+    Raises:
+        ConfigError: ``images`` is below 1.
+        DataError: there are no images.
+    """
+    config = dataclasses.replace(config, augment="none")
+    found = open_pictures(config.source, image_spec(config, model))
     data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 
 
-def _spec(config: DataConfig, model: nn.Module) -> ImageSpec:
+def image_spec(config: DataConfig, model: nn.Module) -> ImageSpec:
     """What the model takes, with what the data says otherwise."""
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
     asked = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimming.errors import ConfigError, UnsupportedModelError, nearest
+from slimming.errors import ConfigError, nearest
+from slimming.programs import check_onnx, open_onnx, write_onnx
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
 
@@ -22,11 +20,7 @@ def check_runtime(name: str) -> None:
     if name not in RUNTIMES:
         raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
     if name == "onnxruntime":
-        try:
-            import onnxruntime  # pyright: ignore # noqa: F401
-            import onnxscript  # pyright: ignore # noqa: F401
-        except ImportError as error:
-            raise ConfigError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error
+        check_onnx()
 
 
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
@@ -60,39 +54,13 @@ class _OnnxRuntime(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
-        import onnxruntime as ort  # pyright: ignore
-
         provider = "CUDAExecutionProvider" if x.is_cuda else "CPUExecutionProvider"
-        if provider not in ort.get_available_providers():
-            raise ConfigError(f"This ONNX Runtime has no {provider}: install onnxruntime-gpu, or measure on the CPU.")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "model.onnx"
-            _export(model, x, file)
-            self.session = ort.InferenceSession(file, options, providers=[provider])
+            write_onnx(model, x, file)
+            self.session = open_onnx(file, provider)
         self.name = self.session.get_inputs()[0].name
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run; outputs lie on the CPU."""
         return tuple(torch.from_numpy(out) for out in self.session.run(None, {self.name: x.detach().cpu().numpy()}))
-
-
-def _export(model: nn.Module, x: Tensor, file: Path) -> None:
-    # The exporter tells every step on stdout, and of deprecations inside PyTorch itself.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-            assert program is not None
-            program.save(file)
-        except Exception as error:  # the exporter raises whatever it meets
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            first = (str(cause).splitlines() or [""])[0][:200]
-            raise UnsupportedModelError(
-                f"This {type(model).__name__} cannot be exported to ONNX ({type(cause).__name__}: {first}). "
-                "Measure with runtime eager."
-            ) from error

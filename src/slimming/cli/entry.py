@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a dense model, or retrain a cut one with a teacher",
     "eval": "top-1 of checkpoints on validation images",
     "bench": "what models cost: params, MACs, memory, measured latency",
+    "export": "files for ONNX Runtime, OpenVINO and others, checked against the model",
     "latency-table": "measure the pieces of a model here, for budgets of latency",
     "inspect": "what can go in a model, and what each part costs",
     "report": "write a run's report again and show its table",

@@ -47,6 +47,16 @@ def load_checkpoint(path: Path) -> nn.Module:
     Raises:
         CheckpointError: no such directory, a damaged one, or one that holds no checkpoint.
     """
+    check_checkpoint(path)
+    return checkpoint.load(path)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that ``path`` is a checkpoint directory, without reading it.
+
+    Raises:
+        CheckpointError: it is not; the message says what to give where a whole run or search was given.
+    """
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote.")
     if path.is_dir() and not (path / checkpoint.STRUCTURE).exists():
@@ -54,7 +64,6 @@ def load_checkpoint(path: Path) -> nn.Module:
         inside += sorted(str(found.parent) for found in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
         if inside:
             raise CheckpointError(f"{path} holds several files of a run; give a checkpoint in it: {', '.join(inside)}.")
-    return checkpoint.load(path)
 
 
 def search_directory(path: Path) -> Path | None:

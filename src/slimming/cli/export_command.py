@@ -1,0 +1,88 @@
+"""``slimming export``: files that run without this package."""
+
+from __future__ import annotations
+
+import argparse
+
+DESCRIPTION = """\
+Write a model in the forms that runtimes take, for any batch size. Each file is compared with the model on real images;
+if one does not say what the model says, nothing is written. TARGET is pt2 (torch.export), onnx, onnx-int8-dynamic,
+onnx-int8-static, openvino or openvino-fp16. How an image becomes the input, and the names of the classes, lie in each
+file and in model.json beside it.
+
+  slimming export runs/demo/macs-0.50/slim --to onnx
+  slimming export runs/demo/macs-0.50/slim --to onnx,onnx-int8-static --data photos/ --output photos-onnx
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote")
+    parser.add_argument("--to", default="onnx", metavar="TARGET,TARGET", help="kinds of files (default: onnx)")
+    parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
+                        "as in data.source, without labels (default: what the checkpoint was trained on)")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", help="a directory that is empty or does not exist yet "
+                        "(default: CHECKPOINT-export)")  # fmt: skip
+    parser.add_argument("--tolerance", type=float, metavar="X", help="the largest difference of a logit, as a share of "
+                        "the largest (default: 1e-5 for pt2, 1e-4 for float32, 1e-2 for float16)")  # fmt: skip
+    parser.add_argument("--agreement", type=float, metavar="X", help="the least share of images with the same first "
+                        "class (default: 0.95 for 8 bits)")  # fmt: skip
+    parser.add_argument("--opset", type=int, default=20, metavar="N", help="version of ONNX's operations (default: 20)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Do it."""
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from slimming.cli.models import check_checkpoint, use_threads
+    from slimming.exporting.export import export
+    from slimming.exporting.targets import choose
+
+    path = Path(arguments.checkpoint)
+    targets = [name for name in arguments.to.split(",") if name]
+    choose(targets)
+    use_threads(arguments.threads)
+    check_checkpoint(path)
+    output = Path(arguments.output) if arguments.output is not None else path.with_name(f"{path.resolve().name}-export")
+    found = export(
+        path,
+        output,
+        to=targets,
+        images=arguments.data,
+        tolerance=arguments.tolerance,
+        agreement=arguments.agreement,
+        opset=arguments.opset,
+    )
+    if arguments.json:
+        print(json.dumps([{**asdict(one), "file": str(one.file)} for one in found], indent=1))
+        return
+    _print(found)
+
+
+def _print(found: tuple) -> None:
+    from rich.table import Table
+
+    from slimming.cli.output import console, count, say
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for title in ("size", "largest difference", "same class", "ms at batch 1", "speed-up\n(quartiles)"):
+        table.add_column(title, justify="right")
+    for one in found:
+        same = "-" if one.agreement is None else f"{one.agreement:.1%}"
+        ratio = one.speedup
+        table.add_row(
+            str(one.file),
+            count(one.bytes, "B"),
+            f"{one.relative:.1e}",
+            same,
+            f"{one.latency_ms:.2f}",
+            f"{ratio['median']:.2f} ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
+        )
+    console().print(table)
+    say(f"compared on {found[0].images} images; differences as shares of the largest logit; speed-up over PyTorch")
+    say(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")

@@ -1,0 +1,1 @@
+"""Files that run a model without this package, each checked against the model before anyone gets it."""

@@ -1,0 +1,270 @@
+"""The kinds of file that a model can be exported to: how each is written, and how it is run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
+from slimming.exporting.metadata import KEY
+from slimming.programs import INPUT, check_onnx, open_onnx, to_program, write_onnx
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""From images (B, C, H, W) to logits (B, K)."""
+
+
+class Job:
+    """One model on its way into files; what several of them need is made once.
+
+    Args:
+        model: gives logits (B, K), in evaluation mode, float32, on the CPU.
+        description: see `slimming.exporting.metadata.description`.
+        calibration: images (N, C, H, W) from which static quantisation takes its ranges.
+        opset: version of ONNX's operations.
+        workplace: a directory for what is thrown away.
+    """
+
+    def __init__(
+        self, model: nn.Module, description: Mapping[str, Any], calibration: Tensor, opset: int, workplace: Path
+    ) -> None:
+        self.model, self.calibration, self.opset, self.workplace = model, calibration, opset, workplace
+        self.description = json.dumps(description)
+        # torch takes sizes 0 and 1 for constants.
+        self.example = torch.zeros(2, *calibration.shape[1:])
+
+    @cached_property
+    def program(self) -> Any:
+        """The model as a program of torch.export, for any batch size."""
+        return to_program(self.model, self.example, any_batch=True)
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The model as an ONNX file."""
+        file = self.workplace / "float.onnx"
+        write_onnx(self.model, self.example, file, any_batch=True, program=self.program, opset=self.opset)
+        _describe_onnx(file, self.description)
+        return file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of file.
+
+    Attributes:
+        name: what ``to`` calls it.
+        suffix: of the file.
+        what: what it is, in a few words.
+        tolerance: the largest difference from the model that it may show, as a share of the model's largest logit;
+            None: it is judged by ``agreement``.
+        agreement: the least share of images whose first class must be that of the model; None: not asked.
+        check: raises if its library is missing.
+        write: writes it.
+        open: makes it run here.
+        companions: suffixes of further files that belong to it, in place of ``suffix``.
+    """
+
+    name: str
+    suffix: str
+    what: str
+    tolerance: float | None
+    agreement: float | None
+    check: Callable[[], None]
+    write: Callable[[Job, Path], None]
+    open: Callable[[Path], Run]
+    companions: tuple[str, ...] = ()
+
+    def files(self, directory: Path, stem: str) -> list[Path]:
+        """Its files; the first is the one that is opened."""
+        return [directory / f"{stem}{suffix}" for suffix in (self.suffix, *self.companions)]
+
+
+def choose(names: str | Sequence[str]) -> list[Target]:
+    """The targets called ``names``, whose libraries are there.
+
+    Raises:
+        ConfigError: no such target, one twice, or none at all.
+        MissingExtraError: its library is not installed.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"Give each target once; targets are {', '.join(TARGETS)}.")
+    for name in names:
+        if name not in TARGETS:
+            hint = nearest(name, TARGETS)
+            raise ConfigError(
+                f"There is no target {name!r}; targets are {', '.join(TARGETS)}.{hint} For ExecuTorch, Core ML and "
+                "TensorRT there are scripts in examples/export."
+            )
+        TARGETS[name].check()
+    return [TARGETS[name] for name in names]
+
+
+def _describe_onnx(file: Path, description: str) -> None:
+    import onnx  # pyright: ignore
+
+    found = onnx.load(file)
+    # Notes of the exporter on each node hold names of modules and lines of source: of no use, and half of a small file.
+    for part in (*found.graph.node, *found.graph.input, *found.graph.output, *found.graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del found.graph.metadata_props[:]
+    del found.metadata_props[:]
+    found.producer_name = "slimming"
+    entry = found.metadata_props.add()
+    entry.key, entry.value = KEY, description
+    onnx.save(found, file)
+
+
+def _nothing() -> None:
+    """PyTorch is there."""
+
+
+def _write_pt2(job: Job, file: Path) -> None:
+    with _quiet():
+        torch.export.save(job.program, file, extra_files={f"{KEY}.json": job.description})
+
+
+def _open_pt2(file: Path) -> Run:
+    with _quiet():
+        module = torch.export.load(file).module()
+    return lambda images: module(torch.from_numpy(images)).numpy()
+
+
+def _write_onnx(job: Job, file: Path) -> None:
+    file.write_bytes(job.onnx.read_bytes())
+
+
+def _open_onnx(file: Path) -> Run:
+    session = open_onnx(file)
+    return lambda images: session.run(None, {INPUT: images})[0]
+
+
+def _write_dynamic(job: Job, file: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore
+
+    # ONNX Runtime has no integer convolution for these weights on a CPU.
+    _check_quantised(job, ("MatMul", "Gemm"), "onnx-int8-static quantises convolutions")
+    with _quiet():
+        quantize_dynamic(
+            job.onnx, file, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+    _describe_onnx(file, job.description)
+
+
+def _write_static(job: Job, file: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static  # pyright: ignore
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[Tensor] = iter(job.calibration.split(16))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch.numpy()}
+
+    with _quiet():
+        quantize_static(
+            job.onnx,
+            file,
+            Images(),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            # The products of attention hold no weights: in 8 bits they cost accuracy and make no file smaller.
+            extra_options={"MatMulConstBOnly": True},
+        )
+    _describe_onnx(file, job.description)
+
+
+def _check_quantised(job: Job, kinds: tuple[str, ...], instead: str) -> None:
+    import onnx  # pyright: ignore
+
+    graph = onnx.load(job.onnx, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    if not any(node.op_type in kinds and node.input[1] in weights for node in graph.node):
+        raise UnsupportedModelError(f"The model has no layers for onnx-int8-dynamic; {instead}.")
+
+
+def _check_openvino() -> None:
+    check_onnx()
+    try:
+        import openvino  # pyright: ignore # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("OpenVINO is not installed: pip install 'slimming[openvino]'.") from error
+
+
+def _write_openvino(job: Job, file: Path, *, half: bool) -> None:
+    import openvino  # pyright: ignore
+
+    with _quiet():
+        found = openvino.convert_model(job.onnx)
+        found.set_rt_info(job.description, [KEY])
+        openvino.save_model(found, file, compress_to_fp16=half)
+
+
+def _open_openvino(file: Path) -> Run:
+    import openvino  # pyright: ignore
+
+    # Left alone, some CPUs compute in bfloat16.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(file, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
+    return lambda images: compiled(images)[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # What the libraries say of themselves, on stdout, in warnings and in logs of advice.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="pt2", suffix=".pt2", what="torch.export program", tolerance=1e-5, agreement=None,
+            check=_nothing, write=_write_pt2, open=_open_pt2,
+        ),
+        Target(
+            name="onnx", suffix=".onnx", what="ONNX, float32", tolerance=1e-4, agreement=None,
+            check=check_onnx, write=_write_onnx, open=_open_onnx,
+        ),
+        Target(
+            name="onnx-int8-dynamic", suffix=".int8-dynamic.onnx", what="ONNX, linear layers in 8 bits",
+            tolerance=None, agreement=0.95, check=check_onnx, write=_write_dynamic, open=_open_onnx,
+        ),
+        Target(
+            name="onnx-int8-static", suffix=".int8-static.onnx", what="ONNX, layers and what they read in 8 bits",
+            tolerance=None, agreement=0.95, check=check_onnx, write=_write_static, open=_open_onnx,
+        ),
+        Target(
+            name="openvino", suffix=".openvino.xml", companions=(".openvino.bin",), what="OpenVINO, float32",
+            tolerance=1e-4, agreement=None, check=_check_openvino,
+            write=lambda job, file: _write_openvino(job, file, half=False), open=_open_openvino,
+        ),
+        Target(
+            name="openvino-fp16", suffix=".openvino-fp16.xml", companions=(".openvino-fp16.bin",),
+            what="OpenVINO, weights in float16", tolerance=1e-2, agreement=None, check=_check_openvino,
+            write=lambda job, file: _write_openvino(job, file, half=True), open=_open_openvino,
+        ),
+    )
+}  # fmt: skip
