@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slimming import arrival as _arrival
 from slimming import errors as errors
 from slimming.api import attach, cost, cut, describe, plan, plans
 from slimming.checkpoint import load, save
@@ -117,3 +118,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"slimming.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
+
+
+_arrival.await_timm()

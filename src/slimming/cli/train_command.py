@@ -48,7 +48,7 @@ def execute(arguments: argparse.Namespace) -> None:
         model, data, replaced = open_start(job.model, job.data, job.train.seed)
         for note in replaced:
             say(note)
-        teacher = load_checkpoint(Path(job.teacher)) if job.teacher is not None else None
+        teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
         if teacher is not None:
             _fits(teacher, model, job.teacher)
         judge = partial(evaluate, images=data.val, batch_size=256, workers=job.train.workers)

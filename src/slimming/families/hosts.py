@@ -60,10 +60,11 @@ def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -
             "Models of transformers need an extra: pip install 'slimming[transformers]'."
         ) from error
     maker: Any = transformers.AutoModelForImageClassification
+    safe = {"trust_remote_code": False}  # nor asked about, which is the default
     if pretrained:  # safetensors only: nothing is unpickled
-        model = maker.from_pretrained(name, use_safetensors=True, **arguments)
+        model = maker.from_pretrained(name, use_safetensors=True, **safe, **arguments)
     else:
-        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **arguments))
+        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **safe, **arguments))
     mixin: Any = transformers.ImageProcessingMixin
     try:
         found = mixin.get_image_processor_dict(name)[0]
