@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
     "io": 0,
+    "arrival": 0,
+    "hub": 1,
     "modes": 0,
     "formulas": 1,
     "groups": 1,
@@ -68,6 +70,8 @@ LAYERS = {
     "results": 4,
     "contract": 4,
     "pipeline": 4,
+    "card": 3,
+    "publish": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -107,6 +111,8 @@ SIDEWAYS = {
     ("results", "api"),
     ("results", "searching"),
     ("contract", "api"),
+    ("publish", "api"),
+    ("publish", "results"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slimming.opening import ModelConfig, load_images, open_data, open_model
     from slimming.pipeline import run
     from slimming.progressive import train_progressive
+    from slimming.publish import as_transformers, push_to_hub, register_with_transformers
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
     from slimming.run_config import RunConfig
@@ -55,6 +56,7 @@ __all__ = [
     "SearchConfig",
     "SearchResult",
     "TrainConfig",
+    "as_transformers",
     "attach",
     "build_latency_table",
     "calibration_images",
@@ -71,6 +73,8 @@ __all__ = [
     "plan",
     "plans",
     "preset",
+    "push_to_hub",
+    "register_with_transformers",
     "run",
     "save",
     "score",
@@ -102,7 +106,10 @@ _LAZY = {
     "load_search": "searching",
     "open_data": "opening",
     "open_model": "opening",
+    "as_transformers": "publish",
     "preset": "search_config",
+    "push_to_hub": "publish",
+    "register_with_transformers": "publish",
     "run": "pipeline",
     "score": "oneshot",
     "search": "searching",

@@ -67,25 +67,33 @@ def build(structure: Structure) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def build_filled(structure: Structure) -> nn.Module:
+def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
     """Make the model that ``structure`` describes on the CPU, with random weights that it can be trained from.
+
+    Args:
+        structure: the model.
+        dense: make the dense one that it was cut from.
 
     Raises:
         CheckpointError: this installation cannot make it.
     """
     with torch.device("cpu"):
-        model = build(structure)
-        for module in model.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.is_meta:
-                    empty = torch.zeros_like(tensor, device="cpu")
-                    parameter = isinstance(tensor, nn.Parameter)
-                    setattr(module, name, nn.Parameter(empty, tensor.requires_grad) if parameter else empty)
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-                continue
-            for parameter in module.parameters(recurse=False):
-                nn.init.trunc_normal_(parameter, std=0.02)
+        model = family_called(structure.family).build(structure.base) if dense else build(structure)
+        _fill_randomly_(model)
     return model
+
+
+@torch.no_grad()
+def _fill_randomly_(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                empty = torch.zeros_like(tensor, device="cpu")
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(empty, tensor.requires_grad) if parameter else empty)
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+            continue
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)
