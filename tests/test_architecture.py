@@ -120,7 +120,7 @@ SIDEWAYS = {
 ONLY = {"training": {"errors", "io", "modes"}}
 """Parts that may use less than what lies below them."""
 
-HOSTS = {"timm", "transformers", "torchvision", "torch_pruning"}
+HOSTS = {"timm", "transformers", "torchvision", "torch_pruning", "lightning"}
 HOST_ROOMS = {"families", "training"}
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = {"pickle.UnpicklingError"}
@@ -475,6 +475,8 @@ HEAVY = (
     "datasets",
     "transformers",
     "rich",
+    "lightning",
+    "huggingface_hub",
 )
 
 

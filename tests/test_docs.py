@@ -26,7 +26,7 @@ from slimming.cli.settings import read_yaml
 from slimming.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLASSES = ("field", "forest", "river")
 
@@ -68,8 +68,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make: Callable[..., Any] = timm.create_model
 
     def create(name: str, pretrained: bool = False, **options: Any) -> Any:
-        if not pretrained:
-            return make(name, **options)
+        if not pretrained or name.startswith("local-dir:"):
+            return make(name, pretrained=pretrained, **options)
         return make("test_vit", img_size=32, patch_size=8, num_classes=options.get("num_classes", 1000))
 
     monkeypatch.setattr(timm, "create_model", create)

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
+import common
 import slimming
 from slimming.training.hf_trainer import SearchCallback
 

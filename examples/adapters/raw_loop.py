@@ -2,18 +2,19 @@
 
     python examples/adapters/raw_loop.py [--steps 100]
 
-Five lines are slimming's: attach the masks, add their penalty to the loss, collect between backward and step, plan, cut.
+Five lines are slimming's: attach the masks, add their penalty to the loss, collect between backward and step, plan and
+cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import slimming
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import common
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler, dispatch_clip_grad
+
+import common
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -47,9 +47,7 @@ def card(
     return "\n".join(parts)
 
 
-def _front_matter(
-    record: Mapping[str, Any], structure: Structure, classes: int, name: str, license: str | None
-) -> str:
+def _front_matter(record: Mapping[str, Any], structure: Structure, classes: int, name: str, license: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     host = _host(structure)

@@ -27,7 +27,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from functools import partial
-    from pathlib import Path
 
     from slimming import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job

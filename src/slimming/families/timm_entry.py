@@ -39,7 +39,7 @@ def slimming(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         config = timm_config(build_filled(_structure(kwargs.get("structure"))))
         kwargs["pretrained_cfg"] = {**config, "architecture": "slimming"}
     # As timm's plain Vision Transformers give features; its other models by the names of their modules.
-    getter = _structure(kwargs.get("structure")).family == "timm_vit"
+    getter = _structure(kwargs.get("structure")).family == "timm-vit"
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"} if getter else None
     return build_model_with_cfg(
         _make, "slimming", pretrained, pretrained_filter_fn=_state, feature_cfg=feature_cfg, **kwargs
