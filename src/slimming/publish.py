@@ -25,6 +25,8 @@ from slimming.report.picture import draw, panels
 from slimming.results import grid_of, plain, versions
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+PROCESSOR = "CLIPImageProcessor"
+"""Resizes the shorter side, crops the centre, normalises: what timm's evaluation does, whatever the model."""
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
@@ -156,16 +158,15 @@ def host_config(model: nn.Module) -> dict[str, Any]:
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}
+        # Where transformers meets timm's entries, it looks for this here and not in preprocessor_config.json.
+        config["image_processor_type"] = PROCESSOR
         if isinstance(features := getattr(model, "num_features", None), int):
             config["num_features"] = features
     return config
 
 
 def image_processor(model: nn.Module) -> dict[str, Any] | None:
-    """What transformers' image processor needs to do as timm's evaluation does; None for unusual numbers of channels.
-
-    Resize the shorter side, crop the centre, normalise: an image processor of transformers that does just that.
-    """
+    """What transformers' image processor needs to do as timm's evaluation does; None for unusual numbers of channels."""
     from slimming.training.images import ImageSpec
 
     channels, height, width = anatomy_of(model).input_shape
@@ -173,7 +174,7 @@ def image_processor(model: nn.Module) -> dict[str, Any] | None:
         return None
     spec = ImageSpec.of_model(model)
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": PROCESSOR,
         "do_convert_rgb": channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": int(min(height, width) / spec.crop_pct)},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
@@ -114,7 +115,7 @@ def _from_timm(
         model = timm.create_model(f"local-dir:{path}", pretrained=pretrained, **options)
     except (TypeError, AssertionError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"timm cannot make the {name} in {path} with {options}: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {path} are damaged or of another model than {name}: {error}") from error
     given = {**(config.get("model_args") or {}), **options}
     if name != MODEL_TYPE:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
@@ -38,7 +39,7 @@ def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: 
         model = maker(bare, dict(arguments), pretrained)
     except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         raise UnsupportedModelError(f"{host} cannot make {bare!r} with {dict(arguments)}: {_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{bare!r} of {host} could not be loaded ({_line(error)}). Check the name and the network, or give a "
             "local directory or a local file of weights."

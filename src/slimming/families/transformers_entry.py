@@ -86,6 +86,10 @@ class SlimmingForImageClassification(transformers.PreTrainedModel):
         if missing and reset is not None:
             reset()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, with the names that the tensors have, also where it knows older ones."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As torch does, also for the names that `slimming.save` writes."""
         renamed = {f"{self.base_model_prefix}.{name}": tensor for name, tensor in unprefixed(state_dict).items()}
