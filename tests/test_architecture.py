@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
     "io": 0,
+    "arrival": 0,
+    "hub": 1,
     "modes": 0,
     "formulas": 1,
     "groups": 1,
@@ -70,6 +72,8 @@ LAYERS = {
     "contract": 4,
     "exporting": 4,
     "pipeline": 4,
+    "card": 3,
+    "publish": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -112,6 +116,8 @@ SIDEWAYS = {
     ("contract", "api"),
     ("exporting", "api"),
     ("exporting", "opening"),
+    ("publish", "api"),
+    ("publish", "results"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""
@@ -119,7 +125,7 @@ SIDEWAYS = {
 ONLY = {"training": {"errors", "io", "modes"}}
 """Parts that may use less than what lies below them."""
 
-HOSTS = {"timm", "transformers", "torchvision", "torch_pruning"}
+HOSTS = {"timm", "transformers", "torchvision", "torch_pruning", "lightning"}
 HOST_ROOMS = {"families", "training"}
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = {"pickle.UnpicklingError"}
@@ -474,6 +480,8 @@ HEAVY = (
     "datasets",
     "transformers",
     "rich",
+    "lightning",
+    "huggingface_hub",
 )
 
 

@@ -68,8 +68,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make: Callable[..., Any] = timm.create_model
 
     def create(name: str, pretrained: bool = False, **options: Any) -> Any:
-        if not pretrained:
-            return make(name, **options)
+        if not pretrained or name.startswith("local-dir:"):
+            return make(name, pretrained=pretrained, **options)
         return make("test_vit", img_size=32, patch_size=8, num_classes=options.get("num_classes", 1000))
 
     monkeypatch.setattr(timm, "create_model", create)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slimming import arrival as _arrival
 from slimming import errors as errors
 from slimming.api import attach, cost, cut, describe, plan, plans
 from slimming.checkpoint import load, save
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from slimming.opening import ModelConfig, load_images, open_data, open_model
     from slimming.pipeline import run
     from slimming.progressive import train_progressive
+    from slimming.publish import as_transformers, push_to_hub, register_with_transformers
     from slimming.results import BenchConfig
     from slimming.retrain import DistilConfig, train
     from slimming.run_config import RunConfig
@@ -56,6 +58,7 @@ __all__ = [
     "SearchConfig",
     "SearchResult",
     "TrainConfig",
+    "as_transformers",
     "attach",
     "build_latency_table",
     "calibration_images",
@@ -73,6 +76,8 @@ __all__ = [
     "plan",
     "plans",
     "preset",
+    "push_to_hub",
+    "register_with_transformers",
     "run",
     "save",
     "score",
@@ -106,7 +111,10 @@ _LAZY = {
     "load_search": "searching",
     "open_data": "opening",
     "open_model": "opening",
+    "as_transformers": "publish",
     "preset": "search_config",
+    "push_to_hub": "publish",
+    "register_with_transformers": "publish",
     "run": "pipeline",
     "score": "oneshot",
     "search": "searching",
@@ -122,3 +130,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"slimming.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
+
+
+_arrival.await_timm()

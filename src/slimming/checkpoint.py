@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
+from slimming import hub
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
+from slimming.families import build as build
 from slimming.families import family_called, family_of
+from slimming.families.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
 from slimming.family import STRUCTURE as SLIM
 from slimming.family import fill_
 from slimming.io import atomic_file, atomic_json, check_json, explain, seal
@@ -89,27 +92,31 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     The dense weights are not needed, and nothing in the directory is executed or unpickled.
 
     Args:
-        path: the directory.
+        path: the directory, or ``hf-hub:owner/name`` (with ``@revision`` at its end, if need be). It may also hold a
+            model of timm or transformers, as they write it: a config.json and weights as safetensors.
         device: where the model goes.
         dense: for a model that no host makes by name, the dense model as you made it, with any weights; a copy of
             it gets the sizes and weights of the checkpoint, and it stays as it was.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format, or ``dense`` is
-            not the model that it was cut from.
+            not the model that it was cut from; or the hub has no such repository, or cannot be reached.
+        ConfigError: the address is not one of the hub's.
+        UnsupportedModelError: the directory is of a model that its host does not make.
     """
-    path = Path(path)
+    path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file; slimming loads directories that slimming.save wrote. A pickle is never loaded; "
             "for plain weights of a dense model use the dense start (model: NAME, checkpoint: FILE)."
         )
-    structure_file = path / STRUCTURE
-    raw = read_sealed(structure_file)
-    structure = Structure.from_dict(raw, source=str(structure_file))
-    if sha256(path / WEIGHTS) != raw.get("weights_sha256"):
-        raise CheckpointError(f"{path / WEIGHTS} is not as it was written: its checksum differs. Take an intact copy.")
-    state = read_tensors(path / WEIGHTS)
+    found = _structure_in(path)
+    if found is None:
+        if dense is not None:
+            raise CheckpointError(f"{path} is a model of its host's own; dense has no effect. Leave it out.")
+        return open_directory(path).to(device).eval()
+    structure, weights = found
+    state = unprefixed(read_tensors(weights))
     model = build(structure) if dense is None else _refit(dense, structure, path)
     try:
         fill_(model, state)
@@ -123,22 +130,22 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     return model.to(device).eval()
 
 
-def build(structure: Structure) -> nn.Module:
-    """Make the model that ``structure`` describes, with weights of no meaning or none at all.
+def _structure_in(path: Path) -> tuple[Structure, Path] | None:
+    """The structure in a directory, and its weights; None where a host's own model lies there.
 
-    Raises:
-        CheckpointError: this installation cannot make it.
+    A directory made for the hub has the weights under the name that hosts look for, and the structure in config.json
+    too, which is all that is left where transformers saved the model again.
     """
-    family = family_called(structure.family)
-    try:
-        model = family.build(structure.base)
-        family.resize_(model, structure)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # A family trusts the sizes it wrote; those of a damaged file lead it anywhere.
-        raise CheckpointError(
-            f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
-        ) from error
-    return model
+    sealed = path / STRUCTURE
+    if not sealed.exists() and (path / CONFIG).exists():
+        structure = structure_in(read_config(path))
+        return None if structure is None else (structure, path / HOST_WEIGHTS)
+    raw = read_sealed(sealed)
+    structure = Structure.from_dict(raw, source=str(sealed))
+    weights = path / (HOST_WEIGHTS if (path / HOST_WEIGHTS).exists() else WEIGHTS)
+    if sha256(weights) != raw.get("weights_sha256"):
+        raise CheckpointError(f"{weights} is not as it was written: its checksum differs. Take an intact copy.")
+    return structure, weights
 
 
 def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
@@ -200,7 +207,7 @@ def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def write_tensors(path: Path, plain: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, plain: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write what `untied` gives to a safetensors file, whole or not at all.
 
     The file is never held in memory; safetensors before 0.8 makes one copy of the tensors.
@@ -210,7 +217,7 @@ def write_tensors(path: Path, plain: dict[str, Tensor]) -> None:
     """
     with atomic_file(path) as temporary:
         try:
-            save_file(plain, temporary)
+            save_file(plain, temporary, metadata)
         except SafetensorError as error:
             # It holds what the system said as text: "(os error 28)", before safetensors 0.6 "Os { code: 28, …".
             said = re.search(r"(?:os error|code:) (\d+)", str(error))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming import checkpoint
+from slimming import checkpoint, hub
 from slimming.api import anatomy_of
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
 from slimming.families.create import create_dense
+from slimming.families.directories import CONFIG, open_directory
 from slimming.families.hosts import classes_of, name_classes, reset_classes_
 from slimming.modes import in_evaluation
 from slimming.training.batches import calibration_images
@@ -29,8 +30,9 @@ class ModelConfig:
     """The dense start.
 
     Attributes:
-        name: a timm model name or ``hf-hub:owner/name``; ``transformers:owner/name`` or ``transformers:DIRECTORY``;
-            ``torchvision:name``; or a directory that `slimming.save` wrote.
+        name: a timm model name; ``hf-hub:owner/name``, a model of slimming, timm or transformers on the hub;
+            ``transformers:owner/name`` or ``transformers:DIRECTORY``; ``torchvision:name``; or a directory that
+            `slimming.save`, timm or transformers wrote.
         checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes the host's
             pretrained ones.
         arguments: further arguments of the host's constructor, such as timm's ``img_size``.
@@ -46,21 +48,29 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
 
     Raises:
         UnsupportedModelError: unknown model, or arguments that it does not take.
-        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than
-            tensors.
+        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than tensors; or the
+            hub has no such repository, or cannot be reached.
     """
-    path = Path(config.name)
-    if not path.is_dir():
+    addressed = hub.is_address(config.name)
+    if not (Path(config.name).is_dir() or (addressed and config.checkpoint is None)):
         return create_dense(config.name, checkpoint=config.checkpoint, classes=classes, arguments=config.arguments)
-    if config.checkpoint is not None or config.arguments:
-        raise ConfigError(f"{path} is a whole model: model.checkpoint and model.arguments have no effect; drop them.")
-    model = checkpoint.load(path)
-    notes = []
+    path = hub.fetch(config.name) if addressed else Path(config.name)
+    if (path / checkpoint.STRUCTURE).exists() or not (path / CONFIG).exists():
+        if config.checkpoint is not None or config.arguments:
+            raise ConfigError(
+                f"{config.name} is a whole model: model.checkpoint and model.arguments have no effect; drop them."
+            )
+        model = checkpoint.load(path)
+    elif config.checkpoint is not None:
+        raise ConfigError(f"{config.name} has weights of its own: model.checkpoint has no effect; drop it.")
+    else:
+        model = open_directory(path, config.arguments) if config.arguments else checkpoint.load(path)
     known = classes_of(model)
-    if classes is not None and known != classes:
-        reset_classes_(model, classes)
-        notes.append(f"{path} knows {known} classes; its classifier was replaced by an untrained one for {classes}.")
-    return model, notes
+    if classes is None or known == classes:
+        return model, []
+    reset_classes_(model, classes)
+    note = f"{config.name} knows {known} classes; its classifier was replaced by an untrained one for {classes}."
+    return model, [note]
 
 
 def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:

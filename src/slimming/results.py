@@ -120,7 +120,7 @@ def _widths(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
     """What stays in each block under ``plan``, in the order of the dense model's heads."""
     kept = resolve(anatomy, plan.kept)
-    rows = _grid(anatomy)
+    rows = grid_of(anatomy)
     layers: dict[str, dict[str, Any]] = {}
     with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
     for group in anatomy.groups:
@@ -158,7 +158,7 @@ def _layer_of(group: Group) -> str:
     return group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
 
 
-def _grid(anatomy: Anatomy) -> list[int]:
+def grid_of(anatomy: Anatomy) -> list[int]:
     """Rows and columns of the patch grid: as square as the number of positions and the image allow."""
     sites = [group.token for group in anatomy.groups if group.token is not None]
     if not sites:

@@ -168,7 +168,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
         if arguments.budget:
             raise ConfigError("Give --budget (once or more), or --plan.")
         given = Plan.load(arguments.plan)
-        model = load_search(found).model if found is not None else load_checkpoint(source)
+        model = load_search(found).model if found is not None else load_checkpoint(arguments.source)
         named, record = {"plan": given}, {"source": str(source), "versions": versions()}
     else:
         budgets = _budgets(arguments)

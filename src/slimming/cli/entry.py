@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "files for ONNX Runtime, OpenVINO and others, checked against the model",
     "latency-table": "measure the pieces of a model here, for budgets of latency",
     "inspect": "what can go in a model, and what each part costs",
+    "push": "put a model on the Hugging Face hub, or write what would be put there",
     "report": "write a run's report again and show its table",
     "demo": "the whole chain on an embedded model and embedded images",
 }

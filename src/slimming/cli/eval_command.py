@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     from slimming.cli.flags import add_flags
     from slimming.cli.jobs import EvalJob
 
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories that slimming wrote")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories, or hf-hub:OWNER/NAME")
     parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags win over it")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass (default 256)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     found = {}
     for name in arguments.checkpoints:
-        model = load_checkpoint(Path(name))
+        model = load_checkpoint(name)
         config = _data(arguments, name)
         data = open_data(config, model)
         check_input(model)
@@ -60,6 +60,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def _data(arguments: argparse.Namespace, name: str) -> Any:
     """The data of the file and the flags, over those of the checkpoint's provenance."""
+    from slimming import hub
     from slimming.checkpoint import PROVENANCE, read_provenance
     from slimming.cli.flags import given
     from slimming.cli.jobs import EvalJob, from_values, read_job
@@ -68,7 +69,8 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
     values = given(arguments, EvalJob)
     if arguments.config is not None or "source" in values.get("data", {}):
         return read_job(EvalJob, arguments)[0].data
-    stored = read_provenance(name).get("data") if (Path(name) / PROVENANCE).exists() else None
+    place = hub.fetch(name) if hub.is_address(name) else Path(name)
+    stored = read_provenance(place).get("data") if (place / PROVENANCE).exists() else None
     if not stored:
         raise DataError(f"{name} does not say on which data it was trained; give --data.source.")
     return from_values(EvalJob, {"data": {**stored, **values.get("data", {})}}).data

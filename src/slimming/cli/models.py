@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming import checkpoint
+from slimming import checkpoint, hub
 from slimming.api import anatomy_of
 from slimming.errors import CheckpointError, ConfigError
 from slimming.families import family_of
 from slimming.families.create import create_untrained
+from slimming.families.directories import CONFIG, open_directory
 from slimming.families.hosts import is_hosted
 from slimming.searching import RECORD
 
@@ -26,13 +27,19 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         UnsupportedModelError: the host has no such model, or no family reads it.
         ConfigError: arguments with a checkpoint, which has its own.
     """
+    if hub.is_address(name):
+        fetched = hub.fetch(name, weights=False)
+        if not (fetched / CONFIG).exists():
+            return load_checkpoint(name)
+        model = open_directory(fetched, arguments, pretrained=False)
+        anatomy_of(model)
+        return model
     path = Path(name)
     if path.exists():
         if arguments:
             raise ConfigError(f"{path} is a whole model: model.arguments have no effect; drop them.")
         return load_checkpoint(path)
-    addressed = name.startswith("hf-hub:") or is_hosted(name)
-    if (os.sep in name and not addressed) or name in (".", ".."):
+    if (os.sep in name and not is_hosted(name)) or name in (".", ".."):
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote, or a timm name.")
     model = create_untrained(name, arguments, device=device)
     if device == "meta" and family_of(model).runs_models:
@@ -41,14 +48,20 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
     return model
 
 
-def load_checkpoint(path: Path) -> nn.Module:
+def load_checkpoint(name: str | Path) -> nn.Module:
     """Load a checkpoint directory, and say what to give where a whole run or search was given.
 
+    Args:
+        name: the directory, or ``hf-hub:owner/name``.
+
     Raises:
-        CheckpointError: no such directory, a damaged one, or one that holds no checkpoint.
+        CheckpointError: no such directory or repository, a damaged one, or one that holds no checkpoint.
+        ConfigError: the address is not one of the hub's.
     """
-    check_checkpoint(path)
-    return checkpoint.load(path)
+    if hub.is_address(name):
+        return checkpoint.load(name)
+    check_checkpoint(Path(name))
+    return checkpoint.load(Path(name))
 
 
 def check_checkpoint(path: Path) -> None:
@@ -59,7 +72,7 @@ def check_checkpoint(path: Path) -> None:
     """
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote.")
-    if path.is_dir() and not (path / checkpoint.STRUCTURE).exists():
+    if path.is_dir() and not any((path / file).exists() for file in (checkpoint.STRUCTURE, CONFIG)):
         inside = sorted(str(found.parent) for found in path.glob(f"*/{checkpoint.STRUCTURE}"))
         inside += sorted(str(found.parent) for found in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
         if inside:

@@ -27,7 +27,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from functools import partial
-    from pathlib import Path
 
     from slimming import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job
@@ -48,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> None:
         model, data, replaced = open_start(job.model, job.data, job.train.seed)
         for note in replaced:
             say(note)
-        teacher = load_checkpoint(Path(job.teacher)) if job.teacher is not None else None
+        teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
         if teacher is not None:
             _fits(teacher, model, job.teacher)
         judge = partial(evaluate, images=data.val, batch_size=256, workers=job.train.workers)

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from slimming.errors import CheckpointError
 from slimming.family import STRUCTURE, Family
+from slimming.plan import Structure
 
-__all__ = ["STRUCTURE", "Family", "all_families", "family_called", "family_of"]
+__all__ = ["STRUCTURE", "Family", "all_families", "build", "build_filled", "family_called", "family_of"]
 
 
 @cache
@@ -45,3 +47,53 @@ def family_called(name: Any) -> Family:
         raise CheckpointError(
             f"The checkpoint is of family {name!r}; this version of slimming knows {known}. Upgrade slimming."
         ) from error
+
+
+def build(structure: Structure) -> nn.Module:
+    """Make the model that ``structure`` describes, with weights of no meaning or none at all.
+
+    Raises:
+        CheckpointError: this installation cannot make it.
+    """
+    family = family_called(structure.family)
+    try:
+        model = family.build(structure.base)
+        family.resize_(model, structure)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # A family trusts the sizes it wrote; those of a damaged file lead it anywhere.
+        raise CheckpointError(
+            f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
+        ) from error
+    return model
+
+
+def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
+    """Make the model that ``structure`` describes on the CPU, with random weights that it can be trained from.
+
+    Args:
+        structure: the model.
+        dense: make the dense one that it was cut from.
+
+    Raises:
+        CheckpointError: this installation cannot make it.
+    """
+    with torch.device("cpu"):
+        model = family_called(structure.family).build(structure.base) if dense else build(structure)
+        _fill_randomly_(model)
+    return model
+
+
+@torch.no_grad()
+def _fill_randomly_(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                empty = torch.zeros_like(tensor, device="cpu")
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(empty, tensor.requires_grad) if parameter else empty)
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+            continue
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)

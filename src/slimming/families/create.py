@@ -73,8 +73,12 @@ def create_untrained(
     try:
         with torch.device(device):
             return _signed(timm.create_model(name, pretrained=False, **options), name, options)
-    except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, AssertionError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} could not be fetched ({str(error).splitlines()[0]}). Check the network."
+        ) from error
 
 
 def _signed(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
@@ -38,7 +39,7 @@ def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: 
         model = maker(bare, dict(arguments), pretrained)
     except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         raise UnsupportedModelError(f"{host} cannot make {bare!r} with {dict(arguments)}: {_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{bare!r} of {host} could not be loaded ({_line(error)}). Check the name and the network, or give a "
             "local directory or a local file of weights."
@@ -60,10 +61,11 @@ def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -
             "Models of transformers need an extra: pip install 'slimming[transformers]'."
         ) from error
     maker: Any = transformers.AutoModelForImageClassification
+    safe = {"trust_remote_code": False}  # nor asked about, which is the default
     if pretrained:  # safetensors only: nothing is unpickled
-        model = maker.from_pretrained(name, use_safetensors=True, **arguments)
+        model = maker.from_pretrained(name, use_safetensors=True, **safe, **arguments)
     else:
-        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **arguments))
+        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **safe, **arguments))
     mixin: Any = transformers.ImageProcessingMixin
     try:
         found = mixin.get_image_processor_dict(name)[0]

@@ -1,0 +1,116 @@
+"""The Hugging Face hub: repositories to directories and back; nothing that comes from one is executed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from slimming.errors import CheckpointError, ConfigError, OutputError
+
+PREFIX = "hf-hub:"
+SETTINGS = ("config.json", "structure.json", "provenance.json", "preprocessor_config.json")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "weights.safetensors")
+"""What is fetched of a repository: no code and no pickle, whatever else lies there."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_address(name: str | Path) -> bool:
+    """Whether ``name`` is of a repository on the hub."""
+    return isinstance(name, str) and name.startswith(PREFIX)
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """Repository and revision of an address.
+
+    Raises:
+        ConfigError: it is not one.
+
+    >>> split("hf-hub:owner/name@main")
+    ('owner/name', 'main')
+    """
+    repository, at, revision = name.removeprefix(PREFIX).partition("@")
+    if not _NAME.fullmatch(repository) or ".." in repository or (at and not revision):
+        raise ConfigError(f"{name!r} is no repository; give {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION.")
+    return repository, revision or None
+
+
+def fetch(name: str, *, weights: bool = True) -> Path:
+    """Bring the files of a model to the local cache, and return their directory.
+
+    Args:
+        name: ``hf-hub:owner/name``, with ``@revision`` at its end, if need be.
+        weights: False leaves the weights out.
+
+    Raises:
+        ConfigError: the address is malformed.
+        CheckpointError: there is no such repository or revision, it may not be read, holds no model, or the hub cannot
+            be reached.
+    """
+    import huggingface_hub
+
+    repository, revision = split(name)
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=[*SETTINGS, *(WEIGHTS if weights else ())]
+        )
+    except Exception as error:  # the library raises its own, the hub's, the network's and the disk's errors
+        raise CheckpointError(_said(repository, revision, error)) from error
+    directory = Path(found)
+    if not (directory / "config.json").exists() and not (directory / "structure.json").exists():
+        raise CheckpointError(f"{name} holds no config.json: it is not a model of slimming, timm or transformers.")
+    if weights and not any(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{name} holds no weights as model.safetensors; other kinds are not loaded from the hub.")
+    return directory
+
+
+def upload(directory: Path, repository: str, *, private: bool, message: str) -> str:
+    """Make the repository if it is not there, and put the files of ``directory`` into it as one commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: the name is malformed.
+        OutputError: nobody is logged in, the repository may not be written, or the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    split(repository)
+    hub = huggingface_hub.HfApi(library_name="slimming")
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        done = hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message)
+    except Exception as error:  # as above
+        reason = _line(error)
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+            raise OutputError(
+                f"{repository} may not be written ({reason}). Log in with a token that may write to it: hf auth login."
+            ) from error
+        raise OutputError(
+            f"{repository} was not written: the hub could not be reached, or refused ({reason}). Try again; what would "
+            "be pushed is written to a directory with --to DIRECTORY."
+        ) from error
+    return str(done.commit_url)
+
+
+def _said(repository: str, revision: str | None, error: Exception) -> str:
+    kind = {base.__name__ for base in type(error).__mro__}
+    if "GatedRepoError" in kind:
+        return f"{repository} is gated: accept its terms on the hub, then log in with hf auth login."
+    if "RevisionNotFoundError" in kind:
+        return f"{repository} has no revision {revision!r}. Leave it out to take the main one."
+    if "RepositoryNotFoundError" in kind:
+        return (
+            f"There is no repository {repository} on the hub, or it is private. Check its name; for a private one, log "
+            "in with hf auth login."
+        )
+    return (
+        f"{repository} could not be fetched ({_line(error)}). It is not in the local cache, and the hub could not be "
+        "reached: check the network and HF_HUB_OFFLINE, or give a local directory."
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

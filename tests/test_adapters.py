@@ -1,0 +1,66 @@
+"""Searches inside other trainers: each example runs in a few steps, and what it cuts is smaller and loads."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import slimming
+
+ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainers warn of few workers, of steps, of each other's versions
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raw_loop", []),
+        ("hf_trainer", []),
+        ("lightning_trainer", []),
+        ("timm_train", []),
+        ("timm_train", ["--scaler"]),
+    ],
+)
+def test_an_adapter(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "lightning_trainer":
+        pytest.importorskip("lightning")
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    monkeypatch.chdir(tmp_path)
+    for module in ("common", name):
+        sys.modules.pop(module, None)
+    try:
+        importlib.import_module(name).main(["--steps", "2", "--images", "32", "--output", "small", *words])
+    finally:
+        for module in ("common", name):
+            sys.modules.pop(module, None)
+    small = slimming.load(tmp_path / "small")
+    assert sum(tensor.numel() for tensor in small.state_dict().values()) > 0
+    assert any(group.kind == "mlp" for group in slimming.describe(small))
+
+
+def test_before_step_is_the_penalty_in_the_loss() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    masks = slimming.attach(model, [group for group in slimming.describe(model) if group.kind in ("head_dim", "mlp")])
+    (F.cross_entropy(model(images), labels) + masks.penalty()).backward()
+    masks.collect()
+    wanted = {name: mask.grad.clone() for name, mask in masks.items() if mask.grad is not None}
+    scores = masks.scores("taylor")
+    model.zero_grad()
+    masks.collected["steps"].zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: masks.before_step())
+    F.cross_entropy(model(images), labels).backward()
+    with torch.no_grad():
+        optimizer.step()
+    assert len(wanted) == len(masks)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(masks[name].grad, gradient)
+        torch.testing.assert_close(masks.scores("taylor")[name], scores[name])
