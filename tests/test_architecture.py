@@ -67,6 +67,7 @@ LAYERS = {
     "retrain": 4,
     "results": 4,
     "contract": 4,
+    "explore": 4,
     "pipeline": 4,
     "cli": 5,
     "__main__": 6,
@@ -107,6 +108,8 @@ SIDEWAYS = {
     ("results", "api"),
     ("results", "searching"),
     ("contract", "api"),
+    *(("explore", part) for part in ("api", "opening", "results", "searching")),
+    ("pipeline", "explore"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""

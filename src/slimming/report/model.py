@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from slimming.errors import CheckpointError
-from slimming.plan import FORMAT
+from slimming.plan import FORMAT, METRICS
 from slimming.report.nodes import Node, children, entries_of, maybe
 from slimming.report.numbers import NBSP, scale
 
@@ -101,6 +101,7 @@ class Row:
         layers: what stays.
         widths: embedding widths where they can go, one per stage in hierarchical models, by name.
         log: the log of its retraining, relative to the run's directory.
+        limits: the metrics that its budget limits, with the limits; empty for keep ratios.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Row:
     layers: tuple[Layer, ...] = ()
     widths: Mapping[str, Kept] = field(default_factory=dict)
     log: str | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,7 @@ def parse(value: Any, where: str = "results") -> Results:
         search_seconds=maybe(search, "seconds", Node.number),
         masks=tuple(_masks(kind, node) for kind, node in children(search, "masks")),
         sensitivity={kind: _sensitivity(node) for kind, node in children(search, "sensitivity")},
-        images=tuple(_picture(node) for node in entries_of(root, "images")),
+        images=parse_pictures(entries_of(root, "images")),
     )
 
 
@@ -231,8 +233,9 @@ def _row(node: Node, *, dense: bool) -> Row:
         top1=maybe(node, "top1", Node.share),
         seconds={key: found.number() for key, found in children(node, "seconds")},
         layers=parse_layers(entries_of(node, "layers")),
-        widths={one.need("name").text(): _kept(one, "kept") for one in entries_of(node, "widths")},
+        widths=parse_widths(entries_of(node, "widths")),
         log=maybe(node, "log", Node.text),
+        limits={key: limit.limit(key) for key, limit in children(node, "budget") if key in METRICS},
     )
 
 
@@ -339,6 +342,20 @@ def _masks(kind: str, node: Node) -> Masks:
 
 def _sensitivity(node: Node) -> tuple[tuple[float, float], ...]:
     return tuple((entry.need("kept").number(), entry.need("loss").number()) for entry in node.items())
+
+
+def parse_widths(nodes: list[Node]) -> dict[str, Kept]:
+    """Check embedding widths: name -> what stays."""
+    return {one.need("name").text(): _kept(one, "kept") for one in nodes}
+
+
+def parse_pictures(nodes: list[Node]) -> tuple[Picture, ...]:
+    """Check images of the data.
+
+    Raises:
+        CheckpointError: one is not a PNG.
+    """
+    return tuple(map(_picture, nodes))
 
 
 def _picture(node: Node) -> Picture:
