@@ -52,7 +52,7 @@ function count(value, unit) {
 function told(key, value) {
   if (value === null || value === undefined) return "not known";
   if (key === "time") return `${value.toPrecision(3)}${NBSP}ms`;
-  return count(value, { macs: "MACs", params: "", memory: "B" }[key]).trim();
+  return count(value, key === "memory" ? "B" : "").trim();
 }
 
 // "43 % of the MACs", in words for titles and for those who listen.

@@ -29,7 +29,7 @@ function choose(side, at) {
   draw([side]);
   const step = stepOf(side);
   const costs = Object.keys(COSTS).filter((key) => step[key] !== null)
-    .map((key) => `${told(key, step[key])}${key === "params" ? " parameters" : key === "memory" ? " of memory" : ""}`);
+    .map((key) => `${told(key, step[key])}${{ macs: " MACs", params: " parameters", memory: " of memory", time: "" }[key]}`);
   say(`Budget ${side.toUpperCase()}: ${title(side)}. ${costs.join(", ")}.`, 350);
 }
 

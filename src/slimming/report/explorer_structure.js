@@ -33,7 +33,7 @@ function drawStructure(side) {
   const lay = columns(run, left), paths = { full: "", qk: "", v: "", gone: "", cross: "" }, fills = lay.bars.map(() => "");
   const parts = [], tips = [], every = rows <= 40 ? 1 : Math.ceil(rows / 40);
   if (lay.heads) {
-    parts.push(shape("text", { x: left, y: 11, class: "title" }, "heads: QK above, V below"));
+    parts.push(shape("text", { x: left, y: 11, class: "title" }, lay.grid > 150 ? "heads: QK above, V below" : "heads: QK, V"));
   }
   lay.bars.forEach(([, name], place) => parts.push(
     shape("text", { x: lay.from + place * lay.each, y: 11, class: "title" }, name)));
