@@ -71,6 +71,7 @@ LAYERS = {
     "results": 4,
     "contract": 4,
     "exporting": 4,
+    "explore": 4,
     "pipeline": 4,
     "card": 3,
     "publish": 4,
@@ -118,6 +119,8 @@ SIDEWAYS = {
     ("exporting", "opening"),
     ("publish", "api"),
     ("publish", "results"),
+    *(("explore", part) for part in ("api", "opening", "results", "searching")),
+    ("pipeline", "explore"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
 """Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""

@@ -6,7 +6,7 @@ import abc
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -222,26 +222,8 @@ def plans(
     """
     if solver is not None and solver not in SOLVERS:
         raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
-    if isinstance(source, SoftMasks):
-        rating = Rating(anatomy=source.anatomy, scores=source.scores(score))
-    elif score is not None:
-        raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
-    elif isinstance(source, Rated):
-        rating = source.rating
-    else:
-        rating = load_scores(source)
-    layout = layout or rating.layout
-    if any(budget.memory_bytes is not None for budget in budgets):
-        _check_memory(rating.anatomy, layout)
-    table = None if latency is None else _latency_table(latency)
-    if table is not None and layout.multiple is None:
-        layout = replace(layout, multiple=table.multiple)
-    if any(budget.latency is not None or budget.latency_ms is not None for budget in budgets):
-        _check_latency(table, layout)
-    else:
-        table = None
-    measure = partial(_measure, rating.anatomy, table=table)
-    planner = Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity)
+    metrics = {metric for budget in budgets for metric in budget.limits}
+    planner, rating, table = _planner(source, metrics, layout=layout, score=score, latency=latency)
     fold = rating.fold if fold is None else fold
     found = []
     for budget in budgets:
@@ -251,6 +233,55 @@ def plans(
             made = replace(made, solution={**made.solution, "latency_ms": table.predict(rating.anatomy, counts)})
         found.append(made)
     return found
+
+
+def smallest(
+    source: Rated | SoftMasks | str | Path,
+    metric: str,
+    *,
+    layout: Layout | None = None,
+    latency: LatencyTable | str | Path | None = None,
+) -> float:
+    """The smallest share of ``metric`` that a budget may ask for; arguments and errors are those of `plan`.
+
+    >>> import timm, slimming
+    >>> from slimming.api import smallest
+    >>> masks = slimming.attach(timm.create_model("test_vit"))
+    >>> 0.1 < smallest(masks, "macs") < 0.3
+    True
+    """
+    return _planner(source, {metric}, layout=layout, latency=latency)[0].smallest(metric)
+
+
+def _planner(
+    source: Rated | SoftMasks | str | Path,
+    metrics: Collection[str],
+    *,
+    layout: Layout | None,
+    latency: LatencyTable | str | Path | None,
+    score: str | None = None,
+) -> tuple[Planner, Rating, LatencyTable | None]:
+    """What plans are made by: for limits of ``metrics``, from what, and the table where one of them is a time."""
+    if isinstance(source, SoftMasks):
+        rating = Rating(anatomy=source.anatomy, scores=source.scores(score))
+    elif score is not None:
+        raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
+    elif isinstance(source, Rated):
+        rating = source.rating
+    else:
+        rating = load_scores(source)
+    layout = layout or rating.layout
+    if "memory_bytes" in metrics:
+        _check_memory(rating.anatomy, layout)
+    table = None if latency is None else _latency_table(latency)
+    if table is not None and layout.multiple is None:
+        layout = replace(layout, multiple=table.multiple)
+    if {"latency", "latency_ms"} & set(metrics):
+        _check_latency(table, layout)
+    else:
+        table = None
+    measure = partial(_measure, rating.anatomy, table=table)
+    return Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity), rating, table
 
 
 def _measure(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable | None = None) -> dict[str, float]:

@@ -121,7 +121,7 @@ class Group:
         parts = f", parts={self.limits.parts}" if self.limits.parts else ""
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, minimum={self.limits.minimum}{parts})"
 
-    @property
+    @cached_property
     def part_of_unit(self) -> tuple[int, ...]:
         """Index of the head that each unit belongs to; all 0 for kinds without parts."""
         if not self.limits.parts:

@@ -22,6 +22,7 @@ from slimming.budgets import Judge, Say, Work, slim_all
 from slimming.cost import total
 from slimming.cut import complete
 from slimming.errors import ConfigError, MissingExtraError
+from slimming.explore import explore
 from slimming.hours import Allotment, allot, measure_pace
 from slimming.io import atomic_json
 from slimming.oneshot import score
@@ -56,7 +57,8 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     Raises:
         SlimmingError: one of its kinds, for whatever is wrong with the configuration or the world.
     """
-    from slimming.report import write_report
+    from slimming.report import write_report, write_table
+    from slimming.report.model import parse
 
     directory, began = Path(directory), time.monotonic()
     world = processes()
@@ -90,7 +92,9 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     if allotment is not None:
         results["allotment"] = dataclasses.asdict(allotment)
     atomic_json(directory / "results.json", results)
-    write_report(directory)
+    say("report: plans of the search at every hundredth")
+    write_report(directory, explored=explore(directory))
+    write_table(parse(results), directory / "table.md")
     return results
 
 

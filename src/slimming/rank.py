@@ -66,6 +66,12 @@ class Planner:
         """The smallest share of the units of ``kind`` that a plan may keep."""
         return _shares_left(self._groups, self._ranked, kind)[1][-1]
 
+    def smallest(self, metric: str) -> float:
+        """The share of ``metric`` that is left when all goes that may go: no budget reaches less."""
+        dense = self._measure({group.name: group.size for group in self._pool.anatomy.groups})
+        nothing_stays = np.ones(len(self._pool.chunks), dtype=bool)
+        return self._measure(self._pool.counts(self._pool.kept(nothing_stays)))[metric] / dense[metric]
+
     def plan(self, budget: Budget, *, fold: bool, solver: str | None = None) -> Plan:
         """The plan that keeps the most valuable units under ``budget``.
 

@@ -100,14 +100,14 @@ def row_entry(
         "top1_cut": top1_cut,
         "top1": top1,
         "seconds": dict(seconds),
-        **_widths(dense, plan),
+        **widths_of(dense, plan),
         "layers": layers_of(dense, plan),
         "checkpoint": f"{budget.name}/slim",
         "log": f"{budget.name}/log.jsonl",
     }
 
 
-def _widths(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
+def widths_of(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
     """How much of each embedding width stays, for models where it can go."""
     found = [
         {"name": group.name, "kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}
@@ -226,7 +226,7 @@ def results_of(
             "masks": _histograms(result),
             "sensitivity": _measured(result.sensitivity),
         },
-        "images": _examples(data, anatomy),
+        "images": examples(data),
     }
 
 
@@ -277,7 +277,7 @@ def _histograms(result: SearchResult) -> dict[str, Any]:
     return found
 
 
-def _examples(data: Data, anatomy: Anatomy) -> list[dict[str, str]]:
+def examples(data: Data) -> list[dict[str, str]]:
     """A few validation images of different classes, as the model sees them, as PNG."""
     if not isinstance(data.val, ImageDataset):
         return []

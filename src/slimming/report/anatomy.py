@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
+
+from PIL import Image
 
 from slimming.report.markup import Html, figure, join, svg, tag
 from slimming.report.model import Kept, Layer, Picture, Results, Row, Tokens
@@ -13,6 +17,8 @@ from slimming.report.plot import NARROW, Axis, Point, Series, chart, legend
 LABELS = 26.0
 BAR = 150.0
 TILE = 112.0
+LARGE = 40_000
+"""Images of more letters than this are stored as JPEG."""
 OTHERS = 3
 """Images beside the first that show the last block's tokens."""
 DEEP = 24
@@ -185,25 +191,32 @@ def _bars(row: Row, shown: Sequence[tuple[Layer, Kept | None]], kind: str) -> Ht
     )
 
 
-def picture_store(images: Sequence[Picture]) -> Html:
-    """Return the images, hidden, once each: drawings refer to them."""
+def picture_store(images: Sequence[Picture], name: str = "picture") -> Html:
+    """Return the images, hidden, once each: drawings refer to them by ``name`` and their number."""
     symbols = [
         tag(
             "symbol",
-            tag(
-                "image",
-                href=f"data:image/png;base64,{image.png}",
-                width=100,
-                height=100,
-                preserveAspectRatio="none",
-            ),
-            id=f"picture-{index}",
+            tag("image", href=_address(image), width=100, height=100, preserveAspectRatio="none"),
+            id=f"{name}-{index}",
             viewBox="0 0 100 100",
             preserveAspectRatio="none",
         )
         for index, image in enumerate(images[: OTHERS + 1])
     ]
     return tag("svg", symbols, width=0, height=0, class_="store", aria_hidden="true")
+
+
+def _address(image: Picture) -> str:
+    """The image as it is, or as JPEG where that is much smaller."""
+    if len(image.png) < LARGE:
+        return f"data:image/png;base64,{image.png}"
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(image.png))) as opened:
+            buffer = io.BytesIO()
+            opened.convert("RGB").save(buffer, format="JPEG", quality=85)
+    except OSError:  # a head of a PNG and nothing behind it; browsers show what they can
+        return f"data:image/png;base64,{image.png}"
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def tokens(row: Row, images: Sequence[Picture]) -> Html | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from slimming.errors import CheckpointError
-from slimming.plan import FORMAT, LEAST_ABSOLUTE
+from slimming.plan import FORMAT, METRICS
+from slimming.report.nodes import Node, children, entries_of, maybe
 from slimming.report.numbers import NBSP, scale
 
 PARTS = {"mlp": "mlp", "channels": "channels", "heads": "whole_heads"}
@@ -100,6 +101,7 @@ class Row:
         layers: what stays.
         widths: embedding widths where they can go, one per stage in hierarchical models, by name.
         log: the log of its retraining, relative to the run's directory.
+        limits: the metrics that its budget limits, with the limits; empty for keep ratios.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Row:
     layers: tuple[Layer, ...] = ()
     widths: Mapping[str, Kept] = field(default_factory=dict)
     log: str | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,80 +177,6 @@ class Results:
         return tuple(sorted({size for row in (self.dense, *self.rows) for size in row.latency_ms}))
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A value in the file and the way to it, so that complaints say where."""
-
-    value: Any
-    where: str
-
-    def wrong(self, wanted: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.where} is not {wanted}. The results are damaged: repeat `slimming run`, which goes on where "
-            "it stopped and writes them again."
-        )
-
-    def need(self, key: str) -> _Node:
-        found = self.get(key)
-        if found is None:
-            raise _Node(None, f"{self.where}.{key}").wrong("there")
-        return found
-
-    def get(self, key: str) -> _Node | None:
-        """The entry, or None when it is absent or null."""
-        value = self.mapping().get(key)
-        return None if value is None else _Node(value, f"{self.where}.{key}")
-
-    def mapping(self) -> Mapping[str, Any]:
-        if not isinstance(self.value, dict):
-            raise self.wrong("a mapping")
-        return self.value
-
-    def entries(self) -> Iterator[tuple[str, _Node]]:
-        for key, value in self.mapping().items():
-            if value is not None:
-                yield key, _Node(value, f"{self.where}.{key}")
-
-    def items(self) -> list[_Node]:
-        if not isinstance(self.value, list):
-            raise self.wrong("a list")
-        return [_Node(value, f"{self.where}[{i}]") for i, value in enumerate(self.value)]
-
-    def number(self) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
-            raise self.wrong("a number")
-        if self.value != self.value or abs(self.value) == float("inf"):
-            raise self.wrong("a finite number")
-        return float(self.value)
-
-    def positive(self) -> float:
-        if self.number() <= 0:
-            raise self.wrong("above 0")
-        return self.number()
-
-    def share(self) -> float:
-        if not 0 <= self.number() <= 1:
-            raise self.wrong("between 0 and 1")
-        return self.number()
-
-    def limit(self, metric: str) -> float:
-        if metric == "latency_ms":
-            return self.positive()
-        if not (0 < self.number() <= 1 or self.number() >= LEAST_ABSOLUTE):
-            raise self.wrong(f"a share between 0 and 1, or at least {LEAST_ABSOLUTE}")
-        return self.number()
-
-    def count(self) -> int:
-        if self.number() < 0 or self.number() != int(self.number()):
-            raise self.wrong("a whole number of at least 0")
-        return int(self.number())
-
-    def text(self) -> str:
-        if not isinstance(self.value, str):
-            raise self.wrong("a text")
-        return self.value
-
-
 def parse(value: Any, where: str = "results") -> Results:
     """Check the content of a ``results.json``.
 
@@ -258,7 +187,7 @@ def parse(value: Any, where: str = "results") -> Results:
     Raises:
         CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than ours.
     """
-    root = _Node(value, where)
+    root = Node(value, where)
     version = root.need("format").count()
     if version > FORMAT:
         raise CheckpointError(f"{where} has format {version}, and this slimming reads up to {FORMAT}. Update slimming.")
@@ -268,41 +197,26 @@ def parse(value: Any, where: str = "results") -> Results:
         raise CheckpointError(f"{where} holds no budget: there is nothing to report. Run at least one budget.")
     return Results(
         name=root.need("name").text(),
-        created=_maybe(root, "created", _Node.text) or "",
-        seed=_maybe(root, "seed", _Node.count),
+        created=maybe(root, "created", Node.text) or "",
+        seed=maybe(root, "seed", Node.count),
         model=model.mapping(),
         input_shape=tuple(node.count() for node in model.need("input").items()),
         classes=tuple(node.text() for node in model.need("classes").items()),
         data=root.need("data").mapping(),
-        machine=_maybe(root, "machine", _Node.mapping) or {},
-        versions=_maybe(root, "versions", _Node.mapping) or {},
-        settings=_maybe(root, "settings", _Node.mapping) or {},
+        machine=maybe(root, "machine", Node.mapping) or {},
+        versions=maybe(root, "versions", Node.mapping) or {},
+        settings=maybe(root, "settings", Node.mapping) or {},
         dense=_row(root.need("dense"), dense=True),
         rows=rows,
-        search_log=_maybe(search, "log", _Node.text),
-        search_seconds=_maybe(search, "seconds", _Node.number),
-        masks=tuple(_masks(kind, node) for kind, node in _children(search, "masks")),
-        sensitivity={kind: _sensitivity(node) for kind, node in _children(search, "sensitivity")},
-        images=tuple(_picture(node) for node in _list(root, "images")),
+        search_log=maybe(search, "log", Node.text),
+        search_seconds=maybe(search, "seconds", Node.number),
+        masks=tuple(_masks(kind, node) for kind, node in children(search, "masks")),
+        sensitivity={kind: _sensitivity(node) for kind, node in children(search, "sensitivity")},
+        images=parse_pictures(entries_of(root, "images")),
     )
 
 
-def _maybe(node: _Node | None, key: str, read: Callable[[_Node], Any]) -> Any:
-    found = node.get(key) if node is not None else None
-    return None if found is None else read(found)
-
-
-def _children(node: _Node | None, key: str) -> list[tuple[str, _Node]]:
-    found = node.get(key) if node is not None else None
-    return [] if found is None else list(found.entries())
-
-
-def _list(node: _Node, key: str) -> list[_Node]:
-    found = node.get(key)
-    return [] if found is None else found.items()
-
-
-def _row(node: _Node, *, dense: bool) -> Row:
+def _row(node: Node, *, dense: bool) -> Row:
     name = node.need("name").text()
     label, short = ("dense", "dense") if dense else _labels(node.get("budget"), name)
     return Row(
@@ -314,17 +228,18 @@ def _row(node: _Node, *, dense: bool) -> Row:
         memory_bytes=int(node.need("memory_bytes").positive()),
         latency_ms=_spreads(node, "latency_ms"),
         speedup=_spreads(node, "speedup"),
-        top1_one_shot=_maybe(node, "top1_one_shot", _Node.share),
-        top1_cut=_maybe(node, "top1_cut", _Node.share),
-        top1=_maybe(node, "top1", _Node.share),
-        seconds={key: found.number() for key, found in _children(node, "seconds")},
-        layers=_layers(_list(node, "layers")),
-        widths={one.need("name").text(): _kept(one, "kept") for one in _list(node, "widths")},
-        log=_maybe(node, "log", _Node.text),
+        top1_one_shot=maybe(node, "top1_one_shot", Node.share),
+        top1_cut=maybe(node, "top1_cut", Node.share),
+        top1=maybe(node, "top1", Node.share),
+        seconds={key: found.number() for key, found in children(node, "seconds")},
+        layers=parse_layers(entries_of(node, "layers")),
+        widths=parse_widths(entries_of(node, "widths")),
+        log=maybe(node, "log", Node.text),
+        limits={key: limit.limit(key) for key, limit in children(node, "budget") if key in METRICS},
     )
 
 
-def _labels(budget: _Node | None, name: str) -> tuple[str, str]:
+def _labels(budget: Node | None, name: str) -> tuple[str, str]:
     """The budget in words, and its number alone where there is only one."""
     if budget is None or not budget.mapping():
         return name, name
@@ -357,16 +272,21 @@ def _absolute(metric: str, limit: float) -> str:
     return f"{unit.show(limit)} {unit.unit}"
 
 
-def _spreads(node: _Node, key: str) -> dict[int, Spread]:
+def _spreads(node: Node, key: str) -> dict[int, Spread]:
     found: dict[int, Spread] = {}
-    for size, entry in _children(node, key):
+    for size, entry in children(node, key):
         if not re.fullmatch("[1-9][0-9]*", size):
             raise entry.wrong("under a batch size")
         found[int(size)] = Spread(**{part: entry.need(part).positive() for part in ("median", "p25", "p75")})
     return dict(sorted(found.items()))
 
 
-def _layers(nodes: list[_Node]) -> tuple[Layer, ...]:
+def parse_layers(nodes: list[Node]) -> tuple[Layer, ...]:
+    """Check what stays layer by layer; a later layer without token positions has those of the one before.
+
+    Raises:
+        CheckpointError: an entry is missing or malformed.
+    """
     names = [node.need("name").text() for node in nodes]
     labels = [".".join(re.findall(r"\d+", name)) for name in names]
     if len(set(labels)) < len(labels) or "" in labels:
@@ -374,7 +294,7 @@ def _layers(nodes: list[_Node]) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     tokens: Tokens | None = None
     for node, name, label in zip(nodes, names, labels, strict=True):
-        heads = _list(node, "heads")
+        heads = entries_of(node, "heads")
         own = node.get("tokens")
         # A position that one layer cut is gone for every later one, whether it names it or not.
         tokens = tokens if own is None else _tokens(own, tokens)
@@ -392,14 +312,14 @@ def _layers(nodes: list[_Node]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _kept(node: _Node, key: str) -> Kept:
+def _kept(node: Node, key: str) -> Kept:
     kept, of = node.need(key).count(), node.need("of").count()
     if of < 1 or kept > of:
         raise node.need(key).wrong(f"a part of {of}")
     return Kept(kept=kept, of=of)
 
 
-def _tokens(node: _Node, before: Tokens | None) -> Tokens | None:
+def _tokens(node: Node, before: Tokens | None) -> Tokens | None:
     grid = [entry.count() for entry in node.need("grid").items()]
     if len(grid) != 2:
         raise node.need("grid").wrong("rows and columns")
@@ -411,20 +331,34 @@ def _tokens(node: _Node, before: Tokens | None) -> Tokens | None:
     return Tokens(rows=grid[0], columns=grid[1], kept=kept)
 
 
-def _masks(kind: str, node: _Node) -> Masks:
+def _masks(kind: str, node: Node) -> Masks:
     edges = tuple(entry.number() for entry in node.need("edges").items())
     counts = tuple(entry.count() for entry in node.need("counts").items())
     if not counts or len(edges) != len(counts) + 1 or any(b <= a for a, b in pairwise(edges)):
         raise node.need("edges").wrong("increasing and one more than counts")
-    groups = {name: tuple(v.number() for v in found.items()) for name, found in _children(node, "by_layer")}
+    groups = {name: tuple(v.number() for v in found.items()) for name, found in children(node, "by_layer")}
     return Masks(kind=kind, edges=edges, counts=counts, by_group=groups)
 
 
-def _sensitivity(node: _Node) -> tuple[tuple[float, float], ...]:
+def _sensitivity(node: Node) -> tuple[tuple[float, float], ...]:
     return tuple((entry.need("kept").number(), entry.need("loss").number()) for entry in node.items())
 
 
-def _picture(node: _Node) -> Picture:
+def parse_widths(nodes: list[Node]) -> dict[str, Kept]:
+    """Check embedding widths: name -> what stays."""
+    return {one.need("name").text(): _kept(one, "kept") for one in nodes}
+
+
+def parse_pictures(nodes: list[Node]) -> tuple[Picture, ...]:
+    """Check images of the data.
+
+    Raises:
+        CheckpointError: one is not a PNG.
+    """
+    return tuple(map(_picture, nodes))
+
+
+def _picture(node: Node) -> Picture:
     text = node.need("png").text()
     try:
         head = base64.b64decode(text, validate=True)[:24]

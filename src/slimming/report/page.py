@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from slimming.io import atomic_write_text
 from slimming.plan import read_json
 from slimming.report import anatomy, table, training
 from slimming.report.curves import Log, read_log
+from slimming.report.explored import Explored
+from slimming.report.explorer import explorer_section, packed_data, picture_ids, scripts
 from slimming.report.markup import Content, Html, join, tag
 from slimming.report.model import Results, Row, parse
 from slimming.report.numbers import THIN, duration, percent, scale
@@ -28,12 +30,13 @@ ALONE_LEAD = (
 )
 
 
-def write_report(run_directory: Path, output: Path | None = None) -> Path:
+def write_report(run_directory: Path, output: Path | None = None, explored: Explored | None = None) -> Path:
     """Write the report of a run as one HTML file that opens without a server or a network.
 
     Args:
         run_directory: holds ``results.json`` and the logs that it names.
         output: the file to write; by default ``report.html`` in the run's directory.
+        explored: plans to choose from; None leaves the explorer out.
 
     Returns:
         The path of the file.
@@ -59,11 +62,17 @@ def write_report(run_directory: Path, output: Path | None = None) -> Path:
     if results.search_log is not None and searched is None:
         missing.insert(0, results.search_log)
     target = run_directory / REPORT if output is None else Path(output)
-    atomic_write_text(target, page(results, searched, logs, missing))
+    atomic_write_text(target, page(results, searched, logs, missing, explored))
     return target
 
 
-def page(results: Results, searched: Log | None, logs: Mapping[str, Log], missing: list[str]) -> str:
+def page(
+    results: Results,
+    searched: Log | None,
+    logs: Mapping[str, Log],
+    missing: list[str],
+    explored: Explored | None = None,
+) -> str:
     """Return the HTML of a report.
 
     Args:
@@ -71,18 +80,11 @@ def page(results: Results, searched: Log | None, logs: Mapping[str, Log], missin
         searched: the log of the search.
         logs: row name -> log of its retraining.
         missing: logs that results name and that are not there; the page says so.
+        explored: plans to choose from, if there are any.
     """
-    title = f"{results.name} – slimming report"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Html(_style(len(results.rows)))),
-    )
+    runs = [explored] if explored is not None else []
     sections = [
+        explorer_section(runs) if runs else None,
         _budgets(results),
         _section("accuracy", "Accuracy against cost", None, table.trade_off(results)),
         _what_stays(results),
@@ -91,14 +93,54 @@ def page(results: Results, searched: Log | None, logs: Mapping[str, Log], missin
         _missing(missing),
         _settings(results),
     ]
-    kept = [section for section in sections if section]
+    store = anatomy.picture_store(results.images) if _tokens_searched(results) else None
+    footer = f"Written by slimming {results.versions.get('slimming', '')} · {results.created}"
+    return document(results.name, [_header(results)], sections, footer, store, runs, budgets=len(results.rows))
+
+
+def document(
+    name: str,
+    header: Sequence[Content],
+    sections: Sequence[Html | None],
+    footer: str,
+    store: Content = None,
+    explored: Sequence[Explored] = (),
+    *,
+    budgets: int = 1,
+) -> str:
+    """Return a whole page.
+
+    Args:
+        name: of what it reports.
+        header: what stands above its sections.
+        sections: those that there are; None is left out.
+        footer: the last line.
+        store: images that drawings refer to.
+        explored: the runs of the explorer, whose plans and images are embedded.
+        budgets: how many colours of budgets there are.
+    """
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{name} – slimming report"),
+        tag("style", Html(_style(budgets, explorer=bool(explored)))),
+    )
     body = tag(
         "body",
-        anatomy.picture_store(results.images) if _tokens_searched(results) else None,
-        _header(results),
-        tag("main", kept),
-        tag("footer", f"Written by slimming {results.versions.get('slimming', '')} · {results.created}"),
-        tag("script", Html(_asset("script.js"))),
+        store,
+        [
+            anatomy.picture_store(run.pictures, picture_ids(place))
+            for place, run in enumerate(explored)
+            if place or store is None
+        ],
+        header,
+        tag("main", [section for section in sections if section]),
+        tag("footer", footer),
+        packed_data(explored) if explored else None,
+        tag("script", join(Html(_asset("script.js")), scripts() if explored else None)),
     )
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
@@ -107,13 +149,14 @@ def _asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text("utf-8")
 
 
-def _style(budgets: int) -> str:
+def _style(budgets: int, *, explorer: bool) -> str:
     """The style sheet, with the colours of the budgets and the rules that show the chosen one."""
     light, dark = (budget_variables(budgets, dark=mode) for mode in (False, True))
     chosen = ",".join(f".chooser:has(#choose-{i}:checked) .choice-{i}" for i in range(budgets))
     return (
         f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
         + _asset("style.css")
+        + (_asset("explorer.css") if explorer else "")
         + "@media screen{@supports selector(:has(*)){"
         + f".choice{{display:none}}{chosen}{{display:block}}}}}}\n"
     )

@@ -55,6 +55,11 @@ def budget_variables(count: int, *, dark: bool) -> str:
     return "".join(f"--budget-{index}:#{r:02x}{g:02x}{b:02x};" for index, (r, g, b) in enumerate(colours))
 
 
+def budget_rgb(index: int, count: int) -> tuple[int, ...]:
+    """Return the colour of one of ``count`` budgets on white paper: red, green and blue, 0 to 255."""
+    return _between(RAMP_LIGHT, index / max(1, count - 1))
+
+
 def _between(ramp: Sequence[tuple[int, int, int]], where: float) -> tuple[int, ...]:
     place = where * (len(ramp) - 1)
     first = min(int(place), len(ramp) - 2)

@@ -1,0 +1,83 @@
+"""What the explorer shows, made up in a moment at any size and without a model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from slimming.plan import read_json
+from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
+from slimming.report.model import Kept, Layer, Tokens, parse
+from slimming.report.page import RESULTS
+
+from .conftest import Shape
+
+VIT_B = Shape(
+    name="ViT-B", model="vit_base_patch16_224", image=224, grid=14, layers=12, heads=12, head_dim=64, hidden=3072,
+    params=86_567_656, macs=17_560_000_000, latency=(190.0, 4800.0), top1=0.81, budgets=(0.8, 0.6, 0.4), epochs=10,
+)  # fmt: skip
+
+
+def explored(run: Path, shape: Shape, *, latency: bool = True, seed: int = 0) -> Explored:
+    """The explorer of a run that `fabricate` made."""
+    results, draw = parse(read_json(run / RESULTS)), random.Random(seed)
+    order = {place: draw.sample(range(shape.grid**2), shape.grid**2) for place in range(shape.layers)}
+    dense = _costs(shape, 1.0, latency)
+
+    def measured(row, share):
+        costs = Costs(params=row.params, macs=row.macs, memory_bytes=row.memory_bytes,
+                      latency_ms=shape.latency[0] * share if latency else None)  # fmt: skip
+        return Measured(label=row.label, costs=costs, top1=row.top1, top1_cut=row.top1_cut, limit="macs", share=share)
+
+    metrics = ["macs", "params", *(["latency"] if latency else [])]
+    return Explored(
+        name=shape.name,
+        place=str(run),
+        model=shape.model,
+        dense=dense,
+        steps={
+            metric: tuple(_step(shape, metric, hundredth / 100, order, latency) for hundredth in range(20, 101))
+            for metric in metrics
+        },
+        measured=(
+            Measured(label="dense", costs=dense, top1=results.dense.top1),
+            *(measured(row, row.limits["macs"]) for row in results.rows),
+        ),
+        recipe=Recipe(
+            command=(f"slimming cut {run} --budget ", f" --solver nested --output {run}-", ""),
+            python=("plan = slimming.plan(result, slimming.Budget(", "))\nslimming.save(small, '", "')"),
+        ),
+        latency="batch 1, eager, A CPU" if latency else "",
+        pictures=results.images,
+    )
+
+
+def _costs(shape: Shape, share: float, latency: bool) -> Costs:
+    return Costs(
+        params=round(shape.params * (0.15 + 0.85 * share)),
+        macs=round(shape.macs * share),
+        memory_bytes=round(shape.params * 4.6 * (0.2 + 0.8 * share)),
+        latency_ms=shape.latency[0] * share if latency else None,
+    )
+
+
+def _step(shape: Shape, metric: str, share: float, order: dict[int, list[int]], latency: bool) -> Step:
+    layers = []
+    alive = set(range(shape.grid**2))
+    for depth in range(shape.layers):
+        depth_share = share ** (0.4 + depth / shape.layers)
+        units = 8 * max(1, round(shape.head_dim * depth_share / 8))
+        gone = depth == shape.layers - 1 and share < 0.5
+        heads = tuple(Kept(kept=0 if gone and head == 1 else units, of=shape.head_dim) for head in range(shape.heads))
+        count = max(1, round(shape.grid**2 * share ** (0.3 * depth)))
+        alive = set(order[depth]) & alive if count >= len(alive) else set(sorted(alive, key=order[0].index)[:count])
+        layers.append(
+            Layer(
+                name=f"blocks.{depth}", label=str(depth), qk=heads, v=heads,
+                mlp=Kept(kept=max(8, round(shape.hidden * depth_share)), of=shape.hidden),
+                tokens=Tokens(rows=shape.grid, columns=shape.grid, kept=frozenset(alive)),
+            )
+        )  # fmt: skip
+    name = f"{metric}-{share:.2f}"
+    costs = _costs(shape, share, latency)
+    return Step(share=share, name=name, costs=costs, kept_score=1 - (1 - share) ** 3, layers=tuple(layers))
