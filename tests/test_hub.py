@@ -22,7 +22,7 @@ from torch import nn
 
 import slimming
 from slimming import arrival, hub
-from slimming.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
+from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.families import family_of
 from slimming.families.hosts import name_classes
 from slimming.training.images import ImageSpec, make_transform
@@ -412,6 +412,10 @@ def test_bad_pushes_write_nothing(slim: nn.Module, tmp_path: Path) -> None:
     own.image_size = 8
     with pytest.raises(CheckpointError, match="no host by name"):
         slimming.push_to_hub(own, to=tmp_path / "own")
+    masked = timm.create_model("test_vit", img_size=32, patch_size=8)
+    slimming.attach(masked)
+    with pytest.raises(PlanError, match="masks attached"):
+        slimming.push_to_hub(masked, to=tmp_path / "masked")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
