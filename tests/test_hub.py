@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -22,7 +23,7 @@ from torch import nn
 
 import slimming
 from slimming import arrival, hub
-from slimming.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
+from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.families import family_of
 from slimming.families.hosts import name_classes
 from slimming.training.images import ImageSpec, make_transform
@@ -136,7 +137,8 @@ def test_the_image_processor_does_what_the_evaluation_does(pushed: Path) -> None
     pixels = np.kron(np.random.default_rng(0).integers(0, 256, (6, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     picture = Image.fromarray(pixels)
     found = transformers.AutoImageProcessor.from_pretrained(pushed)(picture, return_tensors="pt").pixel_values[0]
-    wanted = make_transform(ImageSpec.of_model(slimming.load(pushed)), None)(picture)
+    spec = dataclasses.replace(ImageSpec.of_model(slimming.load(pushed)), input_size=(3, 32, 32))
+    wanted = make_transform(spec, None)(picture)
     assert found.shape == wanted.shape
     assert (found - wanted).abs().mean() < 0.02  # of a range of 2; resizing rounds differently
     slimming.register_with_transformers()
@@ -412,6 +414,10 @@ def test_bad_pushes_write_nothing(slim: nn.Module, tmp_path: Path) -> None:
     own.image_size = 8
     with pytest.raises(CheckpointError, match="no host by name"):
         slimming.push_to_hub(own, to=tmp_path / "own")
+    masked = timm.create_model("test_vit", img_size=32, patch_size=8)
+    slimming.attach(masked)
+    with pytest.raises(PlanError, match="masks attached"):
+        slimming.push_to_hub(masked, to=tmp_path / "masked")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 

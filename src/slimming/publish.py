@@ -15,11 +15,12 @@ from torch import nn
 from slimming import checkpoint, hub
 from slimming.api import anatomy_of, cost
 from slimming.card import PICTURE, card
-from slimming.errors import CheckpointError, ConfigError, OutputError
+from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
 from slimming.families import build_filled
 from slimming.families.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
 from slimming.families.hosts import classes_of
 from slimming.io import atomic_json, atomic_write_bytes, atomic_write_text, check_json, explain, seal
+from slimming.masks import attached
 from slimming.plan import FORMAT
 from slimming.report.picture import draw, panels
 from slimming.results import grid_of, plain, versions
@@ -55,6 +56,7 @@ def push_to_hub(
     Raises:
         ConfigError: neither a repository nor a directory is given, or the name is malformed.
         CheckpointError: the directory is no checkpoint, or of a model that no host makes by name.
+        PlanError: the model has masks attached.
         OutputError: the place is occupied or not writable; nobody is logged in, or the hub cannot be reached.
 
     >>> import timm, tempfile, slimming
@@ -81,8 +83,8 @@ def push_to_hub(
     if to is not None:
         return str(_write(model, Path(to), repository, license, record))
     assert repository is not None
-    with tempfile.TemporaryDirectory() as place:
-        directory = _write(model, Path(place) / "model", repository, license, record)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = _write(model, Path(temporary) / "model", repository, license, record)
         return hub.upload(directory, repository, private=private, message="A model of slimming")
 
 
@@ -90,6 +92,8 @@ def _write(
     model: nn.Module, directory: Path, repository: str | None, license: str | None, record: dict[str, Any]
 ) -> Path:
     """Write all files into ``directory``, whole or not at all."""
+    if attached(model) is not None:
+        raise PlanError("The model has masks attached; cut it, and push the result.")
     anatomy = anatomy_of(model)
     structure = anatomy.structure
     if structure.base.get("host") == "own":
@@ -166,7 +170,7 @@ def host_config(model: nn.Module) -> dict[str, Any]:
 
 
 def image_processor(model: nn.Module) -> dict[str, Any] | None:
-    """What transformers' image processor needs to do as timm's evaluation does; None for unusual numbers of channels."""
+    """What transformers' image processor needs to do as timm's evaluation does; None for odd numbers of channels."""
     from slimming.training.images import ImageSpec
 
     channels, height, width = anatomy_of(model).input_shape
@@ -212,8 +216,6 @@ def register_with_transformers() -> None:
     Raises:
         MissingExtraError: transformers is not installed.
     """
-    from slimming.errors import MissingExtraError
-
     try:
         from slimming.families import transformers_entry as transformers_entry
     except ModuleNotFoundError as error:
