@@ -108,7 +108,7 @@ SIDEWAYS = {
     ("results", "api"),
     ("results", "searching"),
     ("contract", "api"),
-    *(("explore", part) for part in ("api", "opening", "results", "searching")),
+    *(("explore", part) for part in ("api", "opening", "results", "run_config", "searching")),
     ("pipeline", "explore"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
