@@ -146,7 +146,8 @@ def _steps(
             return
         raise
     # A hair above what is left when all goes, as the cost of that is rounded.
-    budgets = [Budget(**{metric: share}) for share in shares(min(1.0, least + 1e-6))]
+    wanted: list[dict[str, Any]] = [{metric: share} for share in shares(min(1.0, least + 1e-6))]
+    budgets = [Budget(**limits) for limits in wanted]
     anatomy = source.rating.anatomy
     for budget, plan in zip(budgets, plans(source, budgets, solver=solver, latency=table), strict=True):
         layers = layers_of(anatomy, plan)
@@ -196,8 +197,8 @@ def _settings(place: Path) -> dict[str, Any]:
 def _pictures(rating: Rating, data: Any) -> tuple[Picture, ...]:
     """A few validation images; none where the data is not to be had here."""
     try:
-        config = DataConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in dict(data or {}).items()})
-        opened = open_data(config, checkpoint.build(rating.anatomy.structure))
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}
+        opened = open_data(DataConfig(**given), checkpoint.build(rating.anatomy.structure))
         return parse_pictures([Node(entry, "images") for entry in examples(opened)])
     except (SlimmingError, TypeError, ValueError, OSError):
         return ()

@@ -39,7 +39,7 @@ def test_a_run_ends_with_plans_to_choose_from(finished: Path) -> None:
         assert len(steps) >= 50
         assert steps[-1]["share"] == 1.0
         assert all(step[metric] <= step["share"] * run["dense"][metric] for step in steps)
-    assert [one["label"] for one in run["measured"]] == ["dense", "70\u00a0% MACs"]
+    assert [one["label"] for one in run["measured"]] == ["dense", "70\u00a0%\u00a0MACs"]
     assert "70 % MACs" in (finished / "table.md").read_text("utf-8")
 
 
