@@ -469,6 +469,7 @@ HEAVY = (
     "torchvision",
     "pyarrow",
     "plotly",
+    "matplotlib",
     "datasets",
     "transformers",
     "rich",

@@ -114,7 +114,7 @@ def test_figures_without_matplotlib_name_the_extra(
     assert not (tmp_path / "figures").exists()
 
 
-def test_reports_do_without_matplotlib_and_a_model() -> None:
-    program = "import slimming.report, sys; print([n for n in ('matplotlib', 'torch', 'timm') if n in sys.modules])"
+def test_reports_do_without_matplotlib() -> None:
+    program = "import slimming.report, sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
