@@ -119,7 +119,7 @@ SIDEWAYS = {
     ("exporting", "opening"),
     ("publish", "api"),
     ("publish", "results"),
-    *(("explore", part) for part in ("api", "opening", "results", "searching")),
+    *(("explore", part) for part in ("api", "opening", "results", "run_config", "searching")),
     ("pipeline", "explore"),
     *(("pipeline", part) for part in ("api", "searching", "results")),
 }
@@ -480,6 +480,7 @@ HEAVY = (
     "torchvision",
     "pyarrow",
     "plotly",
+    "matplotlib",
     "datasets",
     "transformers",
     "rich",

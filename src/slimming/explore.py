@@ -25,6 +25,7 @@ from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
 from slimming.report.model import Picture, Results, Row, parse, parse_layers, parse_pictures, parse_widths
 from slimming.report.nodes import Node
 from slimming.results import examples, layers_of, widths_of
+from slimming.run_config import EACH
 from slimming.searching import RECORD, SCORES_FILE
 from slimming.training.config import DataConfig
 
@@ -34,8 +35,6 @@ FINENESS = (0.02, 0.01, 0.005, 0.002, 0.001)
 """Steps between budgets to choose from."""
 FEWEST = 50
 """So many budgets there are at least, if steps of a thousandth give as many."""
-NESTED = "nested"
-"""Plans of one order, so that what goes at one budget stays away at all smaller ones."""
 
 
 def searched_directory(directory: Path) -> Path | None:
@@ -65,7 +64,8 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
     table_file = str(latency) if latency is not None else settings.get("latency_table")
     table = LatencyTable.load(table_file) if table_file else None
     prices = _Prices(source.rating, table)
-    steps = {metric: tuple(_steps(source, metric, table, prices)) for metric in METRICS[: 3 if table else 2]}
+    solver = None if settings.get("retraining", EACH) == EACH else "nested"  # as the budgets of a run are planned
+    steps = {metric: tuple(_steps(source, metric, table, prices, solver)) for metric in METRICS[: 3 if table else 2]}
     model = results.model if results is not None else settings.get("model", {})
     return Explored(
         name=results.name if results is not None else str(settings.get("name", place.resolve().name)),
@@ -74,7 +74,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         dense=prices.dense,
         steps={metric: found for metric, found in steps.items() if found},
         measured=_measured(place, results, prices) if results is not None else (),
-        recipe=_recipe(str(directory), found, settings, table_file),
+        recipe=_recipe(str(directory), found, settings, table_file, solver),
         latency=_device(table),
         pictures=results.images if results is not None else _pictures(source.rating, settings.get("data")),
     )
@@ -136,7 +136,9 @@ def shares(least: float) -> list[float]:
     return found
 
 
-def _steps(source: _Saved, metric: str, table: LatencyTable | None, prices: _Prices) -> Iterator[Step]:
+def _steps(
+    source: _Saved, metric: str, table: LatencyTable | None, prices: _Prices, solver: str | None
+) -> Iterator[Step]:
     try:
         least = smallest(source, metric, latency=table)
     except BudgetError:
@@ -144,9 +146,10 @@ def _steps(source: _Saved, metric: str, table: LatencyTable | None, prices: _Pri
             return
         raise
     # A hair above what is left when all goes, as the cost of that is rounded.
-    budgets = [Budget(**{metric: share}) for share in shares(min(1.0, least + 1e-6))]
+    wanted: list[dict[str, Any]] = [{metric: share} for share in shares(min(1.0, least + 1e-6))]
+    budgets = [Budget(**limits) for limits in wanted]
     anatomy = source.rating.anatomy
-    for budget, plan in zip(budgets, plans(source, budgets, solver=NESTED, latency=table), strict=True):
+    for budget, plan in zip(budgets, plans(source, budgets, solver=solver, latency=table), strict=True):
         layers = layers_of(anatomy, plan)
         yield Step(
             share=budget.limits[metric],
@@ -194,8 +197,8 @@ def _settings(place: Path) -> dict[str, Any]:
 def _pictures(rating: Rating, data: Any) -> tuple[Picture, ...]:
     """A few validation images; none where the data is not to be had here."""
     try:
-        config = DataConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in dict(data or {}).items()})
-        opened = open_data(config, checkpoint.build(rating.anatomy.structure))
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}
+        opened = open_data(DataConfig(**given), checkpoint.build(rating.anatomy.structure))
         return parse_pictures([Node(entry, "images") for entry in examples(opened)])
     except (SlimmingError, TypeError, ValueError, OSError):
         return ()
@@ -209,27 +212,28 @@ def _device(table: LatencyTable | None) -> str:
     return f"batch {found.get('batch_size')}, {found.get('runtime')}, {found.get('device')}{threads}"
 
 
-def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | None) -> Recipe:
+def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | None, solver: str | None) -> Recipe:
     """The command and the program that make one of the plans."""
     data, note = _images(settings)
     count = int(settings.get("compensate", 256) or 0)
-    output = place.rstrip("/") + "-"
-    words = ["--solver", NESTED]
+    output = f"{place.rstrip('/')}-" if Path(place).name not in ("", "..") else "slim-"
+    words = [] if solver is None else ["--solver", solver]
     if table is not None:
         words += ["--latency-table", table]
     if data is not None:
         words += ["--data", data, "--images", str(count)]
     command = (
         f"slimming cut {shlex.quote(place)} --budget ",
-        f" {shlex.join(words)} --output {shlex.quote(output)}",
+        f"{''.join(f' {shlex.quote(word)}' for word in words)} --output {shlex.quote(output)}",
         "",
     )
+    by_solver = f", solver={solver!r}" if solver is not None else ""
     by_table = f", latency={table!r}" if table is not None else ""
     images = f", images=slimming.load_images({data!r}, result.model, {count})" if data is not None else ""
     python = (
         f"import slimming\nresult = slimming.load_search({str(search)!r})\nplan = slimming.plan(result, "
         f"slimming.Budget(",
-        f'), solver="{NESTED}"{by_table})\nsmall = slimming.cut(result.model, plan{images})\n'
+        f"){by_solver}{by_table})\nsmall = slimming.cut(result.model, plan{images})\n"
         f'slimming.save(small, {output!r} + "',
         '")',
     )

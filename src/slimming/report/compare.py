@@ -75,8 +75,8 @@ def _accuracy(runs: Sequence[Results]) -> Html:
             known = sorted((row for row in (run.dense, *run.rows) if row.top1 is not None), key=read)
             points = [_point(run, row, read(row) / unit.factor) for row in known]
             if points:
-                look = {"colour": budget_colour(place), "dash": dash(place), "marker": "disc"}
-                series.append(Series(name=run.name, points=points, **look))
+                colour, line = budget_colour(place), dash(place)
+                series.append(Series(name=run.name, points=points, colour=colour, dash=line, marker="disc"))
         if not series:
             continue
         told = "; ".join(p.tip for one in series for p in one.points if p.tip)

@@ -87,7 +87,7 @@ function drawNumbers() {
     rows.push(node("tr", {}, node("th", { scope: "row" }, name), ...cells(key, sides)));
   }
   rows.push(node("tr", {}, node("th", { scope: "row" }, "Score kept"),
-    ...sides.map((side) => node("td", {}, percent(stepOf(side).score)))));
+    ...sides.map((side) => node("td", {}, percent(stepOf(side).score, 2)))));
   rows.push(node("tr", {}, node("th", { scope: "row" }, "Measured beside it, top-1"),
     ...sides.map((side) => node("td", { class: "near" }, neighbours(side)))));
   byId("numbers").replaceChildren(...rows);
