@@ -179,10 +179,10 @@ def test_dynamic_quantisation_needs_linear_layers(tmp_path: Path) -> None:
         TARGETS["onnx-int8-dynamic"].write(job, tmp_path / "x.onnx")
 
 
-def test_torchao_takes_uneven_heads(made) -> None:
+def test_torchao_takes_uneven_heads() -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    model = made[ALL][0]
+    model = exported.MAKERS[ALL]()
     small = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
