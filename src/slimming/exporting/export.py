@@ -125,6 +125,7 @@ def export(
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     words = description(image_spec(data or DataConfig(source="batches"), model), class_names(model), reference.shape[1])
+    missing = [path for path in directory.parents if not path.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -146,6 +147,9 @@ def export(
         raise explain(error, directory) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for path in missing:
+            if not any(path.iterdir()):
+                path.rmdir()
     return tuple(Exported(**{**vars(one), "file": directory / one.file.name}) for one in found)
 
 
