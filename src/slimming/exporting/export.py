@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,7 +210,7 @@ def _limits(
 def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The images for static quantisation and those that are compared; one image does both."""
     shape = anatomy_of(model).input_shape
-    given = [batches] if isinstance(batches, Tensor) else list(batches or [])
+    given: list[Any] = [batches] if isinstance(batches, Tensor) else list([] if batches is None else batches)
     if not given or any(not isinstance(batch, Tensor) or batch.shape[1:] != shape for batch in given):
         raise DataError(f"Give batches of images of shape (B, {', '.join(map(str, shape))}), or a folder of images.")
     together = torch.cat([batch.float().cpu() for batch in given])
