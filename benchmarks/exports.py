@@ -4,8 +4,8 @@
 
 The demo's dense model, and the same cut to half its multiply-adds in one shot, on the embedded EuroSAT images. Files
 come from `slimming.export`; beside them, 8 bits by torchao, in eager PyTorch and under `torch.compile`. All forms of
-both models are timed in turns within one process, at batch 1; ratios are over the dense model in eager PyTorch, round by
-round.
+both models are timed in turns within one process, at batch 1; ratios are over the dense model in eager PyTorch, round
+by round.
 """
 
 from __future__ import annotations

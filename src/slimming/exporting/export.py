@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +126,7 @@ def export(
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     words = description(image_spec(data or DataConfig(source="batches"), model), class_names(model), reference.shape[1])
+    missing = [path for path in directory.parents if not path.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -146,6 +148,9 @@ def export(
         raise explain(error, directory) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for path in missing:
+            if not any(path.iterdir()):
+                path.rmdir()
     return tuple(Exported(**{**vars(one), "file": directory / one.file.name}) for one in found)
 
 
@@ -205,7 +210,7 @@ def _limits(
 def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The images for static quantisation and those that are compared; one image does both."""
     shape = anatomy_of(model).input_shape
-    given = [batches] if isinstance(batches, Tensor) else list(batches or [])
+    given: list[Any] = [batches] if isinstance(batches, Tensor) else list([] if batches is None else batches)
     if not given or any(not isinstance(batch, Tensor) or batch.shape[1:] != shape for batch in given):
         raise DataError(f"Give batches of images of shape (B, {', '.join(map(str, shape))}), or a folder of images.")
     together = torch.cat([batch.float().cpu() for batch in given])

@@ -170,7 +170,7 @@ def _write_static(job: Job, file: Path) -> None:
         def __init__(self) -> None:
             self.batches: Iterator[Tensor] = iter(job.calibration.split(16))
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> Any:  # images by input; None at the end
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
