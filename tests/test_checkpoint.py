@@ -273,7 +273,7 @@ def test_a_full_disk_leaves_nothing(
 def test_what_the_writer_of_tensors_says_of_the_disk_is_understood(
     said: str, says: str, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(tensors: object, path: Path) -> None:
+    def half(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError(said)
 

@@ -34,7 +34,7 @@ class SlimmingConfig(transformers.PreTrainedConfig):
         found = super().to_dict()
         if "architecture" in found:
             found["num_classes"] = self.num_labels
-            found["label_names"] = [self.id2label[label] for label in range(self.num_labels)]
+            found["label_names"] = [(self.id2label or {})[label] for label in range(self.num_labels)]
         return found
 
 
