@@ -116,8 +116,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
             raise CheckpointError(f"{path} is a model of its host's own; dense has no effect. Leave it out.")
         return open_directory(path).to(device).eval()
     structure, weights = found
-    state = unprefixed(read_tensors(weights))
     model = build(structure) if dense is None else _refit(dense, structure, path)
+    state = unprefixed(read_tensors(weights), model)
     try:
         fill_(model, state)
     except RuntimeError as error:

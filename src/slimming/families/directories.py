@@ -63,9 +63,10 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     return {**config, "input_size": shape, "num_classes": classes}
 
 
-def unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as slim models have it, also where transformers saved it with its model around."""
-    if state and all(name.startswith(f"{INNER}.") for name in state):
+def unprefixed(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict as ``model`` has it, also where transformers saved it with its model around."""
+    own = model.state_dict().keys()
+    if state and not own & state.keys() and all(name.startswith(f"{INNER}.") for name in state):
         return {name.removeprefix(f"{INNER}."): tensor for name, tensor in state.items()}
     return dict(state)
 

@@ -47,7 +47,7 @@ def slimming(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return unprefixed(state)
+    return unprefixed(state, model)
 
 
 def _make(
