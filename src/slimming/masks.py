@@ -114,17 +114,16 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """
         return torch.stack(list(self.penalties().values())).sum()
 
-    @torch.no_grad()
     def before_step(self) -> None:
         """Add the gradient of the penalty to the gradients of a loss without it, and `collect`.
 
         For loops that are not one's own: it is called with the unscaled gradients, right before the optimiser's step.
         ``optimizer.register_step_pre_hook(lambda *_: masks.before_step())`` does that in plain loops.
         """
-        with torch.enable_grad():
-            self.penalty().backward()
+        self.penalty().backward()
         self.collect()
 
+    @torch.no_grad()
     def collect(self) -> None:
         """Note what the loss's gradient says of each unit; call it after backward, before the optimiser step.
 
