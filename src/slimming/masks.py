@@ -120,7 +120,8 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         For loops that are not one's own: it is called with the unscaled gradients, right before the optimiser's step.
         ``optimizer.register_step_pre_hook(lambda *_: masks.before_step())`` does that in plain loops.
         """
-        self.penalty().backward()
+        with torch.enable_grad():  # optimisers step without
+            self.penalty().backward()
         self.collect()
 
     @torch.no_grad()
