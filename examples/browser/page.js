@@ -137,6 +137,7 @@ async function show(models, file) {
   element("file").disabled = true;
   try {
     say("Reading the image …", "busy");
+    element("summary").hidden = true;
     const pixels = await decode(file);
     const runs = models.map((model) => prepared(model, pixels));
     const times = await race(runs);
@@ -154,7 +155,7 @@ async function show(models, file) {
   }
   element("file").disabled = false;
   element("file").value = ""; // so that the same file can be chosen again
-  element("file").focus();
+  element("file").focus({ preventScroll: true });
 }
 
 function listen(models) {
