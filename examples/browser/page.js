@@ -121,11 +121,10 @@ function drawResult({ name, about }, logits, time) {
   const lines = best.map(([index, share]) => {
     const line = document.createElement("li");
     const [label, value] = [document.createElement("span"), document.createElement("span")];
-    const bar = document.createElement("meter");
+    const bar = document.createElement("i");
     label.textContent = about.classes[index] ?? `class ${index}`;
     value.textContent = percent(share);
-    bar.value = share;
-    bar.ariaHidden = "true";
+    bar.style.setProperty("--share", `${100 * share}%`);
     line.append(label, value, bar);
     return line;
   });
