@@ -15,9 +15,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from playwright.sync_api import sync_playwright
-
 from make_screenshots import IMAGES, save
+from playwright.sync_api import FilePayload, sync_playwright
+
 from slimming.demo import HERE
 
 PAGE = IMAGES.parents[1] / "examples" / "browser"
@@ -37,8 +37,8 @@ def main() -> None:
         page.set_default_timeout(120_000)
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector("html[data-state=ready]")
-        file = {"name": name, "mimeType": "image/jpeg", "buffer": first["image"]["bytes"]}
-        page.set_input_files("#file", [file])
+        file = FilePayload(name=name, mimeType="image/jpeg", buffer=first["image"]["bytes"])
+        page.set_input_files("#file", file)
         page.wait_for_selector("html[data-state=done]")
         page.evaluate("document.activeElement.blur()")
         save(page.screenshot(full_page=True), IMAGES / "browser.png")
