@@ -92,7 +92,8 @@ class SlimmingForImageClassification(transformers.PreTrainedModel):
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As torch does, also for the names that `slimming.save` writes."""
-        renamed = {f"{self.base_model_prefix}.{name}": tensor for name, tensor in unprefixed(state_dict, self.model).items()}
+        own = unprefixed(state_dict, self.model)
+        renamed = {f"{self.base_model_prefix}.{name}": tensor for name, tensor in own.items()}
         return super().load_state_dict(renamed, *args, **kwargs)
 
     def forward(
