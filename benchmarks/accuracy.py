@@ -55,10 +55,6 @@ RETRAINED_METHODS = (
     "one-shot", "search", "search, a tenth of the steps", "paper",
     "magnitude, per layer", "taylor, global", "hessian, global", "random, per layer",
 )  # fmt: skip
-DRAWN = (
-    "one-shot", "search", "search, a tenth of the steps", "paper",
-    "magnitude, global", "taylor, global", "hessian, global", "random, per layer",
-)  # fmt: skip
 EMBEDDED = HERE / "assets"
 
 
@@ -369,33 +365,6 @@ def write(settings: Any, rows: dict[str, Any], dense: dict[str, Any]) -> None:
     note = f"{settings.note}. Means over seeds, with ranges. Test images: {tested}; a difference below "
     note += f"{margin(dense):.0%} says little."
     store("accuracy", settings, f"{note}\n\n{text}", rows=rows, dense=dense)
-    draw(rows, dense, settings.output / "accuracy.svg")
-
-
-def draw(rows: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
-    """Top-1 straight after the cut over the share of the MACs, a panel for each model, means over seeds."""
-    import matplotlib as mpl
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "accuracy", "font.size": 9}
-    figure, axes = plt.subplots(1, len(dense), figsize=(5.2 * len(dense), 4), layout="constrained", squeeze=False)
-    for panel, (name, own) in zip(axes.flat, dense.items(), strict=True):
-        panel.axhline(100 * own["top1"], c="0.3", lw=0.8, label="dense")
-        for method, marker in zip(DRAWN, "osD^vPX*", strict=True):
-            found: dict[float, list[float]] = {}
-            for key, row in rows.items():
-                model, part, of, budget, _ = key.split("/")
-                if (model, part, of) == (name, "all", method) and "top1" in row:
-                    found.setdefault(float(budget), []).append(100 * row["top1"])
-            if found:
-                style = "-" if method in OURS else "--"
-                heights = [statistics.mean(values) for values in found.values()]
-                panel.plot([100 * share for share in found], heights, style, marker=marker, ms=4, lw=1.2, label=method)
-        panel.set(title=name, xlabel="MACs, % of dense", ylabel="top-1, %")
-        panel.grid(visible=True, lw=0.4, alpha=0.5)
-    axes.flat[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def margin(dense: dict[str, Any]) -> float:

@@ -65,9 +65,9 @@ def accuracy() -> str:
     found: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for key, row in content["rows"].items():
         model, part, method, budget, _ = key.split("/")
-        if (model, part) == ("vit-eurosat", "all"):
+        if (model, part) == ("vit-cifar10", "all"):
             found[method][budget].append((100 * row["macs"], 100 * row["top1"]))
-    dense = content["dense"]["vit-eurosat"]["top1"]
+    dense = content["dense"]["vit-cifar10"]["top1"]
     series = []
     for method, (name, colour, dash) in METHODS.items():
         points = [Point(x=mean(x for x, _ in seeds), y=mean(y for _, y in seeds)) for seeds in found[method].values()]
