@@ -6,8 +6,6 @@ import copy
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ from slimming.families import family_called, family_of
 from slimming.families.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
 from slimming.family import STRUCTURE as SLIM
 from slimming.family import fill_
-from slimming.io import atomic_file, atomic_json, check_json, explain, seal
+from slimming.io import atomic_directory, atomic_file, atomic_json, check_json, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT, Structure, read_sealed
 
@@ -69,21 +67,10 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     weights = untied(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise explain(error, path) from error
-    try:
+    with atomic_directory(path) as partial:
         write_tensors(partial / WEIGHTS, weights)
         atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))
         atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **record}))
-        os.chmod(partial, 0o755)
-        os.replace(partial, path)
-    except OSError as error:
-        raise explain(error, path) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,34 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Lend an empty directory beside ``path`` to fill: afterwards ``path`` is whole, or nothing was made.
+
+    Args:
+        path: does not exist yet, or is an empty directory.
+
+    Raises:
+        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        yield partial
+        os.chmod(partial, 0o755)
+        os.replace(partial, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from slimming.errors import CheckpointError, ConfigError, MissingExtraError, Out
 from slimming.families import build_filled
 from slimming.families.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
 from slimming.families.hosts import classes_of
-from slimming.io import atomic_json, atomic_write_bytes, atomic_write_text, check_json, explain, seal
+from slimming.io import atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, check_json, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT
 from slimming.report.picture import draw, panels
@@ -117,12 +115,7 @@ def _write(
     )
     rows, columns = grid_of(anatomy_of(dense))
     config, images = host_config(model), image_processor(model)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    except OSError as error:
-        raise explain(error, directory) from error
-    try:
+    with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
         checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
         sealed = seal({**structure.to_dict(), "weights_sha256": checkpoint.sha256(weights)})
@@ -134,12 +127,6 @@ def _write(
         if pictures:
             atomic_write_bytes(partial / PICTURE, draw(pictures, (rows, columns)))
         atomic_write_text(partial / CARD, text)
-        os.chmod(partial, 0o755)
-        os.replace(partial, directory)
-    except OSError as error:
-        raise explain(error, directory) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 

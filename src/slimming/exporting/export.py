@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from slimming.errors import ConfigError, DataError, OutputError, ParityError, Pl
 from slimming.exporting.metadata import class_names, description
 from slimming.exporting.targets import Job, Run, Target, choose
 from slimming.families.hosts import classes_of
-from slimming.io import atomic_json, explain
+from slimming.io import atomic_directory, atomic_json
 from slimming.masks import attached
 from slimming.opening import image_spec, read_images
 from slimming.programs import OPSET
@@ -126,13 +124,7 @@ def export(
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     words = description(image_spec(data or DataConfig(source="batches"), model), class_names(model), reference.shape[1])
-    missing = [path for path in directory.parents if not path.exists()]
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    except OSError as error:
-        raise explain(error, directory) from error
-    try:
+    with atomic_directory(directory) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as workplace:
             job = Job(plain, words, calibration, opset, Path(workplace))
             found = [
@@ -142,15 +134,6 @@ def export(
         rows = [{**asdict(one), "file": one.file.name} for one in found]
         stack = {"opset": opset, "machine": machine(), "torch": torch.__version__}
         atomic_json(partial / f"{STEM}.json", {**words, "made": stack, "files": rows})
-        os.chmod(partial, 0o755)
-        os.replace(partial, directory)
-    except OSError as error:
-        raise explain(error, directory) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:
-            if not any(path.iterdir()):
-                path.rmdir()
     return tuple(Exported(**{**vars(one), "file": directory / one.file.name}) for one in found)
 
 
