@@ -3,12 +3,15 @@
     python benchmarks/accuracy.py --cifar10 DIR --vit DIR --work DIR [--only vgg-cifar10] [--seeds 3]
 
 DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of --vit what
-`recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs are trained here.
+`recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs, of a quarter of the
+usual width, are trained here.
 
 All methods start from the same dense model and see the same calibration images; those of Torch-Pruning that need
 gradients get the labels too, ours in one shot do not. Budgets of MACs are met by the same count (Torch-Pruning's
-ratio is bisected); those of one kind are shares of its units that stay. Then some cuts are retrained alike, distilled
-from the dense model. Finished rows are kept, so that a call that was stopped goes on.
+ratio is bisected); those of one kind are shares of its units that stay. Cuts of CNNs by Torch-Pruning are also judged
+with the running statistics of their BatchNorms taken anew over the calibration images, which any user would do. Then
+some cuts are retrained alike, distilled from the dense model. Finished rows are kept, so that a call that was stopped
+goes on.
 """
 
 from __future__ import annotations
@@ -34,27 +37,29 @@ from timm.layers.mlp import Mlp
 from torch import nn
 
 import slimming
-from architectures import MODELS as SMALL
 from common import parser, store, table
 from network_slimming import vgg
 from slimming.api import anatomy_of
 from slimming.bench import count
 from slimming.demo import HERE
 from slimming.plan import Budget
+from slimming.slimmable import settle_norms_
 from slimming.training.batches import calibration_batches
 
 MACS = (0.8, 0.6, 0.5, 0.4, 0.3)
 KEEP = (0.7, 0.5, 0.3)
 OURS = (
     "one-shot", "one-shot, no compensation", "one-shot, no rotation", "one-shot, fisher",
-    "search", "search, a tenth of the steps", "paper",
+    "search", "search, a tenth of the steps", "paper", "network-slimming",
 )  # fmt: skip
 CRITERIA = ("magnitude", "taylor", "hessian", "random")
 RETRAINED = (0.5, 0.3)
 RETRAINED_METHODS = (
-    "one-shot", "search", "search, a tenth of the steps", "paper",
+    "one-shot", "search", "search, a tenth of the steps", "paper", "network-slimming",
     "magnitude, per layer", "taylor, global", "hessian, global", "random, per layer",
 )  # fmt: skip
+VGG16 = (16, 16, 0, 32, 32, 0, 64, 64, 64, 0, 128, 128, 128, 0, 128, 128, 128)
+"""Widths of its convolutions, 0 for a pooling."""
 EMBEDDED = HERE / "assets"
 
 
@@ -67,6 +72,17 @@ class Case:
     epochs: tuple[float, ...]
     """After which the cut models are judged, each trained anew."""
     train: slimming.TrainConfig | None = None
+    retrain: dict[str, Any] = dataclasses.field(default_factory=lambda: {"lr": 2e-4})
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32-pixel images, with a quarter of its width: a stem of 3 x 3 and no pooling behind it."""
+    model: Any = timm.create_model(
+        "resnet18", num_classes=10, channels=(16, 32, 64, 128), pretrained_cfg_overlay={"input_size": (3, 32, 32)}
+    )
+    model.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
 
 
 def recipe(directory: Path, stem: str) -> nn.Module:
@@ -79,19 +95,18 @@ def recipe(directory: Path, stem: str) -> nn.Module:
 
 def cases(settings: Any) -> dict[str, Case]:
     """By name."""
-    plain = {"optimizer": "nesterov", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 128, "eval_every": 0}
+    plain = {"optimizer": "nesterov", "weight_decay": 5e-4}
+    cnn: Any = {
+        "data": str(settings.cifar10),
+        "epochs": (1.0,),
+        "train": slimming.TrainConfig(epochs=settings.cnn_epochs, lr=0.1, batch_size=128, eval_every=0, **plain),
+        "retrain": plain | {"lr": 0.01},
+    }
     return {
         "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1,)),
         "vit-eurosat": Case(lambda: recipe(EMBEDDED, "dense"), str(EMBEDDED / "eurosat"), (0.3, 1.0, 3.0)),
-        "vgg-cifar10": Case(
-            vgg, str(settings.cifar10), (0.1, 1.0), slimming.TrainConfig(epochs=settings.cnn_epochs, **plain)
-        ),
-        "resnet-eurosat": Case(
-            SMALL["resnet"],
-            str(EMBEDDED / "eurosat"),
-            (0.3, 1.0, 3.0),
-            slimming.TrainConfig(epochs=2 * settings.cnn_epochs, **plain),
-        ),
+        "vgg16-cifar10": Case(lambda: vgg(VGG16), **cnn),
+        "resnet18-cifar10": Case(resnet18, **cnn),
     }
 
 
@@ -100,11 +115,11 @@ class Subject:
 
     def __init__(self, name: str, case: Case, settings: Any) -> None:
         self.name, self.settings, self.work = name, settings, settings.work / name
-        self.epochs = () if settings.no_retraining else case.epochs
+        self.epochs, self.retrain = () if settings.no_retraining else case.epochs, case.retrain
         torch.manual_seed(settings.seed)
         self.dense = case.make()
         shape: dict[str, Any] = (
-            {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)} if case.make is vgg else {}
+            {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)} if case.train is not None else {}
         )
         config = slimming.DataConfig(source=case.data, augment="light", val_limit=settings.test_images, **shape)
         self.data = slimming.open_data(config, self.dense)
@@ -152,14 +167,18 @@ class Subject:
             return found, found.model, [] if "no compensation" in method else images
         if kinds is not None:  # one search serves every budget
             return self.ours(method, None, seed)
-        preset = slimming.preset("paper" if method == "paper" else "default")
+        own = method in ("paper", "network-slimming")
+        preset = slimming.preset(method if own else "default")
         steps = self.settings.search_steps // (10 if "a tenth" in method else 1)
         train = {"steps": steps, "batch_size": 128, "warmup_epochs": 0.0, "eval_every": 0}
         train |= {"mixup": 0.0, "cutmix": 0.0, "seed": seed}
+        if method == "network-slimming":  # from trained weights, in few steps: a smaller rate, a larger penalty
+            train["lr"] = 0.01
+            preset = dataclasses.replace(preset, penalty={"channel": 1e-3})
         config = dataclasses.replace(preset, train=dataclasses.replace(preset.train, **train))
         place = self.work / f"{method}-{seed}".replace(", ", "-").replace(" ", "-")
         result = slimming.search(copy.deepcopy(self.dense), self.data, config, directory=place, resume=True)
-        return result, result.model, [] if method == "paper" else images
+        return result, result.model, [] if own else images
 
     def cut(self, method: str, kinds: tuple[str, ...] | None, budget: float, seed: int) -> tuple[nn.Module, float]:
         """The model cut to the budget, and the seconds that it took."""
@@ -177,10 +196,11 @@ class Subject:
 def methods(kinds: tuple[str, ...] | None, transformer: bool) -> Iterator[str]:
     """Which methods can cut these kinds."""
     for method in OURS:
-        if (method != "paper" or transformer) and (method != "one-shot, no rotation" or transformer):
+        if method not in (("network-slimming",) if transformer else ("paper", "one-shot, no rotation")):
             yield method
     if kinds != ("token",):
-        for reach in ("", ", width too") if kinds is None and transformer else ("",):
+        other = ", width too" if transformer else ", BatchNorm anew"
+        for reach in ("", other) if kinds is None else ("",):
             for criterion in CRITERIA:
                 yield from (
                     f"{criterion}, per layer{reach}",
@@ -206,6 +226,8 @@ def theirs(subject: Subject, method: str, kinds: tuple[str, ...] | None, budget:
         low, high = (ratio, high) if share > budget else (low, ratio)
     if best is None:
         raise RuntimeError(f"{method} cannot reach {budget}")
+    if "BatchNorm anew" in method:
+        settle_norms_(best[1], [images for images, _ in subject.calibration(seed)])
     return best[1]
 
 
@@ -333,8 +355,7 @@ def fill(
         if str(epochs) not in row["retrained"]:
             model = copy.deepcopy(small)
             config = slimming.TrainConfig(
-                epochs=epochs, batch_size=128, lr=2e-4,
-                warmup_epochs=0.1 * epochs, eval_every=0, seed=seed,
+                epochs=epochs, batch_size=128, warmup_epochs=0.1 * epochs, eval_every=0, seed=seed, **subject.retrain
             )  # fmt: skip
             slimming.train(model, subject.data, config, teacher=subject.dense)
             row["retrained"][str(epochs)] = subject.judge(model.eval())

@@ -83,11 +83,11 @@ class Growing(nn.Module):
         return torch.cat([x, self.body(x)], 1)
 
 
-def vgg() -> Net:
-    """VGG-A with a quarter of its width, BatchNorm, one linear layer."""
+def vgg(widths: tuple[int, ...] = (16, 0, 32, 0, 64, 64, 0, 128, 128, 0, 128, 128)) -> Net:
+    """VGG with BatchNorm and one linear layer, VGG-A with a quarter of its width if no widths are given; 0 pools."""
     layers: list[nn.Module] = []
     inside = 3
-    for width in (16, 0, 32, 0, 64, 64, 0, 128, 128, 0, 128, 128):
+    for width in widths:
         if width:
             layers += [_conv(inside, width, 3), nn.BatchNorm2d(width), nn.ReLU()]
             inside = width
