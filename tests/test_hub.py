@@ -275,6 +275,20 @@ def test_an_address_loads_wherever_a_directory_does(
     assert "model.safetensors" not in hosted[0]["allow_patterns"]
 
 
+def test_a_model_of_the_hub_is_exported(
+    hosted: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimming.cli import main
+    from slimming.demo import HERE
+
+    monkeypatch.chdir(tmp_path)
+    images = str(HERE / "assets" / "eurosat" / "val.parquet")
+    assert main(["export", "hf-hub:me/tiny-half@v1", "--to", "pt2", "--data", images]) == 0
+    assert {one["revision"] for one in hosted} == {"v1"}
+    assert {file.name for file in (tmp_path / "tiny-half-export").iterdir()} == {"model.pt2", "model.json"}
+    assert main(["export", "hf-hub:tiny", "--to", "pt2"]) == 2
+
+
 @pytest.mark.parametrize("name", ["hf-hub:tiny", "hf-hub:a/b/c", "hf-hub:me/../x", "hf-hub:me/tiny@", "hf-hub:"])
 def test_a_bad_name_is_refused_before_anything_is_asked(name: str, hosted: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="OWNER/NAME"):

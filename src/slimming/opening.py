@@ -100,7 +100,8 @@ def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int =
     """Read some training images as ``model`` takes them, without labels: for `slimming.score` and `slimming.cut`.
 
     Args:
-        source: a folder of images, in class folders or not, or anything that `DataConfig` takes.
+        source: a folder of images, in class folders or not, a Parquet file (it needs no labels) or a tar shard, or
+            anything else that `DataConfig` takes.
         model: a model that a family reads.
         images: how many, or all if there are fewer.
         seed: which ones.
@@ -129,7 +130,7 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
         DataError: there are no images.
     """
     config = dataclasses.replace(config, augment="none")
-    found = open_pictures(config.source, image_spec(config, model))
+    found = open_pictures(config, image_spec(config, model))
     data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 

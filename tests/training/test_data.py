@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimming.errors import ConfigError, DataError, MissingExtraError
 from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import open_data
+from slimming.training.data import open_data, open_pictures
 from slimming.training.evaluate import evaluate
 from slimming.training.images import ImageSpec, Unreadable, decode
 from slimming.training.readers import Record
@@ -118,6 +118,29 @@ def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
     assert torch.equal(image, wanted)
     assert label == 1
     assert name.endswith("train-00001-of-00002.parquet row 4 (4.png)")
+
+
+@pytest.mark.parametrize("write", [folders, tars, parquets])
+def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    pictures = open_pictures(DataConfig(source=str(write(tmp_path))), SPEC)
+    assert pictures is not None
+    data = open_tiny(tmp_path, augment="none")
+    assert isinstance(data.train, ImageDataset)
+    own = sorted((pictures[i] for i in range(18)), key=lambda sample: sample.name)
+    same = sorted((data.train[i] for i in range(18)), key=lambda sample: sample.name)
+    assert [sample.name for sample in own] == [sample.name for sample in same]
+    assert all(torch.equal(mine.image, its.image) for mine, its in zip(own, same, strict=True))
+
+
+def test_one_file_of_pictures_needs_no_labels_and_no_other_part(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [{"bytes": encoded(picture(7, 1))}]}), tmp_path / "some.parquet")
+    pictures = open_pictures(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
+    assert pictures is not None
+    assert torch.equal(pictures[0].image, Reader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
+    with pytest.raises(DataError, match="no data at"):
+        open_pictures(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
+    with pytest.raises(DataError, match=r"no column 'img', only 'image'"):
+        open_pictures(DataConfig(source=str(tmp_path / "some.parquet"), image_key="img"), SPEC)
 
 
 def test_one_folder_with_a_split_fraction(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ file and in model.json beside it.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote, or "
+                        "hf-hub:OWNER/NAME")  # fmt: skip
     parser.add_argument("--to", default="onnx", metavar="TARGET,TARGET", help="kinds of files (default: onnx)")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
                         "as in data.source, without labels (default: what the checkpoint was trained on)")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="a directory that is empty or does not exist yet "
-                        "(default: CHECKPOINT-export)")  # fmt: skip
+                        "(default: CHECKPOINT-export; of the hub, NAME-export)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, metavar="X", help="the largest difference of a logit, as a share of "
                         "the largest (default: 1e-5 for pt2, 1e-4 for float32, 1e-2 for float16)")  # fmt: skip
     parser.add_argument("--agreement", type=float, metavar="X", help="the least share of images with the same first "
@@ -35,21 +36,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
+    import os
     from dataclasses import asdict
     from pathlib import Path
 
+    from slimming import hub
     from slimming.cli.models import check_checkpoint, use_threads
     from slimming.exporting.export import export
     from slimming.exporting.targets import choose
 
-    path = Path(arguments.checkpoint)
+    name = arguments.checkpoint
     targets = [name for name in arguments.to.split(",") if name]
     choose(targets)
     use_threads(arguments.threads)
-    check_checkpoint(path)
-    output = Path(arguments.output) if arguments.output is not None else path.with_name(f"{path.resolve().name}-export")
+    if hub.is_address(name):
+        place = Path(hub.split(name)[0].rpartition("/")[2])
+    else:
+        check_checkpoint(Path(name))
+        place = Path(name)
+    beside = Path(os.path.normpath(place / ".."))
+    output = Path(arguments.output or beside / f"{place.resolve().name}-export")
     found = export(
-        path,
+        name,
         output,
         to=targets,
         images=arguments.data,

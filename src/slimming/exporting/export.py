@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimming import checkpoint
+from slimming import checkpoint, hub
 from slimming.api import anatomy_of
 from slimming.bench import machine, paired_times, speedup, summary
 from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
@@ -76,7 +76,7 @@ def export(
     written.
 
     Args:
-        model: a dense or slim model without masks, or the directory of one.
+        model: a dense or slim model without masks, the directory of one, or ``hf-hub:owner/name``.
         directory: one that is empty or does not exist yet.
         to: ``"pt2"`` (torch.export), ``"onnx"``, ``"onnx-int8-dynamic"``, ``"onnx-int8-static"``, ``"openvino"``,
             ``"openvino-fp16"``, or several.
@@ -107,7 +107,7 @@ def export(
     _check_limits(tolerance, agreement)
     data = DataConfig(source=images) if isinstance(images, str) else None
     if not isinstance(model, nn.Module):
-        model, data = _opened(Path(model), data, needed=images is None)
+        model, data = _opened(model, data, needed=images is None)
     if attached(model) is not None:
         raise PlanError("The model has masks; cut it, or call masks.fold_() or masks.detach_(), and export the result.")
     if data is None and (images is None or isinstance(images, str)):
@@ -159,14 +159,15 @@ class _Timed(nn.Module):
         return torch.from_numpy(self.run(image.numpy()))
 
 
-def _opened(path: Path, data: DataConfig | None, *, needed: bool) -> tuple[nn.Module, DataConfig | None]:
+def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple[nn.Module, DataConfig | None]:
     """The model of a directory, and the data that it names unless others are given; normalised as it was trained."""
+    path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
     model = checkpoint.load(path)
     stored = checkpoint.read_provenance(path).get("data") if (path / checkpoint.PROVENANCE).exists() else None
     stored = stored if isinstance(stored, Mapping) else {}
     if data is None and needed:
         if not stored.get("source"):
-            raise DataError(f"{path} does not say on which data it was trained; give images to compare on.")
+            raise DataError(f"{name} does not say on which data it was trained; give images to compare on.")
         data = DataConfig(source=str(stored["source"]))
     own = {key: tuple(stored[key]) for key in ("mean", "std") if stored.get(key)}
     if data is not None:

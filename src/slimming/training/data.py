@@ -59,18 +59,27 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     )
 
 
-def open_pictures(source: str, spec: ImageSpec) -> ImageDataset | None:
-    """The images below a folder, in class folders or not, without labels; None if ``source`` is something else.
+def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
+    """The training images without labels: below a folder, in class folders or not, in Parquet files or tar shards.
+
+    None where only `open_data` can say which images train: data of the hub, and parts held out or left out.
 
     Raises:
         DataError: there are no images.
     """
-    root = Path(source)
-    places = _part(root, ("train",)) or [root]
-    if not places[0].is_dir() or any(path.suffix in (".parquet", ".tar") for path in places[0].iterdir()):
+    root = Path(config.source)
+    if config.source.startswith("hf:") or config.split_fraction or config.train_limit:
         return None
-    pictures = PicturesSource(places[0])
-    return ImageDataset(pictures, np.arange(len(pictures.labels)), Reader(spec, "none", 0))
+    _require_data(root)
+    places = _part(root, ("train",)) or [root]
+    files = places[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in places[0].glob("*"))
+    pictures = _one_source(config, places, labelled=False) if files else PicturesSource(places[0])
+    return ImageDataset(pictures, np.arange(len(pictures.labels)), Reader(spec, "none", 0), config.max_unreadable)
+
+
+def _require_data(root: Path) -> None:
+    if not root.exists():
+        raise DataError(f"There is no data at {root}; give an existing folder or file, or hf:NAME.")
 
 
 def _order(source: Source) -> np.ndarray:
@@ -82,8 +91,7 @@ def _order(source: Source) -> np.ndarray:
 def _sources(config: DataConfig) -> tuple[Source, Source | None]:
     """Open the training source and, where there is one, the validation source."""
     root = Path(config.source)
-    if not root.exists():
-        raise DataError(f"There is no data at {root}; give an existing folder or file, or hf:NAME.")
+    _require_data(root)
     if config.val is not None:
         validation = Path(config.val)
         if not validation.exists():
@@ -110,7 +118,7 @@ def _part(root: Path, names: Sequence[str]) -> list[Path] | None:
     return None
 
 
-def _one_source(config: DataConfig, paths: list[Path]) -> Source:
+def _one_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
     files = paths
     if len(paths) == 1 and paths[0].is_dir():
         files = sorted([*paths[0].glob("*.parquet"), *paths[0].glob("*.tar")])
@@ -118,7 +126,7 @@ def _one_source(config: DataConfig, paths: list[Path]) -> Source:
             return FolderSource(paths[0])
     suffixes = {file.suffix for file in files}
     if suffixes == {".parquet"}:
-        return ParquetSource(files, config.image_key, config.label_key)
+        return ParquetSource(files, config.image_key, config.label_key if labelled else None)
     if suffixes == {".tar"}:
         return TarSource(files)
     if len(suffixes) > 1:

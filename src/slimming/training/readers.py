@@ -85,19 +85,21 @@ class PicturesSource:
 class ParquetSource:
     """Parquet in the Hugging Face image layout: a column of {bytes, path} and one of whole-number labels.
 
-    The encoded images are held in memory; decoding happens when one is read.
+    The encoded images are held in memory; decoding happens when one is read. Without a name of the column of labels,
+    all are 0.
     """
 
-    def __init__(self, files: Sequence[Path], image_key: str, label_key: str) -> None:
+    def __init__(self, files: Sequence[Path], image_key: str, label_key: str | None) -> None:
         import pyarrow
         import pyarrow.parquet
 
         tables = []
+        columns = [image_key] if label_key is None else [image_key, label_key]
         for file in files:
             try:
                 schema = pyarrow.parquet.read_schema(file)
-                require_columns(file, schema.names, (image_key, label_key))
-                tables.append(pyarrow.parquet.read_table(file, columns=[image_key, label_key]))
+                require_columns(file, schema.names, columns)
+                tables.append(pyarrow.parquet.read_table(file, columns=columns))
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{file} is no readable Parquet file ({error}); it may be truncated.") from error
         if not sum(table.num_rows for table in tables):
@@ -107,7 +109,7 @@ class ParquetSource:
             raise DataError(
                 f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set image_key."
             )
-        labels = [table[label_key].to_numpy() for table in tables]
+        labels = [np.zeros(len(t), np.int64) if label_key is None else t[label_key].to_numpy() for t in tables]
         if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
             raise DataError(
                 f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without "
@@ -116,7 +118,7 @@ class ParquetSource:
             )
         self.images = images
         self.labels = np.concatenate(labels).astype(np.int64)
-        self.classes = _class_names(tables[0].schema.metadata, label_key)
+        self.classes = () if label_key is None else _class_names(tables[0].schema.metadata, label_key)
         self.ends = np.cumsum([table.num_rows for table in tables]).tolist()
         self.files = [str(file) for file in files]
 
