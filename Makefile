@@ -25,11 +25,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $(STAMP)
 
+# Every process takes whole files, which share what they made; each needs about 2 GB.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not gpu and not network'
+	$(PYTEST) -m 'not gpu and not network'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

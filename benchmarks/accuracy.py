@@ -57,6 +57,8 @@ RETRAINED = (0.5, 0.3)
 RETRAINED_METHODS = (
     "one-shot", "search", "search, a tenth of the steps", "paper", "network-slimming",
     "magnitude, per layer", "taylor, global", "hessian, global", "random, per layer",
+    "magnitude, per layer, BatchNorm anew", "taylor, global, BatchNorm anew", "hessian, global, BatchNorm anew",
+    "random, per layer, BatchNorm anew",
 )  # fmt: skip
 VGG16 = (16, 16, 0, 32, 32, 0, 64, 64, 64, 0, 128, 128, 128, 0, 128, 128, 128)
 """Widths of its convolutions, 0 for a pooling."""

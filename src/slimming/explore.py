@@ -26,7 +26,7 @@ from slimming.report.model import Picture, Results, Row, parse, parse_layers, pa
 from slimming.report.nodes import Node
 from slimming.results import examples, layers_of, widths_of
 from slimming.run_config import EACH
-from slimming.searching import RECORD, SCORES_FILE
+from slimming.searching import SCORES_FILE, search_directory
 from slimming.training.config import DataConfig
 
 METRICS = ("macs", "params", "latency")
@@ -35,11 +35,6 @@ FINENESS = (0.02, 0.01, 0.005, 0.002, 0.001)
 """Steps between budgets to choose from."""
 FEWEST = 50
 """So many budgets there are at least, if steps of a thousandth give as many."""
-
-
-def searched_directory(directory: Path) -> Path | None:
-    """The search in ``directory``: itself, or that of a run."""
-    return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
 def explore(directory: str | Path, *, latency: str | Path | None = None) -> Explored:
@@ -55,7 +50,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         PlanError: it is of another model.
     """
     place = Path(directory)
-    found = searched_directory(place)
+    found = search_directory(place)
     if found is None:
         raise CheckpointError(f"{place} holds no finished search; give a directory that slimming search or run wrote.")
     source = _Saved(load_scores(found / SCORES_FILE))

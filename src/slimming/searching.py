@@ -299,6 +299,11 @@ def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dic
     return scores, measured
 
 
+def search_directory(directory: Path) -> Path | None:
+    """The search in ``directory``: itself, or that of a whole run; None if there is none."""
+    return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
+
+
 def load_search(directory: str | Path) -> SearchResult:
     """Read what `SearchResult.save` wrote: the masked model and its scores, in evaluation mode.
 

@@ -152,12 +152,12 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
 def _searched(arguments: argparse.Namespace) -> Cut:
     """Plan from a search, or take a plan that is given."""
     from slimming.api import plans
-    from slimming.cli.models import load_checkpoint, search_directory
+    from slimming.cli.models import load_checkpoint
     from slimming.errors import CheckpointError, ConfigError
     from slimming.opening import load_images
     from slimming.plan import Plan
     from slimming.results import plain, versions
-    from slimming.searching import load_search
+    from slimming.searching import load_search, search_directory
 
     source = Path(arguments.source)
     found = search_directory(source)

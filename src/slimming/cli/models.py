@@ -16,7 +16,6 @@ from slimming.families import family_of
 from slimming.families.create import create_untrained
 from slimming.families.directories import CONFIG, open_directory
 from slimming.families.hosts import is_hosted
-from slimming.searching import RECORD
 
 
 def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
@@ -77,11 +76,6 @@ def check_checkpoint(path: Path) -> None:
         inside += sorted(str(found.parent) for found in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
         if inside:
             raise CheckpointError(f"{path} holds several files of a run; give a checkpoint in it: {', '.join(inside)}.")
-
-
-def search_directory(path: Path) -> Path | None:
-    """The search in ``path``: itself, or that of a whole run."""
-    return next((place for place in (path, path / "search") if (place / RECORD).exists()), None)
 
 
 def use_threads(count: int | None) -> None:

@@ -71,10 +71,11 @@ def _explored(run: str, latency_table: str | None) -> Explored | None:
     """The plans of a run; None where it has no search any more, which is said."""
     from slimming.cli.output import say
     from slimming.errors import CheckpointError
-    from slimming.explore import explore, searched_directory
+    from slimming.explore import explore
+    from slimming.searching import search_directory
 
     place = Path(run)
-    if searched_directory(place) is None:
+    if search_directory(place) is None:
         if not (place / "results.json").exists():
             raise CheckpointError(
                 f"{place} holds no results.json and no search; give the directory of a finished slimming run or search."
