@@ -143,6 +143,28 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
     assert found.params <= 0.5 * whole.params
 
 
+def test_no_group_of_channels_goes_below_its_share(model: nn.Module) -> None:
+    net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    anatomy = anatomy_of(net)
+    groups = [group for group in anatomy.groups if group.kind == "channel"]
+    scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
+    weakest = groups[-1]
+    scores[weakest.name] *= 1e-6
+    for least in (0.0, 0.25, 0.4):
+        planner = Planner(anatomy, scores, Layout(min_channels=least), partial(_measure, anatomy))
+        for solver in ("nested", "exact"):
+            kept = planner.plan(Budget(macs=0.5), fold=True, solver=solver).kept
+            assert all(len(kept[group.name]) >= least * group.size for group in groups if group.name in kept)
+        assert (len(kept[weakest.name]) < 0.25 * weakest.size) == (least == 0.0)
+    planner = Planner(anatomy, scores, Layout(min_channels=0.4), partial(_measure, anatomy))
+    with pytest.raises(BudgetError, match=r"cannot be reached.*layout\.min_channels"):
+        planner.plan(Budget(keep={"channel": 0.3}), fold=True)
+    with pytest.raises(BudgetError, match=r"cannot be reached.*layout\.min_channels"):
+        planner.plan(Budget(macs=0.05), fold=True)
+    with pytest.raises(ConfigError, match=r"min_channels=1\.0: give a share"):
+        Layout(min_channels=1.0)
+
+
 def test_what_cannot_be_planned_is_named(model: nn.Module) -> None:
     scored = Scored(model)
     with pytest.raises(ConfigError, match="There is no solver 'exakt'"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,8 @@ def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: La
         chunks += _attention_chunks(roles, scores, layout)
         for role in ("mlp", "channel", "width"):
             if role in roles:
-                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout))
+                least = layout.min_channels if role == "channel" else 0.0
+                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout), least)
         if "head" in roles:
             chunks += _plain_chunks(roles["head"], scores, 1)
         if "branch" in roles:
@@ -198,11 +200,12 @@ def in_chain(
     return chunks
 
 
-def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int) -> list[Chunk]:
-    """Bundles from the lowest score up; the best bundle always stays."""
+def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int, least: float = 0.0) -> list[Chunk]:
+    """Bundles from the lowest score up; the best bundle always stays, and the share ``least`` of the units."""
     order = _ascending(scores[group.name], range(group.size))
     bundles = [[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)]
-    return in_chain(group.name, 0, bundles[:-1], {group.name: scores[group.name].tolist()})
+    stay = max(1, ceil(least * group.size / multiple))
+    return in_chain(group.name, 0, bundles[:-stay], {group.name: scores[group.name].tolist()})
 
 
 def _attention_chunks(roles: Mapping[str, Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:
