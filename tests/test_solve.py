@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
+import sys
 from functools import partial
 from itertools import product
 
@@ -18,7 +21,7 @@ from slimming.api import Rated, Rating, _measure, anatomy_of
 from slimming.errors import BudgetError, ConfigError
 from slimming.plan import Budget, Layout
 from slimming.rank import Planner
-from slimming.solve import GAP, knapsack
+from slimming.solve import GAP, knapsack, silenced
 
 number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
@@ -163,6 +166,15 @@ def test_no_group_of_channels_goes_below_its_share(model: nn.Module) -> None:
         planner.plan(Budget(macs=0.05), fold=True)
     with pytest.raises(ConfigError, match=r"min_channels=1\.0: give a share"):
         Layout(min_channels=1.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks the C library by name")
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with silenced():
+        ctypes.CDLL(None).puts(b"HighsMipSolverData")
+        os.write(1, b"more")
+    print("and then")
+    assert capfd.readouterr().out == "and then\n"
 
 
 def test_what_cannot_be_planned_is_named(model: nn.Module) -> None:

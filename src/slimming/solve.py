@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +96,37 @@ def _solve(worth: Array, price: Array, limit: Array, before: Sequence[tuple[int,
         rules.append(LinearConstraint(order.tocsr(), -np.inf, 0.0))
     unit = max(float(worth.max(initial=0.0)), 1e-30)
     options = {"time_limit": SECONDS, "mip_rel_gap": GAP / 2}
-    found = milp(
-        -worth / unit, integrality=np.full(len(worth), int(whole)), bounds=Bounds(0, 1), constraints=rules,
-        options=options,
-    )  # fmt: skip
+    with silenced():
+        found = milp(
+            -worth / unit, integrality=np.full(len(worth), int(whole)), bounds=Bounds(0, 1), constraints=rules,
+            options=options,
+        )  # fmt: skip
     if found.x is None:
         raise BudgetError(f"The exact solver failed ({found.message}). Plan with solver='nested'.")
     found.fun *= unit
     if whole:
         found.mip_dual_bound *= unit
     return found
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what goes to the process's standard output: HiGHS prints there, whatever its options say."""
+    sys.stdout.flush()
+    try:
+        out = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        with suppress(OSError, AttributeError, TypeError):  # what waits in C's buffer; not every system has it here
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(out, 1)
+        os.close(out)
 
 
 def _filled(kept: Array, worth: Array, price: Array, limit: Array, before: Sequence[tuple[int, int]]) -> Array:
