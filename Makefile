@@ -45,7 +45,7 @@ format: $(STAMP)
 
 # The theme's advertisement for its successor is left out.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html; for the search: $(PYTHON) -m http.server -d build/site"
 
 bench: $(STAMP)

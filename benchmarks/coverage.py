@@ -432,7 +432,7 @@ def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
                 f"{one.get('covered_params', 0):.0%}",
                 "yes" if one["exact"] else _short(one["summary"]["reason"]),
                 {True: "yes", False: "no"}.get(one.get("reloads"), "–"),
-                _short(one.get("export", "–")),
+                _short(one.get("export") or {"yes": "one image, not compared"}.get(one.get("onnx"), one.get("onnx"))),
                 _short(theirs.get("result") or theirs.get("error")) + share,
                 f"{one['seconds']:.0f}",
             ]

@@ -51,7 +51,11 @@ def train_progressive(
         data: training images, see `slimming.open_data`.
         plans: from that result, in any order; nested ones (solver ``"nested"``) follow from one another.
         config: of the training of each model.
-        teacher, distil, resume, evaluate, task: as for `slimming.train`.
+        teacher: to distil from, as for `slimming.train`; so are ``distil``, ``resume``, ``evaluate`` and ``task``.
+        distil: what of the teacher.
+        resume: go on from the states in ``directory``.
+        evaluate: called now and then with the model; what it returns goes to the log.
+        task: in place of the labels.
         images: for `slimming.cut` to compensate with, at every cut.
         directory: each model's state and log go into ``0``, ``1``, … in it, by the place of its plan.
 

@@ -59,7 +59,13 @@ def train_slimmable(
         result: what `slimming.search` gave; it stays as it is.
         data: training images, see `slimming.open_data`.
         plans: from that result, in any order; nested ones (solver ``"nested"``) share most.
-        config, teacher, distil, directory, resume, task, title: as for `slimming.train`.
+        config: of the training; this and what follows, but for ``evaluate``, is as for `slimming.train`.
+        teacher: to distil from.
+        distil: what of the teacher.
+        directory: for the state and the log.
+        resume: go on from the state there.
+        task: in place of the labels.
+        title: of the training, in its log.
         evaluate: called now and then with the model at its smallest plan; what it returns goes to the log.
 
     Returns:
