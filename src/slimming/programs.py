@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def to_program(model: nn.Module, x: Tensor, *, any_batch: bool) -> Any:
     """
     # By position, whatever the model calls its input.
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},) if any_batch else None
-    with _quiet(model, "exported"):
+    with _exporting(model, "exported"):
         return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
 
 
@@ -62,7 +63,7 @@ def write_onnx(
         UnsupportedModelError: the model cannot be exported, or is larger than one ONNX file may be (2 GB).
     """
     program = program if program is not None else to_program(model, x, any_batch=any_batch)
-    with _quiet(model, "exported to ONNX"):
+    with _exporting(model, "exported to ONNX"):
         found = torch.onnx.export(
             program, (), dynamo=True, verbose=False, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT]
         )
@@ -87,10 +88,21 @@ def open_onnx(file: Path, provider: str = "CPUExecutionProvider") -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module, what: str) -> Iterator[None]:
-    # The exporter tells every step on stdout, and of deprecations inside PyTorch itself.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
+def quiet() -> Iterator[None]:
+    """Leave out what exporters and runtimes say of themselves: on stdout, in warnings and in logs of advice."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _exporting(model: nn.Module, what: str) -> Iterator[None]:
+    with quiet(), torch.no_grad():
         try:
             yield
         except Exception as error:  # the exporter raises whatever it meets

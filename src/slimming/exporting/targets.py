@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +15,7 @@ from torch import Tensor, nn
 
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.exporting.metadata import KEY
-from slimming.programs import INPUT, check_onnx, open_onnx, to_program, write_onnx
+from slimming.programs import INPUT, check_onnx, open_onnx, quiet, to_program, write_onnx
 
 Run = Callable[[np.ndarray], np.ndarray]
 """From images (B, C, H, W) to logits (B, K)."""
@@ -132,12 +128,12 @@ def _nothing() -> None:
 
 
 def _write_pt2(job: Job, file: Path) -> None:
-    with _quiet():
+    with quiet():
         torch.export.save(job.program, file, extra_files={f"{KEY}.json": job.description})
 
 
 def _open_pt2(file: Path) -> Run:
-    with _quiet():
+    with quiet():
         module = torch.export.load(file).module()
     return lambda images: module(torch.from_numpy(images)).numpy()
 
@@ -156,7 +152,7 @@ def _write_dynamic(job: Job, file: Path) -> None:
 
     # ONNX Runtime has no integer convolution for these weights on a CPU.
     _check_quantised(job, ("MatMul", "Gemm"), "onnx-int8-static quantises convolutions")
-    with _quiet():
+    with quiet():
         quantize_dynamic(
             job.onnx, file, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
         )
@@ -174,7 +170,7 @@ def _write_static(job: Job, file: Path) -> None:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
-    with _quiet():
+    with quiet():
         quantize_static(
             job.onnx,
             file,
@@ -209,7 +205,7 @@ def _check_openvino() -> None:
 def _write_openvino(job: Job, file: Path, *, half: bool) -> None:
     import openvino  # pyright: ignore
 
-    with _quiet():
+    with quiet():
         found = openvino.convert_model(job.onnx)
         found.set_rt_info(job.description, [KEY])
         openvino.save_model(found, file, compress_to_fp16=half)
@@ -222,19 +218,6 @@ def _open_openvino(file: Path) -> Run:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
     return lambda images: compiled(images)[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # What the libraries say of themselves, on stdout, in warnings and in logs of advice.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 TARGETS: Mapping[str, Target] = {
