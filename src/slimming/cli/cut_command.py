@@ -207,6 +207,8 @@ def _say_layout_costs(
     result: SearchResult, budgets: Sequence[Budget], layout: Layout, made: Sequence[Plan], arguments: argparse.Namespace
 ) -> None:
     """Say what score is lost for the sizes that the layout asks for, budget by budget."""
+    from dataclasses import replace
+
     from slimming.api import plans
     from slimming.cli.output import say
     from slimming.plan import FREE, Layout
@@ -216,7 +218,7 @@ def _say_layout_costs(
             continue
         # Memory and time have no formula for heads of several sizes.
         whole = budget.memory_bytes is not None or any("latency" in metric for metric in budget.limits)
-        free = Layout(multiple=1, min_channels=0.0) if whole else FREE
+        free = replace(Layout(multiple=1) if whole else FREE, min_channels=layout.min_channels)
         if free == layout:
             continue
         (other,) = plans(result, [budget], layout=free, solver=arguments.solver, latency=arguments.latency_table)
