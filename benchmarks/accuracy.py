@@ -1,6 +1,6 @@
 """Accuracy at a budget: ours in one shot and after a search, against Torch-Pruning, random and uniform cuts.
 
-    python benchmarks/accuracy.py --cifar10 DIR --vit DIR --work DIR [--only vgg-cifar10] [--seeds 3]
+    python benchmarks/accuracy.py --cifar10 DIR --vit DIR --work DIR [--only vgg16-cifar10] [--seeds 3]
 
 DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of --vit what
 `recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs, of a quarter of the
