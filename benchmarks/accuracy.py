@@ -49,13 +49,13 @@ from slimming.training.batches import calibration_batches
 MACS = (0.8, 0.6, 0.5, 0.4, 0.3)
 KEEP = (0.7, 0.5, 0.3)
 OURS = (
-    "one-shot", "one-shot, no compensation", "one-shot, no rotation", "one-shot, no minimum", "one-shot, fisher",
+    "one-shot", "one-shot, no compensation", "one-shot, no rotation", "one-shot, no scarcity", "one-shot, fisher",
     "search", "search, a tenth of the steps", "paper", "network-slimming",
 )  # fmt: skip
 CRITERIA = ("magnitude", "taylor", "hessian", "random")
 RETRAINED = (0.5, 0.3)
 RETRAINED_METHODS = (
-    "one-shot", "one-shot, no minimum", "search", "search, a tenth of the steps", "paper", "network-slimming",
+    "one-shot", "one-shot, no scarcity", "search", "search, a tenth of the steps", "paper", "network-slimming",
     "magnitude, per layer", "taylor, global", "hessian, global", "random, per layer",
     "magnitude, per layer, BatchNorm anew", "taylor, global, BatchNorm anew", "hessian, global, BatchNorm anew",
     "random, per layer, BatchNorm anew",
@@ -189,7 +189,7 @@ class Subject:
         if method in OURS:
             scored, model, images = self.ours(method, kinds, seed)
             wanted = Budget(macs=budget) if kinds is None else Budget(keep=dict.fromkeys(kinds, budget))
-            layout = slimming.Layout(min_channels=0.0) if "no minimum" in method else None
+            layout = slimming.Layout(scarcity=0.0) if "no scarcity" in method else None
             small = slimming.cut(model, slimming.plan(scored, wanted, layout=layout), images=images)
         else:
             small = theirs(self, method, kinds, budget, seed)
@@ -199,7 +199,7 @@ class Subject:
 def methods(kinds: tuple[str, ...] | None, transformer: bool) -> Iterator[str]:
     """Which methods can cut these kinds."""
     for method in OURS:
-        other = ("network-slimming", "one-shot, no minimum") if transformer else ("paper", "one-shot, no rotation")
+        other = ("network-slimming", "one-shot, no scarcity") if transformer else ("paper", "one-shot, no rotation")
         if method not in other:
             yield method
     if kinds != ("token",):

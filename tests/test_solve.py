@@ -18,6 +18,7 @@ from torch import nn
 
 import slimming
 from slimming.api import Rated, Rating, _measure, anatomy_of
+from slimming.chunks import all_chunks
 from slimming.errors import BudgetError, ConfigError
 from slimming.plan import Budget, Layout
 from slimming.rank import Planner
@@ -146,26 +147,32 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
     assert found.params <= 0.5 * whole.params
 
 
-def test_no_group_of_channels_goes_below_its_share(model: nn.Module) -> None:
+def test_channels_count_the_more_the_fewer_are_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     anatomy = anatomy_of(net)
     groups = [group for group in anatomy.groups if group.kind == "channel"]
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
-    weakest = groups[-1]
-    scores[weakest.name] *= 1e-6
-    for least in (0.0, 0.25, 0.4):
-        planner = Planner(anatomy, scores, Layout(min_channels=least), partial(_measure, anatomy))
-        for solver in ("nested", "exact"):
+    scores[groups[-1].name] *= 1e-2  # the weakest
+
+    for solver in ("nested", "exact"):
+        left = []
+        for scarcity in (0.0, 1.0, 2.0):
+            planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(_measure, anatomy))
             kept = planner.plan(Budget(macs=0.5), fold=True, solver=solver).kept
-            assert all(len(kept[group.name]) >= least * group.size for group in groups if group.name in kept)
-        assert (len(kept[weakest.name]) < 0.25 * weakest.size) == (least == 0.0)
-    planner = Planner(anatomy, scores, Layout(min_channels=0.4), partial(_measure, anatomy))
-    with pytest.raises(BudgetError, match=r"cannot be reached.*layout\.min_channels"):
-        planner.plan(Budget(keep={"channel": 0.3}), fold=True)
-    with pytest.raises(BudgetError, match=r"cannot be reached.*layout\.min_channels"):
-        planner.plan(Budget(macs=0.05), fold=True)
-    with pytest.raises(ConfigError, match=r"min_channels=1\.0: give a share"):
-        Layout(min_channels=1.0)
+            left.append(len(kept[groups[-1].name]))
+        assert left[0] < left[1] < left[2] < groups[-1].size, solver
+
+
+def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:
+    net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    group = next(group for group in anatomy_of(net).groups if group.kind == "channel")
+    scores = {group.name: torch.arange(1.0, group.size + 1).flip(0)}
+    chunks = all_chunks([group], scores, Layout(multiple=1, scarcity=2.0))
+    expected = [(gone + 1) / (1 - gone / group.size) ** 2 for gone in range(group.size - 1)]
+    assert [chunk.worth for chunk in chunks] == pytest.approx(expected)
+    assert [chunk.units for chunk in chunks] == [((group.name, group.size - 1 - gone),) for gone in range(len(chunks))]
+    with pytest.raises(ConfigError, match=r"layout\.scarcity=-1: give a power of 0"):
+        Layout(scarcity=-1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks the C library by name")

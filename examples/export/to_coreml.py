@@ -3,8 +3,8 @@
     pip install coremltools
     python examples/export/to_coreml.py photos-export/model.pt2 model.mlpackage
 
-Not run here. The file says how an image becomes the input under the key "slimming". On macOS the result is compared
-with the program; elsewhere Core ML does not run.
+The file says how an image becomes the input under the key "slimming". On macOS the result is compared with the program;
+elsewhere Core ML does not run.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -139,8 +138,8 @@ def all_chunks(groups: Sequence[Group], scores: Mapping[str, Tensor], layout: La
         chunks += _attention_chunks(roles, scores, layout)
         for role in ("mlp", "channel", "width"):
             if role in roles:
-                least = layout.min_channels if role == "channel" else 0.0
-                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout), least)
+                scarcity = layout.scarcity if role == "channel" else 0.0
+                chunks += _plain_chunks(roles[role], scores, _multiple(roles[role].size, layout), scarcity)
         if "head" in roles:
             chunks += _plain_chunks(roles["head"], scores, 1)
         if "branch" in roles:
@@ -200,12 +199,14 @@ def in_chain(
     return chunks
 
 
-def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int, least: float = 0.0) -> list[Chunk]:
-    """Bundles from the lowest score up; the best bundle always stays, and the share ``least`` of the units."""
+def _plain_chunks(group: Group, scores: Mapping[str, Tensor], multiple: int, scarcity: float = 0.0) -> list[Chunk]:
+    """Bundles from the lowest score up; the best bundle always stays. Scores grow as the group shrinks."""
     order = _ascending(scores[group.name], range(group.size))
+    own = scores[group.name].tolist()
+    for gone, unit in enumerate(order):
+        own[unit] /= (1 - gone / group.size) ** scarcity
     bundles = [[(group.name, unit) for unit in bundle] for bundle in _bundles(order, multiple)]
-    stay = max(1, ceil(least * group.size / multiple))
-    return in_chain(group.name, 0, bundles[:-stay], {group.name: scores[group.name].tolist()})
+    return in_chain(group.name, 0, bundles[:-1], {group.name: own})
 
 
 def _attention_chunks(roles: Mapping[str, Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Chunk]:

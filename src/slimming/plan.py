@@ -134,21 +134,24 @@ class Layout:
         multiple: head dimensions (per head) and hidden units stay in multiples of this; null: of what a latency table
             found fast on its device where a plan is made with one, of 8 elsewhere. It is halved where a layer would
             otherwise have fewer than four sizes to choose from.
-        min_channels: share of every group of channels that stays. Scores tell what single channels matter while the
-            others are there, and too little of a layer of a CNN that loses nearly all of them.
+        scarcity: a channel's score is divided by the share of its group that is still there at its turn, to this power;
+            0: it counts the same however few are left. Scores tell what single channels matter while the others are
+            there, and too little of a layer that loses nearly all of them.
 
     Raises:
-        ConfigError: ``multiple`` is below 1, or ``min_channels`` no share.
+        ConfigError: ``multiple`` is below 1, or ``scarcity`` below 0.
     """
 
     equal_heads: bool = True
     equal_qkv: bool = True
     multiple: int | None = None
-    min_channels: float = 0.25
+    scarcity: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_channels < 1:
-            raise ConfigError(f"layout.min_channels={self.min_channels}: give a share from 0 to below 1, such as 0.25.")
+        if not (self.scarcity >= 0 and math.isfinite(self.scarcity)):
+            raise ConfigError(
+                f"layout.scarcity={self.scarcity}: give a power of 0 (as scored) or more, such as 2."
+            )
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"layout.multiple={self.multiple}: give 1 (any size) or more, for example 8.")
 
@@ -156,7 +159,7 @@ class Layout:
 SOLVERS = ("nested", "exact")
 """Ways to make a plan under limits, see `slimming.plan`."""
 
-FREE = Layout(equal_heads=False, equal_qkv=False, multiple=1, min_channels=0.0)
+FREE = Layout(equal_heads=False, equal_qkv=False, multiple=1, scarcity=0.0)
 """Every unit on its own, as in the paper."""
 
 

@@ -171,8 +171,7 @@ def _for_limits(pool: Pool, budget: Budget, measure: Measure, prices: Array) -> 
         wanted = ", ".join(f"{name} {limit:,.10g}" for name, limit in budget.limits.items())
         raise BudgetError(
             f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
-            "of the dense model. Give a larger budget, attach more kinds, or allow a smaller layout.multiple or "
-            "layout.min_channels."
+            "of the dense model. Give a larger budget, attach more kinds, or allow a smaller layout.multiple."
         )
     return after(bisect_left(range(len(order) + 1), True, key=fits))
 
@@ -318,8 +317,7 @@ def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: B
         if count is None:
             raise BudgetError(
                 f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
-                f"{_rounded_up(left[-1])}. Give a larger ratio, or allow a smaller layout.multiple"
-                + (" or layout.min_channels." if kind == "channel" else ".")
+                f"{_rounded_up(left[-1])}. Give a larger ratio, or allow a smaller layout.multiple."
             )
         goes[order[:count]] = True
     return goes

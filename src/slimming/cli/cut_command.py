@@ -57,8 +57,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="one size for QK and V of a head (default: as searched)")  # fmt: skip
     parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
                         help="sizes are multiples of this (default: as searched)")  # fmt: skip
-    parser.add_argument("--layout.min_channels", dest="min_channels", metavar="X",
-                        help="share of every group of channels that stays (default: as searched)")  # fmt: skip
+    parser.add_argument("--layout.scarcity", dest="scarcity", metavar="X",
+                        help="how much channels count as they get few (default: as searched)")  # fmt: skip
     parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, for budgets of "
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
@@ -218,7 +218,7 @@ def _say_layout_costs(
             continue
         # Memory and time have no formula for heads of several sizes.
         whole = budget.memory_bytes is not None or any("latency" in metric for metric in budget.limits)
-        free = replace(Layout(multiple=1) if whole else FREE, min_channels=layout.min_channels)
+        free = replace(Layout(multiple=1) if whole else FREE, scarcity=layout.scarcity)
         if free == layout:
             continue
         (other,) = plans(result, [budget], layout=free, solver=arguments.solver, latency=arguments.latency_table)
@@ -237,7 +237,7 @@ def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
         "equal_heads": (bool, arguments.equal_heads),
         "equal_qkv": (bool, arguments.equal_qkv),
         "multiple": (int, arguments.multiple),
-        "min_channels": (float, arguments.min_channels),
+        "scarcity": (float, arguments.scarcity),
     }
     values = {name: parse_flag(hint, text, name) for name, (hint, text) in given.items() if text is not None}
     return build(Layout, values, "layout", base)
