@@ -13,6 +13,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 import slimming
+from slimming.errors import PlanError, UnsupportedModelError
 from slimming.families.traced import channels
 
 
@@ -131,3 +132,46 @@ def test_what_stays_is_named_where_attention_has_no_heads() -> None:
     assert found.ok, str(found)
     assert [group.kind for group in slimming.describe(model)] == ["mlp", "mlp"]
     assert "layers.0.blocks.0.modulation heads: focal modulation has none" in str(found)
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = (nn.Conv2d(i, 16, 3, padding=1) for i in (3, 16, 16))
+        self.c3.weight = self.c2.weight
+        self.fc = nn.Linear(16, 4)
+        self.input_size = (3, 16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c3(self.c2(self.c1(x).relu()).relu()).mean((2, 3)))
+
+
+def test_shared_weights_stay_whole_and_shared() -> None:
+    found = slimming.check(Tied())
+    assert isinstance(found, slimming.Check)  # nothing is raised
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
+    model.blocks[1].mlp.fc2.weight = model.blocks[0].mlp.fc2.weight
+    tied = ("blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight")
+    assert not any(one.tensor in tied for group in slimming.describe(model) for one in group.slices)
+    masks = slimming.attach(model)
+    plan = slimming.plan(masks, slimming.Budget(macs=0.8))
+    small = slimming.cut(model, plan)
+    masks.apply_(plan)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(small(image), model(image), rtol=1e-4, atol=1e-4)
+    assert small.blocks[1].mlp.fc2.weight is small.blocks[0].mlp.fc2.weight
+
+
+def test_wrappers_are_named() -> None:
+    model = timm.create_model("test_vit", img_size=32)
+    with pytest.raises(UnsupportedModelError, match="DataParallel around a model: give its attribute module"):
+        slimming.describe(nn.DataParallel(model))
+    with pytest.raises(UnsupportedModelError, match="OptimizedModule around a model: give its attribute _orig_mod"):
+        slimming.describe(torch.compile(model))
+    with pytest.raises(PlanError, match="A model alone has no scores"):
+        slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import slimming
 from slimming import compensation
 from slimming.api import anatomy_of
 from slimming.cut import complete
+from slimming.errors import NonFiniteLossError
 from slimming.plan import Plan
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -225,3 +227,13 @@ def test_masks_are_folded_first() -> None:
     x = torch.randn(2, 3, 32, 32)
     errors = [(slimming.cut(model, plan, images=seen)(x) - model(x)).square().mean() for seen in ((), images(4, 32))]
     assert errors[1] < errors[0]
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
+    plan = slimming.plan(slimming.attach(copy.deepcopy(model)), slimming.Budget(keep={"mlp": 0.5}))
+    image = torch.randn(2, 3, 32, 32)
+    image[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="is not finite"):
+        slimming.cut(model, plan, images=[image])
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.api import anatomy_of
+from slimming.bench import count
 from slimming.errors import ConfigError
 from slimming.plan import FREE, Budget, Plan
 from slimming.scaling import original
@@ -281,3 +282,22 @@ def test_the_signed_mask_decides_in_the_papers_ranking() -> None:
     for name, mask in masks.items():
         assert plan.kept[name] == tuple(i for i, value in enumerate(mask.tolist()) if value >= line)
     assert not plan.fold
+
+
+def test_the_counter_counts_transposed_convolutions_and_vectors() -> None:
+    image = torch.randn(2, 8, 5, 5)
+    for groups in (1, 2):
+        layer = nn.ConvTranspose2d(8, 6, 3, stride=2, groups=groups)
+        assert count(layer, (8, 5, 5)).macs == 8 * 5 * 5 * 6 // groups * 9
+
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).flatten(1) @ torch.ones(200)
+
+    assert count(Vector(), (8, 5, 5)).macs == 200 + 8 * 200
+    with pytest.raises(ConfigError, match="The multiply-adds of the operation"):
+        count(nn.Sequential(nn.Flatten(2), nn.LSTM(25, 7, batch_first=True)), tuple(image.shape[1:]))

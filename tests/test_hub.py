@@ -439,3 +439,30 @@ def test_addresses() -> None:
     assert hub.is_address("hf-hub:me/tiny")
     assert not hub.is_address("me/tiny")
     assert not hub.is_address(Path("hf-hub:me"))
+
+
+def test_slim_models_are_registered_after_timm_was_only_asked_for() -> None:
+    code = (
+        "import importlib.util, sys, slimming; assert importlib.util.find_spec('timm');"
+        "assert 'timm' not in sys.modules; import timm; assert timm.is_model('slimming');"
+        "assert not any(type(finder).__module__ == 'slimming.arrival' for finder in sys.meta_path)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_and_records_that_cannot_be_pushed_are_refused_first(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    for name in ("hf-hub:owner/name", "owner/name@main"):
+        with pytest.raises(ConfigError, match="give OWNER/NAME, without hf-hub: and @REVISION"):
+            slimming.push_to_hub(model, name, to=tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"provenance\.sha256 is an entry of the file itself"):
+        slimming.push_to_hub(model, "owner/name", to=tmp_path / "new", provenance={"sha256": "1"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_card_compares_bytes_of_one_type(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    slimming.push_to_hub(model.bfloat16(), "owner/name", to=tmp_path / "new")
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "iB" in text
+    assert "(50%)" not in text

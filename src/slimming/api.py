@@ -18,7 +18,7 @@ from slimming.bench import count
 from slimming.compensation import cut_compensated_
 from slimming.cost import Cost, per_group, total
 from slimming.cut import complete, cut_
-from slimming.errors import BudgetError, CheckpointError, ConfigError, nearest
+from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, nearest
 from slimming.families import family_called, family_of
 from slimming.groups import Anatomy, Group, keep_all
 from slimming.io import atomic_write_bytes, seal, unseal
@@ -105,9 +105,8 @@ def attach(
     """
     if groups is None:
         groups = searched(describe(model))
-    return masks.attach(
-        model, anatomy_of(model), groups, tokens=tokens, penalty=penalty or DEFAULT_PENALTY, norms=norms
-    )
+    penalty = DEFAULT_PENALTY if penalty is None else penalty
+    return masks.attach(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty, norms=norms)
 
 
 def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
@@ -268,6 +267,8 @@ def _planner(
         raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
     elif isinstance(source, Rated):
         rating = source.rating
+    elif isinstance(source, nn.Module):
+        raise PlanError("A model alone has no scores: give what slimming.search or slimming.score found, or its masks.")
     else:
         rating = load_scores(source)
     layout = layout or rating.layout

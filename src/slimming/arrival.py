@@ -1,8 +1,8 @@
 """Makes slim models known to timm as soon as timm is there, without importing it.
 
 timm has no place where packages announce their models: a model must be in its registry before it is asked for. So
-`import slimming` leaves a finder that waits for the first import of timm, registers the architecture once timm is
-loaded, and goes. Nothing else of timm is touched.
+`import slimming` leaves a finder that waits for the first import of timm (being asked whether timm is there is none),
+registers the architecture once timm is loaded, and goes. Nothing else of timm is touched.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ def await_timm() -> None:
 class _Waiting(MetaPathFinder):
     """Meets the first import of timm, and leaves the rest to the finders behind it."""
 
+    asking = False
+    """Whether those behind it are being asked, which asks this one again."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != HOST:
+        if fullname != HOST or self.asking:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader)
         return spec
@@ -56,4 +61,5 @@ class _Then(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Waiting)]
         import_module(ENTRY)

@@ -59,10 +59,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
             "The model has masks attached; cut it, or call masks.fold_() or masks.detach_(), and save the result."
         )
     record = dict(provenance or {})
-    check_json(record, "provenance")
-    for name in ("format", "sha256"):
-        if name in record:
-            raise ConfigError(f"provenance.{name} is an entry of the file itself. Give yours another name.")
+    check_provenance(record)
     structure = family_of(model).read(model).structure
     weights = untied(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -178,6 +175,18 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged.
     """
     return read_sealed(Path(path) / PROVENANCE)
+
+
+def check_provenance(record: Mapping[str, Any]) -> None:
+    """Check before anything is written that a provenance file can hold ``record``.
+
+    Raises:
+        ConfigError: it holds what JSON cannot, or an entry of the file's own.
+    """
+    check_json(record, "provenance")
+    for name in ("format", "sha256"):
+        if name in record:
+            raise ConfigError(f"provenance.{name} is an entry of the file itself. Give yours another name.")
 
 
 def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

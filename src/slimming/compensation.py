@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.cut import complete, cut_
+from slimming.errors import NonFiniteLossError
 from slimming.family import Family, Kept
 from slimming.groups import Anatomy, Group
 from slimming.inputs import WIDEST, add_up, inputs_of, own_share, precise, reads_all, ridge
@@ -46,6 +47,7 @@ def cut_compensated_(model: nn.Module, family: Family, anatomy: Anatomy, plan: P
 
     Raises:
         PlanError: the plan was made for another model, or leaves a group without a unit.
+        NonFiniteLossError: the images or the weights are not finite.
     """
     complete(anatomy, plan)
     first = {name for name in plan.kept if anatomy.group(name).kind in ("token", "width", "block")}
@@ -204,6 +206,10 @@ def _fold_(module: Any, moments: _Moments, stays: Sequence[int], gone: Sequence[
         weight[:, gone] = 0
         return
     count, x, d, xx, dx = (means[name] for name in ("count", "x", "d", "xx", "dx"))
+    if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
+        raise NonFiniteLossError(
+            "What the layers read while compensating is not finite. Check the images and the weights of the model."
+        )
     if bias is not None:  # without one to take the constant, the prediction goes through the origin
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()

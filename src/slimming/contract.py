@@ -104,8 +104,8 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
     began = time.perf_counter()
     try:
         anatomy = anatomy_of(model)
-    except SlimmingError as error:
-        step = Step(name="reads", held=False, detail=str(error))
+    except Exception as error:  # whatever a host raises is what the user wants to read
+        step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
     params, macs = _covered(anatomy)
@@ -120,8 +120,7 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
         except Exception as error:  # whatever a host raises is what the user wants to read
-            first = (str(error).splitlines() or [""])[0]
-            steps.append(Step(name=name, held=False, detail=f"{type(error).__name__}: {first}"))
+            steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     found = Check(
         kinds=dict(kinds),
@@ -132,6 +131,13 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
         seconds=time.perf_counter() - began,
     )
     return found, trial
+
+
+def _first_line(error: Exception) -> str:
+    """The message of an error of ours, or the kind of another and the first line of its message."""
+    if isinstance(error, SlimmingError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _covered(anatomy: Anatomy) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +19,9 @@ STRUCTURE = "slimming_structure"
 
 ORIGIN = "slimming_origin"
 """Attribute of a model that slimming made: the name and arguments that its host was given."""
+
+FACTORS = ".parametrizations."
+"""In the names of masks, and of what they scale."""
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -105,11 +108,25 @@ class Family(abc.ABC):
 def fill_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """Put the tensors of ``state`` in place of the model's own.
 
-    Modules are told that the tensors are of their own version: some hosts change what comes without one.
+    Modules are told that the tensors are of their own version: some hosts change what comes without one. Parameters
+    that several modules share stay shared.
     """
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
     versioned = OrderedDict(state)
     versioned._metadata = model.state_dict()._metadata  # pyright: ignore
     model.load_state_dict(versioned, strict=strict, assign=True)
+    for first, *others in names.values():
+        for other in others:
+            module, _, name = other.rpartition(".")
+            setattr(model.get_submodule(module), name, model.get_parameter(first))
+
+
+def shares_parameters(model: nn.Module) -> bool:
+    """Whether a parameter of ``model`` has more than one name; masks do, and are not meant."""
+    names = Counter(id(one) for name, one in model.named_parameters(remove_duplicate=False) if FACTORS not in name)
+    return any(number > 1 for number in names.values())
 
 
 def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:

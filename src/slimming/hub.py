@@ -35,6 +35,16 @@ def split(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def check_name(repository: str) -> None:
+    """Check that ``repository`` is a plain name to write to.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if is_address(repository) or split(repository)[1] is not None:
+        raise ConfigError(f"{repository!r} is no name to write to; give OWNER/NAME, without {PREFIX} and @REVISION.")
+
+
 def fetch(name: str, *, weights: bool = True) -> Path:
     """Bring the files of a model to the local cache, and return their directory.
 
@@ -76,7 +86,7 @@ def upload(directory: Path, repository: str, *, private: bool, message: str) -> 
     """
     import huggingface_hub
 
-    split(repository)
+    check_name(repository)
     hub = huggingface_hub.HfApi(library_name="slimming")
     try:
         hub.create_repo(repository, private=private, exist_ok=True)

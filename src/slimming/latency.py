@@ -8,6 +8,7 @@ little more or less than a model's: the table's `calibration` is what the dense 
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -125,18 +126,25 @@ class LatencyTable:
         """The points of both, those of this table where both have one; its calibration, if it has one.
 
         Raises:
-            ConfigError: they were measured in different settings.
+            ConfigError: they were measured in different settings, or of different models.
         """
         for key in sorted({*self.setting, *other.setting}):
             if self.setting.get(key) != other.setting.get(key):
                 raise ConfigError(
                     f"The tables are of different settings: {key} is {self.setting.get(key)!r} and "
-                    f"{other.setting.get(key)!r}. Merge tables of one device and setting."
+                    f"{other.setting.get(key)!r}. Merge tables of one model, device and setting; build "
+                    "others in a file of their own."
                 )
         own = {_name(point) for point in self.points}
-        points = (*self.points, *(point for point in other.points if _name(point) not in own))
+        # Both for a machine on which the block takes as long.
+        slower = self.reference_ms / other.reference_ms if self.reference_ms and other.reference_ms else 1.0
+        more = [
+            {k: v * slower if k in ("ms", "p25", "p75") else v for k, v in point.items()}
+            for point in other.points
+            if _name(point) not in own
+        ]
         mine = self if self.points else other
-        return replace(mine, points=points)
+        return replace(mine, points=(*self.points, *more), calibration=self.calibration or other.calibration)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON with its checksum.
@@ -267,7 +275,7 @@ def build_latency_table(
     anatomy = family.read(model)
     _check_pieces(anatomy)
     moving = {group.name for group in anatomy.groups if group.kind in kinds}
-    table = LatencyTable(setting=_setting(model, batch_size, runtime, uneven_heads))
+    table = LatencyTable(setting=_setting(model, anatomy, batch_size, runtime, uneven_heads))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
     have = {_name(point) for point in table.points}
@@ -371,10 +379,13 @@ class _OwnInput(nn.Module):
         return self.module(self.x)
 
 
-def _setting(model: nn.Module, batch_size: int, runtime: str, uneven_heads: bool) -> dict[str, Any]:
+def _setting(model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str, uneven_heads: bool) -> dict[str, Any]:
     parameter = next(model.parameters())
     found = machine()
+    full = {group.name: group.size for group in anatomy.groups}
+    pieces = [(p.kind, p.like, [(name, dim.value(full)) for name, dim in p.axes]) for p in anatomy.pieces]
     return {
+        "model": f"{type(model).__name__} {hashlib.sha256(repr(pieces).encode()).hexdigest()[:12]}",
         "device": found["gpu"] if parameter.is_cuda else found["cpu"],
         "threads": None if parameter.is_cuda else torch.get_num_threads(),
         "dtype": str(parameter.dtype).removeprefix("torch."),

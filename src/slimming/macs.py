@@ -29,13 +29,21 @@ def multiply_adds(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> 
         return args[1].numel() * args[2].shape[-1]
     if name == "linear":
         return args[0].numel() * args[1].shape[0]
+    if name in ("mv", "dot"):
+        return args[0].numel()
+    if name == "addmv":
+        return args[1].numel()
     if name == "convolution":
-        return results[0].numel() * args[1][0].numel()
+        transposed = args[6]  # each input then goes to as many outputs as each output comes from otherwise
+        return (args[0] if transposed else results[0]).numel() * args[1][0].numel()
     if name.startswith("_scaled_dot_product"):
         q, k, v = args[:3]
         return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
-    if "matmul" in name or "einsum" in name or "conv" in name:
-        raise ConfigError(f"The counter has no formula for the operation {name}.")
+    if any(word in name for word in ("matmul", "einsum", "conv", "rnn", "lstm", "gru", "mm")):
+        raise ConfigError(
+            f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Put the layer "
+            "that does it into other operations, such as torch.matmul."
+        )
     return 0
 
 

@@ -163,8 +163,10 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         result = {}
         for group in groups:
             found = [(scale, scale.grad, places) for scale, places in self._norms.get(group.name, [])]
+            # A mean over a unit's scales is what was penalised, where the sum over units is not asked for.
+            share = weight if self.penalty_sum or not found else weight / sum(p.shape[1] for _, _, p in found)
             changes = [
-                (scale[places] * (grad[places] - weight * scale[places].sign())).sum(1)
+                (scale[places] * (grad[places] - share * scale[places].sign())).sum(1)
                 for scale, grad, places in found
                 if grad is not None
             ]

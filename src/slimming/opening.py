@@ -184,9 +184,9 @@ def check_input(model: nn.Module) -> None:
     try:
         with in_evaluation(model):
             model(image)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, shape[1:]))
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [f"its forward ends in {type(error).__name__}."])[0]
         raise UnsupportedModelError(
             f"The model does not take images of {size} pixels: {reason} Give another img_size in model.arguments."
         ) from error

@@ -28,8 +28,8 @@ from slimming.io import atomic_json
 from slimming.oneshot import score
 from slimming.opening import open_data, open_start
 from slimming.plan import read_json
-from slimming.results import dense_entry, measure_all, results_of
-from slimming.run_config import TOGETHER, RunConfig
+from slimming.results import dense_entry, measure_all, plain, results_of
+from slimming.run_config import FREE_SECTIONS, TOGETHER, RunConfig
 from slimming.searching import RECORD, SearchResult, load_search, search
 from slimming.slimmable import check_tokens
 from slimming.training.batches import calibration_images, steps_per_epoch
@@ -39,6 +39,10 @@ from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
 from slimming.training.processes import processes
 from slimming.training.samples import Data, ImageDataset
+from slimming.training.state import FREE_SETTINGS
+from slimming.training.tasks import check_modules
+
+SETTINGS = "settings.json"
 
 
 def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:
@@ -77,6 +81,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
         config = allotment.applied(asked)
     judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
+    _same_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, judge, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
     work = Work(config=config, dense=dense, data=data, result=result, root=directory, judge=judge, say=say)
@@ -106,8 +111,11 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> list[float]:
 
     Raises:
         BudgetError: one cannot be reached; the message says the smallest that can.
-        ConfigError: one retraining for all budgets cannot compare what ``distil`` names.
+        ConfigError: ``distil`` names modules that the model has not, or that one retraining for all budgets cannot
+            compare.
     """
+    if config.distil is not None:
+        check_modules(dense, "model", (*config.distil.features, *config.distil.relations))
     model = copy.deepcopy(dense)
     groups = searched(describe(model, coupled=config.search.coupled), config.search.kinds)
     if config.retraining == TOGETHER:
@@ -120,6 +128,30 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> list[float]:
         counts = {name: len(units) for name, units in complete(anatomy, trial).items()}
         shares.append(total(anatomy, counts).macs / whole)
     return shares
+
+
+def _same_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
+    """Check that what an earlier call left in ``directory`` was made with the same settings, or write them down.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    path, now = directory / SETTINGS, _deciding(plain(config))
+    before = read_json(path) if path.exists() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{directory} was started with {name} {before.get(name)}, now it is {value}; go on with the same "
+                "settings, or give another directory."
+            )
+    if write:
+        atomic_json(path, now)
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of the settings decides what is computed, and not how it is watched or which budgets are asked for."""
+    found = {name: value for name, value in settings.items() if name not in (*FREE_SECTIONS, *FREE_SETTINGS)}
+    return {name: _deciding(value) if isinstance(value, dict) else value for name, value in found.items()}
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:

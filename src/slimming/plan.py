@@ -149,9 +149,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not (self.scarcity >= 0 and math.isfinite(self.scarcity)):
-            raise ConfigError(
-                f"layout.scarcity={self.scarcity}: give a power of 0 (as scored) or more, such as 2."
-            )
+            raise ConfigError(f"layout.scarcity={self.scarcity}: give a power of 0 (as scored) or more, such as 2.")
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"layout.multiple={self.multiple}: give 1 (any size) or more, for example 8.")
 

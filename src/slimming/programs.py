@@ -105,6 +105,8 @@ def _exporting(model: nn.Module, what: str) -> Iterator[None]:
     with quiet(), torch.no_grad():
         try:
             yield
+        except OSError:  # of the disk, and not of the model
+            raise
         except Exception as error:  # the exporter raises whatever it meets
             cause: BaseException = error
             while cause.__cause__ is not None:
@@ -112,5 +114,5 @@ def _exporting(model: nn.Module, what: str) -> Iterator[None]:
             first = (str(cause).strip().splitlines() or [""])[0][:200]
             raise UnsupportedModelError(
                 f"This {type(model).__name__} cannot be {what} ({type(cause).__name__}: {first}). "
-                "Run and measure it with runtime eager."
+                "It runs in PyTorch, and is measured with runtime eager."
             ) from error

@@ -17,7 +17,7 @@ from slimming.errors import CheckpointError, ConfigError, MissingExtraError, Out
 from slimming.families import build_filled
 from slimming.families.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
 from slimming.families.hosts import classes_of
-from slimming.io import atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, check_json, seal
+from slimming.io import atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, seal
 from slimming.masks import attached
 from slimming.plan import FORMAT
 from slimming.report.picture import draw, panels
@@ -65,7 +65,7 @@ def push_to_hub(
     'VisionTransformer'
     """
     if repository is not None:
-        hub.split(repository)
+        hub.check_name(repository)
     elif to is None:
         raise ConfigError("Give the repository, OWNER/NAME, or a directory to write to (to=…, --to DIRECTORY).")
     record = dict(provenance or {})
@@ -77,7 +77,7 @@ def push_to_hub(
         if (place / checkpoint.PROVENANCE).exists():
             record = {**checkpoint.read_provenance(place), **record}
     record.pop("format", None)
-    check_json(record, "provenance")
+    checkpoint.check_provenance(record)
     if to is not None:
         return str(_write(model, Path(to), repository, license, record))
     assert repository is not None
@@ -101,7 +101,7 @@ def _write(
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} is not empty; give another directory, or remove this one first.")
-    dense = build_filled(structure, dense=True)
+    dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
     record = _without_places({**record, "versions": record.get("versions", versions())})
     pictures = panels(anatomy_of(dense), anatomy)
     text = card(

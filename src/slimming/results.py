@@ -52,8 +52,11 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_runtime(self.runtime)
-        if self.runs < 1 or self.seconds <= 0 or any(size < 1 for size in self.batch_sizes):
-            raise ConfigError("bench.runs and bench.batch_sizes must be at least 1, and bench.seconds above 0.")
+        if self.runs < 1 or self.seconds <= 0 or min(self.batch_sizes, default=0) < 1:
+            raise ConfigError(
+                "bench.runs must be at least 1, bench.batch_sizes one number or more of at least 1, and bench.seconds "
+                "above 0."
+            )
 
 
 def versions() -> dict[str, str]:

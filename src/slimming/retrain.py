@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from slimming.api import anatomy_of
-from slimming.errors import ConfigError, UnsupportedModelError
+from slimming.errors import ConfigError, UnsupportedModelError, nearest
 from slimming.groups import Group
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, DistilTask, Task
+from slimming.training.tasks import POOLS, ClassificationTask, DistilTask, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,16 @@ class DistilConfig:
     relations: tuple[str, ...] = ()
     relation_weight: float = 1.0
     relation_heads: int = 12
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"distil.alpha={self.alpha}: give the share of the teacher, 0 to 1.")
+        if not self.temperature > 0:
+            raise ConfigError(f"distil.temperature={self.temperature}: give a number above 0.")
+        if self.pool not in POOLS:
+            raise ConfigError(
+                f"distil.pool is {self.pool!r}; choose one of {', '.join(POOLS)}.{nearest(self.pool, POOLS)}"
+            )
 
 
 def train(
@@ -97,10 +107,12 @@ def task_of(
     """What `train` trains ``model`` for: the labels, the teacher, or the task that was given.
 
     Raises:
-        ConfigError: there are a task and a teacher.
+        ConfigError: there are a task and a teacher, or settings for a teacher that is not there.
     """
     if task is not None and (teacher is not None or distil is not None):
         raise ConfigError("Give a task of your own, or a teacher; the task would not use the teacher.")
+    if teacher is None and distil is not None:
+        raise ConfigError("distil says how to learn from a teacher, and there is none: give the teacher, or no distil.")
     if task is not None or teacher is None:
         return task or ClassificationTask(config.label_smoothing)
     distil = distil or DistilConfig()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from slimming.groups import Anatomy, Group, Slices
 from slimming.inputs import add_up, inputs_of, own_share, precise
 
-_LEAST = 1e-8
-"""Added to second moments as a share of their mean, so that their roots can be inverted."""
+_LEAST, _NOTHING = 1e-6, 1e-30
+"""Second moments along any direction count as at least this share of their mean, which is at least the other: their
+roots can be inverted then, also where the sums have the errors of single precision."""
 
 
 @torch.no_grad()
@@ -90,13 +91,13 @@ def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     a, b = (_root(moments) for moments in (first, second))
     u, s, v = torch.linalg.svd(a.T @ b)
-    least = torch.rsqrt(s.clamp_min(_LEAST * s[0]))[:, None]
+    least = torch.rsqrt(s)[:, None]
     return least * (v @ b.T), least * (u.T @ a.T)
 
 
 def _root(moments: Tensor) -> Tensor:
-    added = _LEAST * moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
-    return torch.linalg.cholesky(moments + added * torch.eye(len(moments), dtype=moments.dtype, device=moments.device))
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors * values.clamp_min(_LEAST * moments.diagonal().mean().clamp_min(_NOTHING)).sqrt()
 
 
 def _moments(

@@ -16,6 +16,8 @@ from slimming.training.config import DataConfig, TrainConfig
 EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
 """Ways from one search to a retrained model for every budget."""
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
+FREE_SECTIONS = ("name", "note", "budgets", "bench")
+"""Settings that may change between two calls in one directory: what is done already does not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)

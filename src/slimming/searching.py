@@ -28,6 +28,7 @@ from slimming.api import (
 )
 from slimming.elimination import eliminated
 from slimming.errors import CheckpointError
+from slimming.family import fill_
 from slimming.groups import Anatomy
 from slimming.io import atomic_json, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
@@ -323,7 +324,7 @@ def load_search(directory: str | Path) -> SearchResult:
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
     try:
-        model.load_state_dict(weights, strict=True, assign=True)
+        fill_(model, weights)
         groups = [rating.anatomy.group(name) for name in values]
         masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
         for name, value in values.items():

@@ -20,7 +20,7 @@ from slimming.training.images import mix
 from slimming.training.tasks import both_heads
 
 AT_ONCE, DRAWS = 8, 2
-"""Images per backward pass, and how often their labels are drawn: more passes make less noise."""
+"""Images per backward pass where labels are drawn, and how often they are: more passes make less noise."""
 
 
 @torch.enable_grad()
@@ -33,7 +33,7 @@ def slopes(
     seed: int = 0,
     after: Plan | None = None,
 ) -> dict[str, Tensor]:
-    """Half the mean square of the log-likelihood's slope along the factor of each unit, over images.
+    """Half the mean square of the log-likelihood's slope along the factor of each unit, over single images.
 
     Args:
         model: plain, in evaluation mode; it stays as it is.
@@ -57,18 +57,19 @@ def slopes(
     squares = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in own.items()}
     like = next(model.parameters())
     count = torch.zeros((), dtype=torch.float64, device=like.device)
+    # Slopes for drawn labels are 0 on average, so the square of their sum over images is the sum of squares.
+    at_once = AT_ONCE if drawn else 1
     parts = [
-        pair for one in batches for pair in zip(one.images.split(AT_ONCE), one.labels.split(AT_ONCE), strict=False)
+        pair for one in batches for pair in zip(one.images.split(at_once), one.labels.split(at_once), strict=False)
     ]
     draws = DRAWS if drawn else 1
-    loss = _log_likelihood if classes_of(model) else _projection
+    loss = _log_likelihood if classes_of(model) > 1 else _projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
         dice = torch.Generator().manual_seed(mix(seed, number))
         output, _ = both_heads(model(images.to(like.device, like.dtype)))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
         for draw in range(draws):
-            # Slopes for drawn labels are 0 on average, so the square of their sum over images is the sum of squares.
             value = loss(output.float(), None if drawn else labels.to(like.device), dice)
             found = torch.autograd.grad(value, list(own.values()), retain_graph=draw + 1 < draws, allow_unused=True)
             for total, slope in zip(squares.values(), found, strict=True):

@@ -17,12 +17,11 @@ from slimming.cli.jobs import differences, document, flatten, from_values
 from slimming.cli.settings import read_yaml
 from slimming.errors import ConfigError, OutputError
 from slimming.io import atomic_write_text, explain, new_directory
+from slimming.run_config import FREE_SECTIONS
 
 CONFIG = "config.yaml"
 FREE = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 """Settings of a training that change how it is watched or how fast it goes, not what it computes."""
-FREE_SECTIONS = ("name", "note", "budgets", "bench")
-"""Settings that may change between two calls in one directory: what is done already does not depend on them."""
 BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
 """Files that may lie in a directory before there is anything to go on from."""
 

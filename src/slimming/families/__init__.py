@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming.errors import CheckpointError
+from slimming.errors import CheckpointError, UnsupportedModelError
 from slimming.family import STRUCTURE, Family
 from slimming.plan import Structure
 
 __all__ = ["STRUCTURE", "Family", "all_families", "build", "build_filled", "family_called", "family_of"]
+
+WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Classes of torch that wrap a model: the attribute that it is."""
 
 
 @cache
@@ -30,7 +38,13 @@ def all_families() -> Mapping[str, Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that reads ``model``; the last one reads what no other does."""
+    """The family that reads ``model``; the last one reads what no other does.
+
+    Raises:
+        UnsupportedModelError: it is a wrapper around a model.
+    """
+    if (inner := WRAPPERS.get(type(model).__name__)) in model._modules:
+        raise UnsupportedModelError(f"This is a {type(model).__name__} around a model: give its attribute {inner}.")
     return next(family for family in all_families().values() if family.reads(model))
 
 

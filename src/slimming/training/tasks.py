@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimming.errors import ConfigError, nearest
+
+POOLS = ("first", "mean")
+"""What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
 
 
 class Task(Protocol):
@@ -135,6 +138,18 @@ class ClassificationTask:
         """Nothing to take over."""
 
 
+def check_modules(model: nn.Module, who: str, names: Iterable[str]) -> None:
+    """Check that ``model``, the teacher or the student, has modules of these names.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
+
+
 class DistilTask:
     """Learning from a teacher's logits beside the labels (Hinton et al. 2015), its features and its relations.
 
@@ -178,8 +193,8 @@ class DistilTask:
             raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
         if temperature <= 0:
             raise ConfigError(f"temperature is {temperature}; it must be above 0.")
-        if pool not in ("first", "mean"):
-            raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, ('first', 'mean'))}")
+        if pool not in POOLS:
+            raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
         if relation_heads < 1:
             raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
         self.teacher = teacher
@@ -198,13 +213,13 @@ class DistilTask:
             ConfigError: one of the models has no module of that name.
         """
         self.teacher.to(device).eval()
-        for who, whole in (("teacher", self.teacher), ("student", model)):
-            modules = dict(whole.named_modules())
-            for name in dict.fromkeys((*self.features, *self.relations)):
-                if name not in modules:
-                    self.stop()
-                    raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
-                self.handles.append(modules[name].register_forward_hook(self._watch(who, name)))
+        names = dict.fromkeys((*self.features, *self.relations))
+        both = {"teacher": self.teacher, "student": model}
+        for who, whole in both.items():
+            check_modules(whole, who, names)
+        for who, whole in both.items():
+            for name in names:
+                self.handles.append(whole.get_submodule(name).register_forward_hook(self._watch(who, name)))
 
     def _watch(self, who: str, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -341,7 +341,7 @@ def _repeat_(found: _Found, model: nn.Module) -> None:
     torch-pruning follows such joins in part or not at all. The guess that blocks of all channels lie behind each other
     is for the proof to confirm.
     """
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     width = 1 + max((root for owned in found.places.values() for root in owned), default=0)
     for ((name, dim), _), owned in found.places.items():
         length = tensors[name].shape[dim] if name in tensors else width
@@ -360,7 +360,8 @@ def _group(found: _Found, model: nn.Module) -> Group | str:
     if len(units) < 2:
         return "they go only all together"
     number = {unit: place for place, unit in enumerate(units)}
-    shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    shapes = {name: tensor.shape for name, tensor in every}
     slices: list[Slices] = []
     for ((tensor, dim), side), owned in found.places.items():
         index: list[set[int]] = [set() for _ in units]

@@ -97,7 +97,7 @@ def masked_output(
     model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], example: Any
 ) -> list[Tensor]:
     """The outputs with what reads dropped units set to 0 and norms over what stays; the model is as before then."""
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     saved: dict[str, Tensor] = {}
     undo: list[Callable[[], None]] = []
     for group in groups:
