@@ -300,3 +300,20 @@ def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
         found = {qk for qk, _ in getattr(attention, "heads", [(each, each)])}
         assert (len(found) > 1) == (heads > 1 and 8 < each < 64), (each, found)
         assert all(0 < qk <= 64 and qk % 8 == 0 for qk in found)
+
+
+def test_a_table_is_of_one_model(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 3}
+    first, other = (timm.create_model("test_vit", **small, num_heads=heads) for heads in (1, 2))
+    table = build_latency_table(first, kinds=["mlp"], path=path, seconds=0.001)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in a file of their own"):
+        build_latency_table(other, kinds=["mlp"], path=path, seconds=0.001)
+    assert path.read_bytes() == before
+    half = len(table.points) // 2
+    mine = LatencyTable(setting=table.setting, points=table.points[:half], reference_ms=2.0)
+    theirs = LatencyTable(setting=table.setting, points=table.points[half:], reference_ms=1.0, calibration=0.9)
+    both = mine.merged(theirs)
+    assert both.points[-1]["ms"] == pytest.approx(2 * table.points[-1]["ms"])  # on a machine that takes twice as long
+    assert (both.calibration, both.reference_ms) == (0.9, 2.0)

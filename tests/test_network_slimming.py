@@ -137,3 +137,17 @@ def test_what_is_collected_sums_over_the_norms_of_a_channel() -> None:
     stem, grown = (next(n for n in masks if n.startswith(start)) for start in ("stem", "one"))
     assert torch.allclose(masks.collected[stem], (change(first) + change(second)[:8]).square(), rtol=1e-4)
     assert torch.allclose(masks.collected[grown], change(second)[8:].square(), rtol=1e-4)
+
+
+def test_taylor_scores_take_the_penalty_out_once_however_many_scales_a_unit_has() -> None:
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    groups = [group for group in slimming.describe(model) if group.kind == "channel"]
+    masks = slimming.attach(model, groups, penalty={"channel": 1.0}, norms=True)
+    masks.penalty().backward()
+    masks.collect()
+    assert all(float(scores.max()) < 1e-12 for scores in masks.scores("taylor").values())
+
+
+def test_no_penalty_is_not_the_default() -> None:
+    masks = slimming.attach(timm.create_model("test_vit", img_size=32), penalty={})
+    assert float(masks.penalty()) == 0

@@ -373,3 +373,16 @@ def test_relations_of_a_cut_model_are_of_the_tokens_that_it_has(
     history = slimming.train(small, data, config, teacher=tiny().eval(), distil=distil)
     told = [line["relations"] for line in history.log if "relations" in line]
     assert 0 < sum(told[-4:]) < 0.8 * sum(told[:4])
+
+
+def test_settings_of_distillation_that_cannot_be_are_refused() -> None:
+    for setting, said in (
+        ({"alpha": 5.0}, r"distil\.alpha=5\.0: give the share"),
+        ({"temperature": 0.0}, r"distil\.temperature=0\.0: give a number above 0"),
+        ({"pool": "frist"}, r"distil\.pool is 'frist'.*Did you mean 'first'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            slimming.DistilConfig(**setting)
+    model: Any = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="there is none: give the teacher"):
+        slimming.train(model, None, distil=slimming.DistilConfig())  # pyright: ignore

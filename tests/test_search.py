@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.errors import ConfigError, DataError
 from slimming.masks import attached
+from slimming.searching import SearchResult, load_search
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data, ImageDataset
 
@@ -248,3 +250,14 @@ def test_settings_of_scores_are_checked() -> None:
         slimming.SearchConfig(images=0)
     assert not slimming.preset("paper").rotate
     assert slimming.preset("paper").score == "mask"
+
+
+def test_a_search_of_a_model_that_asks_for_versions_is_read_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.mnasnet0_5(num_classes=3).eval()
+    masks = slimming.attach(model, [group for group in slimming.describe(model) if group.kind == "channel"][:1])
+    result = SearchResult(model=model, masks=masks, scores=masks.scores("mask"), config=slimming.preset("default"))
+    result.save(tmp_path / "search")
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load_search(tmp_path / "search").model(image), model(image))
