@@ -193,6 +193,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder: Path, tmp_
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_before_anything_changes(
+    folder: Path, tmp_path: Path, clip_grad: float | None, precision: str
+) -> None:
+    data, model = open_tiny(folder), make_model()
+    weight, calls, looks = model.get_parameter("head.weight"), [], []
+
+    def penalty() -> dict[str, Tensor]:
+        calls.append(1)
+        return {"extra": (weight * 0).square().sum().sqrt() if len(calls) == 3 else weight.sum() * 0}
+
+    config = tiny_config(checkpoint_seconds=0.0, clip_grad=clip_grad, precision=precision, ema=None)
+    task = AddPenalty(ClassificationTask(), penalty, lambda: looks.append(1))
+    with pytest.raises(NonFiniteLossError, match=r"^gradient nan at step 3,.*train.parquet row \d+"):
+        fit(model, task, data, config, directory=tmp_path, title=None)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["step"] == len(looks) == 2
+    assert same(saved["model"], model.state_dict())
+
+
 def test_tied_parameters_are_trained_averaged_and_saved_once(folder: Path, tmp_path: Path) -> None:
     model = make_model()
     shared = nn.Parameter(torch.ones(16))

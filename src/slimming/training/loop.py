@@ -89,7 +89,7 @@ def fit(
     Raises:
         ConfigError: settings that do not fit the data, the model or the earlier run; out of memory.
         DataError: too many unreadable images, or a loader that gives something else than images and labels.
-        NonFiniteLossError: the loss is NaN or infinite; the last state stays.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; the last state stays.
         Interrupted: Ctrl-C was pressed; the state was saved first.
         OutputError: ``directory`` holds a run and ``resume`` is off, or it cannot be written.
         CheckpointError: the state is damaged or another model's.
@@ -221,20 +221,24 @@ class _Run:
             keys = list(losses)
             values = torch.stack([losses[key].detach().float().reshape(()).to(accelerator.device) for key in keys])
             sums = sums.to(values.device) + values / config.accumulate
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]).to(sums.device)
+        # A gradient that overflows in fp16 is the scaler's: it leaves out the step and lowers its scale.
+        gradient = torch.zeros_like(norm) if state.scaler.is_enabled() else norm
+        keys, sums = [*keys, "gradient"], torch.cat([sums, gradient.reshape(1)])
         # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
         shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
         *means, asked = shared.tolist()
         if not all(map(math.isfinite, means)):
             self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
-        state.scaler.unscale_(state.optimizer)
         state.task.before_step()
         if config.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, config.clip_grad)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, config.clip_grad, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.averaged is not None:
             state.averaged.update(state.model)
-        return dict(zip(keys, means, strict=True)), asked > 0
+        return dict(zip(keys[:-1], means[:-1], strict=True)), asked > 0
 
     def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
         files = sorted(gather_object(names if here else []))
