@@ -75,7 +75,8 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     if allotment is not None:
         say(allotment.line(asked))
         config = allotment.applied(asked)
-    judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
+    at_once = min(256, config.search.train.at_once, config.retrain.at_once)
+    judge = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     one_shot = _one_shot(dense, config, directory, judge, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)

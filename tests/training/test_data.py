@@ -7,7 +7,9 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimming.errors import ConfigError, DataError, MissingExtraError
+from slimming.training import loop
 from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_pictures
@@ -435,6 +439,20 @@ def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_part_of_a_stream_whose_only_image_is_unreadable_takes_another_of_the_batch() -> None:
+    def epochs(epoch: int) -> list[Record]:
+        images = [encoded(picture(i, i % 3)) for i in range(8)]
+        return [Record(b"broken" if i == 2 else image, i % 3, f"image {i}") for i, image in enumerate(images)]
+
+    stream = StreamDataset(epochs, Reader(SPEC, "light"), 8, 0.2)
+    config = tiny_config(steps=4, batch_size=4, accumulate=4, eval_every=0.0)
+    assert train(Data(stream, stream_of(10, 10), CLASSES), config, None, make_model()).steps == 4
+    assert names(Data(stream, [], CLASSES), Share(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
+    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, Reader(SPEC, "light"), 4, 1.0)
+    with pytest.raises(DataError, match=r"No image of a part of batch 0 could be read: only"):
+        train(Data(broken, [], CLASSES), tiny_config(steps=1, batch_size=4), None, make_model())
+
+
 def test_a_stream_of_unknown_length_needs_steps() -> None:
     data = Data(stream_of(20, None), stream_of(10, None), CLASSES)
     with pytest.raises(ConfigError, match="set steps in place of epochs"):
@@ -460,6 +478,28 @@ def test_own_loaders(tmp_path: Path) -> None:
         train(own_loaders(labels=4), config, None, make_model())
     with pytest.raises(DataError, match=r"must give \(images, labels\)"):
         train(Data([torch.zeros(8, 3, 16, 16)], [], CLASSES), tiny_config(steps=1), None, make_model())
+
+
+def test_what_is_wrong_with_own_loaders_is_said() -> None:
+    images, labels = torch.zeros(6, 3, 16, 16), torch.arange(6) % 3
+    for changes, batch, message in (
+        ({"accumulate": 4}, (images, labels), r"has 6 images, not a multiple of 4;.*drop_last=True"),
+        ({"accumulate": 2, "mixup": 0.2}, (images, labels), r"a part of batch 0 has 3;.*drop_last=True"),
+        ({}, (images, F.one_hot(labels).float()), r"labels of torch.float32; give class numbers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            train(Data([batch], [], CLASSES), tiny_config(steps=1, **changes), None, make_model())
+    with pytest.raises(DataError, match="Validation labels lie outside 0 to 2"):
+        evaluate(make_model(), [(images, labels + 1)])
+
+
+def test_the_speed_counts_the_images_that_a_loader_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    batch = (torch.zeros(6, 3, 16, 16), torch.arange(6) % 3)
+    log = [train(Data([batch], [batch], CLASSES), tiny_config(steps=1, batch_size=size), None, make_model()).log[0]
+           for size in (6, 60)]  # fmt: skip
+    assert log[0]["images_per_second"] == log[1]["images_per_second"]
 
 
 def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

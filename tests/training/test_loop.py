@@ -26,6 +26,7 @@ from slimming.errors import (
     OutputError,
 )
 from slimming.training import state
+from slimming.training.evaluate import evaluate
 from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
 from slimming.training.tasks import AddPenalty, ClassificationTask
@@ -337,6 +338,19 @@ def test_out_of_memory_is_advice(folder: Path) -> None:
             tiny_config(),
             title=None,
         )
+
+
+def test_out_of_memory_in_evaluation_is_advice(folder: Path) -> None:
+    class Full(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ConfigError, match="in evaluation, with 7 images at once: make batch_size smaller"):
+        evaluate(Full(), open_tiny(folder).val, batch_size=7)
 
 
 def test_tensorboard(folder: Path, tmp_path: Path) -> None:
