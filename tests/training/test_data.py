@@ -195,6 +195,33 @@ def test_all_kinds_of_images(kind: str, channels: int) -> None:
         assert tensor.max() - tensor.min() > 0.3  # 16 bits are scaled, not clipped to white
 
 
+def test_deep_images_are_scaled_by_their_kind() -> None:
+    def middle(values: np.ndarray, kind: str) -> int:
+        return decode(encoded(Image.fromarray(values), kind), 1, 64).getpixel((0, 0))  # type: ignore[return-value]
+
+    assert middle(np.full((4, 4), 200, np.uint16), "PNG") == 0  # dark, whatever its own highest value is
+    assert middle(np.full((4, 4), 32896, np.uint16), "PNG") == 128
+    assert middle(np.full((4, 4), 0.5, np.float32), "TIFF") == 127
+    assert middle(np.full((4, 4), 127.0, np.float32), "TIFF") == 127
+
+
+def test_a_class_number_wins_over_metadata(tmp_path: Path) -> None:
+    entries = tar_entries(12)
+    first = {"00001.json": b'{"label": 0, "width": 20}'}
+    write_tar(tmp_path / "train.tar", {**first, **entries, "00003.json": b'{"width": 20}'})
+    write_tar(tmp_path / "val.tar", tar_entries(6, first=50))
+    data = open_tiny(tmp_path)
+    assert isinstance(data.train, ImageDataset)
+    assert sorted(data.train.labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_a_class_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    root = folders(tmp_path)
+    (root / "train" / "dark").rename(root / "train" / "d\udcffrk")
+    with pytest.raises(DataError, match=r"is not UTF-8; rename this folder"):
+        open_tiny(root)
+
+
 def test_exif_rotation() -> None:
     image = Image.new("RGB", (40, 20))
     exif = Image.Exif()
@@ -523,6 +550,12 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(stream, tiny_config(steps=3), None, make_model()).metrics["images"] == 4
     with pytest.raises(DataError, match="Did you mean 'label'"):
         open_data(DataConfig(source="hf:tiny", label_key="lable"), SPEC)
+    text = datasets.Dataset.from_list([{"image": {"bytes": b"", "path": None}, "label": "dark"}] * 3)
+    named = datasets.DatasetDict({"train": text, "test": text})
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda name, streaming: named)
+        with pytest.raises(DataError, match="does not hold whole numbers without gaps; set label_key"):
+            open_data(DataConfig(source="hf:tiny"), SPEC)
     with pytest.raises(DataError, match="has the splits 'train', 'test'"):
         open_data(DataConfig(source="hf:tiny", val="dev"), SPEC)
     monkeypatch.setitem(sys.modules, "datasets", None)

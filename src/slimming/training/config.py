@@ -10,6 +10,8 @@ from slimming.errors import ConfigError, nearest
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
+# Settings that change how a run is watched or how fast it goes, not what it computes.
+FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
