@@ -49,7 +49,7 @@ def main() -> None:
     train = slimming.TrainConfig(steps=settings.steps, batch_size=32, lr=3e-4, workers=1)
     search = slimming.SearchConfig(train=train)
 
-    matching = slimming.MatchTask(dense)
+    matching = slimming.MatchTask(dense, slimming.calibration_images(plain))
     result = slimming.search(copy.deepcopy(dense), data, search, task=matching)
     rows = [{"model": "dense", "macs": 1.0, "neighbours": neighbours(dense, plain)}]
     whole = slimming.cost(dense)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import slimming
+from slimming.errors import ConfigError
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
 
@@ -64,3 +66,14 @@ def test_before_step_is_the_penalty_in_the_loss() -> None:
     for name, gradient in wanted.items():
         torch.testing.assert_close(masks[name].grad, gradient)
         torch.testing.assert_close(masks.scores("taylor")[name], scores[name])
+
+
+def test_fp16_without_clipping_is_refused() -> None:
+    from slimming.training.hf_trainer import SearchCallback
+
+    callback = SearchCallback(SimpleNamespace(before_step=lambda: None))
+    for clip in (0, 0.0, None):
+        with pytest.raises(ConfigError, match="set max_grad_norm"):
+            callback.on_train_begin(SimpleNamespace(fp16=True, max_grad_norm=clip), None, None)
+    callback.on_train_begin(SimpleNamespace(fp16=True, max_grad_norm=1.0), None, None)
+    callback.on_train_begin(SimpleNamespace(fp16=False, max_grad_norm=0), None, None)

@@ -159,6 +159,26 @@ def test_taylor_scores_average_squares_and_restart_exactly() -> None:
     assert distance(masks.scores()["blocks.0.mlp.hidden"], average.sqrt()) < 1e-5
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_taylor_scores_pass_over_gradients_that_are_not_finite(bad: float) -> None:
+    """fp16 overflows in its first steps, before its scale is found, and now and then later."""
+    model = BY_ID["plain"].make()
+    masks = slimming.attach(model, groups_of(model, "mlp"), penalty={"mlp": 0.0})
+    mask, squares = masks["blocks.0.mlp.hidden"], []
+    for seed, broken in enumerate((True, False, True, False)):
+        model.zero_grad()
+        loss_of(model, image(model, seed=seed)).backward()
+        assert mask.grad is not None
+        if broken:
+            mask.grad[1] = bad
+        else:
+            squares.append(mask.grad.square())
+        masks.collect()
+    assert int(masks.collected["steps"]) == 2
+    wanted = (0.99 * squares[0] + 0.01 * squares[1]).sqrt()
+    assert distance(masks.scores()["blocks.0.mlp.hidden"], wanted) < 1e-5
+
+
 def test_contribution_and_mask_scores_by_hand() -> None:
     model: Any = BY_ID["plain"].make().float()
     masks = slimming.attach(model, groups_of(model, "qk", "v", "mlp"))

@@ -9,7 +9,7 @@
      ├── DataError               data that is missing, empty, unreadable or inconsistent
      ├── OutputError             an output place that is occupied, not writable or full
      ├── ParityError             an exported file does not say what the model says
-     ├── NonFiniteLossError      training met a loss that is NaN or infinite
+     ├── NonFiniteLossError      training met a loss or a gradient that is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
      └── Interrupted             training was stopped by the user, after its state was saved
 
@@ -59,7 +59,7 @@ class ParityError(SlimmingError):
 
 
 class NonFiniteLossError(SlimmingError):
-    """Training met a loss that is NaN or infinite."""
+    """Training met a loss or a gradient that is NaN or infinite."""
 
 
 class MissingExtraError(SlimmingError):

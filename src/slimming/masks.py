@@ -130,16 +130,24 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
         Keeps an average of (factor x gradient of the task loss)^2: the first-order estimate of what cutting
         the unit would change (Molchanov et al., CVPR 2019, eq. 8). The penalty's own gradient is taken out.
+        A gradient that is not finite, as fp16 gives now and then, is passed over.
         """
-        # The first value as it is, then a moving average; in place, so that checkpoints see it.
-        share = 1.0 if self.collected["steps"] == 0 else 1 - _DECAY
+        squares: dict[str, Tensor] = {}
         for kind in dict.fromkeys(group.kind for group in self.groups):
             groups = self.of_kind(kind)
             weight = self.penalty_weights.get(kind, 0.0)
             weight /= 1 if self.penalty_sum else sum(group.size for group in groups)
-            for name, square in {**self._squares(groups, weight), **self._norm_squares(groups, weight)}.items():
-                self.collected[name] = self.collected[name].to(square.device).lerp_(square, share)
-        self.collected["steps"] += 1
+            squares |= {**self._squares(groups, weight), **self._norm_squares(groups, weight)}
+        if not squares:
+            return
+        finite = torch.cat(list(squares.values())).isfinite().all()
+        # The first value as it is, then a moving average; in place, so that checkpoints see it. All on the device.
+        steps = self.collected["steps"] = self.collected["steps"].to(finite.device)
+        share = finite * torch.where(steps == 0, 1.0, 1 - _DECAY)
+        for name, square in squares.items():
+            usable = square.nan_to_num(0.0, 0.0, 0.0)
+            self.collected[name] = self.collected[name].to(square.device).lerp_(usable, share)
+        steps += finite
 
     def _squares(self, groups: Sequence[Group], weight: float) -> dict[str, Tensor]:
         """(factor x gradient of the task loss)^2 per unit, for the masks of one kind that are parameters."""

@@ -33,13 +33,12 @@ from slimming.run_config import FREE_SECTIONS, TOGETHER, RunConfig
 from slimming.searching import RECORD, SearchResult, load_search, search
 from slimming.slimmable import check_tokens
 from slimming.training.batches import calibration_images, steps_per_epoch
-from slimming.training.config import TrainConfig
+from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.evaluate import evaluate
 from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
 from slimming.training.processes import processes
 from slimming.training.samples import Data, ImageDataset
-from slimming.training.state import FREE_SETTINGS
 from slimming.training.tasks import check_modules
 
 SETTINGS = "settings.json"
@@ -79,7 +78,8 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     if allotment is not None:
         say(allotment.line(asked))
         config = allotment.applied(asked)
-    judge = partial(evaluate, images=data.val, batch_size=256, workers=config.retrain.workers)
+    at_once = min(256, config.search.train.at_once, config.retrain.at_once)
+    judge = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     _same_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, judge, say)

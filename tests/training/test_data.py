@@ -7,7 +7,9 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimming.errors import ConfigError, DataError, MissingExtraError
+from slimming.training import loop
 from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_pictures
@@ -189,6 +193,33 @@ def test_all_kinds_of_images(kind: str, channels: int) -> None:
         assert 0 <= tensor.min() <= tensor.max() <= 1.0 + 1e-6
     if kind == "deep":
         assert tensor.max() - tensor.min() > 0.3  # 16 bits are scaled, not clipped to white
+
+
+def test_deep_images_are_scaled_by_their_kind() -> None:
+    def middle(values: np.ndarray, kind: str) -> int:
+        return decode(encoded(Image.fromarray(values), kind), 1, 64).getpixel((0, 0))  # type: ignore[return-value]
+
+    assert middle(np.full((4, 4), 200, np.uint16), "PNG") == 0  # dark, whatever its own highest value is
+    assert middle(np.full((4, 4), 32896, np.uint16), "PNG") == 128
+    assert middle(np.full((4, 4), 0.5, np.float32), "TIFF") == 127
+    assert middle(np.full((4, 4), 127.0, np.float32), "TIFF") == 127
+
+
+def test_a_class_number_wins_over_metadata(tmp_path: Path) -> None:
+    entries = tar_entries(12)
+    first = {"00001.json": b'{"label": 0, "width": 20}'}
+    write_tar(tmp_path / "train.tar", {**first, **entries, "00003.json": b'{"width": 20}'})
+    write_tar(tmp_path / "val.tar", tar_entries(6, first=50))
+    data = open_tiny(tmp_path)
+    assert isinstance(data.train, ImageDataset)
+    assert sorted(data.train.labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_a_class_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    root = folders(tmp_path)
+    (root / "train" / "dark").rename(root / "train" / "d\udcffrk")
+    with pytest.raises(DataError, match=r"is not UTF-8; rename this folder"):
+        open_tiny(root)
 
 
 def test_exif_rotation() -> None:
@@ -435,6 +466,20 @@ def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_part_of_a_stream_whose_only_image_is_unreadable_takes_another_of_the_batch() -> None:
+    def epochs(epoch: int) -> list[Record]:
+        images = [encoded(picture(i, i % 3)) for i in range(8)]
+        return [Record(b"broken" if i == 2 else image, i % 3, f"image {i}") for i, image in enumerate(images)]
+
+    stream = StreamDataset(epochs, Reader(SPEC, "light"), 8, 0.2)
+    config = tiny_config(steps=4, batch_size=4, accumulate=4, eval_every=0.0)
+    assert train(Data(stream, stream_of(10, 10), CLASSES), config, None, make_model()).steps == 4
+    assert names(Data(stream, [], CLASSES), Share(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
+    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, Reader(SPEC, "light"), 4, 1.0)
+    with pytest.raises(DataError, match=r"No image of a part of batch 0 could be read: only"):
+        train(Data(broken, [], CLASSES), tiny_config(steps=1, batch_size=4), None, make_model())
+
+
 def test_a_stream_of_unknown_length_needs_steps() -> None:
     data = Data(stream_of(20, None), stream_of(10, None), CLASSES)
     with pytest.raises(ConfigError, match="set steps in place of epochs"):
@@ -462,6 +507,28 @@ def test_own_loaders(tmp_path: Path) -> None:
         train(Data([torch.zeros(8, 3, 16, 16)], [], CLASSES), tiny_config(steps=1), None, make_model())
 
 
+def test_what_is_wrong_with_own_loaders_is_said() -> None:
+    images, labels = torch.zeros(6, 3, 16, 16), torch.arange(6) % 3
+    for changes, batch, message in (
+        ({"accumulate": 4}, (images, labels), r"has 6 images, not a multiple of 4;.*drop_last=True"),
+        ({"accumulate": 2, "mixup": 0.2}, (images, labels), r"a part of batch 0 has 3;.*drop_last=True"),
+        ({}, (images, F.one_hot(labels).float()), r"labels of torch.float32; give class numbers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            train(Data([batch], [], CLASSES), tiny_config(steps=1, **changes), None, make_model())
+    with pytest.raises(DataError, match="Validation labels lie outside 0 to 2"):
+        evaluate(make_model(), [(images, labels + 1)])
+
+
+def test_the_speed_counts_the_images_that_a_loader_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    batch = (torch.zeros(6, 3, 16, 16), torch.arange(6) % 3)
+    log = [train(Data([batch], [batch], CLASSES), tiny_config(steps=1, batch_size=size), None, make_model()).log[0]
+           for size in (6, 60)]  # fmt: skip
+    assert log[0]["images_per_second"] == log[1]["images_per_second"]
+
+
 def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
@@ -483,6 +550,12 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(stream, tiny_config(steps=3), None, make_model()).metrics["images"] == 4
     with pytest.raises(DataError, match="Did you mean 'label'"):
         open_data(DataConfig(source="hf:tiny", label_key="lable"), SPEC)
+    text = datasets.Dataset.from_list([{"image": {"bytes": b"", "path": None}, "label": "dark"}] * 3)
+    named = datasets.DatasetDict({"train": text, "test": text})
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda name, streaming: named)
+        with pytest.raises(DataError, match="does not hold whole numbers without gaps; set label_key"):
+            open_data(DataConfig(source="hf:tiny"), SPEC)
     with pytest.raises(DataError, match="has the splits 'train', 'test'"):
         open_data(DataConfig(source="hf:tiny", val="dev"), SPEC)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -26,6 +26,7 @@ from slimming.errors import (
     OutputError,
 )
 from slimming.training import state
+from slimming.training.evaluate import evaluate
 from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
 from slimming.training.tasks import AddPenalty, ClassificationTask
@@ -193,6 +194,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder: Path, tmp_
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_before_anything_changes(
+    folder: Path, tmp_path: Path, clip_grad: float | None, precision: str
+) -> None:
+    data, model = open_tiny(folder), make_model()
+    weight, calls, looks = model.get_parameter("head.weight"), [], []
+
+    def penalty() -> dict[str, Tensor]:
+        calls.append(1)
+        return {"extra": (weight * 0).square().sum().sqrt() if len(calls) == 3 else weight.sum() * 0}
+
+    config = tiny_config(checkpoint_seconds=0.0, clip_grad=clip_grad, precision=precision, ema=None)
+    task = AddPenalty(ClassificationTask(), penalty, lambda: looks.append(1))
+    with pytest.raises(NonFiniteLossError, match=r"^gradient nan at step 3,.*train.parquet row \d+"):
+        fit(model, task, data, config, directory=tmp_path, title=None)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["step"] == len(looks) == 2
+    assert same(saved["model"], model.state_dict())
+
+
 def test_tied_parameters_are_trained_averaged_and_saved_once(folder: Path, tmp_path: Path) -> None:
     model = make_model()
     shared = nn.Parameter(torch.ones(16))
@@ -316,6 +338,19 @@ def test_out_of_memory_is_advice(folder: Path) -> None:
             tiny_config(),
             title=None,
         )
+
+
+def test_out_of_memory_in_evaluation_is_advice(folder: Path) -> None:
+    class Full(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ConfigError, match="in evaluation, with 7 images at once: make batch_size smaller"):
+        evaluate(Full(), open_tiny(folder).val, batch_size=7)
 
 
 def test_tensorboard(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, relation_error
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, MatchTask, relation_error
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
@@ -137,6 +137,19 @@ def test_a_distilled_run_does_not_change_the_teacher(tmp_path: Path) -> None:
     assert {"labels", "teacher", "features"} <= history.log[0].keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_matching_does_not_depend_on_how_a_batch_is_split() -> None:
+    teacher, student = make_model(1, num_classes=0).eval(), make_model(2, num_classes=0).eval()
+    shown = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    task = MatchTask(teacher, [shown[:4], shown[4:]])
+    whole = task.loss(student, shown, LABELS)["loss"]
+    parts = [task.loss(student, part, LABELS)["loss"] for part in shown.split(1)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    mean = teacher(shown).mean(0).detach()
+    torch.testing.assert_close(task.loss(Fixed(mean.expand(6, -1)), shown, LABELS)["loss"].item(), 1.0)
+    with pytest.raises(ConfigError, match="two or more that differ"):
+        MatchTask(teacher, [shown[:1]])
 
 
 def test_mixup() -> None:

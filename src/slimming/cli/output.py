@@ -18,10 +18,9 @@ from slimming.cli.settings import read_yaml
 from slimming.errors import ConfigError, OutputError
 from slimming.io import atomic_write_text, explain, new_directory
 from slimming.run_config import FREE_SECTIONS
+from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
-FREE = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
-"""Settings of a training that change how it is watched or how fast it goes, not what it computes."""
 BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
 """Files that may lie in a directory before there is anything to go on from."""
 
@@ -113,7 +112,7 @@ def same_settings(directory: Path, job: Any, command: str) -> None:
         ) from error
     earlier, now = flatten(document(before)), flatten(document(job))
     for name in sorted(earlier.keys() | now.keys()):
-        free = name.partition(".")[0] in FREE_SECTIONS or name.rpartition(".")[2] in FREE
+        free = name.partition(".")[0] in FREE_SECTIONS or name.rpartition(".")[2] in FREE_SETTINGS
         if not free and earlier.get(name) != now.get(name):
             raise ConfigError(
                 f"{directory} was started with {name} {earlier.get(name)}, now it is {now.get(name)}; go on with "
@@ -132,7 +131,7 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
     results = read_json(target)
     settings = flatten(json.loads(json.dumps(plain(job))))
     stored = flatten(results["settings"])
-    names = {name for name in settings.keys() | stored.keys() if name.rpartition(".")[2] not in FREE}
+    names = {name for name in settings.keys() | stored.keys() if name.rpartition(".")[2] not in FREE_SETTINGS}
     return results if all(settings.get(name, 0) == stored.get(name, 0) for name in names) else None
 
 

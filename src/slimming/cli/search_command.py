@@ -44,7 +44,9 @@ def execute(arguments: argparse.Namespace) -> None:
         model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
         for note in replaced:
             say(note)
-        judge = partial(evaluate, images=data.val, batch_size=256, workers=job.search.train.workers)
+        judge = partial(
+            evaluate, images=data.val, batch_size=min(256, job.search.train.at_once), workers=job.search.train.workers
+        )
         result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
         if is_main():
             result.save(directory)

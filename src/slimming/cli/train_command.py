@@ -50,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> None:
         teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
         if teacher is not None:
             _fits(teacher, model, job.teacher)
-        judge = partial(evaluate, images=data.val, batch_size=256, workers=job.train.workers)
+        judge = partial(evaluate, images=data.val, batch_size=min(256, job.train.at_once), workers=job.train.workers)
         history = train(
             model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
         )

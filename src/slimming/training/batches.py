@@ -48,16 +48,19 @@ class Share:
     def __post_init__(self) -> None:
         if self.batch_size % (self.world * self.accumulate):
             raise ConfigError(
-                f"batch_size {self.batch_size} cannot be cut into {self.world} process(es) times "
-                f"{self.accumulate} "
+                f"batch_size {self.batch_size} cannot be cut into {self.world} process(es) times {self.accumulate} "
                 f"accumulated parts; make it a multiple of {self.world * self.accumulate}."
             )
 
+    @property
+    def size(self) -> int:
+        """Images of one part."""
+        return self.batch_size // (self.world * self.accumulate)
+
     def part(self, micro: int) -> slice:
         """Return the places of part ``micro`` of this process within the global batch."""
-        size = self.batch_size // (self.world * self.accumulate)
-        first = (self.rank * self.accumulate + micro) * size
-        return slice(first, first + size)
+        first = (self.rank * self.accumulate + micro) * self.size
+        return slice(first, first + self.size)
 
 
 def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: int) -> int | None:
@@ -201,7 +204,18 @@ class _Streamed:
             step, micro = divmod(number, self.share.accumulate)
             while at < step:
                 at, batch = at + 1, next(batches)
-            yield _collate(self.dataset, batch[self.share.part(micro)], whole=True)
+            part = _collate(self.dataset, batch[self.share.part(micro)], whole=True)
+            yield part if part.names else self._one_of(batch, part)
+
+    def _one_of(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
+        """The first image of the batch that can be read, for a part that has none."""
+        for record in batch:
+            found = _collate(self.dataset, [record], whole=False)
+            if found.names:
+                images = found.images.expand(self.share.size, -1, -1, -1)
+                names, labels = found.names * self.share.size, found.labels.expand(self.share.size)
+                return Batch(images, labels, names, part.unreadable)
+        return part
 
     def _global_batches(self) -> Iterator[list[tuple[Any, int, int]]]:
         for epoch in count():
@@ -322,7 +336,10 @@ def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Bat
     images, labels, names, _ = _own_batch(item, step)
     parts = share.world * share.accumulate
     if len(images) % parts:
-        raise DataError(f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}.")
+        raise DataError(
+            f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}; if it is a "
+            "smaller last batch, make the loader with drop_last=True."
+        )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
     mine = Share(len(images), share.accumulate, share.rank, share.world)
@@ -337,4 +354,9 @@ def _own_batch(item: Any, number: int) -> Batch:
     names = (
         tuple(map(str, item[2])) if len(item) > 2 else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
     )
+    if item[1].is_floating_point():
+        raise DataError(
+            f"Batch {number} of a loader has labels of {item[1].dtype}; give class numbers. Soft labels are made by "
+            "mixup, cutmix and label_smoothing."
+        )
     return Batch(item[0], item[1].long(), names)

@@ -10,6 +10,8 @@ from slimming.errors import ConfigError, nearest
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
+# Settings that change how a run is watched or how fast it goes, not what it computes.
+FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,11 @@ class TrainConfig:
                 f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs:g} epochs; leave some epochs after warm-up."
             )
 
+    @property
+    def at_once(self) -> int:
+        """Images that the model takes at once, of one process: what memory must be enough for."""
+        return max(1, self.batch_size // self.accumulate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -109,8 +116,8 @@ class DataConfig:
         stream: read ``hf:`` data as a stream instead of downloading it first.
         augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
             90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
-        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. Models of transformers keep
-            theirs in a processor, not in the model, and get ImageNet's unless it is given here.
+        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. `transformers:NAME`
+            reads them from the processor; a model of transformers that is passed in keeps none and gets ImageNet's.
         std: standard deviation by channel, likewise.
     """
 

@@ -38,7 +38,7 @@ def evaluate(
         precision: autocast, as in `TrainConfig`.
 
     Raises:
-        DataError: more images are unreadable than the data allows, or none is left.
+        DataError: more images are unreadable than the data allows, none is left, or a label is none of the model's.
         ConfigError: out of memory.
 
     >>> import timm, slimming
@@ -55,13 +55,16 @@ def evaluate(
     unreadable = UnreadableCount.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
-    with in_evaluation(model), torch.no_grad(), memory_errors(batch_size), autocast(place, precision):
+    advice = f"in evaluation, with {batch_size} images at once: make batch_size smaller, or accumulate in a run larger"
+    with in_evaluation(model), torch.no_grad(), memory_errors(advice), autocast(place, precision):
         for batch in validation_batches(images, batch_size, rank, world, workers):
             unreadable.add(batch.unreadable)
             if not len(batch.labels):
                 continue
             labels = batch.labels.to(place)
             logits = both_heads(model(batch.images.to(place)))[0].float()
+            if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
+                raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)

@@ -55,8 +55,8 @@ def stop_on_request() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory into advice.
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn a lack of memory into ``advice``, which follows on "Out of memory".
 
     Raises:
         ConfigError: the block ran out of memory.
@@ -67,8 +67,4 @@ def memory_errors(batch_size: int) -> Iterator[None]:
         lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not lacking:
             raise
-        raise ConfigError(
-            f"Out of memory at batch_size {batch_size}: make it smaller, or set accumulate to 2 or more, "
-            "which splits "
-            "each training batch without changing its gradient."
-        ) from error
+        raise ConfigError(f"Out of memory {advice}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from slimming.errors import MissingExtraError
+from slimming.errors import ConfigError, MissingExtraError
 
 try:
     from transformers import TrainerCallback
@@ -28,6 +28,18 @@ class SearchCallback(TrainerCallback):
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what the masks cannot work with.
+
+        Raises:
+            ConfigError: fp16 without clipping, where the Trainer never unscales the gradients.
+        """
+        if args.fp16 and not args.max_grad_norm:
+            raise ConfigError(
+                "With fp16 and without clipping the Trainer leaves gradients scaled, and the masks would learn from "
+                "those: set max_grad_norm (its default is 1.0; a large one clips nothing), or bf16 in place of fp16."
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the gradients of the loss are there (and clipped), before the optimiser's step."""

@@ -31,7 +31,10 @@ class HubSource:
 
     def __init__(self, split: Any, image_key: str, label_key: str, where: str) -> None:
         self.split, self.image_key, self.where = split, image_key, where
-        self.labels = np.asarray(split[label_key], dtype=np.int64)
+        labels = np.asarray(split[label_key])
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"Column {label_key!r} of {where} does not hold whole numbers without gaps; set label_key.")
+        self.labels = labels.astype(np.int64)
         self.classes = class_names(split, label_key)
 
     def read(self, index: int) -> Record:

@@ -32,9 +32,8 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if self.input_size[0] not in (1, 3):
             raise DataError(
-                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or 3 "
-                "(RGB). "
-                "Pass DataLoaders of your own for others."
+                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or "
+                "3 (RGB). Pass DataLoaders of your own for others."
             )
 
     @staticmethod
@@ -93,9 +92,12 @@ def _open(data: bytes | Path) -> Image.Image:
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits per pixel: Pillow would clip at 255
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max(initial=0.0) > 255 else 1.0
-        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+        values, highest = np.asarray(image, dtype=np.float64), 255.0
+        if image.mode.startswith("I;16") or values.max(initial=0.0) > 255:
+            highest = 65535.0
+        elif image.mode == "F" and values.max(initial=0.0) <= 1:
+            highest = 1.0
+        image = Image.fromarray((values * (255 / highest)).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from slimming.errors import ConfigError, Interrupted, NonFiniteLossError, OutputError
+from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluate import autocast
@@ -34,6 +34,11 @@ from slimming.training.processes import no_accelerator
 from slimming.training.samples import Data, UnreadableCount
 from slimming.training.state import STATE_FILE, RunState
 from slimming.training.tasks import Task
+
+ADVICE = (
+    "at batch_size {}: make it smaller, or set accumulate to 2 or more, which splits each training batch without "
+    "changing its gradient"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def fit(
     Raises:
         ConfigError: settings that do not fit the data, the model or the earlier run; out of memory.
         DataError: too many unreadable images, or a loader that gives something else than images and labels.
-        NonFiniteLossError: the loss is NaN or infinite; the last state stays.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; the last state stays.
         Interrupted: Ctrl-C was pressed; the state was saved first.
         OutputError: ``directory`` holds a run and ``resume`` is off, or it cannot be written.
         CheckpointError: the state is damaged or another model's.
@@ -100,7 +105,7 @@ def fit(
     accelerator = Accelerator(
         cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with restored_randomness(), stop_on_request() as stop, memory_errors(config.batch_size):
+    with restored_randomness(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
         run = _Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
@@ -181,10 +186,11 @@ class _Run:
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.unreadable = UnreadableCount.of(data.train)
         self.saved_at = time.monotonic()
+        self.images = 0  # of all processes, since the last line of the log
 
     def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Make the remaining steps; after each yield its log line, and ``"stop"``: Ctrl-C was pressed."""
-        state, since, last = self.state, self.state.step, time.monotonic()
+        state, last = self.state, time.monotonic()
         batches = train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers)
         while state.step < self.total:
             self.schedule.step_update(state.step)
@@ -194,9 +200,9 @@ class _Run:
             line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
             if state.step % self.config.log_every == 0 or state.step == self.total:
                 now = time.monotonic()
-                line["images_per_second"] = (state.step - since) * self.config.batch_size / max(now - last, 1e-9)
+                line["images_per_second"] = self.images / max(now - last, 1e-9)
                 log.write(line)
-                since, last = state.step, now
+                self.images, last = 0, now
             yield {**line, "stop": asked}
             self.prepared.train()
 
@@ -210,8 +216,18 @@ class _Run:
             batch = next(batches)
             self.unreadable.add(batch.unreadable)
             names += batch.names
+            if not len(batch.images):
+                raise DataError(
+                    f"No image of a part of batch {state.step} could be read: {', '.join(batch.unreadable)}."
+                )
+            self.images += len(batch.images) * accelerator.num_processes
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
             if self.mixup is not None:
+                if len(images) % 2:
+                    raise DataError(
+                        f"mixup and cutmix pair images, but a part of batch {state.step} has {len(images)}; make the "
+                        "loader's batches even, and with drop_last=True."
+                    )
                 images, labels = self.mixup(images, labels)
             last = micro == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.prepared):
@@ -221,20 +237,24 @@ class _Run:
             keys = list(losses)
             values = torch.stack([losses[key].detach().float().reshape(()).to(accelerator.device) for key in keys])
             sums = sums.to(values.device) + values / config.accumulate
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]).to(sums.device)
+        # A gradient that overflows in fp16 is the scaler's: it leaves out the step and lowers its scale.
+        gradient = torch.zeros_like(norm) if state.scaler.is_enabled() else norm
+        keys, sums = [*keys, "gradient"], torch.cat([sums, gradient.reshape(1)])
         # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
         shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
         *means, asked = shared.tolist()
         if not all(map(math.isfinite, means)):
             self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
-        state.scaler.unscale_(state.optimizer)
         state.task.before_step()
         if config.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, config.clip_grad)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, config.clip_grad, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.averaged is not None:
             state.averaged.update(state.model)
-        return dict(zip(keys, means, strict=True)), asked > 0
+        return dict(zip(keys[:-1], means[:-1], strict=True)), asked > 0
 
     def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
         files = sorted(gather_object(names if here else []))

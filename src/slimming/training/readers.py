@@ -46,6 +46,9 @@ class FolderSource:
         if not folders:
             raise DataError(f"{root} holds no class folders, .parquet files or .tar shards; give a folder that does.")
         self.classes = tuple(folder.name for folder in folders)
+        for name in self.classes:
+            if name != name.encode("utf-8", "replace").decode():
+                raise DataError(f"The name of the class folder {name!a} in {root} is not UTF-8; rename this folder.")
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
@@ -112,8 +115,7 @@ class ParquetSource:
         labels = [np.zeros(len(t), np.int64) if label_key is None else t[label_key].to_numpy() for t in tables]
         if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
             raise DataError(
-                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without "
-                "gaps; "
+                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without gaps; "
                 "set label_key."
             )
         self.images = images
@@ -140,9 +142,8 @@ def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -
     for key in wanted:
         if key not in names:
             raise DataError(
-                f"{file} has no column {key!r}, only {', '.join(map(repr, names))}; set image_key and "
-                "label_key."
-                f"{nearest(key, names)}"
+                f"{file} has no column {key!r}, only {', '.join(map(repr, names))}; "
+                f"set image_key and label_key.{nearest(key, names)}"
             )
 
 
@@ -205,6 +206,7 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
     """
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
+    metadata: dict[str, bytes] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
@@ -217,7 +219,13 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
                     images[key] = _Member(number, entry.offset_data, entry.size, entry.name)
                 elif extension in ("cls", "json"):
                     content = tar.extractfile(entry)
-                    labels[key] = _tar_label(extension, content.read() if content else b"")
+                    found = content.read() if content else b""
+                    if extension == "cls":
+                        labels[key] = int(found)
+                    else:
+                        metadata[key] = found
+        for key in metadata.keys() - labels.keys():  # beside a .cls the JSON may say anything
+            labels[key] = int(json.loads(metadata[key])["label"])
         if shard.stat().st_size < max((m.offset + m.size for m in images.values()), default=0):
             raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
@@ -229,7 +237,3 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
     if not images:
         raise DataError(f"{shard} holds no samples of an image with a .cls or .json label.")
     return [(member, labels[key]) for key, member in images.items()]
-
-
-def _tar_label(extension: str, content: bytes) -> int:
-    return int(content) if extension == "cls" else int(json.loads(content)["label"])

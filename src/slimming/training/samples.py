@@ -170,8 +170,7 @@ class UnreadableCount:
         if len(self.names) > self.limit:
             of = "" if self.total is None else f" of {self.total}"
             raise DataError(
-                f"{len(self.names)}{of} images could not be read, more than the {self.limit} that "
-                "max_unreadable "
+                f"{len(self.names)}{of} images could not be read, more than the {self.limit} that max_unreadable "
                 f"allows; the last: {sorted(names)[-1]}. Repair or remove them, or raise max_unreadable."
             )
 

@@ -12,14 +12,12 @@ from torch import nn
 
 from slimming.errors import CheckpointError, ConfigError
 from slimming.io import atomic_file
-from slimming.training.config import TrainConfig
+from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.optimisation import AveragedModel
 from slimming.training.tasks import Task
 
 FORMAT = 1
 STATE_FILE = "state.pt"
-# Settings that change how a run is watched or how fast it goes, not what it computes.
-FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass
@@ -75,9 +73,8 @@ class RunState:
                 self.averaged.module.load_state_dict(content["averaged"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} belongs to another model or task ({str(error).splitlines()[0]}); give another "
-                "directory to "
-                "start anew."
+                f"{path} belongs to another model or task ({str(error).splitlines()[0]}); "
+                "give another directory to start anew."
             ) from error
         self.step = int(content["step"])
 
@@ -91,9 +88,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no state of a run; remove it to start anew.")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this version of slimming reads {FORMAT}; use the "
-            "version that "
-            "wrote it."
+            f"{path} has format {content['format']}, this version of slimming reads {FORMAT}; "
+            "use the version that wrote it."
         )
     return content
 
@@ -104,7 +100,6 @@ def _same_settings(path: Path, stored: dict[str, Any], config: TrainConfig, tota
         if name not in FREE_SETTINGS and stored.get(name) != value:
             what = "the number of steps" if name == "total" else name
             raise ConfigError(
-                f"The run in {path.parent} was started with {what} {stored.get(name)}, now it is {value}; go "
-                "on with "
-                "the same settings, or give another directory."
+                f"The run in {path.parent} was started with {what} {stored.get(name)}, now it is {value}; "
+                "go on with the same settings, or give another directory."
             )

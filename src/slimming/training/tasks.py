@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimming.errors import ConfigError, nearest
+from slimming.modes import in_evaluation
 
 POOLS = ("first", "mean")
 """What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
@@ -308,16 +309,26 @@ class DistilTask:
 class MatchTask(ClassificationTask):
     """Giving what another model gives, without labels: the mean squared error of the outputs.
 
-    For encoders, whose output (B, D) or (B, N, D) is an embedding. It is divided by the variance of what is wanted,
-    so that 1 is as bad as giving the mean.
+    For encoders, whose output (B, D) or (B, N, D) is an embedding. It is divided by the variance of what the teacher
+    gives for ``images``, so that 1 is about as bad as giving their mean, however batches are split.
 
     Args:
         teacher: put into evaluation mode and never trained.
+        images: some batches (B, C, H, W), such as those of `slimming.load_images`.
+
+    Raises:
+        ConfigError: the teacher gives the same for all of them.
     """
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: nn.Module, images: Iterable[Tensor]) -> None:
         super().__init__()
         self.teacher = teacher
+        device = next(teacher.parameters()).device
+        with in_evaluation(teacher), torch.no_grad():
+            wanted = [both_heads(teacher(batch.to(device)))[0].float() for batch in images]
+        self.variance = float(torch.cat(wanted).var(0, unbiased=False).mean()) if wanted else 0.0
+        if not self.variance > 0:
+            raise ConfigError("The teacher gives the same for all images; give MatchTask two or more that differ.")
 
     def start(self, model: nn.Module, device: torch.device) -> None:
         """Move the teacher to ``device``."""
@@ -334,7 +345,7 @@ class MatchTask(ClassificationTask):
         found = model(images).float()
         if found.shape != wanted.shape:
             raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")
-        return {"loss": F.mse_loss(found, wanted) / wanted.var(0, unbiased=False).mean().clamp_min(1e-12)}
+        return {"loss": F.mse_loss(found, wanted) / self.variance}
 
 
 class AddPenalty:
