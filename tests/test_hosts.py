@@ -358,3 +358,24 @@ def test_a_cut_encoder_takes_padded_sequences_in_evaluation() -> None:
 def test_auxiliary_heads_go_with_what_they_read() -> None:
     model: Any = half(_named("googlenet", init_weights=False)().eval()).train()
     assert all(out.shape == (2, 7) for out in model(torch.randn(2, 3, 64, 64)))
+
+
+def test_models_of_one_class_with_other_strides_have_readings_of_their_own() -> None:
+    def net(stride: tuple[int, int]) -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.AdaptiveAvgPool2d(1)
+        return _sized(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2)).eval(), 32)
+
+    whole, half_high, halved = (slimming.cost(net(stride)).macs for stride in ((1, 1), (2, 1), (2, 2)))
+    assert whole == 32 * 32 * 9 * (3 * 8 + 8 * 8) + 16
+    assert half_high == 16 * 32 * 9 * (3 * 8 + 8 * 8) + 16
+    assert halved == 16 * 16 * 9 * (3 * 8 + 8 * 8) + 16
+
+
+def test_a_second_model_of_torchvision_is_saved_with_its_own_names_and_normalisation(tmp_path: Path) -> None:
+    for name, mean in (("cat", (0.1, 0.2, 0.3)), ("dog", (0.4, 0.5, 0.6))):
+        model: Any = TORCH["squeezenet1_1"][0]().eval()
+        model.pretrained_cfg = {"label_names": [name] * 7, "mean": mean}
+        slimming.save(model, tmp_path / name)
+        again: Any = slimming.load(tmp_path / name)
+        assert again.pretrained_cfg["mean"] == mean
+        assert list(again.pretrained_cfg["label_names"]) == [name] * 7
