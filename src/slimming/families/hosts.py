@@ -12,6 +12,8 @@ from torch import nn
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
 
 TRANSFORMERS, TORCHVISION = "transformers:", "torchvision:"
+SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+"""What timm's field ``pretrained_cfg``, which other hosts get too, says of images and classes, and checkpoints keep."""
 
 
 def is_hosted(name: str) -> bool:
@@ -136,4 +138,25 @@ def reset_classes_(model: Any, classes: int) -> None:
 
 def name_classes(model: Any, classes: tuple[str, ...]) -> None:
     """Let the names of the classes travel with the model, in timm's field for them."""
-    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": list(classes)}
+    give_image_settings_(model, {"label_names": list(classes)})
+
+
+def image_settings(model: nn.Module) -> dict[str, Any]:
+    """What ``model`` says of its images and classes, as JSON has it."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {key: plain(config[key]) for key in SETTINGS if config.get(key) is not None}
+
+
+def give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
+    """Let ``settings``, some of `SETTINGS`, take the place of what ``model`` says."""
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **unplain(settings)}
+
+
+def plain(value: Any) -> Any:
+    """An argument of a host's constructor as JSON has it; `unplain` goes back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def unplain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as hosts take them: tuples where JSON has lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
