@@ -35,3 +35,10 @@ def check_trainable(model: nn.Module) -> None:
             f"The model's weights are {str(half).removeprefix('torch.')}, too coarse to train in: call model.float() "
             "first, and train with precision 'bf16' or 'fp16' to save time and memory."
         )
+
+
+def train_heads_apart_(model: nn.Module, apart: bool) -> None:
+    """Let a model with a distillation head give both heads' logits in training; others have no such mode."""
+    switch = getattr(model, "set_distilled_training", None)  # timm's
+    if switch is not None:
+        switch(apart)
