@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,15 @@ def test_bench_prints_json(slimming: Call) -> None:
     found = json.loads(slimming("bench", *words).out)
     assert found["models"]["test_vit"]["params"] > 0
     assert found["models"]["test_vit"]["speedup"]["1"]["median"] == 1.0
+
+
+def test_names_with_brackets_are_shown_as_they_are(slimming: Call, finished: Path, tmp_path: Path) -> None:
+    place = tmp_path / "my runs [v2]"
+    shutil.copytree(finished / "macs-0.70" / "slim", place / "slim")
+    words = ("--bench.batch_sizes", "1", "--bench.runs", "2", "--bench.seconds", "0.01")
+    shown = slimming("bench", place / "slim", *words)
+    assert shown.code == 0, shown.err
+    assert "my runs [v2]/slim" in shown.out.replace("\n", "")
 
 
 def test_inspect(slimming: Call, finished: Path) -> None:
