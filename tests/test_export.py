@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -137,6 +138,14 @@ def test_a_file_that_says_something_else_is_not_written(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_encoder_says_the_whole_shape_of_its_output(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=0, global_pool="").eval()
+    slimming.export(model, tmp_path / "out", to="pt2", images=[torch.randn(4, 3, 32, 32)])
+    with torch.no_grad():
+        wanted = model(torch.randn(1, 3, 32, 32)).shape[1:]
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["output"]["shape"] == ["batch", *wanted]
+
+
 def test_mistakes_are_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = exported.dense()
     images = exported.images(model)
@@ -218,7 +227,7 @@ def example() -> ModuleType:
 def test_preprocessing_without_torch_is_the_library_s_own(example, spec: ImageSpec, size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    how = description(spec, (), 1)["preprocessing"]
+    how = description(spec, (), (1,))["preprocessing"]
     wanted = make_transform(spec, None)(image.convert(how["mode"])).numpy()
     found = example.preprocess(image, how)
     assert found.shape == spec.input_size

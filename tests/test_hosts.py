@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 import slimming
 from slimming.api import anatomy_of, searched
 from slimming.contract import EXACT, distance
-from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.demo import settings
+from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
+from slimming.families.hosts import classes_of, reset_classes_
+from slimming.families.hosts import make as make_hosted
 from slimming.families.traced.proof import outputs
 from slimming.layers import SomeHeadsAttention
 from slimming.plan import FREE, Budget
@@ -358,3 +362,61 @@ def test_a_cut_encoder_takes_padded_sequences_in_evaluation() -> None:
 def test_auxiliary_heads_go_with_what_they_read() -> None:
     model: Any = half(_named("googlenet", init_weights=False)().eval()).train()
     assert all(out.shape == (2, 7) for out in model(torch.randn(2, 3, 64, 64)))
+
+
+def test_models_of_one_class_with_other_strides_have_readings_of_their_own() -> None:
+    def net(stride: tuple[int, int]) -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.AdaptiveAvgPool2d(1)
+        return _sized(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2)).eval(), 32)
+
+    whole, half_high, halved = (slimming.cost(net(stride)).macs for stride in ((1, 1), (2, 1), (2, 2)))
+    assert whole == 32 * 32 * 9 * (3 * 8 + 8 * 8) + 16
+    assert half_high == 16 * 32 * 9 * (3 * 8 + 8 * 8) + 16
+    assert halved == 16 * 16 * 9 * (3 * 8 + 8 * 8) + 16
+
+
+def test_a_second_model_of_torchvision_is_saved_with_its_own_names_and_normalisation(tmp_path: Path) -> None:
+    for name, mean in (("cat", (0.1, 0.2, 0.3)), ("dog", (0.4, 0.5, 0.6))):
+        model: Any = TORCH["squeezenet1_1"][0]().eval()
+        model.pretrained_cfg = {"label_names": [name] * 7, "mean": mean}
+        slimming.save(model, tmp_path / name)
+        again: Any = slimming.load(tmp_path / name)
+        assert again.pretrained_cfg["mean"] == mean
+        assert list(again.pretrained_cfg["label_names"]) == [name] * 7
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["DeiT", "Levit"])
+def test_both_classifiers_of_a_model_with_a_distillation_head_are_replaced(name: str) -> None:
+    sizes = {**VIT, **MLP} if name == "DeiT" else {"image_size": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_labels=3)
+    model: Any = getattr(transformers, f"{name}ForImageClassificationWithTeacher")(config).eval()
+    reset_classes_(model, 5)
+    size = config.image_size
+    assert model(torch.randn(2, 3, size, size)).logits.shape == (2, 5)
+    assert classes_of(model) == 5
+
+
+def test_a_last_layer_that_does_not_give_the_classes_is_not_replaced() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 8))
+    model.num_classes = 3
+    with pytest.raises(UnsupportedModelError, match="has 3 classes, its last layer '1' another number"):
+        reset_classes_(model, 5)
+    assert model[0].out_features == 3
+
+
+@needs_transformers
+def test_a_checkpoint_in_half_precision_is_opened_in_float32_and_one_of_ones_own_is_judged(tmp_path: Path) -> None:
+    TRANSFORMERS[0].make().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    name = f"transformers:{tmp_path}/half"
+    assert make_hosted(name, {}, pretrained=True).dtype == torch.float32
+    assert make_hosted(name, {"dtype": torch.bfloat16}, pretrained=True).dtype == torch.bfloat16
+    assert next(slimming.load(tmp_path / "half").parameters()).dtype == torch.float32
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    data = slimming.open_data(images, model)
+    model.to(torch.bfloat16)
+    assert slimming.evaluate(model, data.val)["images"] == 8
+    for do in (slimming.train, slimming.search):
+        with pytest.raises(ConfigError, match=r"weights are bfloat16.*call model\.float\(\)"):
+            do(model, data)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from huggingface_hub import errors as hub_errors
 from PIL import Image
@@ -26,6 +27,7 @@ from slimming import arrival, hub
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.families import family_of
 from slimming.families.hosts import name_classes
+from slimming.opening import open_start
 from slimming.training.images import ImageSpec, make_transform
 
 NAMES = ("field", "forest", "river")
@@ -256,6 +258,37 @@ def test_a_directory_of_timm_loads_and_is_a_dense_start(tmp_path: Path, images: 
     assert torch.equal(slimming.load(tmp_path / "saved")(images), model(images))
     with pytest.raises(CheckpointError, match="dense has no effect"):
         slimming.load(tmp_path / "dense", dense=model)
+
+
+def test_images_are_normalised_as_in_training_wherever_the_model_goes(tmp_path: Path) -> None:
+    """``data.mean`` and ``data.std`` travel with models of every host, and a later training's take their place."""
+    small = {"image_size": 32, "patch_size": 16, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**small, intermediate_size=48, num_labels=2)
+    squeezed: Any = torchvision.models.squeezenet1_1(num_classes=2).eval()
+    squeezed.image_size = 32
+    hosts = {
+        "a ViT of timm": timm.create_model("test_vit", img_size=32, num_classes=2),
+        "a CNN of timm": timm.create_model("test_resnet", num_classes=2),
+        "transformers": transformers.ViTForImageClassification(config),
+        "torchvision": squeezed,
+    }
+    for label, pixel in (("dark", 40), ("light", 200)):
+        for part in ("train", "val"):
+            (tmp_path / "images" / part / label).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (pixel,) * 3).save(tmp_path / "images" / part / label / "0.png")
+    for host, model in hosts.items():
+        place = tmp_path / host
+        slimming.save(model.eval(), place / "0")
+        for turn, mean in enumerate(((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))):
+            data = slimming.DataConfig(source=str(tmp_path / "images"), mean=mean, std=(0.9,) * 3)
+            started, _, _ = open_start(slimming.ModelConfig(name=str(place / str(turn))), data, seed=0)
+            budget = slimming.Budget(macs=0.9)
+            masks = slimming.attach(started)
+            slimming.save(slimming.cut(started, slimming.plan(masks, budget, score="mask")), place / str(turn + 1))
+            spec = ImageSpec.of_model(slimming.load(place / str(turn + 1)))
+            assert (spec.mean, spec.std) == (mean, (0.9,) * 3), host
+        pushed = Path(slimming.push_to_hub(place / "2", "me/it", to=place / "pushed"))
+        assert json.loads((pushed / "preprocessor_config.json").read_text())["image_mean"] == [0.4, 0.5, 0.6]
 
 
 def test_an_address_loads_wherever_a_directory_does(

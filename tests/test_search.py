@@ -179,6 +179,10 @@ def test_mean_and_std_of_the_data_take_the_place_of_the_models_own(folder: Path)
     spec = ImageSpec.of_model(make())
     pixels = own.sample(0, 0).image * torch.tensor(spec.std)[:, None, None] + torch.tensor(spec.mean)[:, None, None]
     assert torch.allclose(theirs.sample(0, 0).image, pixels / 0.5, atol=1e-5)
+    grey = timm.create_model("test_vit", img_size=32, in_chans=1, num_classes=2)
+    dataset = slimming.open_data(plain, grey).val
+    assert isinstance(dataset, ImageDataset)
+    assert dataset.sample(0, 0).image.shape == (1, 32, 32)
     with pytest.raises(DataError, match=r"data\.mean has 2 numbers, the model's images 3 channels"):
         slimming.open_data(dataclasses.replace(config, mean=(0.5, 0.5)), make())
     with pytest.raises(ConfigError, match="std is"):

@@ -15,7 +15,7 @@ from slimming.api import anatomy_of
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
 from slimming.families.create import create_dense
 from slimming.families.directories import CONFIG, open_directory
-from slimming.families.hosts import classes_of, name_classes, reset_classes_
+from slimming.families.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
 from slimming.modes import in_evaluation
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
@@ -138,15 +138,21 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
 def image_spec(config: DataConfig, model: nn.Module) -> ImageSpec:
     """What the model takes, with what the data says otherwise."""
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
+    channels = spec.input_size[0]
+    if len(spec.mean) != channels:  # a model for grey images keeps the three numbers of its ImageNet entry
+        grey = {name: (sum(value) / len(value),) * channels for name, value in (("mean", spec.mean), ("std", spec.std))}
+        spec = dataclasses.replace(spec, **grey)
     asked = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
     for name, value in asked.items():
-        if len(value) != spec.input_size[0]:
-            raise DataError(f"data.{name} has {len(value)} numbers, the model's images {spec.input_size[0]} channels.")
+        if len(value) != channels:
+            raise DataError(f"data.{name} has {len(value)} numbers, the model's images {channels} channels.")
     return dataclasses.replace(spec, **asked)
 
 
 def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) -> tuple[nn.Module, Data, list[str]]:
     """Open model and data and make them fit: the classifier follows the data's classes.
+
+    The names of the classes, and the mean and std of the images, travel with the model from here on.
 
     Args:
         model_config: the model.
@@ -168,6 +174,8 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
         if classes_of(model) != len(data.classes):
             model, notes = open_model(model_config, classes=len(data.classes))
     name_classes(model, data.classes)
+    spec = image_spec(data_config, model)
+    give_image_settings_(model, {"mean": spec.mean, "std": spec.std})  # what the model is trained on from here
     return model, data, notes
 
 

@@ -32,7 +32,7 @@ from slimming.family import fill_
 from slimming.groups import Anatomy
 from slimming.io import atomic_json, check_json, seal
 from slimming.masks import SCORES, SoftMasks, attached
-from slimming.modes import in_evaluation
+from slimming.modes import check_trainable, in_evaluation
 from slimming.plan import FORMAT, read_sealed
 from slimming.rotation import rotate_
 from slimming.search_config import SearchConfig, config_from_dict
@@ -149,6 +149,7 @@ def search(
     >>> result.scores["blocks.0.mlp.hidden"].shape
     torch.Size([192])
     """
+    check_trainable(model)
     config = config or SearchConfig()
     groups = searched(describe(model, coupled=config.coupled), config.kinds)
     once = isinstance(data.train, Iterator)  # its images are for the training

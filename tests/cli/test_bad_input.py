@@ -232,6 +232,15 @@ def test_other_misuse(slimming: Call, output: Path, finished: Path, site: Path, 
     refused(slimming("cut", finished), "--output")
     refused(slimming("cut", finished, "--output", output), "--budget")
     refused(slimming("cut", tmp_path, "--budget", "macs=0.5", "--output", output), "holds no finished search")
+    plan = finished / "macs-0.70" / "plan.json"
+    assert plan.exists()
+    for flag, value in (("--layout.multiple", 8), ("--layout.equal_heads", "true"), ("--solver", "exact"),
+                        ("--latency-table", "nosuch.json")):  # fmt: skip
+        refused(
+            slimming("cut", finished, "--plan", plan, flag, value, "--output", output), f"{flag} has no effect with"
+        )
+    refused(slimming("cut", finished, "--plan", plan, "--images", 3, "--output", output), "no effect without --data")
+    refused(slimming("cut", finished, "--budget", "macs=0.5,macs=0.3", "--output", output), "macs is given twice")
     refused(slimming("inspect", finished), "give a checkpoint in it", "macs-0.70/slim")
     refused(slimming("inspect", "no/such/place"), "no checkpoint directory")
     refused(slimming("inspect", "resnet81"), "has no model", "Did you mean")

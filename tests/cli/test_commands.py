@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,11 +212,43 @@ def test_eval_takes_the_data_of_the_checkpoint(slimming: Call, finished: Path) -
     assert re.search(r"top-1 \d+\.\d\d%, loss \d\.\d{4}, 8 images", judged.out)
 
 
+def test_images_are_normalised_as_in_training(slimming: Call, site: Path, tmp_path: Path) -> None:
+    """Whatever data is given, and without it: the model has the mean and std that it was trained with."""
+    own = ("--data.mean", "0.1,0.1,0.1", "--data.std", "0.9,0.9,0.9")
+    made = slimming(
+        "train",
+        site / "config.yaml",
+        "--train.steps",
+        "2",
+        "--train.batch_size",
+        "4",
+        *own,
+        "--output",
+        tmp_path / "out",
+    )
+    assert made.code == 0, made.err
+    words = ("eval", tmp_path / "out" / "model", "--json")
+    found = [slimming(*words), slimming(*words, "--data.source", site / "images")]
+    by_record, by_source = (next(iter(json.loads(one.out).values())) for one in found)
+    assert by_record == by_source
+    other = slimming(*words, "--data.source", site / "images", "--data.mean", "0.5,0.5,0.5")
+    assert next(iter(json.loads(other.out).values())) != by_source
+
+
 def test_bench_prints_json(slimming: Call) -> None:
     words = ("test_vit", "--bench.batch_sizes", "1", "--bench.runs", "5", "--bench.seconds", "0.01", "--json")
     found = json.loads(slimming("bench", *words).out)
     assert found["models"]["test_vit"]["params"] > 0
     assert found["models"]["test_vit"]["speedup"]["1"]["median"] == 1.0
+
+
+def test_names_with_brackets_are_shown_as_they_are(slimming: Call, finished: Path, tmp_path: Path) -> None:
+    place = tmp_path / "my runs [v2]"
+    shutil.copytree(finished / "macs-0.70" / "slim", place / "slim")
+    words = ("--bench.batch_sizes", "1", "--bench.runs", "2", "--bench.seconds", "0.01")
+    shown = slimming("bench", place / "slim", *words)
+    assert shown.code == 0, shown.err
+    assert "my runs [v2]/slim" in shown.out.replace("\n", "")
 
 
 def test_inspect(slimming: Call, finished: Path) -> None:

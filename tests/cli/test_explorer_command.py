@@ -105,6 +105,15 @@ def test_what_cannot_be_done_is_said(copied: Path, slimming: Call, tmp_path: Pat
         assert (done.code, complaint in done.err) == (2, True), done.err
 
 
+def test_figures_of_runs_with_one_name_lie_apart(copied: Path, slimming: Call, tmp_path: Path) -> None:
+    places = [tmp_path / part / "run" for part in ("one", "two")]
+    for place in places:
+        shutil.copytree(copied, place)
+    words = ("--output", tmp_path / "both.html", "--figures", tmp_path / "figures")
+    assert slimming("report", *places, *words).code == 0
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["run-1", "run-2"]
+
+
 def test_figures_without_matplotlib_name_the_extra(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import slimming as library
+
 from .conftest import Call
 
 
@@ -20,6 +22,18 @@ def test_export_compares_on_the_data_of_the_run(finished: Path, tmp_path: Path, 
     again = slimming("export", slim, "--to", "pt2", "--output", tmp_path / "out")
     assert again.code == 2
     assert "not empty" in again.err
+
+
+def test_export_takes_the_data_as_the_run_split_it(finished: Path, site: Path, tmp_path: Path, slimming: Call) -> None:
+    slim = library.load(finished / "macs-0.70" / "slim")
+    data = {"source": str(site / "images" / "train"), "split_fraction": 0.25, "train_limit": 3, "augment": "light"}
+    library.save(slim, tmp_path / "own", {"data": data})
+    for more in ((), ("--data", data["source"])):
+        done = slimming("export", tmp_path / "own", "--to", "pt2", "--output", tmp_path / f"out{len(more)}", *more)
+        assert done.code == 0, done.err
+        assert "compared on 2 images" in done.out
+    done = slimming("export", tmp_path / "own", "--to", "pt2", "--output", tmp_path / "all", "--data", site / "images")
+    assert "compared on 4 images" in done.out
 
 
 def test_export_fails_without_parity_and_leaves_nothing(

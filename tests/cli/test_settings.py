@@ -122,6 +122,12 @@ def test_flags_are_read_by_type() -> None:
     assert parse_flag(dict[str, int], "{a: 1}", "--x") == {"a": 1}
     with pytest.raises(ConfigError, match="not name=value"):
         parse_pairs("macs", "--budget")
+    with pytest.raises(ConfigError, match="macs is given twice"):
+        parse_pairs("macs=0.5,macs=0.3", "--budget")
+    with pytest.raises(ConfigError, match=r"distil is given as null, so distil\.alpha has no effect"):
+        given(argparse.Namespace(**{"distil": "null", "distil.alpha": "0.3"}), RunConfig)
+    with pytest.raises(ConfigError, match="distil is given twice, or beside settings of its own"):
+        given(argparse.Namespace(**{"distil.alpha": "0.3", "distil": "null"}), RunConfig)
     with pytest.raises(ConfigError, match="takes null only"):
         parse_flag(None, "yes", "--distil")
 

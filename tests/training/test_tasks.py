@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -263,3 +265,20 @@ def test_relations_of_large_outputs_are_finite_in_half_precision() -> None:
         found = relation_error(one, other, 3)
     assert torch.isfinite(expected)
     assert found == expected
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_each_head_of_a_model_with_a_distillation_token_has_its_own_lesson(distilled: bool) -> None:
+    """The class head learns the labels, the distillation head the teacher; in evaluation they speak together."""
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model: Any = timm.create_model("deit_tiny_distilled_patch16_224", **sizes, num_classes=3)
+    teacher = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=3)
+    task = DistilTask(teacher, alpha=1.0) if distilled else ClassificationTask()
+    task.start(model, torch.device("cpu"))
+    assert len(model.train()(torch.randn(2, 3, 16, 16))) == 2
+    task.loss(model, torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))["loss"].backward()
+    assert model.head_dist.weight.grad.abs().sum() > 0
+    assert (model.head.weight.grad.abs().sum() > 0) != distilled
+    assert model.eval()(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    task.stop()
+    assert model.train()(torch.randn(2, 3, 16, 16)).shape == (2, 3)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Cut = tuple[nn.Module, list[Tensor], dict[str, Plan], dict[str, object]]
     """The model to cut, images to compensate with, the plans by name, and where they come from."""
 
+IMAGES = 512
 DESCRIPTION = """\
 Cut a model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the slim
 checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote. With --one-shot
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
                         "as in data.source; labels are not used. What goes is then predicted from what stays and "
                         "folded into it (default: only with --one-shot)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="how many of them (default: 512)")
+    parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
     parser.add_argument("--model.checkpoint", dest="checkpoint", metavar="FILE",
                         help="local weights for --one-shot, where SOURCE is a name")  # fmt: skip
     parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
@@ -127,7 +128,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.cli.output import say
     from slimming.errors import ConfigError
     from slimming.oneshot import score
-    from slimming.opening import ModelConfig, check_input, load_images, open_model
+    from slimming.opening import ModelConfig, check_input, open_model
     from slimming.plan import Layout
     from slimming.results import versions
 
@@ -143,7 +144,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     for note in notes:
         say(note)
     check_input(model)
-    images = load_images(arguments.data, model, arguments.images)
+    images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
     made = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
     record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
@@ -156,16 +157,18 @@ def _searched(arguments: argparse.Namespace) -> Cut:
     from slimming.api import plans
     from slimming.cli.models import load_checkpoint
     from slimming.errors import CheckpointError, ConfigError
-    from slimming.opening import load_images
     from slimming.plan import Plan
     from slimming.results import plain, versions
     from slimming.searching import load_search, search_directory
 
     source = Path(arguments.source)
     found = search_directory(source)
-    for flag in ("checkpoint", "model_arguments"):
-        if getattr(arguments, flag) is not None:
-            raise ConfigError(f"--model.{flag.removeprefix('model_')} has no effect without --one-shot; drop it.")
+    _refuse(arguments, "without --one-shot", ("--model.checkpoint", "--model.arguments"))
+    if arguments.plan:
+        layout = (f"--layout.{name}" for name in ("equal_heads", "equal_qkv", "multiple", "min_channels"))
+        _refuse(arguments, "with --plan", (*layout, "--solver", "--latency-table"))
+    if arguments.data is None:
+        _refuse(arguments, "without --data", ("--images",))
     if arguments.plan:
         if arguments.budget:
             raise ConfigError("Give --budget (once or more), or --plan.")
@@ -185,8 +188,28 @@ def _searched(arguments: argparse.Namespace) -> Cut:
         made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
         _say_layout_costs(result, budgets, layout, made, arguments)
         model, named = result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}
-    images = load_images(arguments.data, model, arguments.images) if arguments.data is not None else []
+    images = _images(arguments, model) if arguments.data is not None else []
     return model, images, named, record
+
+
+def _images(arguments: argparse.Namespace, model: nn.Module) -> list[Tensor]:
+    from slimming.opening import load_images
+
+    return load_images(arguments.data, model, IMAGES if arguments.images is None else arguments.images)
+
+
+def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> None:
+    """Refuse flags that were given in vain.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    from slimming.errors import ConfigError
+
+    for flag in flags:
+        name = "model_arguments" if flag == "--model.arguments" else flag.lstrip("-").rpartition(".")[2]
+        if getattr(arguments, name.replace("-", "_")) is not None:
+            raise ConfigError(f"{flag} has no effect {when}; drop it.")
 
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:

@@ -105,7 +105,7 @@ def given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in vars(arguments).items():
         if name in hints and text is not None:
-            _put(values, name, parse_flag(hints[name], text, f"--{name}"))
+            _put(values, name, parse_flag(hints[name], text, f"--{name}"), f"--{name}")
     if getattr(arguments, BUDGET, []):
         values["budgets"] = [parse_pairs(text, "--budget") for text in arguments.budget]
     return values
@@ -142,22 +142,31 @@ def parse_pairs(text: str, where: str) -> dict[str, Any]:
     """Read ``a=1,b.c=[2,3]`` as ``{"a": 1, "b": {"c": [2, 3]}}``.
 
     Raises:
-        ConfigError: a part has no ``=``.
+        ConfigError: a part has no ``=``, or a name is given twice.
     """
     values: dict[str, Any] = {}
     for part in filter(None, _OUTSIDE_BRACKETS.split(text)):
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {text!r}: {part!r} is not name=value.")
-        _put(values, name.strip(), _yaml(value, where))
+        _put(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
     return values
 
 
-def _put(values: dict[str, Any], name: str, value: Any) -> None:
+def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Put ``value`` below the dotted ``name``.
+
+    Raises:
+        ConfigError: there is something already, there or above.
+    """
     *path, last = name.split(".")
-    for part in path:
-        below = values.setdefault(part, {})
-        values = below if isinstance(below, dict) else values
+    for place, part in enumerate(path):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            above = ".".join(path[: place + 1])
+            raise ConfigError(f"{where}: {above} is given as {_shown(values)}, so {name} has no effect; drop one.")
+    if last in values:
+        raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
 
 
@@ -190,6 +199,8 @@ def _help(flag: Flag) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, Mapping):

@@ -34,12 +34,13 @@ def console() -> Console:
     """Where results go: standard output, of the first process only."""
     # Tables in a file or a pipe must not be squeezed into 80 columns.
     width = None if sys.stdout.isatty() else 160
-    return Console(quiet=not is_main(), highlight=False, soft_wrap=True, width=width)
+    # Names of places may have brackets, which are not rich's.
+    return Console(quiet=not is_main(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def say(line: str) -> None:
     """Print one line as it is."""
-    console().print(line, markup=False)
+    console().print(line)
 
 
 def count(number: float, unit: str = "") -> str:

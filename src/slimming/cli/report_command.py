@@ -53,7 +53,7 @@ def execute(arguments: argparse.Namespace) -> None:
     for place, one in zip(finished, results, strict=True):
         print_table(read_json(place / RESULTS), console())
         if arguments.figures:
-            directory = Path(arguments.figures) / (place.resolve().name if len(finished) > 1 else "")
+            directory = Path(arguments.figures) / (_own_name(place, finished) if len(finished) > 1 else "")
             write_figures(one, directory)
             say(f"figures: {directory}, {write_table(one, directory / TABLE).name} beside them")
     output = Path(arguments.output) if arguments.output else None
@@ -65,6 +65,12 @@ def execute(arguments: argparse.Namespace) -> None:
         output = output or (places[0] / PAGE if len(places) == 1 else Path(COMPARED))
         target = write_comparison(results, [one for one in explored if one is not None], output)
     say(f"report: {target}")
+
+
+def _own_name(run: Path, runs: list[Path]) -> str:
+    """The name of a run's directory; with its number among several runs of one name."""
+    same = [one for one in runs if one.resolve().name == run.resolve().name]
+    return run.resolve().name + (f"-{same.index(run) + 1}" if len(same) > 1 else "")
 
 
 def _explored(run: str, latency_table: str | None) -> Explored | None:

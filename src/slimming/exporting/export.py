@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimming.bench import machine, paired_times, speedup, summary
 from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
 from slimming.exporting.targets import Job, Run, Target, choose
-from slimming.families.hosts import classes_of
+from slimming.families.hosts import classes_of, unplain
 from slimming.io import atomic_directory, atomic_json
 from slimming.masks import attached
 from slimming.opening import image_spec, read_images
@@ -123,7 +123,8 @@ def export(
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
-    words = description(image_spec(data or DataConfig(source="batches"), model), class_names(model), reference.shape[1])
+    spec = image_spec(data or DataConfig(source="batches"), model)
+    words = description(spec, class_names(model), reference.shape[1:])
     with atomic_directory(directory) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as workplace:
             job = Job(plain, words, calibration, opset, Path(workplace))
@@ -160,20 +161,21 @@ class _Timed(nn.Module):
 
 
 def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple[nn.Module, DataConfig | None]:
-    """The model of a directory, and the data that it names unless others are given; normalised as it was trained."""
+    """The model of a directory, and what it was trained on, split as it was then, unless other data is given."""
     path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
     model = checkpoint.load(path)
     stored = checkpoint.read_provenance(path).get("data") if (path / checkpoint.PROVENANCE).exists() else None
     stored = stored if isinstance(stored, Mapping) else {}
-    if data is None and needed:
-        if not stored.get("source"):
-            raise DataError(f"{name} does not say on which data it was trained; give images to compare on.")
-        data = DataConfig(source=str(stored["source"]))
-    own = {key: tuple(stored[key]) for key in ("mean", "std") if stored.get(key)}
-    if data is not None:
-        keys = {key: stored.get(key) for key in ("image_key", "label_key") if stored.get("source") == data.source}
-        return model, DataConfig(source=data.source, **own, **{key: value for key, value in keys.items() if value})
-    return model, None
+    source = data.source if data is not None else stored.get("source")
+    if not needed and data is None:
+        return model, None
+    if not source:
+        raise DataError(f"{name} does not say on which data it was trained; give images to compare on.")
+    if source != stored.get("source"):
+        return model, data
+    return model, DataConfig(
+        **unplain({one.name: stored[one.name] for one in fields(DataConfig) if one.name in stored})
+    )
 
 
 def _check_limits(tolerance: float | None, agreement: float | None) -> None:

@@ -17,7 +17,7 @@ KEY = "slimming"
 """Under which the description lies in a file, as JSON."""
 
 
-def description(spec: ImageSpec, classes: Sequence[str], outputs: int) -> dict[str, Any]:
+def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int]) -> dict[str, Any]:
     """The description that travels with every file.
 
     An image is decoded as RGB (or grey), scaled until it just covers ``resize`` (height, width), cut to the middle
@@ -26,13 +26,13 @@ def description(spec: ImageSpec, classes: Sequence[str], outputs: int) -> dict[s
     Args:
         spec: what the model takes.
         classes: names of the classes, or nothing if they have none.
-        outputs: how many numbers the model gives for each image.
+        outputs: the shape of what the model gives for one image.
     """
     channels, *size = spec.input_size
     return {
         "format": FORMAT,
         "input": {"name": INPUT, "shape": ["batch", channels, *size], "type": "float32"},
-        "output": {"name": OUTPUT, "shape": ["batch", outputs], "type": "float32"},
+        "output": {"name": OUTPUT, "shape": ["batch", *outputs], "type": "float32"},
         "preprocessing": {
             "mode": "RGB" if channels == 3 else "L",
             "resize": [math.floor(side / spec.crop_pct) for side in size],

@@ -12,6 +12,8 @@ from torch import nn
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
 
 TRANSFORMERS, TORCHVISION = "transformers:", "torchvision:"
+SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+"""What timm's field ``pretrained_cfg``, which other hosts get too, says of images and classes, and checkpoints keep."""
 
 
 def is_hosted(name: str) -> bool:
@@ -63,7 +65,8 @@ def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -
     maker: Any = transformers.AutoModelForImageClassification
     safe = {"trust_remote_code": False}  # nor asked about, which is the default
     if pretrained:  # safetensors only: nothing is unpickled
-        model = maker.from_pretrained(name, use_safetensors=True, **safe, **arguments)
+        # In float32, whatever the file holds: half precision is no type to train in.
+        model = maker.from_pretrained(name, use_safetensors=True, **safe, **{"dtype": torch.float32, **arguments})
     else:
         model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **safe, **arguments))
     mixin: Any = transformers.ImageProcessingMixin
@@ -112,28 +115,64 @@ def classifier_of(model: nn.Module) -> str | None:
 
 
 def reset_classes_(model: Any, classes: int) -> None:
-    """Replace the classifier of ``model`` by an untrained one for so many classes.
+    """Replace the classifier of ``model`` by an untrained one for so many classes; both of them, where it has two.
 
     Raises:
-        UnsupportedModelError: there is no classifier.
+        UnsupportedModelError: there is no classifier, or none that gives the classes of the model.
     """
     if (reset := getattr(model, "reset_classifier", None)) is not None:  # timm
         reset(classes)
         return
-    name = classifier_of(model)
-    if name is None:
+    last, known = classifier_of(model), classes_of(model)
+    if last is None:
         raise UnsupportedModelError(f"This {type(model).__name__} has no classifier to replace.")
-    old: Any = model.get_submodule(name)
-    with torch.device(old.weight.device):
-        if isinstance(old, nn.Linear):
-            new: nn.Module = nn.Linear(old.in_features, classes, bias=old.bias is not None)
-        else:
-            new = nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
-    model.set_submodule(name, new.to(old.weight.dtype))
+    # Models that learn from a teacher have a second one beside it, and GoogLeNet auxiliary ones: known by their names,
+    # since a hidden layer may have as many outputs.
+    names = [name for name, module in model.named_modules() if _is_classifier(name, module, last, known)]
+    if last not in names:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has {known} classes, its last layer {last!r} another number of outputs; "
+            "replace its classifier before it is given to slimming."
+        )
+    for name in names:
+        old: Any = model.get_submodule(name)
+        with torch.device(old.weight.device):
+            if isinstance(old, nn.Linear):
+                new: nn.Module = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+            else:
+                new = nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
+        model.set_submodule(name, new.to(old.weight.dtype))
     if (config := getattr(model, "config", None)) is not None:  # transformers
         config.num_labels = model.num_labels = classes
 
 
+def _is_classifier(name: str, module: nn.Module, last: str, classes: int) -> bool:
+    """Whether ``module`` gives the classes: the ``last`` layer, or one that is called a classifier or auxiliary."""
+    outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+    return outputs == classes and (name == last or any(word in name.lower() for word in ("classifier", "aux")))
+
+
 def name_classes(model: Any, classes: tuple[str, ...]) -> None:
     """Let the names of the classes travel with the model, in timm's field for them."""
-    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": list(classes)}
+    give_image_settings_(model, {"label_names": list(classes)})
+
+
+def image_settings(model: nn.Module) -> dict[str, Any]:
+    """What ``model`` says of its images and classes, as JSON has it."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {key: plain(config[key]) for key in SETTINGS if config.get(key) is not None}
+
+
+def give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
+    """Let ``settings``, some of `SETTINGS`, take the place of what ``model`` says."""
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **unplain(settings)}
+
+
+def plain(value: Any) -> Any:
+    """An argument of a host's constructor as JSON has it; `unplain` goes back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def unplain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as hosts take them: tuples where JSON has lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}

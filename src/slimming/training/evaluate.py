@@ -49,7 +49,7 @@ def evaluate(
     >>> sorted(slimming.evaluate(model, data.val))
     ['images', 'loss', 'top1']
     """
-    place = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
     unreadable = UnreadableCount.of(images)
@@ -62,7 +62,7 @@ def evaluate(
             if not len(batch.labels):
                 continue
             labels = batch.labels.to(place)
-            logits = both_heads(model(batch.images.to(place)))[0].float()
+            logits = both_heads(model(batch.images.to(place, dtype)))[0].float()
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
+from slimming.modes import check_trainable
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluate import autocast
@@ -100,6 +101,7 @@ def fit(
         CheckpointError: the state is damaged or another model's.
     """
     check_trackers(config.trackers, directory)
+    check_trainable(model)
     if directory is not None and not resume and (directory / STATE_FILE).exists():
         raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
     accelerator = Accelerator(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimming.errors import ConfigError, nearest
-from slimming.modes import in_evaluation
+from slimming.modes import in_evaluation, train_heads_apart_
 
 POOLS = ("first", "mean")
 """What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
@@ -113,9 +113,12 @@ class ClassificationTask:
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
+        self.student: nn.Module | None = None
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing to prepare."""
+        """Let both heads of ``model`` speak for themselves."""
+        self.student = model
+        train_heads_apart_(model, True)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """See `Task.loss`."""
@@ -129,7 +132,10 @@ class ClassificationTask:
         """Nothing to collect."""
 
     def stop(self) -> None:
-        """Nothing to undo."""
+        """Let them speak together again."""
+        if self.student is not None:
+            train_heads_apart_(self.student, False)
+        self.student = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
@@ -204,6 +210,7 @@ class DistilTask:
         self.relations, self.relation_weight, self.relation_heads = relations, relation_weight, relation_heads
         self.places = dict(places or {})
         self.label_smoothing = label_smoothing
+        self.student: nn.Module | None = None
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
 
@@ -221,6 +228,8 @@ class DistilTask:
         for who, whole in both.items():
             for name in names:
                 self.handles.append(whole.get_submodule(name).register_forward_hook(self._watch(who, name)))
+        self.student = model
+        train_heads_apart_(model, True)
 
     def _watch(self, who: str, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -292,7 +301,10 @@ class DistilTask:
         """Nothing to collect."""
 
     def stop(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and let both heads speak together again."""
+        if self.student is not None:
+            train_heads_apart_(self.student, False)
+        self.student = None
         while self.handles:
             self.handles.pop().remove()
         for seen in self.seen.values():

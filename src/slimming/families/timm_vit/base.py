@@ -13,10 +13,10 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.families.hosts import give_image_settings_, image_settings, unplain
 from slimming.family import difference
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
-CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 UNFILLED = {"weight_init": "skip"}
 """Drawing random weights is most of the time that timm takes to make a model, and on the meta device in vain."""
 
@@ -32,7 +32,7 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
     if name is not None and config.get("tag"):
         name = f"{name}.{config['tag']}"
     base: dict[str, Any] = {"class": type(vit).__name__, "architecture": name, "arguments": {}}
-    base["config"] = {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
+    base["config"] = image_settings(vit)
     default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
     base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
     found = difference(vit, build(base))
@@ -46,9 +46,9 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
 
 def rebased(base: Mapping[str, Any], vit: VisionTransformer) -> dict[str, Any]:
     """The base of a slim model, with what its user changed since the cut by ``reset_classifier`` and the like."""
-    wanted = _changeable(vit)
+    base, wanted = {**base, "config": image_settings(vit)}, _changeable(vit)
     if wanted == _changeable(build(base)):
-        return dict(base)
+        return base
     # All of them, since timm's default for one (the norm in front of the classifier) depends on another.
     return {**base, "arguments": {**base["arguments"], **wanted}}
 
@@ -59,7 +59,7 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
     Raises:
         CheckpointError: timm does not know the architecture or an argument.
     """
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in base["arguments"].items()}
+    arguments = unplain(base["arguments"])
     if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
         # timm would take the name for an address on the hub and go there.
         raise CheckpointError(
@@ -82,10 +82,7 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
             f"timm {timm.__version__} makes a {type(model).__name__} for {base['architecture']!r}, "
             f"the checkpoint holds a {base['class']}. Install the timm version named in provenance.json."
         )
-    if base["config"]:
-        config = dict(getattr(model, "pretrained_cfg", None) or {})
-        config |= {key: tuple(v) if isinstance(v, list) else v for key, v in base["config"].items()}
-        model.pretrained_cfg = model.default_cfg = config
+    give_image_settings_(model, base["config"])
     return model
 
 
@@ -98,10 +95,6 @@ def input_channels(vit: VisionTransformer) -> int:
 def _defaults(class_name: str, architecture: str | None) -> Mapping[str, Any]:
     """The arguments that timm takes for an architecture when none are given."""
     return _arguments(build({"class": class_name, "architecture": architecture, "arguments": {}, "config": {}}))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _arguments(vit: VisionTransformer) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Traced(Family):
             return origin.rebased(stored.base, model)
         key = _signature(model, ())
         if key in self._named:
-            return dict(self._named[key])
+            return origin.rebased(self._named[key], model)  # its own images and classes
         parts = _slim_parts(model)
         base = origin.origin(model, (lambda made: self._apply_(made, parts)) if parts else None)
         if base["host"] == "torchvision":  # which has nothing but names, and many of them to try
@@ -134,11 +134,16 @@ def _slim_parts(model: nn.Module) -> dict[str, Any]:
     return parts
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, text or truth value, or some of them, such as the strides of a convolution."""
+    return type(value) in (int, float, bool, str) or (type(value) in (tuple, list) and all(map(_is_plain, value)))
+
+
 def _signature(model: nn.Module, shape: Sequence[int]) -> str:
     """What decides the reading of a model: its classes, sizes and settings, not its weights."""
     digest = hashlib.sha256(repr(tuple(shape)).encode())
     for name, module in model.named_modules():
-        settings = {k: v for k, v in vars(module).items() if type(v) in (int, float, bool, str) and k != "training"}
+        settings = {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
         digest.update(f"{name} {type(module)} {sorted(settings.items())}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

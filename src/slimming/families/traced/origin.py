@@ -14,11 +14,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.errors import CheckpointError, ConfigError
-from slimming.families.hosts import classes_of
+from slimming.families.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
 from slimming.family import ORIGIN, difference
 from slimming.io import check_json
 
-CONFIG_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 OWN = "own"
 """The host of a model that only its user can make."""
 TOKENS = 16
@@ -59,28 +58,18 @@ def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None)
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The base of a slim model, with what its user may have changed since the cut: the number of classes, names."""
     if base["host"] == "transformers":
-        return {**base, "config": _config(model), "images": _image_settings(model)}
+        return {**base, "config": _config(model), "images": image_settings(model)}
     if base["host"] == "torchvision":
         arguments = dict(base["arguments"])
         if "num_classes" in arguments:
             arguments["num_classes"] = classes_of(model)
-        return {**base, "arguments": arguments, "images": _image_settings(model)}
-    classes = getattr(model, "num_classes", None)
-    if base["host"] != "timm" or not isinstance(classes, int) or base["arguments"].get("num_classes") == classes:
+        return {**base, "arguments": arguments, "images": image_settings(model)}
+    if base["host"] != "timm":
         return dict(base)
-    return {**base, "arguments": {**base["arguments"], "num_classes": classes}}
-
-
-def _image_settings(model: nn.Module) -> dict[str, Any]:
-    """What the model says of its images and classes, as JSON has it."""
-    config = _timm_config(model)
-    return {key: _plain(config[key]) for key in CONFIG_FIELDS if config.get(key) is not None}
-
-
-def _give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
-    config = dict(getattr(model, "pretrained_cfg", None) or {})
-    config |= {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    model.pretrained_cfg = model.default_cfg = config
+    arguments, classes = base["arguments"], getattr(model, "num_classes", None)
+    if isinstance(classes, int) and arguments.get("num_classes") != classes:
+        arguments = {**arguments, "num_classes": classes}
+    return {**base, "arguments": arguments, "config": image_settings(model)}
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
@@ -141,10 +130,10 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Ways in which timm may have made ``model``, the plainest first."""
     config = _timm_config(model)
-    kept = _image_settings(model)
+    kept = image_settings(model)
     noted = model.__dict__.get(ORIGIN)
     if noted is not None:
-        arguments = {key: _plain(value) for key, value in noted["arguments"].items()}
+        arguments = {key: plain(value) for key, value in noted["arguments"].items()}
         yield {"host": "timm", "name": noted["name"], "arguments": arguments, "config": kept}
     name = config.get("architecture")
     if name is None:
@@ -159,7 +148,7 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         arguments["in_chans"] = channels
     made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.28 on
     if isinstance(made_with, dict):
-        given = {key: _plain(value) for key, value in made_with.items()}
+        given = {key: plain(value) for key, value in made_with.items()}
         with contextlib.suppress(ConfigError):
             check_json(given, "arguments")
             yield {"host": "timm", "name": name, "arguments": {**given, **arguments}, "config": kept}
@@ -169,18 +158,14 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"host": "timm", "name": name, "arguments": {**arguments, **extra}, "config": kept}
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _make_timm(base: Mapping[str, Any]) -> nn.Module:
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in base["arguments"].items()}
+    arguments = unplain(base["arguments"])
     name = str(base["name"])
     if not timm.is_model(name.partition(".")[0]):
         # timm would take the name for an address on the hub and go there.
         raise ValueError("there is no such architecture")
     model = timm.create_model(name, pretrained=False, **arguments)
-    _give_image_settings_(model, base["config"])
+    give_image_settings_(model, base["config"])
     return model
 
 
@@ -208,14 +193,14 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         if builder.__module__ == module:
             for extra in extras:
                 chosen = {**arguments, **extra}
-                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": _image_settings(model)}
+                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": image_settings(model)}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
     import torchvision
 
     model = torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
-    _give_image_settings_(model, base.get("images", {}))
+    give_image_settings_(model, base.get("images", {}))
     return model
 
 
@@ -226,7 +211,7 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
         return
     base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
     for arguments in ({}, {"add_pooling_layer": False}):
-        yield {**base, "config": _config(model), "arguments": arguments, "images": _image_settings(model)}
+        yield {**base, "config": _config(model), "arguments": arguments, "images": image_settings(model)}
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -245,7 +230,7 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"there is no configuration {base['config_class']!r}")
     config = config_class.from_dict(json.loads(json.dumps(base["config"])))
     model = cls(config, **base.get("arguments", {}))
-    _give_image_settings_(model, base.get("images", {}))
+    give_image_settings_(model, base.get("images", {}))
     return model
 
 
