@@ -165,7 +165,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
     found = search_directory(source)
     _refuse(arguments, "without --one-shot", ("--model.checkpoint", "--model.arguments"))
     if arguments.plan:
-        layout = (f"--layout.{name}" for name in ("equal_heads", "equal_qkv", "multiple", "min_channels"))
+        layout = (f"--layout.{name}" for name in ("equal_heads", "equal_qkv", "multiple", "scarcity"))
         _refuse(arguments, "with --plan", (*layout, "--solver", "--latency-table"))
     if arguments.data is None:
         _refuse(arguments, "without --data", ("--images",))
