@@ -24,18 +24,24 @@ def preprocess(image: Image.Image, how: dict[str, Any]) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(how["mode"])
-    image = image.resize(covering(image.size, how["resize"]), Image.Resampling[how["interpolation"].upper()])
+    image = image.resize(scaled(image.size, how["resize"], how["fit"]), Image.Resampling[how["interpolation"].upper()])
     height, width = how["crop"]
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    image = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / 255
+    cut = Image.new(image.mode, (width, height), tuple(round(255 * mean) for mean in how["mean"]))
+    cut.paste(image, (-left, -top))
+    pixels = np.asarray(cut, dtype=np.float32).reshape(height, width, -1) / 255
     normal = (pixels - np.asarray(how["mean"], np.float32)) / np.asarray(how["std"], np.float32)
     return normal.transpose(2, 0, 1)
 
 
-def covering(size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
-    """Width and height of an image of ``size`` scaled until it just covers ``resize`` (height, width)."""
+def scaled(size: tuple[int, int], resize: list[int], fit: str) -> tuple[int, int]:
+    """Width and height of an image of ``size`` that is to cover ``resize`` (height, width), lie inside, or stretch."""
     width, height = size
+    if fit == "stretch":
+        return resize[1], resize[0]
+    if fit == "inside":
+        ratio = max(height / resize[0], width / resize[1])
+        return round(width / ratio), round(height / ratio)
     if resize[0] == resize[1]:
         short = min(size)
         return resize[0] * width // short, resize[0] * height // short

@@ -221,8 +221,11 @@ def example() -> ModuleType:
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear"),
         ImageSpec(input_size=(3, 16, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875),
         ImageSpec(input_size=(1, 28, 28), mean=(0.4,), std=(0.2,), interpolation="nearest"),
+        ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9, crop_mode="squash"),
+        ImageSpec(input_size=(3, 32, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="squash"),
+        ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="border"),
     ],
-    ids=lambda spec: f"{spec.input_size} {spec.interpolation}",
+    ids=lambda spec: f"{spec.input_size} {spec.interpolation} {spec.crop_mode}",
 )
 def test_preprocessing_without_torch_is_the_library_s_own(example, spec: ImageSpec, size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)

@@ -18,7 +18,7 @@ export function preprocess(pixels, how) {
   const filter = FILTERS[how.interpolation];
   if (!filter) throw new Error(`model.json asks for the interpolation "${how.interpolation}"; here are ${Object.keys(FILTERS).join(", ")}.`);
   const planes = split(pixels.data, how.mode);
-  const [width, height] = covering(pixels.width, pixels.height, how.resize);
+  const [width, height] = scaledTo(pixels.width, pixels.height, how.resize, how.fit);
   const [cropHeight, cropWidth] = how.crop;
   const left = roundEven((width - cropWidth) / 2);
   const top = roundEven((height - cropHeight) / 2);
@@ -27,7 +27,9 @@ export function preprocess(pixels, how) {
     const scaled = scale(plane, pixels.width, pixels.height, width, height, filter);
     for (let y = 0; y < cropHeight; y++) {
       for (let x = 0; x < cropWidth; x++) {
-        const value = scaled[(y + top) * width + x + left] / 255;
+        const [row, column] = [y + top, x + left];
+        const inside = row >= 0 && row < height && column >= 0 && column < width;
+        const value = (inside ? scaled[row * width + column] : roundEven(255 * how.mean[channel])) / 255;
         input[(channel * cropHeight + y) * cropWidth + x] = (value - how.mean[channel]) / how.std[channel];
       }
     }
@@ -43,8 +45,13 @@ function split(data, mode) {
   return [Uint8ClampedArray.from({ length: count }, (_, k) => grey(4 * k))];
 }
 
-/** Width and height when an image just covers `resize` (height, width). */
-function covering(width, height, resize) {
+/** Width and height of an image that is to cover `resize` (height, width), lie inside of it, or stretch to it. */
+function scaledTo(width, height, resize, fit) {
+  if (fit === "stretch") return [resize[1], resize[0]];
+  if (fit === "inside") {
+    const ratio = Math.max(height / resize[0], width / resize[1]);
+    return [roundEven(width / ratio), roundEven(height / ratio)];
+  }
   if (resize[0] === resize[1]) {
     const short = Math.min(width, height);
     return [Math.floor((resize[0] * width) / short), Math.floor((resize[0] * height) / short)];

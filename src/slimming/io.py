@@ -65,6 +65,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise explain(error, path) from error
+    except OutputError as error:  # of a file in it: the message shall name the place that the caller knows
+        raise OutputError(str(error).replace(str(partial), str(path))) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -157,18 +157,24 @@ def host_config(model: nn.Module) -> dict[str, Any]:
 
 
 def image_processor(model: nn.Module) -> dict[str, Any] | None:
-    """What transformers' image processor needs to do as timm's evaluation does; None for odd numbers of channels."""
+    """What transformers' image processor needs to do as timm's evaluation does; None where it cannot.
+
+    It takes 1 or 3 channels, and pads nothing.
+    """
     from slimming.training.images import ImageSpec
 
     channels, height, width = anatomy_of(model).input_shape
     if channels not in (1, 3):
         return None
     spec = ImageSpec.of_model(model)
+    if spec.crop_mode == "border":
+        return None
+    scaled = {"height": int(height / spec.crop_pct), "width": int(width / spec.crop_pct)}
     return {
         "image_processor_type": PROCESSOR,
         "do_convert_rgb": channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": int(min(height, width) / spec.crop_pct)},
+        "size": scaled if spec.crop_mode == "squash" else {"shortest_edge": min(scaled.values())},
         "resample": RESAMPLING.get(spec.interpolation, RESAMPLING["bicubic"]),
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

@@ -16,7 +16,7 @@ RUNTIMES = ("eager", "compile", "onnxruntime")
 
 
 def check_runtime(name: str) -> None:
-    """Raise ConfigError if there is no runtime called ``name``, or its library is not installed."""
+    """Raise ConfigError if there is no runtime called ``name``, MissingExtraError if its library is not installed."""
     if name not in RUNTIMES:
         raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
     if name == "onnxruntime":
@@ -32,7 +32,8 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
         runtime: one of `RUNTIMES`.
 
     Raises:
-        ConfigError: there is no such runtime, or it is not installed, or it cannot run where ``x`` is.
+        ConfigError: there is no such runtime, or it cannot run where ``x`` is.
+        MissingExtraError: it is not installed.
         UnsupportedModelError: the model cannot be exported.
     """
     check_runtime(runtime)

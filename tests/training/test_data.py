@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,7 +28,7 @@ from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_pictures
 from slimming.training.evaluate import evaluate
-from slimming.training.images import ImageSpec, Unreadable, decode
+from slimming.training.images import ImageSpec, Unreadable, decode, make_transform
 from slimming.training.readers import Record
 from slimming.training.samples import Data, ImageDataset, Reader, StreamDataset
 
@@ -561,3 +562,13 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"slimming\[datasets\]"):
         open_data(DataConfig(source="hf:tiny"), SPEC)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_images_are_cut_as_the_model_was_trained(mode: str) -> None:
+    from timm.data import create_transform, resolve_data_config
+
+    model = timm.create_model("test_vit", pretrained_cfg_overlay={"crop_mode": mode, "crop_pct": 0.9})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8))
+    wanted: Any = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    assert torch.equal(make_transform(ImageSpec.of_model(model), None)(image), wanted(image))

@@ -68,30 +68,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it: all plans first, then all files in one rename."""
-    import shutil
-    import tempfile
-
     from slimming.cli.output import made
-    from slimming.errors import OutputError
-    from slimming.io import explain
+    from slimming.io import atomic_directory
 
     output = Path(arguments.output)
     with made(output):
         model, images, plans, record = _one_shot(arguments) if arguments.one_shot else _searched(arguments)
-        partial = output
-        try:
-            partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        with atomic_directory(output) as partial:
             _write(model, plans, record, images, partial, output)
-            partial.chmod(0o755)
-            partial.replace(output)
-        except OSError as error:
-            raise explain(error, output) from error
-        except OutputError as error:
-            # The disk filled up: the message shall name the place that the user knows.
-            raise OutputError(str(error).replace(str(partial), str(output))) from error
-        finally:
-            if partial != output:
-                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(

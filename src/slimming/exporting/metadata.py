@@ -15,13 +15,16 @@ from slimming.training.images import ImageSpec
 
 KEY = "slimming"
 """Under which the description lies in a file, as JSON."""
+FITS = {"center": "cover", "squash": "stretch", "border": "inside"}
+"""How an image is scaled, by timm's name of it."""
 
 
 def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int]) -> dict[str, Any]:
     """The description that travels with every file.
 
-    An image is decoded as RGB (or grey), scaled until it just covers ``resize`` (height, width), cut to the middle
-    ``crop``, divided by 255, and normalised by ``mean`` and ``std`` of each channel.
+    An image is decoded as RGB (or grey), scaled until it just covers ``resize`` (height, width), or as ``fit`` says
+    stretched to it or just inside of it, cut or padded with ``mean`` to the middle ``crop``, divided by 255, and normalised by
+    ``mean`` and ``std`` of each channel.
 
     Args:
         spec: what the model takes.
@@ -36,6 +39,7 @@ def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int])
         "preprocessing": {
             "mode": "RGB" if channels == 3 else "L",
             "resize": [math.floor(side / spec.crop_pct) for side in size],
+            "fit": FITS[spec.crop_mode],
             "crop": size,
             "interpolation": spec.interpolation,
             "mean": list(spec.mean),

@@ -21,13 +21,18 @@ from slimming.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What a model takes: ``input_size`` (channels, height, width), ``mean`` and ``std`` by channel."""
+    """What a model takes: ``input_size`` (channels, height, width), ``mean`` and ``std`` by channel.
+
+    ``crop_mode`` is timm's: ``"center"`` cuts off what is too long, ``"squash"`` scales both sides to size, ``"border"``
+    pads what is too short.
+    """
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         if self.input_size[0] not in (1, 3):
@@ -50,6 +55,7 @@ class ImageSpec:
             input_size=tuple(found["input_size"]),
             interpolation=found["interpolation"],
             crop_pct=float(found["crop_pct"]),
+            crop_mode=found.get("crop_mode") or "center",
             **fit,
         )
 
@@ -119,7 +125,7 @@ def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Imag
         "input_size": spec.input_size, "interpolation": spec.interpolation, "mean": spec.mean, "std": spec.std
     }  # fmt: skip
     if augment is None or augment == "none":
-        return make(**common, is_training=False, crop_pct=spec.crop_pct)
+        return make(**common, is_training=False, crop_pct=spec.crop_pct, crop_mode=spec.crop_mode)
     if augment == "deit":
         return make(**common, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
     light = make(
