@@ -23,8 +23,8 @@ def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int])
     """The description that travels with every file.
 
     An image is decoded as RGB (or grey), scaled until it just covers ``resize`` (height, width), or as ``fit`` says
-    stretched to it or just inside of it, cut or padded with ``mean`` to the middle ``crop``, divided by 255, and normalised by
-    ``mean`` and ``std`` of each channel.
+    stretched to it or just inside of it, cut or padded with ``mean`` to the middle ``crop``, divided by 255, and
+    normalised by ``mean`` and ``std`` of each channel.
 
     Args:
         spec: what the model takes.

@@ -23,8 +23,8 @@ from slimming.errors import DataError
 class ImageSpec:
     """What a model takes: ``input_size`` (channels, height, width), ``mean`` and ``std`` by channel.
 
-    ``crop_mode`` is timm's: ``"center"`` cuts off what is too long, ``"squash"`` scales both sides to size, ``"border"``
-    pads what is too short.
+    ``crop_mode`` is timm's: ``"center"`` cuts off what is too long, ``"squash"`` scales both sides to size,
+    ``"border"`` pads what is too short.
     """
 
     input_size: tuple[int, int, int]
