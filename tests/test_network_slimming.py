@@ -150,4 +150,4 @@ def test_taylor_scores_take_the_penalty_out_once_however_many_scales_a_unit_has(
 
 def test_no_penalty_is_not_the_default() -> None:
     masks = slimming.attach(timm.create_model("test_vit", img_size=32), penalty={})
-    assert float(masks.penalty()) == 0
+    assert masks.penalty().item() == 0
