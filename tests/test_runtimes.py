@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.api import anatomy_of
 from slimming.bench import paired_times
-from slimming.errors import ConfigError, UnsupportedModelError
+from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
 from slimming.plan import FREE, Budget
 from slimming.results import BenchConfig
 from slimming.runtimes import prepare
@@ -52,5 +52,5 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         BenchConfig(runtime="onnx-runtime")
     gone: Any = None
     monkeypatch.setitem(sys.modules, "onnxruntime", gone)
-    with pytest.raises(ConfigError, match=r"pip install 'slimming\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'slimming\[onnx\]'"):
         BenchConfig(runtime="onnxruntime")

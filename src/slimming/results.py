@@ -43,6 +43,7 @@ class BenchConfig:
 
     Raises:
         ConfigError: a number below 1, or there is no such runtime.
+        MissingExtraError: what runs it is not installed.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
