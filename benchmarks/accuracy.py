@@ -105,7 +105,7 @@ def cases(settings: Any) -> dict[str, Case]:
         "retrain": plain | {"lr": 0.01},
     }
     return {
-        "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1,)),
+        "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1, 1.0)),
         "vit-eurosat": Case(lambda: recipe(EMBEDDED, "dense"), str(EMBEDDED / "eurosat"), (0.3, 1.0, 3.0)),
         "vgg16-cifar10": Case(lambda: vgg(VGG16), **cnn),
         "resnet18-cifar10": Case(resnet18, **cnn),
