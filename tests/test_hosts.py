@@ -410,6 +410,7 @@ def test_a_checkpoint_in_half_precision_is_opened_in_float32_and_one_of_ones_own
     TRANSFORMERS[0].make().to(torch.bfloat16).save_pretrained(tmp_path / "half")
     name = f"transformers:{tmp_path}/half"
     assert make_hosted(name, {}, pretrained=True).dtype == torch.float32
+    assert make_hosted(name, {}, pretrained=False).dtype == torch.float32
     assert make_hosted(name, {"dtype": torch.bfloat16}, pretrained=True).dtype == torch.bfloat16
     assert next(slimming.load(tmp_path / "half").parameters()).dtype == torch.float32
     model = timm.create_model("test_vit", img_size=32, num_classes=10)

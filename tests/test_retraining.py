@@ -377,9 +377,10 @@ def test_relations_of_a_cut_model_are_of_the_tokens_that_it_has(
 
 def test_settings_of_distillation_that_cannot_be_are_refused() -> None:
     for setting, said in (
-        ({"alpha": 5.0}, r"distil\.alpha=5\.0: give the share"),
-        ({"temperature": 0.0}, r"distil\.temperature=0\.0: give a number above 0"),
-        ({"pool": "frist"}, r"distil\.pool is 'frist'.*Did you mean 'first'"),
+        ({"alpha": 5.0}, "alpha is 5.0; the teacher's share"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"pool": "frist"}, r"pool is 'frist'.*Did you mean 'first'"),
+        ({"relation_heads": 0}, "relation_heads is 0; it must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):
             slimming.DistilConfig(**setting)

@@ -186,7 +186,7 @@ def plan(
     Raises:
         ConfigError: there is no such solver, or no latency table for a limit of latency.
         BudgetError: the budget cannot be reached; the message says the smallest that can.
-        PlanError: the scores are of another model or not finite.
+        PlanError: the scores are of another model or not finite, or ``source`` is a model without scores.
         CheckpointError: the scores file is damaged.
 
     >>> import timm, slimming

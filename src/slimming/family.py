@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,22 +111,23 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True)
     Modules are told that the tensors are of their own version: some hosts change what comes without one. Parameters
     that several modules share stay shared.
     """
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+    shared = shared_parameters(model)
     versioned = OrderedDict(state)
     versioned._metadata = model.state_dict()._metadata  # pyright: ignore
     model.load_state_dict(versioned, strict=strict, assign=True)
-    for first, *others in names.values():
+    for first, *others in shared:
         for other in others:
             module, _, name = other.rpartition(".")
             setattr(model.get_submodule(module), name, model.get_parameter(first))
 
 
-def shares_parameters(model: nn.Module) -> bool:
-    """Whether a parameter of ``model`` has more than one name; masks do, and are not meant."""
-    names = Counter(id(one) for name, one in model.named_parameters(remove_duplicate=False) if FACTORS not in name)
-    return any(number > 1 for number in names.values())
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that has more than one; masks have, and are not meant."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if FACTORS not in name:
+            names[id(parameter)].append(name)
+    return [own for own in names.values() if len(own) > 1]
 
 
 def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:

@@ -39,7 +39,7 @@ def multiply_adds(name: str, args: Sequence[Any], results: Sequence[Tensor]) -> 
     if name.startswith("_scaled_dot_product"):
         q, k, v = args[:3]
         return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
-    if any(word in name for word in ("matmul", "einsum", "conv", "rnn", "lstm", "gru", "mm")):
+    if name.endswith("mm") or any(word in name for word in ("matmul", "einsum", "conv", "rnn", "lstm", "gru")):
         raise ConfigError(
             f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Put the layer "
             "that does it into other operations, such as torch.matmul."

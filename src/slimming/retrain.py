@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from slimming.api import anatomy_of
-from slimming.errors import ConfigError, UnsupportedModelError, nearest
+from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.groups import Group
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import POOLS, ClassificationTask, DistilTask, Task
+from slimming.training.tasks import ClassificationTask, DistilTask, Task, check_distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class DistilConfig:
         relation_weight: weight of that match.
         relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 that divides D keeps
             queries, keys and values of a ``qkv`` apart.
+
+    Raises:
+        ConfigError: ``alpha``, ``temperature``, ``pool`` or ``relation_heads`` cannot be.
     """
 
     alpha: float = 0.8
@@ -46,14 +49,7 @@ class DistilConfig:
     relation_heads: int = 12
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"distil.alpha={self.alpha}: give the share of the teacher, 0 to 1.")
-        if not self.temperature > 0:
-            raise ConfigError(f"distil.temperature={self.temperature}: give a number above 0.")
-        if self.pool not in POOLS:
-            raise ConfigError(
-                f"distil.pool is {self.pool!r}; choose one of {', '.join(POOLS)}.{nearest(self.pool, POOLS)}"
-            )
+        check_distillation(self.alpha, self.temperature, self.pool, self.relation_heads)
 
 
 def train(

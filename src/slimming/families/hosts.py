@@ -64,11 +64,12 @@ def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -
         ) from error
     maker: Any = transformers.AutoModelForImageClassification
     safe = {"trust_remote_code": False}  # nor asked about, which is the default
+    # In float32, whatever the files say: half precision is no type to train in.
     if pretrained:  # safetensors only: nothing is unpickled
-        # In float32, whatever the file holds: half precision is no type to train in.
         model = maker.from_pretrained(name, use_safetensors=True, **safe, **{"dtype": torch.float32, **arguments})
     else:
-        model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **safe, **arguments))
+        config = transformers.AutoConfig.from_pretrained(name, **safe, **arguments)
+        model = maker.from_config(config, dtype=arguments.get("dtype", torch.float32))
     mixin: Any = transformers.ImageProcessingMixin
     try:
         found = mixin.get_image_processor_dict(name)[0]

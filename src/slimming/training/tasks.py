@@ -157,6 +157,22 @@ def check_modules(model: nn.Module, who: str, names: Iterable[str]) -> None:
             raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
 
 
+def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:
+    """Check settings of `DistilTask`.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; it must be above 0.")
+    if pool not in POOLS:
+        raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
+    if relation_heads < 1:
+        raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
+
+
 class DistilTask:
     """Learning from a teacher's logits beside the labels (Hinton et al. 2015), its features and its relations.
 
@@ -196,14 +212,7 @@ class DistilTask:
         places: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
-        if temperature <= 0:
-            raise ConfigError(f"temperature is {temperature}; it must be above 0.")
-        if pool not in POOLS:
-            raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
-        if relation_heads < 1:
-            raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
+        check_distillation(alpha, temperature, pool, relation_heads)
         self.teacher = teacher
         self.alpha, self.temperature = alpha, temperature
         self.features, self.feature_weight, self.pool = features, feature_weight, pool

@@ -22,7 +22,7 @@ from slimming.families.timm_vit.pieces import piece_module, pieces
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.families.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
-from slimming.family import STRUCTURE, Family, Kept, Timed, shares_parameters, take
+from slimming.family import STRUCTURE, Family, Kept, Timed, shared_parameters, take
 from slimming.groups import Anatomy, Group, Piece
 from slimming.plan import Structure
 
@@ -38,7 +38,7 @@ class TimmViT(Family):
             VisionTransformerDistilled,
         ):
             return False
-        if shares_parameters(model):  # which tracing leaves whole
+        if shared_parameters(model):  # which tracing leaves whole
             return False
         try:
             block_sizes(model)

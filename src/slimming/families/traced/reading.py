@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
-from slimming.family import STRUCTURE, Kept, fill_
+from slimming.family import STRUCTURE, Kept, fill_, shared_parameters
 from slimming.formulas import Dim, Operation
 from slimming.groups import Group, LayerSizes, Piece
 
@@ -252,8 +251,7 @@ def _widths(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:
 
 def _single(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     """Those of ``groups`` whose tensors have one name each, and why the others stay."""
-    names = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
-    tied = {name for name, tensor in model.named_parameters() if names[id(tensor)] > 1}
+    tied = {name for names in shared_parameters(model) for name in names}
     single = [group for group in groups if not any(one.tensor in tied for one in group.slices)]
     return single, [f"{group.name}: it is shared by several modules" for group in groups if group not in single]
 
