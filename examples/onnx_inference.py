@@ -26,12 +26,17 @@ def preprocess(image: Image.Image, how: dict[str, Any]) -> np.ndarray:
     image = image.convert(how["mode"])
     image = image.resize(scaled(image.size, how["resize"], how["fit"]), Image.Resampling[how["interpolation"].upper()])
     height, width = how["crop"]
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    left, top = middle(image.width, width), middle(image.height, height)
     cut = Image.new(image.mode, (width, height), tuple(round(255 * mean) for mean in how["mean"]))
     cut.paste(image, (-left, -top))
     pixels = np.asarray(cut, dtype=np.float32).reshape(height, width, -1) / 255
     normal = (pixels - np.asarray(how["mean"], np.float32)) / np.asarray(how["std"], np.float32)
     return normal.transpose(2, 0, 1)
+
+
+def middle(have: int, want: int) -> int:
+    """Where the middle ``want`` of ``have`` pixels begin; below 0 where there are fewer."""
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
 
 def scaled(size: tuple[int, int], resize: list[int], fit: str) -> tuple[int, int]:

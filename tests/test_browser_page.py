@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 import exported
+from slimming.exporting.metadata import description
 from slimming.training.images import ImageSpec, decode, make_transform
 
 PAGE = Path(__file__).resolve().parent.parent / "examples" / "browser"
@@ -170,6 +171,24 @@ def test_the_page_says_what_pytorch_says(
     assert re.fullmatch(
         r"The slim model is [\d.]+ times as fast; its file has [\d.]+ % of the size\.", opened.inner_text("#summary")
     )
+
+
+@pytest.mark.parametrize("size", [(130, 97), (20, 31)])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_images_are_scaled_as_the_model_was_trained(mode: str, size: tuple[int, int], opened: Any) -> None:
+    spec = ImageSpec(input_size=(3, 32, 40), mean=(0.3, 0.4, 0.5), std=(0.25,) * 3, crop_pct=0.9, crop_mode=mode)
+    pixels = picture(size)
+    how = description(spec, (), (1,))["preprocessing"]
+    found = opened.evaluate(
+        """async ([data, width, height, how]) => {
+            const { preprocess } = await import("./preprocess.js");
+            return Array.from(preprocess(new ImageData(new Uint8ClampedArray(data), width, height), how));
+        }""",
+        [np.asarray(pixels.convert("RGBA")).ravel().tolist(), *size, how],
+    )
+    wanted = make_transform(spec, None)(pixels)
+    # A byte may be rounded to its neighbour.
+    assert (torch.tensor(found).view(wanted.shape) - wanted).abs().max() < 1.01 / 255 / 0.25
 
 
 def test_what_is_no_image_is_named_and_the_keyboard_is_enough(opened: Any, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import slimming
 from slimming.api import Rating, anatomy_of, load_scores, save_scores
 from slimming.checkpoint import read_provenance, untied, write_tensors
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.io import atomic_json, seal
+from slimming.io import atomic_directory, atomic_json, seal
 from slimming.plan import Budget, Layout
 from slimming.worth import Sensitivity
 from variants import VARIANTS, draw, image
@@ -564,3 +564,13 @@ def test_a_dense_model_that_is_missing_or_does_not_fit_is_named(own: tuple[Path,
 def test_a_known_model_may_be_handed_over_too(saved: Path, slim: nn.Module) -> None:
     loaded = slimming.load(saved, dense=VARIANTS[0].make().float())
     assert torch.equal(loaded(image(slim)), slim(image(slim)))
+
+
+def test_what_goes_wrong_inside_a_directory_names_the_place_that_its_caller_knows(tmp_path: Path) -> None:
+    place = tmp_path / "new"
+    with (
+        pytest.raises(OutputError, match=re.escape(f"{place}/big cannot be written")),
+        atomic_directory(place) as partial,
+    ):
+        raise OutputError(f"{partial}/big cannot be written")
+    assert not list(tmp_path.iterdir())

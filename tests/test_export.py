@@ -224,6 +224,7 @@ def example() -> ModuleType:
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9, crop_mode="squash"),
         ImageSpec(input_size=(3, 32, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="squash"),
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="border"),
+        ImageSpec(input_size=(3, 32, 40), mean=(0.3, 0.4, 0.5), std=(0.5,) * 3, crop_pct=0.9, crop_mode="border"),
     ],
     ids=lambda spec: f"{spec.input_size} {spec.interpolation} {spec.crop_mode}",
 )

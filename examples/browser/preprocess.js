@@ -20,8 +20,7 @@ export function preprocess(pixels, how) {
   const planes = split(pixels.data, how.mode);
   const [width, height] = scaledTo(pixels.width, pixels.height, how.resize, how.fit);
   const [cropHeight, cropWidth] = how.crop;
-  const left = roundEven((width - cropWidth) / 2);
-  const top = roundEven((height - cropHeight) / 2);
+  const [left, top] = [middle(width, cropWidth), middle(height, cropHeight)];
   const input = new Float32Array(planes.length * cropHeight * cropWidth);
   planes.forEach((plane, channel) => {
     const scaled = scale(plane, pixels.width, pixels.height, width, height, filter);
@@ -58,6 +57,11 @@ function scaledTo(width, height, resize, fit) {
   }
   const ratio = Math.min(height / resize[0], width / resize[1]);
   return [roundEven(width / ratio), roundEven(height / ratio)];
+}
+
+/** Where the middle `want` of `have` pixels begin; below 0 where there are fewer. */
+function middle(have, want) {
+  return have >= want ? roundEven((have - want) / 2) : -Math.floor((want - have) / 2);
 }
 
 /** Python's rounding: halves go to the even neighbour. */
