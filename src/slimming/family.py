@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.errors import UnsupportedModelError
-from slimming.groups import Anatomy, Piece
+from slimming.groups import Anatomy, Group, Piece
 from slimming.plan import Structure
 
 STRUCTURE = "slimming_structure"
@@ -128,6 +128,13 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
         if FACTORS not in name:
             names[id(parameter)].append(name)
     return [own for own in names.values() if len(own) > 1]
+
+
+def of_one_name(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """Those of ``groups`` whose tensors have one name each, and why the others stay whole."""
+    shared = {name for names in shared_parameters(model) for name in names}
+    single = [group for group in groups if not any(one.tensor in shared for one in group.slices)]
+    return single, [f"{group.name}: it is shared by several modules" for group in groups if group not in single]
 
 
 def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:

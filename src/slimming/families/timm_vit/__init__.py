@@ -22,7 +22,7 @@ from slimming.families.timm_vit.pieces import piece_module, pieces
 from slimming.families.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.families.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.families.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
-from slimming.family import STRUCTURE, Family, Kept, Timed, shared_parameters, take
+from slimming.family import STRUCTURE, Family, Kept, Timed, of_one_name, take
 from slimming.groups import Anatomy, Group, Piece
 from slimming.plan import Structure
 
@@ -37,8 +37,6 @@ class TimmViT(Family):
             VisionTransformer,
             VisionTransformerDistilled,
         ):
-            return False
-        if shared_parameters(model):  # which tracing leaves whole
             return False
         try:
             block_sizes(model)
@@ -60,12 +58,13 @@ class TimmViT(Family):
             groups.append(width_group(vit, blocks))
         else:
             uncovered.append(f"embedding width: {why_not}")
+        groups, shared = of_one_name(vit, groups)
         return Anatomy(
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
             structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
             pieces=pieces(vit, blocks, {group.name for group in groups}),
-            uncovered=tuple(uncovered),
+            uncovered=(*uncovered, *shared),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
 

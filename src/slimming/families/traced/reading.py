@@ -20,7 +20,7 @@ from slimming.families.traced.proof import outputs, proven, randomise_
 from slimming.families.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.families.traced.tables import heads_of, hidden_of
 from slimming.families.traced.unbound import is_unbound, unbound_class
-from slimming.family import STRUCTURE, Kept, fill_, shared_parameters
+from slimming.family import STRUCTURE, Kept, fill_, of_one_name
 from slimming.formulas import Dim, Operation
 from slimming.groups import Group, LayerSizes, Piece
 
@@ -61,7 +61,7 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     uncovered += [*more_uncovered, *left_out]
     if asleep:
         uncovered.append(f"{len(asleep)} layers, the first of them {asleep[0]}: they do not run for one image")
-    found, tied = _single(trial, [*groups, *hidden, *channels])
+    found, tied = of_one_name(trial, [*groups, *hidden, *channels])
     attributes[""] = {**attributes.get("", {}), **_widths(trial, found)}
     uncovered += tied
     if not found:
@@ -247,13 +247,6 @@ def _widths(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:
         if len(same) == 1:
             result[name] = Dim(groups=((same[0].name, 1),))
     return result
-
-
-def _single(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """Those of ``groups`` whose tensors have one name each, and why the others stay."""
-    tied = {name for names in shared_parameters(model) for name in names}
-    single = [group for group in groups if not any(one.tensor in tied for one in group.slices)]
-    return single, [f"{group.name}: it is shared by several modules" for group in groups if group not in single]
 
 
 def _each_head(model: nn.Module) -> set[str]:
