@@ -155,7 +155,7 @@ def test_shared_weights_stay_whole_and_shared(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, num_classes=3, depth=3).eval()
-    model.__dict__.pop("_model_args", None)  # what timm notes of a model from 1.0.28 on, and no loading needs
+    model.__dict__.pop("_model_args", None)  # what timm notes of a model from 1.0.31 on, and no loading needs
     model.blocks[1].mlp.fc2.weight = model.blocks[0].mlp.fc2.weight
     tied = ("blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight")
     assert not any(one.tensor in tied for group in slimming.describe(model) for one in group.slices)

@@ -219,7 +219,8 @@ def example() -> ModuleType:
     [
         ImageSpec(input_size=(3, 32, 32), mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4), crop_pct=0.9),
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear"),
-        ImageSpec(input_size=(3, 16, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875),
+        # Before 1.0.24, timm scales such images bilinearly, whatever is asked for.
+        ImageSpec(input_size=(3, 16, 40), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=0.875),
         ImageSpec(input_size=(1, 28, 28), mean=(0.4,), std=(0.2,), interpolation="nearest"),
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9, crop_mode="squash"),
         ImageSpec(input_size=(3, 32, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="squash"),

@@ -29,6 +29,7 @@ from slimming.families import family_of
 from slimming.families.hosts import name_classes
 from slimming.opening import open_start
 from slimming.training.images import ImageSpec, make_transform
+from variants import NOTED
 
 NAMES = ("field", "forest", "river")
 RECORD = {
@@ -209,6 +210,7 @@ def test_transformers_gives_a_model_without_weights_and_with_other_classes(pushe
     assert found.loss.isfinite()
 
 
+@NOTED
 def test_tables_that_no_file_holds_survive_transformers(tmp_path: Path) -> None:
     """Swin keeps indices of positions and masks of windows beside its weights."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from slimming.families.traced.proof import randomise_
 from slimming.groups import Group
 from slimming.masks import SoftMasks
 from slimming.plan import FREE, Budget, Plan
+from variants import NOTED
 
 transformers = pytest.importorskip("transformers")
 
@@ -125,6 +126,7 @@ def test_a_width_goes_without_the_heads(name: str) -> None:
     assert not torch.allclose(output(model, x), expected), "the norms see every feature again"
 
 
+@NOTED
 def test_a_stage_is_cut_alone_and_the_model_is_used_on(tmp_path: Path) -> None:
     model: Any = timm_swin().eval()
     first, last = widths_of(model)

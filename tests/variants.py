@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from slimming.groups import Anatomy, Group
 from slimming.plan import Plan
 
+NOTED = pytest.mark.skipif(
+    not hasattr(timm.create_model("test_vit"), "_model_args"),
+    reason=f"timm {timm.__version__} does not note what a model was made with, as 1.0.31 does",
+)
+"""For tests of models that timm can only make again with the arguments that its user gave it."""
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8, "img_size": 32}
 
 

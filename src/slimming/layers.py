@@ -181,7 +181,8 @@ class PartialBlock(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Add what is left of the branches: (B, N, D) -> (B, N, D)."""
         if self.attn is not None:
-            branch = self.attn(x if self.post_norm else self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            causal = {"is_causal": True} if is_causal else {}  # unknown to the attention of older timm
+            branch = self.attn(x if self.post_norm else self.norm1(x), attn_mask=attn_mask, **causal)
             x = x + self.drop_path1(self.norm1(branch) if self.post_norm else self.ls1(branch))
         if self.mlp is not None:
             branch = self.mlp(x if self.post_norm else self.norm2(x))

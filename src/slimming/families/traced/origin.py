@@ -146,7 +146,7 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
     if channels != (config.get("input_size") or (channels,))[0]:
         arguments["in_chans"] = channels
-    made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.28 on
+    made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.31 on
     if isinstance(made_with, dict):
         given = {key: plain(value) for key, value in made_with.items()}
         with contextlib.suppress(ConfigError):
