@@ -136,6 +136,17 @@ def test_the_card_has_front_matter_a_table_and_how_to_load(pushed: Path) -> None
         assert line in text
 
 
+@pytest.mark.parametrize(("arguments", "named"), [({"img_size": 32, "num_classes": 3}, True), ({"depth": 3}, False)])
+def test_a_card_names_a_base_model_only_where_its_weights_fit(
+    arguments: dict[str, Any], named: bool, tmp_path: Path
+) -> None:
+    model = timm.create_model("test_vit.r160_in1k", **arguments)
+    plan = slimming.plan(slimming.attach(model), slimming.Budget(keep={"mlp": 0.5}))
+    slimming.push_to_hub(slimming.cut(model, plan), to=tmp_path / "pushed")
+    data = huggingface_hub.ModelCard.load(tmp_path / "pushed" / "README.md").data
+    assert data.get("base_model") == ("timm/test_vit.r160_in1k" if named else None)
+
+
 def test_the_image_processor_does_what_the_evaluation_does(pushed: Path) -> None:
     pixels = np.kron(np.random.default_rng(0).integers(0, 256, (6, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     picture = Image.fromarray(pixels)

@@ -9,6 +9,11 @@ from slimming.cost import Cost
 from slimming.plan import Structure
 
 PICTURE = "kept.png"
+SAME_WEIGHTS = frozenset({
+    *("num_classes", "img_size", "in_chans", "global_pool", "pretrained_cfg_overlay"),
+    *("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "patch_drop_rate"),
+})  # fmt: skip
+"""Arguments with which a model of timm still takes the weights of its name."""
 
 
 def card(
@@ -90,7 +95,8 @@ def _parent(record: Mapping[str, Any], structure: Structure) -> str | None:
         if started.startswith(prefix) and started.count("/") == 1:
             return started.removeprefix(prefix).partition("@")[0]
     name = _base_name(structure)
-    return f"timm/{name}" if _host(structure) == "timm" and "." in name and "/" not in name else None
+    known = _host(structure) == "timm" and "." in name and "/" not in name
+    return f"timm/{name}" if known and structure.base["arguments"].keys() <= SAME_WEIGHTS else None
 
 
 def _data_source(record: Mapping[str, Any]) -> str:

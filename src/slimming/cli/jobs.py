@@ -46,7 +46,7 @@ class TrainJob:
         model: the model to train: a dense start, or a slim checkpoint.
         data: the images.
         train: the training.
-        teacher: a checkpoint to learn from, usually of the dense model; see also --teacher.
+        teacher: a checkpoint to learn from, usually of the dense model.
         distil: how to learn from the teacher.
 
     Raises:

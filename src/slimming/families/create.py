@@ -139,7 +139,7 @@ def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[
     except (RuntimeError, OSError) as error:
         raise CheckpointError(
             f"The pretrained weights of {name} could not be loaded ({str(error).splitlines()[0]}). "
-            "Check the network, or give a local file of weights."
+            "Check the network, or give a local file of weights: checkpoint, as a flag --model.checkpoint FILE."
         ) from error
     _signed(model, name, options)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
