@@ -118,7 +118,7 @@ class Subject:
     def __init__(self, name: str, case: Case, settings: Any) -> None:
         self.name, self.settings, self.work = name, settings, settings.work / name
         self.epochs, self.retrain = () if settings.no_retraining else case.epochs, case.retrain
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + settings.dense)
         self.dense = case.make()
         shape: dict[str, Any] = (
             {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)} if case.train is not None else {}
@@ -313,6 +313,7 @@ def main() -> None:
     arguments.add_argument("--test-images", type=int, default=10000)
     arguments.add_argument("--search-steps", type=int, default=240)
     arguments.add_argument("--cnn-epochs", type=float, default=15.0)
+    arguments.add_argument("--dense", type=int, default=0, help="which dense CNNs; each number has its own --work")
     arguments.add_argument("--no-retraining", action="store_true")
     settings = arguments.parse_args()
     torch.set_num_threads(settings.threads)
@@ -323,13 +324,15 @@ def main() -> None:
         if settings.only and name not in settings.only:
             continue
         subject = Subject(name, case, settings)
-        dense[name] = {"top1": subject.top1, "macs": subject.macs, "images": subject.tested}
+        top1 = {**dense.get(name, {}).get("top1", {}), str(settings.dense): subject.top1}
+        dense[name] = {"top1": top1, "macs": subject.macs, "images": subject.tested}
         for seed, (part, kinds) in ((seed, item) for seed in range(settings.seeds) for item in subject.kinds.items()):
             for method in methods(kinds, "vit" in name):
                 if method not in (settings.methods or [method]) or part not in (settings.parts or [part]):
                     continue
                 for budget in MACS if kinds is None else KEEP:
-                    fill(rows, subject, f"{name}/{part}/{method}/{budget}/{seed}", method, kinds, budget, seed)
+                    run = f"{seed}" if settings.dense == 0 else f"{seed} of dense {settings.dense}"
+                    fill(rows, subject, f"{name}/{part}/{method}/{budget}/{run}", method, kinds, budget, seed)
                     write(settings, rows, dense)
 
 
@@ -382,8 +385,8 @@ def write(settings: Any, rows: dict[str, Any], dense: dict[str, Any]) -> None:
                 for method, of in found.items()
             ]
             what = "of the MACs" if part == "all" else f"of the {part} units"
-            title = f"{name}, {what}: top-1 straight after the cut"
-            text += f"{title} (dense {own['top1']:.1%})\n\n"
+            start = ", ".join(f"{top1:.1%}" for top1 in own["top1"].values())
+            text += f"{name}, {what}: top-1 straight after the cut (dense {start})\n\n"
             text += table(["method", *(f"{float(budget):.0%}" for budget in budgets)], lines) + "\n"
             text += retrained(name, found)
     tested = ", ".join(f"{name} {own['images']:,}" for name, own in dense.items())
@@ -394,7 +397,7 @@ def write(settings: Any, rows: dict[str, Any], dense: dict[str, Any]) -> None:
 
 def margin(dense: dict[str, Any]) -> float:
     """Two standard errors of the accuracy on the fewest images."""
-    return max(2 * (own["top1"] * (1 - own["top1"]) / own["images"]) ** 0.5 for own in dense.values())
+    return max(2 * (p * (1 - p) / own["images"]) ** 0.5 for own in dense.values() for p in own["top1"].values())
 
 
 def retrained(name: str, found: dict[str, dict[str, list[Any]]]) -> str:

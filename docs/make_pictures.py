@@ -67,7 +67,7 @@ def accuracy() -> str:
         model, part, method, budget, _ = key.split("/")
         if (model, part) == ("vit-cifar10", "all"):
             found[method][budget].append((100 * row["macs"], 100 * row["top1"]))
-    dense = content["dense"]["vit-cifar10"]["top1"]
+    dense = content["dense"]["vit-cifar10"]["top1"]["0"]
     series = []
     for method, (name, colour, dash) in METHODS.items():
         points = [Point(x=mean(x for x, _ in seeds), y=mean(y for _, y in seeds)) for seeds in found[method].values()]

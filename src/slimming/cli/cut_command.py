@@ -105,10 +105,8 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score a model that was not searched, and plan."""
-    from typing import Any
-
     from slimming.api import plans
-    from slimming.cli.flags import parse_flag
+    from slimming.cli.flags import model_arguments
     from slimming.cli.output import say
     from slimming.errors import ConfigError
     from slimming.oneshot import score
@@ -121,8 +119,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     if arguments.data is None:
         raise ConfigError("--one-shot needs images: give --data with a folder of them.")
     budgets = _budgets(arguments)
-    given = arguments.model_arguments
-    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
+    options = model_arguments(arguments.model_arguments)
     config = ModelConfig(name=arguments.source, checkpoint=arguments.checkpoint, arguments=options)
     model, notes = open_model(config)
     for note in notes:

@@ -138,6 +138,11 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
     return _yaml(text, where)
 
 
+def model_arguments(text: str | None) -> dict[str, Any]:
+    """What ``--model.arguments`` gives; nothing where it was not given."""
+    return {} if text is None else parse_flag(dict[str, Any], text, "--model.arguments")
+
+
 def parse_pairs(text: str, where: str) -> dict[str, Any]:
     """Read ``a=1,b.c=[2,3]`` as ``{"a": 1, "b": {"c": [2, 3]}}``.
 

@@ -37,13 +37,11 @@ def execute(arguments: argparse.Namespace) -> None:
     import json
 
     from slimming.api import anatomy_of, cost, describe
-    from slimming.cli.flags import parse_flag
+    from slimming.cli.flags import model_arguments
     from slimming.cli.models import open_named
     from slimming.opening import check_input
 
-    given = arguments.model_arguments
-    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
-    model = open_named(arguments.model, options, device="meta")
+    model = open_named(arguments.model, model_arguments(arguments.model_arguments), device="meta")
     check_input(model)
     anatomy, groups, found = anatomy_of(model), describe(model), cost(model)
     if arguments.json:

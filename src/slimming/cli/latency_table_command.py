@@ -36,9 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from typing import Any
-
-    from slimming.cli.flags import parse_flag
+    from slimming.cli.flags import model_arguments
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.cli.output import say
     from slimming.errors import ConfigError, nearest
@@ -61,8 +59,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.dtype not in types:
         raise ConfigError(f"--dtype is {arguments.dtype!r}; give {', '.join(types)}.{nearest(arguments.dtype, types)}")
     use_threads(arguments.threads)
-    given = arguments.model_arguments
-    options = parse_flag(dict[str, Any], given, "--model.arguments") if given is not None else {}
+    options = model_arguments(arguments.model_arguments)
     model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
     table = build_latency_table(
         model,
