@@ -24,6 +24,7 @@ from slimming.cli.entry import COMMANDS, make_parser
 from slimming.cli.jobs import from_values
 from slimming.cli.settings import read_yaml
 from slimming.run_config import RunConfig
+from variants import READS_SAFELY
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,7 +95,11 @@ def make_photos(root: Path) -> None:
 WITH_PYTHON = [page for page in PAGES if blocks(page.read_text("utf-8"), "python")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=page_id)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=READS_SAFELY) if page.stem == "hub" else page for page in WITH_PYTHON],
+    ids=page_id,
+)
 def test_python_of_the_page_runs(page: Path, workplace: Path) -> None:
     run_blocks(page)
 

@@ -20,6 +20,11 @@ NOTED = pytest.mark.skipif(
     reason=f"timm {timm.__version__} does not note what a model was made with, as 1.0.31 does",
 )
 """For tests of models that timm can only make again with the arguments that its user gave it."""
+READS_SAFELY = pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26),
+    reason=f"timm {timm.__version__} opens what is in a directory as a pickle",
+)
+"""For tests of directories that timm itself is to load."""
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8, "img_size": 32}
 
 
