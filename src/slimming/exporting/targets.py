@@ -112,9 +112,10 @@ def _describe_onnx(file: Path, description: str) -> None:
 
     found = onnx.load(file)
     # Notes of the exporter on each node hold names of modules and lines of source: of no use, and half of a small file.
-    for part in (*found.graph.node, *found.graph.input, *found.graph.output, *found.graph.value_info):
+    for part in (*found.graph.node, *found.graph.input, *found.graph.output):
         del part.metadata_props[:]
         part.doc_string = ""
+    del found.graph.value_info[:]  # every runtime infers shapes; those of PyTorch 2.8's exporter can be wrong
     del found.graph.metadata_props[:]
     del found.metadata_props[:]
     found.producer_name = "slimming"
