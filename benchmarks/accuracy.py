@@ -4,7 +4,7 @@
 
 DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of --vit what
 `recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs, of a quarter of the
-usual width, are trained here.
+usual width, are trained here; `--dense 1` with another --work trains them once more, and adds their rows.
 
 All methods start from the same dense model and see the same calibration images; those of Torch-Pruning that need
 gradients get the labels too, ours in one shot do not. Budgets of MACs are met by the same count (Torch-Pruning's
