@@ -1,9 +1,10 @@
 """Accuracy at a budget: ours in one shot and after a search, against Torch-Pruning, random and uniform cuts.
 
-    python benchmarks/accuracy.py --cifar10 DIR --vit DIR --work DIR [--only vgg16-cifar10] [--seeds 3]
+    python benchmarks/accuracy.py --cifar10 DIR --imagenette DIR --vit DIR --work DIR [--only vgg16-cifar10] [--seeds 3]
 
-DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of --vit what
-`recipes/dense.py cifar10` leaves. EuroSAT is the embedded subset with the demo's model. The CNNs, of a quarter of the
+DIR of --cifar10 holds CIFAR-10 as train.parquet and test.parquet (name any re-encoding with --note), that of
+--imagenette Imagenette, whose images are scaled to 128 pixels, that of --vit what `recipes/dense.py cifar10` leaves.
+EuroSAT is the embedded subset with the demo's model. The CNNs, of a quarter of the
 usual width, are trained here; `--dense 1` with another --work trains them once more, and adds their rows.
 
 All methods start from the same dense model and see the same calibration images; those of Torch-Pruning that need
@@ -74,6 +75,7 @@ class Case:
     epochs: tuple[float, ...]
     """After which the cut models are judged, each trained anew."""
     train: slimming.TrainConfig | None = None
+    normalisation: dict[str, Any] = dataclasses.field(default_factory=dict)
     retrain: dict[str, Any] = dataclasses.field(default_factory=lambda: {"lr": 2e-4})
 
 
@@ -85,6 +87,13 @@ def resnet18() -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def larger_resnet18() -> nn.Module:
+    """ResNet-18 for 128-pixel images, with a quarter of its width."""
+    return timm.create_model(
+        "resnet18", num_classes=10, channels=(16, 32, 64, 128), pretrained_cfg_overlay={"input_size": (3, 128, 128)}
+    )
 
 
 def recipe(directory: Path, stem: str) -> nn.Module:
@@ -102,13 +111,21 @@ def cases(settings: Any) -> dict[str, Case]:
         "data": str(settings.cifar10),
         "epochs": (1.0,),
         "train": slimming.TrainConfig(epochs=settings.cnn_epochs, lr=0.1, batch_size=128, eval_every=0, **plain),
+        "normalisation": {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)},
         "retrain": plain | {"lr": 0.01},
+    }
+    longer: Any = {
+        "data": str(settings.imagenette),
+        "epochs": (1.0,),
+        "train": dataclasses.replace(cnn["train"], epochs=2 * settings.cnn_epochs),
+        "retrain": cnn["retrain"],
     }
     return {
         "vit-cifar10": Case(lambda: recipe(settings.vit, "model"), str(settings.cifar10), (0.1, 1.0)),
         "vit-eurosat": Case(lambda: recipe(EMBEDDED, "dense"), str(EMBEDDED / "eurosat"), (0.3, 1.0, 3.0)),
         "vgg16-cifar10": Case(lambda: vgg(VGG16), **cnn),
         "resnet18-cifar10": Case(resnet18, **cnn),
+        "resnet18-imagenette": Case(larger_resnet18, **longer),
     }
 
 
@@ -120,10 +137,9 @@ class Subject:
         self.epochs, self.retrain = () if settings.no_retraining else case.epochs, case.retrain
         torch.manual_seed(settings.seed + settings.dense)
         self.dense = case.make()
-        shape: dict[str, Any] = (
-            {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)} if case.train is not None else {}
+        config = slimming.DataConfig(
+            source=case.data, augment="light", val_limit=settings.test_images, **case.normalisation
         )
-        config = slimming.DataConfig(source=case.data, augment="light", val_limit=settings.test_images, **shape)
         self.data = slimming.open_data(config, self.dense)
         still = slimming.open_data(dataclasses.replace(config, augment="none"), self.dense)
         self.still = still
@@ -301,6 +317,7 @@ def main() -> None:
     """Fill the rows that are missing, then write the table."""
     arguments = parser(__doc__)
     arguments.add_argument("--cifar10", type=Path, required=True)
+    arguments.add_argument("--imagenette", type=Path, required=True)
     arguments.add_argument("--vit", type=Path, required=True)
     arguments.add_argument("--work", type=Path, required=True)
     arguments.add_argument("--note", default="CIFAR-10 as JPEG of quality 95, EuroSAT as the subset in the package")
