@@ -279,6 +279,13 @@ def test_a_directory_of_timm_loads_and_is_a_dense_start(tmp_path: Path, images: 
     assert len(notes) == 1
     slimming.save(loaded, tmp_path / "saved")
     assert torch.equal(slimming.load(tmp_path / "saved")(images), model(images))
+    overlay = {"pretrained_cfg_overlay": {"crop_pct": 0.5}}
+    opened, _ = slimming.open_model(slimming.ModelConfig(name=str(tmp_path / "dense"), arguments=overlay))
+    assert opened.pretrained_cfg["crop_pct"] == 0.5
+    # A pickle beside weights of another name is left alone.
+    (tmp_path / "dense" / "model.safetensors").rename(tmp_path / "dense" / "weights.safetensors")
+    (tmp_path / "dense" / "pytorch_model.bin").write_bytes(b"nonsense")
+    assert torch.equal(slimming.load(tmp_path / "dense")(images), model(images))
     with pytest.raises(CheckpointError, match="dense has no effect"):
         slimming.load(tmp_path / "dense", dense=model)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers.evo_norm import EvoNorm2dS0
 from torch import nn
@@ -18,7 +19,7 @@ import slimming
 from slimming.api import anatomy_of
 from slimming.errors import ConfigError, PlanError, UnsupportedModelError
 from slimming.families import timm_vit
-from slimming.layers import TokenSelect, UnevenAttention
+from slimming.layers import PartialBlock, TokenSelect, UnevenAttention
 from slimming.plan import Budget, Layout, Plan
 from variants import VARIANTS, Variant, distance, draw, image
 
@@ -105,6 +106,18 @@ def test_the_interface_of_the_host_stays(variant: str, style: str, tmp_path: Pat
     assert model(x).shape == (2, 5)
     slimming.save(model, tmp_path / "five")
     assert torch.equal(slimming.load(tmp_path / "five")(x), model(x))
+
+
+def test_what_is_left_of_a_block_asks_its_attention_for_nothing_new() -> None:
+    class Attention(nn.Identity):  # of timm before 1.0.26
+        def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return x
+
+    block: Any = timm.create_model("test_vit").blocks[0]
+    block.attn = Attention()
+    x = torch.randn(1, 5, 64)
+    found = PartialBlock(block, attention=True, mlp=False, post_norm=False)(x)
+    assert torch.equal(found, x + block.ls1(block.norm1(x)))
 
 
 def test_another_pooling_is_saved_too(tmp_path: Path) -> None:

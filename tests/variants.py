@@ -25,6 +25,10 @@ READS_SAFELY = pytest.mark.skipif(
     reason=f"timm {timm.__version__} opens what is in a directory as a pickle",
 )
 """For tests of directories that timm itself is to load."""
+SCALES_AS_ASKED = pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 24),
+    reason=f"timm {timm.__version__} scales images bilinearly for inputs that are not square",
+)
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8, "img_size": 32}
 
 

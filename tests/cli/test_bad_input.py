@@ -56,7 +56,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--budget", "macs=0.01"], ["cannot be reached", "the smallest reachable is macs 0."]),
         (["--budget", "keep.mlp=0.001"], ["cannot be reached", "the smallest reachable is 0."]),
         (["--model.arguments", "img_size=4"], ["is of another model", "image size"]),
-        (["--model.arguments", "img_size=-8"], ["size"]),
+        (["--model.arguments", "img_size=-8"], ["img_size"]),
         (["--model.arguments", "img_size=32"], ["is of another model", "image size"]),
         (["--model.arguments", "img_siz=32"], ["img_siz"]),
         (["--model.checkpoint", "nowhere.pth"], ["nowhere.pth is not a file"]),

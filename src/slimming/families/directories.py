@@ -112,11 +112,14 @@ def _from_timm(
         )
     if classes is not None:
         options["num_classes"] = classes
-    # The file is named, because timm before 1.0.26 opens what it finds in a directory as a pickle.
-    weights = min(path.glob("*.safetensors"), key=lambda file: (file.name != HOST_WEIGHTS, file.name), default=None)
-    source = {"source": "", "file": str(weights), "custom_load": False} if pretrained else None
+    overlay = dict(options.get("pretrained_cfg_overlay") or {})
+    if pretrained:  # timm would take pickles before some of these, and before 1.0.26 opens these as pickles too
+        weights = min(path.glob("*.safetensors"), key=lambda file: (file.name != HOST_WEIGHTS, file.name))
+        overlay |= {"source": "", "file": str(weights), "custom_load": False}
     try:
-        model = timm.create_model(f"local-dir:{path}", pretrained=pretrained, pretrained_cfg_overlay=source, **options)
+        model = timm.create_model(
+            f"local-dir:{path}", pretrained=pretrained, **{**options, "pretrained_cfg_overlay": overlay}
+        )
     except (TypeError, AssertionError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"timm cannot make the {name} in {path} with {options}: {error}") from error
     except (RuntimeError, OSError, SafetensorError) as error:
