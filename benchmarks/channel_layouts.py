@@ -41,7 +41,8 @@ def main() -> None:
     file = settings.output / "channel_layouts.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     rows, dense = known.get("rows", {}), known.get("dense", {})
-    all_of_them = Namespace(**vars(settings), vit=Path(), cnn_epochs=15.0, test_images=10000, no_retraining=True)
+    rest = {"vit": Path(), "imagenette": Path(), "dense": 0, "cnn_epochs": 15.0, "test_images": 10000}
+    all_of_them = Namespace(**vars(settings), **rest, no_retraining=True)
     for name in settings.only:
         subject = Subject(name, cases(all_of_them)[name], all_of_them)
         dense[name] = {"top1": subject.top1, "images": subject.tested}
