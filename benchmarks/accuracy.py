@@ -38,10 +38,10 @@ import slimming
 from common import parser, store, table
 from network_slimming import vgg
 from peers import theirs
-from slimming.api import anatomy_of
-from slimming.bench import count
+from slimming.core.budget import Budget
+from slimming.counting.measured import count
 from slimming.demo import HERE
-from slimming.plan import Budget
+from slimming.masks.attachment import anatomy_of
 from slimming.training.batches import calibration_batches
 
 MACS = (0.8, 0.6, 0.5, 0.4, 0.3)

@@ -27,11 +27,11 @@ from torch import nn
 
 import slimming
 from common import parser, ratios, table, write
-from slimming.api import anatomy_of, searched
-from slimming.bench import paired_times
-from slimming.cut import complete
-from slimming.latency import ONE_SIZE, UNEVEN
-from slimming.runtimes import prepare
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times
+from slimming.core.completion import complete
+from slimming.masks.attachment import anatomy_of, searched
+from slimming.planning.latency_table import ONE_SIZE, UNEVEN
 
 MODELS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50", "mobilenetv3_large_100")
 

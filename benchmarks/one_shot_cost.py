@@ -18,7 +18,7 @@ import torch
 
 import slimming
 from common import parser, store, table
-from slimming.api import anatomy_of
+from slimming.masks.attachment import anatomy_of
 
 BATCH = 32
 

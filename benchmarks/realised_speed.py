@@ -28,9 +28,9 @@ from torch import nn
 
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
-from slimming.api import anatomy_of
-from slimming.plan import FREE
-from slimming.runtimes import RUNTIMES, prepare
+from slimming.benchmarking.runtimes import RUNTIMES, prepare
+from slimming.core.layout import FREE
+from slimming.masks.attachment import anatomy_of
 
 EVEN = slimming.Layout()
 LAYOUTS = {

@@ -24,9 +24,10 @@ from torch import nn
 import slimming
 from accuracy import EMBEDDED, recipe, spread
 from common import FIRST_ORDER, parser, store, table
-from slimming.api import DEFAULT_PENALTY, anatomy_of, searched
-from slimming.cost import per_group
-from slimming.masks import attached
+from slimming.core.kinds import DEFAULT_PENALTY
+from slimming.counting.model_cost import per_group
+from slimming.masks.attachment import anatomy_of, searched
+from slimming.masks.soft_masks import attached
 from slimming.training.batches import calibration_images
 from slimming.training.tasks import DistilTask
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.families.hosts import name_classes
-from slimming.plan import FREE, Budget, Layout
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE, Layout
+from slimming.masks.attachment import anatomy_of
+from slimming.models.hosts import name_classes
 from variants import SMALL, randomise_
 
 CLASSES = ("field", "forest", "river")

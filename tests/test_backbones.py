@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.families.traced.proof import outputs
-from slimming.plan import FREE, Budget, Plan
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.masks.attachment import anatomy_of
+from slimming.models.traced.verification import outputs
 from variants import NOTED
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

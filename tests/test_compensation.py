@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming import compensation
-from slimming.api import anatomy_of
-from slimming.cut import complete
+from slimming.core.completion import complete
+from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
-from slimming.plan import Plan
+from slimming.masks.attachment import anatomy_of
+from slimming.pruning import compensation
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 

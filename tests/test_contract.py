@@ -16,11 +16,12 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
-from slimming.groups import Group
-from slimming.masks import ATTRIBUTE, SoftMasks
-from slimming.plan import FREE, Plan
+from slimming.core.groups import Group
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
+from slimming.masks.attachment import anatomy_of
+from slimming.masks.soft_masks import ATTRIBUTE, SoftMasks
 from variants import STYLES, VARIANTS, Variant, distance, draw, image
 
 EXACT = 1e-9

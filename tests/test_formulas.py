@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
 from slimming.errors import ConfigError
-from slimming.plan import FREE, Budget, Plan
-from slimming.scaling import original
+from slimming.masks.attachment import anatomy_of
+from slimming.masks.parametrization import original
 from variants import VARIANTS, distance, draw, image
 
 BY_ID = {variant.id: variant for variant in VARIANTS}

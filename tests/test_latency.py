@@ -14,14 +14,16 @@ from torch import nn
 
 import slimming
 from clocks import CountingClock
-from slimming import latency
-from slimming.api import anatomy_of, searched
-from slimming.cut import complete
+from slimming.core.budget import Budget
+from slimming.core.completion import complete
+from slimming.core.kinds import KINDS
+from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.families import family_of
-from slimming.family import Timed
-from slimming.latency import LatencyTable, build_latency_table
-from slimming.plan import FREE, KINDS, Budget, Layout
+from slimming.masks.attachment import anatomy_of, searched
+from slimming.models import family_of
+from slimming.models.family import Timed
+from slimming.planning import latency_table
+from slimming.planning.latency_table import LatencyTable, build_latency_table
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
@@ -44,7 +46,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "_Clock", CountingClock)
+        patch.setattr(latency_table, "Clock", CountingClock)
         built = build_latency_table(model, kinds=KINDS)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
@@ -117,7 +119,7 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
             slow = 1.2 if any(size % 16 for size in hidden) else 1.0
             return {name: value * slow if name == "ms" else value for name, value in found.items()}
 
-    monkeypatch.setattr(latency, "_Clock", Aligned)
+    monkeypatch.setattr(latency_table, "Clock", Aligned)
     model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 128}).eval()
     table = build_latency_table(model, path=tmp_path / "table.json")
     assert table.multiple == 16
@@ -147,12 +149,12 @@ def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_pat
 
 
 def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     CountingClock.asked = 0
     path = tmp_path / "table.json"
     whole = build_latency_table(model, kinds=KINDS, path=path)
     every = CountingClock.asked
-    once = 1 + 2 + len(latency.MULTIPLES)  # the whole model, and sizes that are multiples of something
+    once = 1 + 2 + len(latency_table.MULTIPLES)  # the whole model, and sizes that are multiples of something
     assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
@@ -179,7 +181,7 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
     anatomy, family = anatomy_of(model), family_of(model)
-    clock = latency._Clock(family, model, anatomy, batch_size=2, runtime="eager")
+    clock = latency_table.Clock(family, model, anatomy, batch_size=2, runtime="eager")
     found = clock.times(Timed(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
@@ -223,7 +225,7 @@ TRACED = [
 def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
     model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     model = model.eval().requires_grad_(False)
@@ -270,7 +272,7 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
 
 
 def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     uneven = build_latency_table(model, uneven_heads=True)
     whole = uneven.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups})
     layout = Layout(equal_heads=False)

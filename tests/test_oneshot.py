@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
-from slimming import elimination, turns
-from slimming.api import anatomy_of
-from slimming.elimination import eliminated
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError
-from slimming.layers import UnevenAttention
-from slimming.oneshot import ONE_SHOT_SCORES, OneShot
-from slimming.plan import FREE, Plan
-from slimming.rotation import rotate_
-from slimming.slopes import slopes
+from slimming.masks.attachment import anatomy_of
+from slimming.models.layers import UnevenAttention
+from slimming.scoring import iterative, redundancy
+from slimming.scoring.fisher import slopes
+from slimming.scoring.iterative import at_their_turn, half_later
+from slimming.scoring.one_shot import ONE_SHOT_SCORES, OneShot
+from slimming.scoring.redundancy import eliminated
+from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch
-from slimming.turns import _half_later, at_their_turn
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 
@@ -71,7 +72,7 @@ def test_fisher_is_the_divergence_of_a_small_step() -> None:
 def trained() -> tuple[nn.Module, list[Tensor], Tensor]:
     """The demo's model, some of its images, and others to judge cuts on."""
     from slimming.demo import settings
-    from slimming.opening import ModelConfig, open_model
+    from slimming.runs.setup import ModelConfig, open_model
 
     demo = settings()
     model = open_model(ModelConfig(**demo["model"]))[0].eval()
@@ -130,7 +131,7 @@ def test_a_round_halves_a_group_at_most() -> None:
     groups, costs = 4, {"0": torch.arange(1.0, 9.0)} | {str(i): torch.arange(1.0, 9.0) / 100 for i in range(1, 4)}
     stays = {name: torch.ones(8, dtype=torch.bool) for name in costs}
     stays["1"][:4] = False
-    ranked = {name: _half_later(costs[name], stays[name], 10.0) for name in costs}
+    ranked = {name: half_later(costs[name], stays[name], 10.0) for name in costs}
     cheap = [int((scores < 1).sum()) for scores in ranked.values()]
     assert cheap == [0, 4 + 2, 4, 4], "units of 0 and of the cheap half"
     assert len(ranked) == groups
@@ -148,7 +149,7 @@ def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatc
         asked.append(sum(len(units) for units in after.kept.values()))
         return {name: score / 1000 for name, score in alone.items()}
 
-    monkeypatch.setattr(turns, "slopes", cheaper)
+    monkeypatch.setattr(iterative, "slopes", cheaper)
     costs = torch.cat(list(at_their_turn(model, groups, alone, batches).values()))
     assert asked == sorted(set(asked), reverse=True), "each round takes more"
     gone = len(costs) - asked[0]
@@ -223,15 +224,15 @@ def test_downdates_equal_inverses_made_anew(kind: str, monkeypatch: pytest.Monke
     model = vit() if kind == "vit" else timm.create_model("test_resnet", num_classes=5).double().eval()
     role = "head" if kind == "vit" else "channel"
     group = [group for group in anatomy_of(model).groups if group.role == role][-1]
-    (one, *_) = elimination._readers(model, group)
+    (one, *_) = redundancy._readers(model, group)
     name = one.tensor.rpartition(".")[0]
-    statistics = elimination._covariances(model, [name], images(4, 32))[name]
-    layer = elimination._Layer(statistics, one.index)
+    statistics = redundancy._covariances(model, [name], images(4, 32))[name]
+    layer = redundancy._Layer(statistics, one.index)
     layer.remove(torch.tensor([1, 2]))
     layer.remove(torch.tensor([0]))
     gone = {place for unit in (0, 1, 2) for place in one.index[unit]}
     stays = [place for place in range(len(statistics[1])) if place not in gone]
-    anew = elimination._Layer(
+    anew = redundancy._Layer(
         (statistics[0][stays][:, stays], statistics[1][stays], statistics[2]),
         [[stays.index(place) for place in places] for places in one.index[3:]],
     )
@@ -246,7 +247,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group for group in anatomy_of(model).groups if group.role in ("mlp", "v")]
     importance = {group.name: torch.ones(group.size) for group in groups}
     whole = eliminated(model, groups, importance, images())
-    monkeypatch.setattr(elimination, "GIGABYTES", 1e-9)
+    monkeypatch.setattr(redundancy, "GIGABYTES", 1e-9)
     parts = eliminated(model, groups, importance, images())
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -438,7 +439,7 @@ def test_slopes_with_labels_do_not_depend_on_how_images_are_batched() -> None:
 
 
 def test_heads_are_turned_where_sums_have_single_precision_and_images_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("slimming.rotation", "slimming.inputs"):
+    for module in ("slimming.scoring.rotation", "slimming.models.activations"):
         monkeypatch.setattr(f"{module}.precise", lambda rows: rows.float())
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()

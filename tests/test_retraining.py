@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming import progressive
-from slimming.api import anatomy_of
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
-from slimming.plan import Plan
-from slimming.progressive import cut_on, onward
-from slimming.retrain import common_tokens
-from slimming.slimmable import _InTurn, settle_norms_
+from slimming.masks.attachment import anatomy_of
+from slimming.retraining import progressive
+from slimming.retraining.progressive import cut_on, onward
+from slimming.retraining.retrain import common_tokens
+from slimming.retraining.slimmable import InTurn, settle_norms_
 from slimming.training.loop import History
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
@@ -123,7 +123,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_the_largest_the_smallest_and_one_between(result: slimming.SearchResult, plans: list[Plan]) -> None:
-    turns = {count: _InTurn(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
+    turns = {count: InTurn(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
     drawn = {count: [turn.choice(call) % count for call in range(60)] for count, turn in turns.items()}
     assert set(drawn[1]) == {0}
     assert drawn[2] == [0, 1] * 30

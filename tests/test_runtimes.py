@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import paired_times
+from slimming.benchmarking.config import BenchConfig
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
-from slimming.plan import FREE, Budget
-from slimming.results import BenchConfig
-from slimming.runtimes import prepare
+from slimming.masks.attachment import anatomy_of
 from variants import VARIANTS
 
 

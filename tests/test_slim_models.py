@@ -16,11 +16,13 @@ from timm.layers.evo_norm import EvoNorm2dS0
 from torch import nn
 
 import slimming
-from slimming.api import anatomy_of
+from slimming.core.budget import Budget
+from slimming.core.layout import Layout
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError, UnsupportedModelError
-from slimming.families import timm_vit
-from slimming.layers import PartialBlock, TokenSelect, UnevenAttention
-from slimming.plan import Budget, Layout, Plan
+from slimming.masks.attachment import anatomy_of
+from slimming.models import timm_vit
+from slimming.models.layers import PartialBlock, TokenSelect, UnevenAttention
 from variants import VARIANTS, Variant, distance, draw, image
 
 BY_ID = {variant.id: variant for variant in VARIANTS}
@@ -243,7 +245,7 @@ def test_a_copy_of_a_masked_model_is_independent() -> None:
     twin = copy.deepcopy(model)
     x = image(model)
     before = model(x)
-    own = slimming.masks.attached(twin)
+    own = slimming.masks.soft_masks.attached(twin)
     assert own is not None
     assert own is not masks
     with torch.no_grad():

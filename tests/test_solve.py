@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimming
-from slimming.api import Rated, Rating, _measure, anatomy_of
-from slimming.chunks import all_chunks
+from slimming.core.budget import Budget
+from slimming.core.layout import Layout
 from slimming.errors import BudgetError, ConfigError
-from slimming.plan import Budget, Layout
-from slimming.rank import Planner
-from slimming.solve import GAP, knapsack, silenced
+from slimming.masks.attachment import anatomy_of
+from slimming.planning.budgeting import costs_of
+from slimming.planning.candidates import all_chunks
+from slimming.planning.knapsack import GAP, knapsack, silenced
+from slimming.planning.planner import Planner
+from slimming.planning.scores import Rated, Rating
 
 number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
@@ -114,7 +117,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
     dice = torch.Generator().manual_seed(0)
     groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "branch")]
     scores = {g.name: torch.rand(g.size, generator=dice) * (500 if g.role == "branch" else 1) for g in groups}
-    planner = Planner(anatomy, scores, Layout(), partial(_measure, anatomy))
+    planner = Planner(anatomy, scores, Layout(), partial(costs_of, anatomy))
     short = 0
     for percent in range(35, 100, 5):
         budget = Budget(macs=percent / 100)
@@ -140,7 +143,7 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     anatomy = anatomy_of(net)
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
-    measure = partial(_measure, anatomy)
+    measure = partial(costs_of, anatomy)
     plan = Planner(anatomy, scores, Layout(), measure).plan(Budget(macs=0.5, params=0.5), fold=True, solver="exact")
     whole, found = slimming.cost(net), slimming.cost(net, plan)
     assert found.macs <= 0.5 * whole.macs
@@ -157,7 +160,7 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
     for solver in ("nested", "exact"):
         left = []
         for scarcity in (0.0, 2.0):
-            planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(_measure, anatomy))
+            planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(costs_of, anatomy))
             kept = planner.plan(Budget(macs=0.5), fold=True, solver=solver).kept
             left.append(len(kept[groups[-1].name]))
         assert left[0] < left[1] < groups[-1].size, solver

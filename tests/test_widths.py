@@ -13,13 +13,15 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
-from slimming.contract import EXACT, distance
-from slimming.families.traced.proof import randomise_
-from slimming.groups import Group
-from slimming.masks import SoftMasks
-from slimming.plan import FREE, Budget, Plan
+from slimming.core.budget import Budget
+from slimming.core.groups import Group
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
+from slimming.masks.attachment import anatomy_of
+from slimming.masks.soft_masks import SoftMasks
+from slimming.models.traced.verification import randomise_
+from slimming.pruning.checks import EXACT, distance
 from variants import NOTED
 
 transformers = pytest.importorskip("transformers")

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import slimming
 from common import RESULTS, parser, store, table
 from realised_speed import LAYOUTS, slim
-from slimming.api import anatomy_of
-from slimming.bench import paired_times, speedup, summary
-from slimming.runtimes import prepare
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times, speedup, summary
+from slimming.masks.attachment import anatomy_of
 
 AIM = 0.85
 IMAGENET, EPOCHS = 1_281_167, 50
