@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.core.budget import Budget
 from slimming.core.layout import FREE, Layout
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.models.hosts import name_classes
 from variants import SMALL, randomise_
 
@@ -59,7 +59,7 @@ MAKERS = {
 
 def images(model: nn.Module, count: int = 12) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return list(torch.randn(count, *anatomy_of(model).input_shape, generator=generator).split(5))
+    return list(torch.randn(count, *prunable(model).anatomy.input_shape, generator=generator).split(5))
 
 
 def make(kind: str, directory: Path, to: list[str]) -> tuple[nn.Module, tuple[slimming.Exported, ...]]:

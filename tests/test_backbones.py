@@ -15,7 +15,7 @@ import slimming
 from slimming.core.budget import Budget
 from slimming.core.layout import FREE
 from slimming.core.pruning_plan import Plan
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.models.traced.verification import outputs
 from variants import NOTED
 
@@ -138,4 +138,4 @@ def test_intermediate_features_of_a_cut_model() -> None:
 @NOTED
 def test_a_backbone_of_timm_is_made_again_by_name() -> None:
     for make in (cnn, vit, swin):
-        assert anatomy_of(make()).structure.base["host"] == "timm", make
+        assert prunable(make()).anatomy.structure.base["host"] == "timm", make

@@ -99,7 +99,9 @@ class Mixed(nn.Module):
 def test_channels_that_something_else_reads_stay() -> None:
     groups = {group.site for group in slimming.describe(Mixed())}
     assert groups == {"second", "third"}
-    (reason,) = [one for one in slimming.masks.attachment.anatomy_of(Mixed()).uncovered if one.startswith("first")]
+    (reason,) = [
+        one for one in slimming.masks.attachment.prunable(Mixed()).anatomy.uncovered if one.startswith("first")
+    ]
     assert "something else reads these units" in reason
     found = slimming.check(Mixed())
     assert [step.held for step in found.steps] == [True, True, True], str(found)

@@ -31,7 +31,7 @@ from slimming.core.budget import Budget
 from slimming.core.files import atomic_directory, atomic_json, seal
 from slimming.core.layout import Layout
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.planning.scores import Rating, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from variants import VARIANTS, draw, image
@@ -42,7 +42,7 @@ FILES = ["provenance.json", "structure.json", "weights.safetensors"]
 @pytest.fixture(scope="module")
 def slim() -> nn.Module:
     model = VARIANTS[0].make().float()
-    return slimming.cut(model, draw(anatomy_of(model), "free")[1])
+    return slimming.cut(model, draw(prunable(model).anatomy, "free")[1])
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from slimming.core.budget import Budget
 from slimming.core.layout import FREE
 from slimming.demo import settings
 from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
-from slimming.masks.attachment import anatomy_of, searched
+from slimming.masks.attachment import prunable, searched
 from slimming.models.hosts import classes_of, reset_classes_
 from slimming.models.hosts import make as make_hosted
 from slimming.models.layers import SomeHeadsAttention
@@ -216,7 +216,7 @@ def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert set(found.kinds) == hosted.kinds | ({"width"} if (hosted.id or hosted.cls) in WIDE else set())
-    assert anatomy_of(model).structure.base["host"] == "transformers"
+    assert prunable(model).anatomy.structure.base["host"] == "transformers"
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -226,7 +226,7 @@ def test_models_of_torch_keep_the_contract(name: str) -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert set(found.kinds) == kinds | ({"width"} if name in WIDE else set())
-    assert anatomy_of(model).structure.base["host"] == host
+    assert prunable(model).anatomy.structure.base["host"] == host
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_large_models_of_torchvision_keep_the_contract(name: str, arguments: dic
     model = _named(name, 96 if name == "inception_v3" else 64, **arguments)().eval()
     found = slimming.check(model)
     assert found.ok, str(found)
-    assert anatomy_of(model).structure.base["host"] == "torchvision"
+    assert prunable(model).anatomy.structure.base["host"] == "torchvision"
 
 
 def half(model: nn.Module) -> nn.Module:
@@ -295,7 +295,7 @@ def test_a_slim_model_keeps_its_labels_and_is_read_and_cut_again(tmp_path: Path)
 def test_a_name_in_a_checkpoint_leads_to_models_only() -> None:
     from slimming.models.traced.rebuild import build
 
-    base = anatomy_of(TRANSFORMERS[0].make()).structure.base
+    base = prunable(TRANSFORMERS[0].make()).anatomy.structure.base
     for wrong in ({"name": "pipeline"}, {"config_class": "AutoModel"}, {"name": "Nowhere"}):
         with pytest.raises(CheckpointError, match="there is no"):
             build({**base, **wrong})

@@ -24,7 +24,7 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.core.pruning_plan import Plan
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of, plan
 from slimming.planning.candidates import Chunk, in_chain, sequence
 from slimming.planning.planner import Planner
@@ -50,7 +50,7 @@ LAYOUTS = (
 
 @cache
 def anatomy() -> Anatomy:
-    return anatomy_of(timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "depth": 3}))
+    return prunable(timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "depth": 3})).anatomy
 
 
 def scored(kinds: set[str], seed: int, *, coupled: bool = False, ties: bool = False) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import slimming
 from slimming.core.budget import Budget
 from slimming.core.layout import Layout
 from slimming.errors import BudgetError, ConfigError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of
 from slimming.planning.candidates import all_chunks
 from slimming.planning.knapsack import GAP, knapsack, silenced
@@ -66,7 +66,7 @@ def model() -> nn.Module:
 class Scored(Rated):
     def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
         dice = torch.Generator().manual_seed(0)
-        anatomy = anatomy_of(model)
+        anatomy = prunable(model).anatomy
         groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "token")]
         self.scores = {g.name: torch.rand(g.size, generator=dice) for g in groups}
         self.found = Rating(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
@@ -113,7 +113,7 @@ def test_several_limits_are_both_nearly_met(model: nn.Module) -> None:
 
 def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) -> None:
     """Whole attentions and MLPs are a twentieth of the model each: one order ends below, the default fills up."""
-    anatomy, whole = anatomy_of(model), slimming.cost(model)
+    anatomy, whole = prunable(model).anatomy, slimming.cost(model)
     dice = torch.Generator().manual_seed(0)
     groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "branch")]
     scores = {g.name: torch.rand(g.size, generator=dice) * (500 if g.role == "branch" else 1) for g in groups}
@@ -132,7 +132,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
 
 def test_whole_branches_alone(model: nn.Module) -> None:
     """Nothing is left for the solver where every chunk is a whole branch: the order's plan is the answer."""
-    image = torch.randn(1, *anatomy_of(model).input_shape)
+    image = torch.randn(1, *prunable(model).anatomy.input_shape)
     scored = slimming.score(model, [image], kinds=["block"], how="contribution")
     plan = slimming.plan(scored, Budget(macs=0.88))
     assert slimming.cost(model, plan).macs <= 0.88 * slimming.cost(model).macs
@@ -141,7 +141,7 @@ def test_whole_branches_alone(model: nn.Module) -> None:
 
 def test_channels_in_times_channels_out(model: nn.Module) -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    anatomy = anatomy_of(net)
+    anatomy = prunable(net).anatomy
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
     measure = partial(costs_of, anatomy)
     plan = Planner(anatomy, scores, Layout(), measure).plan(Budget(macs=0.5, params=0.5), fold=True, solver="exact")
@@ -152,7 +152,7 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
 
 def test_channels_count_the_more_the_fewer_are_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    anatomy = anatomy_of(net)
+    anatomy = prunable(net).anatomy
     groups = [group for group in anatomy.groups if group.kind == "channel"]
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
     scores[groups[-1].name] *= 1e-2  # the weakest
@@ -168,7 +168,7 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
 
 def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    group = next(group for group in anatomy_of(net).groups if group.kind == "channel")
+    group = next(group for group in prunable(net).anatomy.groups if group.kind == "channel")
     scores = {group.name: torch.arange(1.0, group.size + 1).flip(0)}
     chunks = all_chunks([group], scores, Layout(multiple=1, scarcity=2.0))
     expected = [(gone + 1) / (1 - gone / group.size) ** 2 for gone in range(group.size - 1)]

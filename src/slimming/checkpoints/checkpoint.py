@@ -24,10 +24,11 @@ from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.masks.soft_masks import attached
 from slimming.models import build as build
-from slimming.models import family_called, family_of
+from slimming.models import family_called
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import fill_
+from slimming.models.prunable import read
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
 
@@ -60,7 +61,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         )
     record = dict(provenance or {})
     check_provenance(record)
-    structure = family_of(model).read(model).structure
+    structure = read(model).anatomy.structure
     weights = untied(model.state_dict())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")

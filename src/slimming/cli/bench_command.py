@@ -36,7 +36,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.jobs import BenchJob, from_values
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.errors import ConfigError
-    from slimming.masks.attachment import anatomy_of
+    from slimming.masks.attachment import prunable
     from slimming.pruning.costs import cost
     from slimming.runs.results import measure_all
 
@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError("A model is given twice; take one of them out.")
     use_threads(arguments.threads)
     models = {name: open_named(name).to(device).eval() for name in arguments.models}
-    shapes = {name: anatomy_of(model).input_shape for name, model in models.items()}
+    shapes = {name: prunable(model).anatomy.input_shape for name, model in models.items()}
     for name, shape in shapes.items():
         if shape != shapes[arguments.models[0]]:
             raise ConfigError(

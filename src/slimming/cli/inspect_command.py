@@ -38,13 +38,13 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.cli.flags import model_arguments
     from slimming.cli.models import open_named
-    from slimming.masks.attachment import anatomy_of, describe
+    from slimming.masks.attachment import describe, prunable
     from slimming.pruning.costs import cost
     from slimming.runs.setup import check_input
 
     model = open_named(arguments.model, model_arguments(arguments.model_arguments), device="meta")
     check_input(model)
-    anatomy, groups, found = anatomy_of(model), describe(model), cost(model)
+    anatomy, groups, found = prunable(model).anatomy, describe(model), cost(model)
     if arguments.json:
         print(json.dumps(as_json(arguments.model, anatomy, groups, found), indent=1))
         return

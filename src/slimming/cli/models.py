@@ -11,7 +11,7 @@ from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
 from slimming.errors import CheckpointError, ConfigError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.models import family_of
 from slimming.models.create import create_untrained
 from slimming.models.directories import CONFIG, open_directory
@@ -31,7 +31,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         if not (fetched / CONFIG).exists():
             return load_checkpoint(name)
         model = open_directory(fetched, arguments, pretrained=False)
-        anatomy_of(model)
+        prunable(model)
         return model
     path = Path(name)
     if path.exists():
@@ -43,7 +43,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
     model = create_untrained(name, arguments, device=device)
     if device == "meta" and family_of(model).runs_models:
         model = create_untrained(name, arguments)
-    anatomy_of(model)
+    prunable(model)
     return model
 
 

@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def _fits(teacher: Any, model: Any, name: str | None) -> None:
     from slimming.errors import ConfigError
-    from slimming.masks.attachment import anatomy_of
+    from slimming.masks.attachment import prunable
     from slimming.models.hosts import classes_of
 
     known, wanted = classes_of(teacher), classes_of(model)
@@ -72,6 +72,6 @@ def _fits(teacher: Any, model: Any, name: str | None) -> None:
             f"The teacher {name} knows {known} classes, the model {wanted}; give a teacher "
             "that was trained on this data."
         )
-    taken, given = anatomy_of(teacher).input_shape, anatomy_of(model).input_shape
+    taken, given = prunable(teacher).anatomy.input_shape, prunable(model).anatomy.input_shape
     if taken != given:
         raise ConfigError(f"The teacher {name} takes images of {taken}, the model of {given}; they must be the same.")

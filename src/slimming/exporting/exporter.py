@@ -20,7 +20,7 @@ from slimming.core.files import atomic_directory, atomic_json
 from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
 from slimming.exporting.targets import Job, Run, Target, choose
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models.hosts import classes_of, unplain
 from slimming.runs.setup import image_spec, read_images
@@ -195,7 +195,7 @@ def _limits(
 
 def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The images for static quantisation and those that are compared; one image does both."""
-    shape = anatomy_of(model).input_shape
+    shape = prunable(model).anatomy.input_shape
     given: list[Any] = [batches] if isinstance(batches, Tensor) else list([] if batches is None else batches)
     if not given or any(not isinstance(batch, Tensor) or batch.shape[1:] != shape for batch in given):
         raise DataError(f"Give batches of images of shape (B, {', '.join(map(str, shape))}), or a folder of images.")

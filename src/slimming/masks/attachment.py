@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from slimming.core.groups import Anatomy, Group
+from slimming.core.groups import Group
 from slimming.core.kinds import KINDS
 from slimming.errors import ConfigError
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
-from slimming.models import family_of
+from slimming.models.prunable import PrunableModel, read, read_as
 
 
-def anatomy_of(model: nn.Module) -> Anatomy:
-    """What the model's family reads in it, with or without masks attached.
+def prunable(model: nn.Module) -> PrunableModel:
+    """Read ``model``, with or without masks attached.
 
     Raises:
         UnsupportedModelError: no family reads the model.
     """
-    found = attached(model)
-    return found.anatomy if found is not None else family_of(model).read(model)
+    masks = attached(model)
+    return read(model) if masks is None else read_as(model, masks.anatomy)
 
 
 def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
@@ -38,11 +38,19 @@ def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
     >>> groups[0]
     Group('blocks.0.attn.qk', kind='head_dim', size=64, minimum=1, parts=(32, 32))
     """
-    groups = anatomy_of(model).groups
-    joint = {group.site for group in groups if group.role == "qkv"}
-    if coupled:
-        return tuple(group for group in groups if not (group.site in joint and group.role in ("qk", "v")))
+    groups = prunable(model).anatomy.groups
+    return joint(groups) if coupled else independent(groups)
+
+
+def independent(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Those of a model's groups that have one group each for the QK and the V of an attention."""
     return tuple(group for group in groups if group.role != "qkv")
+
+
+def joint(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Those of a model's groups that have one group for QK and V of an attention together, where there is one."""
+    sites = {group.site for group in groups if group.role == "qkv"}
+    return tuple(group for group in groups if not (group.site in sites and group.role in ("qk", "v")))
 
 
 def attach(
@@ -76,10 +84,10 @@ def attach(
     >>> masks["blocks.0.mlp.hidden"].shape
     torch.Size([192])
     """
-    if groups is None:
-        groups = searched(describe(model))
+    found = prunable(model)
+    groups = searched(independent(found.anatomy.groups)) if groups is None else groups
     penalty = {name: kind.penalty for name, kind in KINDS.items()} if penalty is None else penalty
-    return attach_(model, anatomy_of(model), groups, tokens=tokens, penalty=penalty, norms=norms)
+    return attach_(found, groups, tokens=tokens, penalty=penalty, norms=norms)
 
 
 def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:

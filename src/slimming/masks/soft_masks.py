@@ -21,6 +21,7 @@ from slimming.errors import ConfigError, PlanError
 from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
 from slimming.masks.tokens import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
 from slimming.models.masked_norms import keep_in_norms
+from slimming.models.prunable import PrunableModel
 
 ATTRIBUTE = "slimming_masks"
 """Attribute of a masked model that holds its `SoftMasks`."""
@@ -311,8 +312,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
 
 def attach_(
-    model: nn.Module,
-    anatomy: Anatomy,
+    prunable: PrunableModel,
     groups: Sequence[Group],
     *,
     tokens: str = BIAS,
@@ -322,9 +322,8 @@ def attach_(
     """Attach a soft mask to each of ``groups``, in place. With ``tokens="bias"`` the outputs do not change.
 
     Args:
-        model: the model that ``anatomy`` describes.
-        anatomy: what its family read.
-        groups: some of ``anatomy.groups``.
+        prunable: the model, without masks.
+        groups: some of its groups.
         tokens: ``"bias"`` (a key bias, exact) or ``"multiply"`` (the paper's multiplication of norm outputs).
         penalty: kind -> weight of its penalty.
         norms: take the scales of a group's BatchNorms as its masks, where it has some (Network Slimming).
@@ -333,6 +332,7 @@ def attach_(
         PlanError: masks are attached already, a group is not of this model, or two groups share units.
         ConfigError: ``tokens`` is neither.
     """
+    model, anatomy = prunable.model, prunable.anatomy
     _check(model, anatomy, groups, tokens)
     # Its own: taking masks away puts the parameters of a module into another order, and with them the slices.
     groups = [anatomy.group(group.name) for group in groups]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from slimming.core.files import read_json
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
-from slimming.models import build_filled, family_of
+from slimming.models import build_filled
 from slimming.models.family import ORIGIN
 from slimming.models.hosts import TRANSFORMERS, classes_of, make
+from slimming.models.prunable import read
 
 CONFIG, HOST_WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "slimming"
@@ -55,7 +56,7 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     """What timm calls the pretrained configuration of ``model``, plain data, without where its weights came from."""
     found = getattr(model, "pretrained_cfg", None) or {}
     config = {key: found[key] for key in TIMM_FIELDS if found.get(key) is not None}
-    shape, classes = family_of(model).read(model).input_shape, classes_of(model)
+    shape, classes = read(model).anatomy.input_shape, classes_of(model)
     for key in ("mean", "std"):  # a model for grey images keeps the three numbers of its ImageNet entry
         if key in config and len(config[key]) != shape[0]:
             config[key] = (sum(config[key]) / len(config[key]),) * shape[0]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from slimming.core.files import read_sealed
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models import build_filled, family_of
+from slimming.models import build_filled
 from slimming.models.directories import structure_in, timm_config, unprefixed
 from slimming.models.family import STRUCTURE
 from slimming.models.hosts import classes_of, reset_classes_
+from slimming.models.prunable import read
 
 RATES = ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
 """Arguments of timm's constructors that change no size, and may differ from what the model was made with."""
@@ -75,7 +76,7 @@ def _make(
         raise UnsupportedModelError(f"A slim model keeps what it was cut with; leave out {', '.join(strange)}.")
     rates = {key: value for key, value in given.items() if key in RATES}
     model: Any = build_filled(dataclasses.replace(found, base={**found.base, "arguments": {**own, **rates}}))
-    channels, *size = family_of(model).read(model).input_shape
+    channels, *size = read(model).anatomy.input_shape
     wanted = [img_size, img_size] if isinstance(img_size, int) else list(img_size or size)
     if in_chans not in (None, channels) or wanted != size:
         raise UnsupportedModelError(

@@ -17,7 +17,7 @@ from slimming.core.groups import Anatomy
 from slimming.core.layout import Layout
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError
-from slimming.models import family_of
+from slimming.models.prunable import read
 from slimming.planning.sensitivity import Sensitivity
 
 
@@ -92,5 +92,5 @@ def load_scores(path: str | Path) -> Rating:
     if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
         raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
-    anatomy = family_of(model).read(model)
+    anatomy = read(model).anatomy
     return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

@@ -22,7 +22,8 @@ from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
-from slimming.masks.attachment import anatomy_of, attach, searched
+from slimming.masks.attachment import attach, prunable, searched
+from slimming.models.prunable import PrunableModel
 from slimming.models.traced.verification import outputs, randomise_
 from slimming.planning.budgeting import plan
 from slimming.pruning.costs import cost
@@ -109,14 +110,15 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
     """Do what `check` does, and give the trial too, with the slim model; None where the model was not read."""
     began = time.perf_counter()
     try:
-        anatomy = anatomy_of(model)
+        found = prunable(model)
     except Exception as error:  # whatever a host raises is what the user wants to read
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
+    anatomy = found.anatomy
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
     params, macs = _covered(anatomy)
     steps: list[Step] = []
-    trial = Trial(model, keep, seed)
+    trial = Trial(found, keep, seed)
     stages: Sequence[tuple[str, Callable[[], str]]] = (
         ("masked equals cut, forward and backward", trial.exact),
         ("costs by formula are the counted ones", trial.costs),
@@ -128,7 +130,7 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
         except Exception as error:  # whatever a host raises is what the user wants to read
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
-    found = Check(
+    result = Check(
         kinds=dict(kinds),
         covered_params=params,
         covered_macs=macs,
@@ -136,7 +138,7 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
         uncovered=anatomy.uncovered,
         seconds=time.perf_counter() - began,
     )
-    return found, trial
+    return result, trial
 
 
 def _first_line(error: Exception) -> str:
@@ -156,9 +158,9 @@ def _covered(anatomy: Anatomy) -> tuple[float, float]:
 class Trial:
     """One random plan on one randomly drawn copy."""
 
-    def __init__(self, model: nn.Module, keep: float = 0.5, seed: int = 0) -> None:
-        anatomy = anatomy_of(model)
-        self.model = copy.deepcopy(model).cpu().double().eval()
+    def __init__(self, prunable: PrunableModel, keep: float = 0.5, seed: int = 0) -> None:
+        anatomy = prunable.anatomy
+        self.model = copy.deepcopy(prunable.model).cpu().double().eval()
         self.seed, self.keep, self.anatomy = seed, keep, anatomy
         self.generator = torch.Generator().manual_seed(seed)
         # Two images: with one, torch 2.15 can give wrong gradients behind a permuted batch of one head.

@@ -26,23 +26,22 @@ from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
 from slimming.models.activations import WIDEST, add_up, inputs_of, own_share, precise, reads_all, ridge
-from slimming.models.family import Family, Kept
+from slimming.models.family import Kept
+from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 
 TOGETHER, GIGABYTES = 4, 1.0
 """At most so many layers, and so much memory for their covariances, in one pass over the images."""
 
 
-def cut_compensated_(model: nn.Module, family: Family, anatomy: Anatomy, plan: Plan, images: Sequence[Tensor]) -> None:
+def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
     """`slimming.pruning.cutting.cut_` with compensation.
 
     Tokens, features of the embedding and whole branches go first, uncompensated: what is left is then what counts as
     dense.
 
     Args:
-        model: the model that ``anatomy`` describes, without masks.
-        family: the family that read it.
-        anatomy: what it read.
+        prunable: the model, without masks.
         plan: which units stay.
         images: batches of shape (B, C, H, W).
 
@@ -50,14 +49,14 @@ def cut_compensated_(model: nn.Module, family: Family, anatomy: Anatomy, plan: P
         PlanError: the plan was made for another model, or leaves a group without a unit.
         NonFiniteLossError: the images or the weights are not finite.
     """
-    complete(anatomy, plan)
-    first = {name for name in plan.kept if anatomy.group(name).kind in ("token", "width", "block")}
+    complete(prunable.anatomy, plan)
+    first = {name for name in plan.kept if prunable.anatomy.group(name).kind in ("token", "width", "block")}
     if first:
-        cut_(model, family, anatomy, _restricted(plan, first))
-        anatomy = family.read(model)
-    rest = _restricted(plan, {group.name for group in anatomy.groups} - first)
-    compensate_(model, anatomy, complete(anatomy, rest), images)
-    cut_(model, family, anatomy, rest)
+        cut_(prunable, _restricted(plan, first))
+        prunable = read(prunable.model)
+    rest = _restricted(plan, {group.name for group in prunable.anatomy.groups} - first)
+    compensate_(prunable, complete(prunable.anatomy, rest), images)
+    cut_(prunable, rest)
 
 
 def _restricted(plan: Plan, names: Collection[str]) -> Plan:
@@ -67,17 +66,17 @@ def _restricted(plan: Plan, names: Collection[str]) -> Plan:
 
 
 @torch.no_grad()
-def compensate_(model: nn.Module, anatomy: Anatomy, kept: Kept, images: Sequence[Tensor]) -> None:
+def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
     """Change the layers of ``model`` that read units that go, such that cutting them changes as little as can be.
 
     Everything that reads a unit that goes does so with weight 0 then.
 
     Args:
-        model: plain, dense; it stays in the mode that it is in.
-        anatomy: what was read in it.
+        prunable: a plain, dense model; it stays in the mode that it is in.
         kept: the units that stay, see `slimming.core.completion.complete`.
         images: batches of shape (B, C, H, W).
     """
+    model, anatomy = prunable.model, prunable.anatomy
     wanted = readers(model, anatomy, kept)
     if not wanted:
         return

@@ -11,9 +11,9 @@ from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import Cost, per_group, total
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models import family_of
+from slimming.models.prunable import PrunableModel
 from slimming.pruning.cutting import cut
 
 
@@ -30,16 +30,21 @@ def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     >>> slimming.cost(timm.create_model("deit_small_patch16_224")).macs
     4598882304
     """
-    anatomy = anatomy_of(model)
+    return cost_of(prunable(model), plan)
+
+
+def cost_of(found: PrunableModel, plan: Plan | None = None) -> Cost:
+    """`cost` of a model that was read before."""
+    model, anatomy = found.model, found.anatomy
     kept = complete(anatomy, plan) if plan is not None else keep_all(anatomy.groups)
     counts = {name: len(units) for name, units in kept.items()}
     element_bytes = next(model.parameters()).element_size()
-    found = total(anatomy, counts, element_bytes=element_bytes)
-    if family_of(model).has_memory_formula(anatomy, kept):
-        memory = found.memory_bytes
+    formula = total(anatomy, counts, element_bytes=element_bytes)
+    if found.family.has_memory_formula(anatomy, kept):
+        memory = formula.memory_bytes
     else:
         memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
-    return Cost(params=found.params, macs=found.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
+    return Cost(params=formula.params, macs=formula.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
 
 
 def _plain(model: nn.Module) -> nn.Module:

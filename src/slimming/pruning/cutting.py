@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models import family_of
 from slimming.pruning.compensation import cut_compensated_
 from slimming.pruning.resize import cut_
 
@@ -38,17 +36,17 @@ def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Mo
     >>> slimming.cost(small).macs <= 0.5 * slimming.cost(model).macs
     True
     """
-    anatomy, family = anatomy_of(model), family_of(model)
-    complete(anatomy, plan)
+    dense = prunable(model)
+    complete(dense.anatomy, plan)
     batches = [images] if isinstance(images, Tensor) else list(images)
-    slim = copy.deepcopy(model)
-    found = attached(slim)
+    slim = dense.copy()
+    found = attached(slim.model)
     if found is not None:
         if plan.fold:
             found.fold_()
         found.detach_()
     if batches:
-        cut_compensated_(slim, family, anatomy, plan, batches)
+        cut_compensated_(slim, plan, batches)
     else:
-        cut_(slim, family, anatomy, plan)
-    return slim
+        cut_(slim, plan)
+    return slim.model

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from slimming.core.completion import complete
-from slimming.core.groups import Anatomy
 from slimming.core.pruning_plan import Plan
-from slimming.models.family import Family, fill_
+from slimming.models.family import fill_
+from slimming.models.prunable import PrunableModel
 
 
-def cut_(model: nn.Module, family: Family, anatomy: Anatomy, plan: Plan) -> None:
-    """Cut ``model``, which has no masks, in place.
+def cut_(prunable: PrunableModel, plan: Plan) -> None:
+    """Cut the model, which has no masks, in place; what was read in it no longer holds afterwards.
 
     Args:
-        model: the model that ``anatomy`` describes.
-        family: the family that read it.
-        anatomy: what it read.
+        prunable: the model.
         plan: which units stay.
 
     Raises:
         PlanError: the plan was made for another model, or leaves a group without a unit.
     """
+    model, family, anatomy = prunable.model, prunable.family, prunable.anatomy
     kept = complete(anatomy, plan)
     structure = family.structure(anatomy, kept)
     if structure == anatomy.structure:

@@ -13,12 +13,13 @@ from torch import nn
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.files import FORMAT, atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, seal
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models import build_filled
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
 from slimming.models.hosts import classes_of
-from slimming.pruning.costs import cost
+from slimming.models.prunable import PrunableModel
+from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report.picture import draw, panels
 from slimming.runs.results import grid_of, plain, versions
@@ -93,8 +94,8 @@ def _write(
     """Write all files into ``directory``, whole or not at all."""
     if attached(model) is not None:
         raise PlanError("The model has masks attached; cut it, and push the result.")
-    anatomy = anatomy_of(model)
-    structure = anatomy.structure
+    read = prunable(model)
+    anatomy, structure = read.anatomy, read.anatomy.structure
     if structure.base.get("host") == "own":
         raise CheckpointError(
             f"This {type(model).__name__} is made by no host by name ({structure.base.get('why')}), so nobody could "
@@ -104,18 +105,19 @@ def _write(
         raise OutputError(f"{directory} is not empty; give another directory, or remove this one first.")
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
     record = _without_places({**record, "versions": record.get("versions", versions())})
-    pictures = panels(anatomy_of(dense), anatomy)
+    whole = prunable(dense)
+    pictures = panels(whole.anatomy, anatomy)
     text = card(
         record,
         structure,
-        {"dense": cost(dense), "this model": cost(model)},
+        {"dense": cost_of(whole), "this model": cost_of(read)},
         classes=classes_of(model),
         repository=repository,
         license=license,
         picture=bool(pictures),
     )
-    rows, columns = grid_of(anatomy_of(dense))
-    config, images = host_config(model), image_processor(model)
+    rows, columns = grid_of(whole.anatomy)
+    config, images = host_config(read), image_processor(read)
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
         checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
@@ -131,9 +133,10 @@ def _write(
     return directory
 
 
-def host_config(model: nn.Module) -> dict[str, Any]:
+def host_config(prunable: PrunableModel) -> dict[str, Any]:
     """The config.json of ``model`` for timm (where it is timm's) and transformers alike; both read the structure."""
-    anatomy, settings = anatomy_of(model), plain(timm_config(model))
+    model, anatomy = prunable.model, prunable.anatomy
+    settings = plain(timm_config(model))
     structure = anatomy.structure.to_dict()
     channels, *size = anatomy.input_shape
     classes = classes_of(model)
@@ -157,17 +160,17 @@ def host_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def image_processor(model: nn.Module) -> dict[str, Any] | None:
+def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     """What transformers' image processor needs to do as timm's evaluation does; None where it cannot.
 
     It takes 1 or 3 channels, and pads nothing.
     """
     from slimming.training.images import ImageSpec
 
-    channels, height, width = anatomy_of(model).input_shape
+    channels, height, width = prunable.anatomy.input_shape
     if channels not in (1, 3):
         return None
-    spec = ImageSpec.of_model(model)
+    spec = ImageSpec.of_model(prunable.model)
     if spec.crop_mode == "border":
         return None
     scaled = {"height": int(height / spec.crop_pct), "width": int(width / spec.crop_pct)}
@@ -198,7 +201,7 @@ def as_transformers(model: nn.Module) -> nn.Module:
     register_with_transformers()
     from slimming.models import transformers_entry as entry
 
-    config = entry.SlimmingConfig.from_dict(host_config(model))
+    config = entry.SlimmingConfig.from_dict(host_config(prunable(model)))
     wrapped = entry.SlimmingForImageClassification(config, model)
     assert getattr(wrapped, INNER) is model
     return wrapped

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.completion import complete
-from slimming.core.groups import Anatomy, Group, Slices
+from slimming.core.groups import Group, Slices
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models import family_of
 from slimming.models.family import Kept
+from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost
 from slimming.pruning.cutting import cut
 from slimming.retraining.retrain import DistilConfig, train
@@ -123,7 +123,7 @@ def cut_on(
     Raises:
         PlanError: ``plan`` is of another model.
     """
-    complete(anatomy_of(model), plan)
+    complete(prunable(model).anatomy, plan)
     for larger, small in reversed(done):
         try:
             rest = onward(model, larger, plan, small)
@@ -145,11 +145,12 @@ def onward(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan
     Raises:
         PlanError: ``plan`` keeps what ``larger`` cut, or takes from a group that ``small`` no longer offers.
     """
-    anatomy, now = anatomy_of(model), {group.name: group for group in anatomy_of(small).groups}
+    dense = prunable(model)
+    anatomy, now = dense.anatomy, {group.name: group for group in prunable(small).anatomy.groups}
     before, after = complete(anatomy, larger), complete(anatomy, plan)
     if not _contains(before, after):
         raise PlanError("The plan keeps units that the model was cut of before; cut it from the searched model.")
-    origins = {dim: _origins(model, anatomy, before, dim) for dim in (0, 1)}
+    origins = {dim: _origins(dense, before, dim) for dim in (0, 1)}
     kept: dict[str, tuple[int, ...]] = {}
     for name in plan.kept:
         if name in now:
@@ -160,12 +161,12 @@ def onward(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan
     return replace(plan, kept=kept, sizes={name: now[name].size for name in kept})
 
 
-def _origins(model: nn.Module, anatomy: Anatomy, kept: Kept, dim: int) -> Mapping[str, Tensor]:
+def _origins(prunable: PrunableModel, kept: Kept, dim: int) -> Mapping[str, Tensor]:
     """The state dict of the slim model with each number's place along ``dim`` in the tensor of ``model`` it is from."""
-    found = attached(model)
-    state = model.state_dict() if found is None else found.weights()
+    found = attached(prunable.model)
+    state = prunable.model.state_dict() if found is None else found.weights()
     places = {name: _counted(tensor, dim) for name, tensor in state.items()}
-    return family_of(model).select(anatomy, kept, places)
+    return prunable.family.select(prunable.anatomy, kept, places)
 
 
 def _counted(tensor: Tensor, dim: int) -> Tensor:

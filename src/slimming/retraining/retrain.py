@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimming.core.groups import Group
 from slimming.errors import ConfigError, UnsupportedModelError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
@@ -141,6 +141,6 @@ def common_tokens(student: nn.Module, teacher: nn.Module, names: Sequence[str]) 
 
 def _groups(model: nn.Module) -> tuple[Group, ...]:
     try:
-        return anatomy_of(model).groups
+        return prunable(model).anatomy.groups
     except UnsupportedModelError:  # a model of one's own, which lost no tokens
         return ()

@@ -21,7 +21,9 @@ from slimming.core.completion import complete
 from slimming.core.files import atomic_json, read_json
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
-from slimming.masks.attachment import anatomy_of, attach, describe, searched
+from slimming.masks.attachment import independent, joint, prunable, searched
+from slimming.masks.soft_masks import attach_
+from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
 from slimming.pruning.cutting import cut
 from slimming.retraining.slimmable import check_tokens
@@ -72,7 +74,8 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     dense.to(world.device)
     for note in notes:
         say(note)
-    shares = check_budgets(dense, config)
+    whole = prunable(dense)
+    shares = check_budgets(whole, config)
     check_training("search.train", config.search.train, data, directory)
     check_training("retrain", config.retrain, data, directory)
     asked, allotment = config, _allotment(dense, data, config, shares, directory, began)
@@ -85,16 +88,16 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     _same_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, judge, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
-    work = Work(config=config, dense=dense, data=data, result=result, root=directory, judge=judge, say=say)
+    work = Work(config=config, dense=whole, data=data, result=result, root=directory, judge=judge, say=say)
     slims, rows = slim_all(work)
     if not world.is_main_process:
         return {}
     say("measuring latency, dense and slim in turns")
     models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
-    timed = measure_all(models, anatomy_of(dense).input_shape, config.bench)
+    timed = measure_all(models, whole.anatomy.input_shape, config.bench)
     rows = [{**row, **one_shot.get(row["name"], {}), **timed[row["name"]]} for row in rows]
     dense_row = dense_entry(dense, top1, timed["dense"])
-    results = results_of(asked, dense, data, dense_row, rows, result, seconds)
+    results = results_of(asked, whole, data, dense_row, rows, result, seconds)
     if allotment is not None:
         results["allotment"] = dataclasses.asdict(allotment)
     atomic_json(directory / "results.json", results)
@@ -104,7 +107,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     return results
 
 
-def check_budgets(dense: nn.Module, config: RunConfig) -> list[float]:
+def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
     """Check before a search that plans for all budgets can be made; which sizes can be had needs no scores.
 
     Returns:
@@ -116,12 +119,12 @@ def check_budgets(dense: nn.Module, config: RunConfig) -> list[float]:
             compare.
     """
     if config.distil is not None:
-        check_modules(dense, "model", (*config.distil.features, *config.distil.relations))
-    model = copy.deepcopy(dense)
-    groups = searched(describe(model, coupled=config.search.coupled), config.search.kinds)
+        check_modules(dense.model, "model", (*config.distil.features, *config.distil.relations))
+    own = joint(dense.anatomy.groups) if config.search.coupled else independent(dense.anatomy.groups)
+    groups = searched(own, config.search.kinds)
     if config.retraining == TOGETHER:
         check_tokens(config.distil, [group for group in groups if group.kind == "token"])
-    masks = attach(model, groups, tokens=config.search.tokens, penalty=config.search.penalty)
+    masks = attach_(dense.copy(), groups, tokens=config.search.tokens, penalty=config.search.penalty)
     anatomy, shares = masks.anatomy, []
     whole = total(anatomy, {group.name: group.size for group in anatomy.groups}).macs
     for budget in config.budgets:

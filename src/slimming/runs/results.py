@@ -23,7 +23,7 @@ from slimming.core.files import FORMAT
 from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.kinds import KINDS
 from slimming.core.pruning_plan import Plan
-from slimming.masks.attachment import anatomy_of
+from slimming.models.prunable import PrunableModel
 from slimming.planning.sensitivity import Sensitivity
 from slimming.pruning.costs import cost
 from slimming.searching.mask_search import SearchResult
@@ -165,7 +165,7 @@ def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[s
 
 def results_of(
     config: Any,
-    dense: nn.Module,
+    dense: PrunableModel,
     data: Data,
     dense_row: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -173,7 +173,7 @@ def results_of(
     seconds: float,
 ) -> dict[str, Any]:
     """The content of ``results.json``."""
-    anatomy = anatomy_of(dense)
+    anatomy = dense.anatomy
     return {
         "format": FORMAT,
         "slimming": version("slimming"),

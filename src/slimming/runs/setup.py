@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.modules import in_evaluation
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
-from slimming.masks.attachment import anatomy_of
+from slimming.masks.attachment import prunable
 from slimming.models.create import create_dense
 from slimming.models.directories import CONFIG, open_directory
 from slimming.models.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
@@ -137,7 +137,7 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
 
 def image_spec(config: DataConfig, model: nn.Module) -> ImageSpec:
     """What the model takes, with what the data says otherwise."""
-    spec = dataclasses.replace(ImageSpec.of_model(model), input_size=anatomy_of(model).input_shape)
+    spec = dataclasses.replace(ImageSpec.of_model(model), input_size=prunable(model).anatomy.input_shape)
     channels = spec.input_size[0]
     if len(spec.mean) != channels:  # a model for grey images keeps the three numbers of its ImageNet entry
         grey = {name: (sum(value) / len(value),) * channels for name, value in (("mean", spec.mean), ("std", spec.std))}
@@ -186,7 +186,7 @@ def check_input(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it does not.
     """
-    shape = anatomy_of(model).input_shape
+    shape = prunable(model).anatomy.input_shape
     parameter = next(model.parameters())
     image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
     try:

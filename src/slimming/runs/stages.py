@@ -17,7 +17,7 @@ from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
 from slimming.core.files import atomic_json, read_json
 from slimming.core.pruning_plan import Plan
-from slimming.masks.attachment import anatomy_of
+from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
 from slimming.pruning.cutting import cut
 from slimming.retraining.progressive import cut_on, largest_first
@@ -51,7 +51,7 @@ class Work:
     """
 
     config: RunConfig
-    dense: nn.Module
+    dense: PrunableModel
     data: Data
     result: SearchResult
     root: Path
@@ -66,7 +66,7 @@ class Work:
     @property
     def teacher(self) -> nn.Module | None:
         """What retraining learns from."""
-        return self.dense if self.config.distil is not None else None
+        return self.dense.model if self.config.distil is not None else None
 
 
 def slim_all(work: Work) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
@@ -126,7 +126,7 @@ def _one_budget(
         settle_norms_(small, images or work.images(at_least=256))
         metrics, seconds["retrain"] = work.judge(small), shared[1]
     _save(small, directory / "slim", provenance(config, result, chosen, metrics))
-    row = row_entry(budget, small, anatomy_of(work.dense), chosen, top1_cut, metrics["top1"], seconds)
+    row = row_entry(budget, small, work.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
     if shared is not None:
         row["log"] = f"{TOGETHER}/log.jsonl"
     if processes().is_main_process:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimming.core.groups import Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
-from slimming.masks.attachment import attach
+from slimming.masks.soft_masks import attach_
 from slimming.models.activations import add_up, own_share
 from slimming.models.hosts import classes_of
+from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
 from slimming.training.images import mix
 from slimming.training.tasks import both_heads
@@ -24,8 +24,8 @@ AT_ONCE, DRAWS = 8, 2
 
 
 @torch.enable_grad()
-def slopes(
-    model: nn.Module,
+def fisher_scores(
+    prunable: PrunableModel,
     groups: Sequence[Group],
     batches: Sequence[Batch],
     *,
@@ -36,8 +36,8 @@ def slopes(
     """Half the mean square of the log-likelihood's slope along the factor of each unit, over single images.
 
     Args:
-        model: plain, in evaluation mode; it stays as it is.
-        groups: of that model.
+        prunable: a plain model in evaluation mode; it stays as it is.
+        groups: some of its groups.
         batches: the same on every process.
         drawn: take labels drawn from what the model says, in place of those of the batches.
         seed: of the draws.
@@ -49,8 +49,9 @@ def slopes(
     Raises:
         NonFiniteLossError: the model's outputs or their slopes are not finite.
     """
-    model = copy.deepcopy(model).requires_grad_(False)
-    masks = attach(model, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
+    own_copy = prunable.copy()
+    model = own_copy.model.requires_grad_(False)
+    masks = attach_(own_copy, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
     if after is not None:
         masks.apply_(after)
     own = {name: mask.requires_grad_(True) for name, mask in masks.items()}

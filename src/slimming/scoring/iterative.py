@@ -1,9 +1,9 @@
-"""What cutting each unit costs at its turn, when others of its kind have gone before it.
+"""Iterative scores: what cutting each unit costs when other units of its kind were cut before it.
 
-Scores of single units in the whole model say little of what happens when many go. Hidden units, head dimensions and
-channels make up for each other, see `slimming.scoring.redundancy`.
-Tokens, branches and features of the embedding do not: each costs more the fewer are left. So those of a kind are cut
-in a few rounds, each by the Fisher scores of the model that the rounds before have left (Molchanov et al., ICLR 2017, prune and score in turn as well).
+Scores of single units in the whole model say little about what happens when many go. Hidden units, head dimensions and
+channels can stand in for one another, see `slimming.scoring.redundancy`. Tokens, blocks and embedding features cannot:
+each costs more the fewer are left. Units of these kinds are therefore removed in a few rounds, each ranked by the Fisher
+scores of the model that the rounds before left (Molchanov et al., ICLR 2017, also alternate scoring and pruning).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimming.core.budget import Budget
 from slimming.core.groups import Group
 from slimming.core.layout import FREE
-from slimming.masks.attachment import anatomy_of
+from slimming.models.prunable import PrunableModel
 from slimming.planning.planner import Planner
-from slimming.scoring.fisher import slopes
-from slimming.scoring.redundancy import eliminated
+from slimming.scoring.fisher import fisher_scores
+from slimming.scoring.redundancy import redundancy_scores
 from slimming.training.batches import Batch
 
 IN_ROUNDS = ("token", "block", "width")
@@ -30,16 +30,21 @@ TINY = 1e-30
 """The least score of a unit that is still there: those that went come before it."""
 
 
-def at_their_turn(
-    model: nn.Module, groups: Sequence[Group], alone: Mapping[str, Tensor], batches: Sequence[Batch], *, seed: int = 0
+def iterative_scores(
+    prunable: PrunableModel,
+    groups: Sequence[Group],
+    alone: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """What cutting each unit costs at its turn.
 
     Args:
-        model: plain, in evaluation mode; it stays as it is.
-        groups: of that model.
+        prunable: a plain model in evaluation mode; it stays as it is.
+        groups: some of its groups.
         alone: what cutting each unit alone costs, at least 0, shape (size,) per group, see
-            `slimming.scoring.fisher.slopes`.
+            `slimming.scoring.fisher.fisher_scores`.
         batches: the same on every process; their labels are not used.
         seed: of the labels drawn.
 
@@ -49,19 +54,23 @@ def at_their_turn(
     Raises:
         NonFiniteLossError: the outputs of the model or their slopes are not finite.
     """
-    found = eliminated(model, groups, alone, [batch.images for batch in batches])
+    found = redundancy_scores(prunable.model, groups, alone, [batch.images for batch in batches])
     for kind in IN_ROUNDS:
         own = [group for group in groups if group.kind == kind]
         if own:
-            found |= _in_rounds(model, own, {group.name: alone[group.name] for group in own}, batches, seed)
+            found |= _in_rounds(prunable, own, {group.name: alone[group.name] for group in own}, batches, seed)
     return found
 
 
 def _in_rounds(
-    model: nn.Module, groups: Sequence[Group], alone: Mapping[str, Tensor], batches: Sequence[Batch], seed: int
+    prunable: PrunableModel,
+    groups: Sequence[Group],
+    alone: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    seed: int,
 ) -> dict[str, Tensor]:
     """Costs of the units of one kind: the slope in the round in which a unit went, and no less than those before it."""
-    kind, anatomy = groups[0].kind, anatomy_of(model)
+    kind, anatomy = groups[0].kind, prunable.anatomy
     costs, now = {name: torch.zeros_like(score) for name, score in alone.items()}, alone
     stays = {name: torch.ones_like(score, dtype=torch.bool) for name, score in alone.items()}
     floor = 0.0
@@ -80,7 +89,7 @@ def _in_rounds(
         if plan is None:
             return costs
         stays = {name: left & ~going[name] for name, left in stays.items()}
-        now = slopes(model, groups, batches, seed=seed + number + 1, after=plan)
+        now = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
     return costs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 
 from slimming.core.layout import Layout
 from slimming.errors import ConfigError, DataError, PlanError, nearest
-from slimming.masks.attachment import anatomy_of, attach, describe, searched
-from slimming.masks.soft_masks import attached
+from slimming.masks.attachment import independent, prunable, searched
+from slimming.masks.soft_masks import attach_, attached
+from slimming.models.prunable import PrunableModel
 from slimming.planning.scores import Rated, Rating
-from slimming.scoring.fisher import slopes
-from slimming.scoring.iterative import at_their_turn
+from slimming.scoring.fisher import fisher_scores
+from slimming.scoring.iterative import iterative_scores
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
 from slimming.training.samples import Data
@@ -29,24 +29,28 @@ class OneShot(Rated):
     """What `score` found: a model to cut, one score per unit, and the images that it took.
 
     Attributes:
-        model: a copy of the model that was given, in evaluation mode, with attention heads in the bases in which they
-            are best cut.
+        prunable: a copy of the model that was given, with what was read in it.
         scores: group name -> score of each unit, shape (size,): an estimate of how much the loss grows without it.
         how: which score.
         images: the batches, shape (B, C, H, W), for `slimming.cut` to compensate with.
         layout: which sizes plans give to the layers.
     """
 
-    model: nn.Module
+    prunable: PrunableModel
     scores: Mapping[str, Tensor]
     how: str
     images: Sequence[Tensor] = field(repr=False)
     layout: Layout = field(default_factory=Layout)
 
     @property
+    def model(self) -> nn.Module:
+        """The copy: in evaluation mode, with attention heads in the bases in which they are best cut."""
+        return self.prunable.model
+
+    @property
     def rating(self) -> Rating:
         """The scores, for `slimming.plan`."""
-        return Rating(anatomy=anatomy_of(self.model), scores=self.scores, layout=self.layout)
+        return Rating(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
 def score(
@@ -104,18 +108,19 @@ def score(
     batches = _batches(data, images, seed)
     if how == "taylor" and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
         raise DataError("Score 'taylor' needs labels: give data that has them, or take score 'compensated'.")
-    model = copy.deepcopy(model).eval()
+    own = prunable(model).copy()
+    own.model.eval()
     pictures = [batch.images for batch in batches]
     if rotate:
-        rotate_(model, anatomy_of(model), pictures)
-    groups = searched(describe(model), kinds)
+        rotate_(own, pictures)
+    groups = searched(independent(own.anatomy.groups), kinds)
     if how == "contribution":
-        scores = attach(copy.deepcopy(model), groups).scores("contribution")
+        scores = attach_(own.copy(), groups, penalty={}).scores("contribution")
     else:
-        scores = slopes(model, groups, batches, drawn=how != "taylor", seed=seed)
+        scores = fisher_scores(own, groups, batches, drawn=how != "taylor", seed=seed)
     if how == "compensated":
-        scores = at_their_turn(model, groups, scores, batches, seed=seed)
-    return OneShot(model=model, scores=scores, how=how, images=pictures, layout=layout or Layout())
+        scores = iterative_scores(own, groups, scores, batches, seed=seed)
+    return OneShot(prunable=own, scores=scores, how=how, images=pictures, layout=layout or Layout())
 
 
 def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batch]:

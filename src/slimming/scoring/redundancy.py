@@ -1,10 +1,11 @@
-"""From what each unit matters to the order in which units can go when what stays makes up for them.
+"""Order units for removal, assuming that the layers that read them are refitted after each step.
 
-A unit whose values follow from those of others costs little once the layers that read it are compensated
-(see `slimming.pruning.compensation`): only the part that cannot be predicted is lost. So its importance counts by that
-part's share of its power. Twins follow from each other, and only one of them may go: units are taken a few at a time, and the
-inverse of the covariance of what is left says anew what can be predicted (its diagonal holds one over the unpredicted
-variances: Hassibi and Stork, NeurIPS 1992; for whole units of a layer in ZipLM, NeurIPS 2023).
+A unit whose values can be predicted from those of other units costs little once the layers that read it are compensated
+(see `slimming.pruning.compensation`): only the unpredictable part is lost, so its importance is multiplied by that
+part's share of its power. Two identical units predict each other, and only one of them may go. Units are therefore
+removed a few at a time, and the inverse covariance of those that are left is updated after each step: its diagonal
+holds the reciprocals of the unpredicted variances (Hassibi and Stork, NeurIPS 1992; for structures, ZipLM,
+NeurIPS 2023).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GIGABYTES = 1.0
 
 
 @torch.no_grad()
-def eliminated(
+def redundancy_scores(
     model: nn.Module, groups: Sequence[Group], importance: Mapping[str, Tensor], images: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """What cutting each unit costs at its turn, when the units of its group go one after the other.

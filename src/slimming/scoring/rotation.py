@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Slices
+from slimming.core.groups import Group, Slices
 from slimming.models.activations import add_up, inputs_of, own_share, precise
+from slimming.models.prunable import PrunableModel
 
 _LEAST, _NOTHING = 1e-6, 1e-30
 """Second moments along any direction count as at least this share of their mean, which is at least the other: their
@@ -23,18 +24,18 @@ roots can be inverted then, also where the sums have the errors of single precis
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, anatomy: Anatomy, images: Sequence[Tensor]) -> None:
+def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     """Give every attention head whose dimensions can be cut the basis in which they are best cut.
 
     Outputs change by rounding alone. Models without such heads stay as they are.
 
     Args:
-        model: plain, in evaluation mode.
-        anatomy: what was read in it.
+        prunable: a plain model in evaluation mode.
         images: batches of shape (B, C, H, W), the same on every process.
     """
+    model = prunable.model
     roles: defaultdict[str, dict[str, Group]] = defaultdict(dict)
-    for group in anatomy.groups:
+    for group in prunable.anatomy.groups:
         if group.role in ("qk", "v"):
             roles[group.site][group.role] = group
     queries = [own["qk"] for own in roles.values() if "qk" in own]

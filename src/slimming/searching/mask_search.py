@@ -20,14 +20,15 @@ from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, se
 from slimming.core.groups import Anatomy
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
-from slimming.masks.attachment import anatomy_of, attach, describe, searched
-from slimming.masks.soft_masks import SCORES, SoftMasks, attached
+from slimming.masks.attachment import independent, joint, prunable, searched
+from slimming.masks.soft_masks import SCORES, SoftMasks, attach_, attached
 from slimming.models.family import fill_
+from slimming.models.prunable import read_as
 from slimming.planning.scores import Rated, Rating, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
-from slimming.scoring.fisher import slopes
-from slimming.scoring.iterative import at_their_turn
-from slimming.scoring.redundancy import eliminated
+from slimming.scoring.fisher import fisher_scores
+from slimming.scoring.iterative import iterative_scores
+from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.rotation import rotate_
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
@@ -142,14 +143,16 @@ def search(
     """
     check_trainable(model)
     config = config or SearchConfig()
-    groups = searched(describe(model, coupled=config.coupled), config.kinds)
+    found = prunable(model)
+    own = joint(found.anatomy.groups) if config.coupled else independent(found.anatomy.groups)
+    groups = searched(own, config.kinds)
     once = isinstance(data.train, Iterator)  # its images are for the training
     if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
         # A search that goes on takes its weights from its state, which were turned at its start.
         model.to(processes().device)
         with in_evaluation(model):
-            rotate_(model, anatomy_of(model), calibration_images(data, config.images, seed=config.train.seed))
-    masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
+            rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
+    masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
     masks.penalty_sum = config.penalty_sum
     inner = task or ClassificationTask(config.train.label_smoothing)
     mask_names = {
@@ -213,13 +216,14 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         own.detach_()
         batches = calibration_batches(data, config.images, seed=config.train.seed)
         if isinstance(task, (ClassificationTask, DistilTask)):
-            found = slopes(model, masks.groups, batches, seed=config.train.seed)
+            plain = read_as(model, masks.anatomy)
+            found = fisher_scores(plain, masks.groups, batches, seed=config.train.seed)
             if config.score == "compensated":
-                found = at_their_turn(model, masks.groups, found, batches, seed=config.train.seed)
+                found = iterative_scores(plain, masks.groups, found, batches, seed=config.train.seed)
             return found
         found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
-            found = eliminated(model, masks.groups, found, [batch.images for batch in batches])
+            found = redundancy_scores(model, masks.groups, found, [batch.images for batch in batches])
         return found
     except Exception as error:  # a loader that cannot be read again, memory, a model that takes more: keep the search
         if config.train.steps == 0:
@@ -317,7 +321,9 @@ def load_search(directory: str | Path) -> SearchResult:
     try:
         fill_(model, weights)
         groups = [rating.anatomy.group(name) for name in values]
-        masks = attach(model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
+        masks = attach_(
+            read_as(model, rating.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
+        )
         for name, value in values.items():
             masks[name].data.copy_(value)
     except (RuntimeError, ValueError) as error:
