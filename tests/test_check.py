@@ -71,7 +71,7 @@ def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) 
         if not isinstance(group, slimming.describe.__globals__["Group"]):
             return group
         slices = tuple(
-            replace(one, index=one.index[1:] + one.index[:1]) if one.side == "out" else one for one in group.slices
+            replace(one, index=one.index[1:] + one.index[:1]) if one.side == "consumes" else one for one in group.slices
         )
         return replace(group, slices=slices)
 

@@ -109,7 +109,7 @@ def test_channels_that_follow_from_others_are_not_missed_at_the_borders_either()
     model: Any = cnn()
     groups = {group.name: group for group in slimming.describe(model)}
     name = next(name for name, group in groups.items() if "conv1" in name and group.size >= 16)
-    makers = [one for one in groups[name].slices if one.side == "in"]
+    makers = [one for one in groups[name].slices if one.side in ("produces", "query")]
     half = groups[name].size // 2
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():

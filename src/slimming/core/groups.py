@@ -20,6 +20,8 @@ from slimming.core.formulas import Dim, Formulas, Operation, Product
 from slimming.core.structure import Structure
 from slimming.errors import PlanError, nearest
 
+SIDES = ("produces", "consumes", "query", "key")
+
 Mask = npt.NDArray[np.bool_]
 Place = tuple[str, int]
 """A dimension of a tensor."""
@@ -31,7 +33,12 @@ _Shared = tuple[Place, npt.NDArray[np.int_], npt.NDArray[np.int_]]
 class Slices:
     """Where a group's units lie in one tensor: unit ``u`` owns ``index[u]`` along dimension ``dim``.
 
-    ``side`` says what the slice does for the unit: ``"in"`` makes its value, ``"out"`` reads it.
+    Attributes:
+        tensor: name of a parameter or buffer.
+        dim: dimension of the tensor.
+        index: the places of each unit along ``dim``.
+        side: what the slice does for the unit, one of `SIDES`: it ``"produces"`` its value or ``"consumes"`` it. A
+            dimension of queries and keys has a ``"query"`` and a ``"key"`` side in their place.
     """
 
     tensor: str

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimming.core.completion import resolve_plan
-from slimming.core.groups import Anatomy, Group
+from slimming.core.groups import SIDES, Anatomy, Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
 from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
@@ -234,7 +234,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
             squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
         result = torch.ones(group.size, device=device)
-        for side in ("in", "out"):
+        for side in SIDES:
             result = result * squares[side].sqrt() if side in squares else result
         return result
 
@@ -270,7 +270,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
         """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""
         for slices in group.slices:
-            if slices.side == "out":
+            if slices.side == "consumes":
                 tensor = original(self.model, slices.tensor)
                 places = [place for unit in units for place in slices.index[unit]]
                 tensor.index_fill_(slices.dim, torch.tensor(places, dtype=torch.int64, device=tensor.device), 0.0)

@@ -93,7 +93,7 @@ def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection
     """Set to 0 what reads units that go, but for the layers in ``spared``; QK that nothing reads, where it is made."""
     tensors = dict(model.named_parameters())
     for group, units in _gone(anatomy, kept):
-        outside = [one for one in group.slices if one.side == "out"]
+        outside = [one for one in group.slices if one.side in ("consumes", "key")]
         for one in outside or group.slices:
             if one.tensor in tensors and one.tensor.rpartition(".")[0] not in spared:
                 places = torch.tensor([place for unit in units for place in one.index[unit]])
@@ -117,7 +117,7 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
     for group, units in _gone(anatomy, kept):
         for one in group.slices:
             module, _, name = one.tensor.rpartition(".")
-            if one.side == "out" and one.dim == 1 and name == "weight":
+            if one.side == "consumes" and one.dim == 1 and name == "weight":
                 gone[module].update(place for unit in units for place in one.index[unit])
     found = {}
     for name, module in model.named_modules():

@@ -193,4 +193,4 @@ def _units(group: Group, now: Group, origins: Mapping[int, Mapping[str, Tensor]]
 
 def _read_side(group: Group) -> Slices:
     """A slice of every unit that a cut copies as it is; what makes queries is scaled on the way."""
-    return next((one for one in group.slices if one.side == "out"), group.slices[0])
+    return next((one for one in group.slices if one.side in ("consumes", "key")), group.slices[0])

@@ -68,7 +68,7 @@ def _readers(model: nn.Module, group: Group) -> list[Slices]:
     every = [
         one
         for one in group.slices
-        if one.side == "out" and one.dim == 1 and one.tensor.endswith(".weight") and all(one.index)
+        if one.side == "consumes" and one.dim == 1 and one.tensor.endswith(".weight") and all(one.index)
         and reads_all(layer := model.get_submodule(one.tensor.rpartition(".")[0]))
         and layer.get_parameter("weight").shape[1] <= WIDEST
     ]  # fmt: skip

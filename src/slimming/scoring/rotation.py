@@ -43,13 +43,13 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     # Other bases change nothing outside of the heads: all statistics can be taken before.
     moments = _moments(model, queries, values, images)
     for group in queries:
-        q, k = (_slices(group, side) for side in ("in", "out"))
+        q, k = (_slices(group, side) for side in ("query", "key"))
         for rows, (of_q, of_k) in zip(_heads(group), moments[group.name], strict=True):
             to_q, to_k = _balanced(of_q, of_k)
             _multiply_(model, q, rows, to_q)
             _multiply_(model, k, rows, to_k)
     for group in values:
-        makes, (reads, *_) = (_slices(group, side) for side in ("in", "out"))
+        makes, (reads, *_) = (_slices(group, side) for side in ("produces", "consumes"))
         weight = model.get_parameter(reads.tensor)
         for rows, (of_v,) in zip(_heads(group), moments[group.name], strict=True):
             columns = _places(reads, rows, weight.device)
@@ -106,8 +106,8 @@ def _moments(
 ) -> dict[str, list[list[Tensor]]]:
     """Per group and head: the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
-    made = {_slices(group, "in")[0].tensor.rpartition(".")[0]: group for group in queries}
-    read = {_slices(group, "out")[0].tensor.rpartition(".")[0]: group for group in values}
+    made = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
+    read = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
     sums: dict[str, list[list[Tensor]]] = {}
     for group, factors in [*((group, 2) for group in queries), *((group, 1) for group in values)]:
         sums[group.name] = [
@@ -131,7 +131,7 @@ def _moments(
                     outputs[name] = []
                 for name, group in read.items():
                     for rows in map(precise, inputs[name]):
-                        x = rows[:, _places(_slices(group, "out")[0], range(group.size), rows.device)]
+                        x = rows[:, _places(_slices(group, "consumes")[0], range(group.size), rows.device)]
                         means[group.name] += torch.cat([x.sum(0), x.new_full((1,), len(x))])
                         for units, (total,) in zip(_heads(group), sums[group.name], strict=True):
                             total += x[:, units.start : units.stop].T @ x[:, units.start : units.stop]
@@ -152,7 +152,7 @@ def _moments(
 
 def _add_qk(sums: Sequence[Sequence[Tensor]], group: Group, out_BND: Tensor) -> None:
     """Add the second moments of the queries and keys in a projection's output."""
-    q, k = (out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("in", "out"))
+    q, k = (out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key"))
     k = k - k.mean(1, keepdim=True)  # what all keys share, softmax takes out
     for units, (of_q, of_k) in zip(_heads(group), sums, strict=True):
         for total, x in ((of_q, q), (of_k, k)):

@@ -60,7 +60,8 @@ def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -
     owner = f"{site.rpartition('.')[0]}.{last}"
     everything: dict[tuple[str, int, str], set[int]] = {}
     for one in (one for group in inside for one in group.slices):
-        places = everything.setdefault((one.tensor, one.dim, one.side), set())
+        side = "consumes" if one.side == "consumes" else "produces"  # queries and keys are made like values
+        places = everything.setdefault((one.tensor, one.dim, side), set())
         places.update(place for unit in one.index for place in unit)
     return [
         Group(
@@ -106,15 +107,15 @@ def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[s
     proj = f"{site}.proj.weight"
 
     def value_slices(rows: Index, columns: Index) -> tuple[Slices, ...]:
-        made = tuple(Slices(tensor=name, dim=0, index=rows, side="in") for name in qkv)
-        return (*made, Slices(tensor=proj, dim=1, index=columns, side="out"))
+        made = tuple(Slices(tensor=name, dim=0, index=rows, side="produces") for name in qkv)
+        return (*made, Slices(tensor=proj, dim=1, index=columns, side="consumes"))
 
     queries, keys = _single(total, 0), _single(total, total)
     columns = _single(sizes.v_total, 0)
     v_slices = value_slices(_single(sizes.v_total, 2 * total), columns)
     qk_slices = tuple(
         Slices(tensor=name, dim=0, index=index, side=side)
-        for index, side in ((queries, "in"), (keys, "out"))
+        for index, side in ((queries, "query"), (keys, "key"))
         for name in qkv
     )
     heads_qk, heads_v = _runs(qk_parts), _runs(v_parts)
@@ -180,8 +181,8 @@ def _mlp_groups(sizes: BlockSizes, mlp: nn.Module, uncovered: list[str]) -> list
             site=site,
             role="mlp",
             slices=(
-                *(Slices(tensor=name, dim=0, index=rows, side="in") for name in inputs),
-                Slices(tensor=output, dim=1, index=columns, side="out"),
+                *(Slices(tensor=name, dim=0, index=rows, side="produces") for name in inputs),
+                Slices(tensor=output, dim=1, index=columns, side="consumes"),
             ),
             scales=(Scale(tensor=output, dim=1, index=columns),),
         )

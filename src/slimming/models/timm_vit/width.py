@@ -63,8 +63,8 @@ def width_group(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -> Group:
         site=WIDTH,
         role="width",
         slices=(
-            *(Slices(tensor=name, dim=dim, index=every, side="in") for name, dim in makes),
-            *(Slices(tensor=name, dim=dim, index=every, side="out") for name, dim in reads),
+            *(Slices(tensor=name, dim=dim, index=every, side="produces") for name, dim in makes),
+            *(Slices(tensor=name, dim=dim, index=every, side="consumes") for name, dim in reads),
         ),
         scales=tuple(
             Scale(tensor=f"{path}.{name}", dim=0, index=every)

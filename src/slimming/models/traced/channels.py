@@ -248,12 +248,12 @@ def _found(
         if name in ends:
             found.through = True
             for tensor, dim in ends[name].makes if out else ():
-                found.add(tensor, dim, "in", pairs)
+                found.add(tensor, dim, "produces", pairs)
             for tensor, dim, side in () if out else ends[name].into:
                 found.add(tensor, dim, side, pairs)
             found.norms.update(() if out else ends[name].norms)
         elif isinstance(module, nn.Parameter):
-            found.add(name, int(item.dep.target.pruning_dim), "in", pairs)
+            found.add(name, int(item.dep.target.pruning_dim), "produces", pairs)
         elif isinstance(module, nn.Linear):
             _add_weighted(found, name, module, out, pairs)
         elif isinstance(module, CONV):
@@ -264,13 +264,13 @@ def _found(
                 _add_weighted(found, name, module, out, pairs)
         elif isinstance(module, BATCH_NORM):
             for tensor in _vectors(module):
-                found.add(f"{name}.{tensor}", 0, "in", pairs)
+                found.add(f"{name}.{tensor}", 0, "produces", pairs)
         elif isinstance(module, nn.LayerNorm) and module.weight is not None:
             found.norms.add(name)
             for tensor in _vectors(module):
-                found.add(f"{name}.{tensor}", 0, "in", pairs)
+                found.add(f"{name}.{tensor}", 0, "produces", pairs)
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            found.add(f"{name}.weight", 0, "in", pairs)
+            found.add(f"{name}.weight", 0, "produces", pairs)
         elif isinstance(module, nn.PReLU):
             continue
         else:
@@ -316,11 +316,11 @@ def _vectors(module: nn.Module) -> list[str]:
 
 def _add_weighted(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
     if not out:
-        found.add(f"{name}.weight", 1, "out", pairs)
+        found.add(f"{name}.weight", 1, "consumes", pairs)
         return
-    found.add(f"{name}.weight", 0, "in", pairs)
+    found.add(f"{name}.weight", 0, "produces", pairs)
     if module.bias is not None:
-        found.add(f"{name}.bias", 0, "in", pairs)
+        found.add(f"{name}.bias", 0, "produces", pairs)
 
 
 def _add_grouped(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
@@ -330,9 +330,9 @@ def _add_grouped(found: _Found, name: str, module: Any, out: bool, pairs: list[t
     blocks = {(root, place // width) for root, place in pairs}
     every = [(root, block * rows + row) for root, block in blocks for row in range(rows)]
     found.grouped.add(name)
-    found.add(f"{name}.weight", 0, "in", every)
+    found.add(f"{name}.weight", 0, "produces", every)
     if module.bias is not None:
-        found.add(f"{name}.bias", 0, "in", every)
+        found.add(f"{name}.bias", 0, "produces", every)
 
 
 def _repeat_(found: _Found, model: nn.Module) -> None:
@@ -372,16 +372,16 @@ def group_from(found: _Found, model: nn.Module) -> Group | str:
         if max(max(places) for places in index) >= shapes[tensor][dim]:
             return LOST
         slices.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(places)) for places in index), side=side))
-    if not any(one.side == "out" for one in slices):
+    if not any(one.side == "consumes" for one in slices):
         return "they leave the model as its output"
-    if not any(one.side == "in" and one.tensor.endswith("weight") for one in slices):
+    if not any(one.side == "produces" and one.tensor.endswith("weight") for one in slices):
         return "nothing in the model makes them"
     kind, what = "channel", "channels"
     if found.wide:
         kind, what = "width", "width"
     elif found.linear or _in_mlp(found.name, model):
         kind, what = "mlp", "hidden"
-    scales = tuple(Scale(tensor=one.tensor, dim=one.dim, index=one.index) for one in slices if one.side == "out")
+    scales = tuple(Scale(tensor=one.tensor, dim=one.dim, index=one.index) for one in slices if one.side == "consumes")
     return Group(
         name=f"{found.name}.{what}",
         kind=kind,

@@ -111,16 +111,16 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
             if span.length % (blocks * heads):
                 return f"{path} has {span.length} rows for {heads} heads"
             index = span.shifted(block_index(span.length, blocks, heads))
-            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="in"))
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="produces"))
     each = tuple((head,) for head in range(heads))
     for path in spec.mixers:
         for span in rows(module, path):
-            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=each, side="in"))
-        slices.append(Slices(tensor=f"{name}.{path}.weight", dim=1, index=each, side="out"))
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=each, side="produces"))
+        slices.append(Slices(tensor=f"{name}.{path}.weight", dim=1, index=each, side="consumes"))
     for path, dim in spec.per_head.items():
         for tensor in _tensors(module, path):
             if tensor is not None:
-                slices.append(Slices(tensor=f"{name}.{path}", dim=dim, index=each, side="in"))
+                slices.append(Slices(tensor=f"{name}.{path}", dim=dim, index=each, side="produces"))
     found = reader(module, spec.output)
     if found is None:
         return "no layer of the module reads its heads"
@@ -130,7 +130,7 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         index = tuple(tuple(range(head, found.length, heads)) for head in range(heads))
     else:
         index = block_index(found.length, spec.output_blocks, heads)
-    slices.append(Slices(tensor=f"{name}.{found.tensor}", dim=1, index=found.shifted(index), side="out"))
+    slices.append(Slices(tensor=f"{name}.{found.tensor}", dim=1, index=found.shifted(index), side="consumes"))
     group = Group(
         name=f"{name}.heads",
         kind="head",
@@ -138,7 +138,7 @@ def head_group(name: str, module: nn.Module, spec: Heads) -> tuple[Group, Attrib
         site=name,
         role="head",
         slices=tuple(slices),
-        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "out"),
+        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
     )
     counts = (spec.count,) if isinstance(spec.count, str) else ()
     return group, counting(group, name, module, (*counts, *spec.sizes))

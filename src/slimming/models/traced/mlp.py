@@ -48,13 +48,13 @@ def hidden_group(name: str, module: nn.Module, spec: Hidden) -> tuple[Group, Att
         return spec.why_not or f"it has no {spec.output}"
     size = found.length
     columns = found.shifted(block_index(size, 1, size))
-    slices = [Slices(tensor=f"{name}.{found.tensor}", dim=1, index=columns, side="out")]
+    slices = [Slices(tensor=f"{name}.{found.tensor}", dim=1, index=columns, side="consumes")]
     for path, blocks in spec.inputs.items():
         for span in rows(module, path):
             if span.length != blocks * size:
                 return f"{path} has {span.length} rows for {size} hidden units"
             index = span.shifted(block_index(span.length, blocks, size))
-            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="in"))
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="produces"))
     group = Group(
         name=f"{name}.hidden",
         kind="mlp",
@@ -62,6 +62,6 @@ def hidden_group(name: str, module: nn.Module, spec: Hidden) -> tuple[Group, Att
         site=name,
         role="mlp",
         slices=tuple(slices),
-        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "out"),
+        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
     )
     return group, counting(group, name, module, spec.sizes)

@@ -225,12 +225,12 @@ def _end(name: str, module: nn.Module, spec: Heads | Hidden) -> Ends | None:
     if not reads or not makes:
         return None
     # A depthwise convolution has no dimension of its input.
-    into = [(tensor, 1, "out") for tensor, length in reads if length == reads[0][1]]
+    into = [(tensor, 1, "consumes") for tensor, length in reads if length == reads[0][1]]
     inside = dict(module.named_modules())
     tied = {path: inside[path] for path in paths if isinstance(inside.get(path), (nn.LayerNorm, nn.Linear, *CONV))}
     for path, layer in tied.items():
-        into += [(f"{path}.{own}", 0, "in") for own, _ in layer.named_parameters()]
-        into += [] if isinstance(layer, nn.LayerNorm) else [(f"{path}.weight", 1, "out")]
+        into += [(f"{path}.{own}", 0, "produces") for own, _ in layer.named_parameters()]
+        into += [] if isinstance(layer, nn.LayerNorm) else [(f"{path}.weight", 1, "consumes")]
     return Ends(
         into=tuple((_path(name, tensor), dim, side) for tensor, dim, side in into),
         makes=tuple((_path(name, tensor), dim) for tensor, dim, length in makes if length == makes[0][2]),

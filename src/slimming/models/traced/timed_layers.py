@@ -117,7 +117,7 @@ def pieces(
 def _widths(name: str, groups: Sequence[Group]) -> dict[str, Dim]:
     """The embedding widths that a module reads and, if it is another one, makes."""
     axes: dict[str, Dim] = {}
-    for side, axis in (("out", "width"), ("in", "out")):
+    for side, axis in (("consumes", "width"), ("produces", "out")):
         for group in groups:
             touched = any(s.side == side and s.tensor.startswith(f"{name}.") for s in group.slices)
             dim = Dim(groups=((group.name, 1),))

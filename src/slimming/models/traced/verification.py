@@ -104,7 +104,7 @@ def masked_output(
         undo += keep_in_norms(model, group, kept[group.name])
         gone = sorted(set(range(group.size)) - set(kept[group.name]))
         for one in group.slices:
-            if one.side == "out" and gone:
+            if one.side == "consumes" and gone:
                 tensor = tensors[one.tensor]
                 saved.setdefault(one.tensor, tensor.detach().clone())
                 places = torch.tensor([place for unit in gone for place in one.index[unit]])
