@@ -20,7 +20,7 @@ from slimming.families.traced.proof import randomise_
 from slimming.groups import Group
 from slimming.masks import SoftMasks
 from slimming.plan import FREE, Budget, Plan
-from variants import NOTED
+from variants import FOLLOWED, NOTED
 
 transformers = pytest.importorskip("transformers")
 
@@ -64,7 +64,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "ViT of transformers": (hub_vit, [32]),
 }
 """By name: how it is made, and its widths."""
-models = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=FOLLOWED) if name == "SegFormer" else name for name in MODELS]
+)
 
 
 def make(name: str) -> nn.Module:
