@@ -38,10 +38,10 @@ import slimming
 from common import parser, store, table
 from network_slimming import vgg
 from peers import theirs
-from slimming.api import anatomy_of
-from slimming.bench import count
+from slimming.core.budget import Budget
+from slimming.counting.measured import count
 from slimming.demo import HERE
-from slimming.plan import Budget
+from slimming.masks.attachment import prunable
 from slimming.training.batches import calibration_batches
 
 MACS = (0.8, 0.6, 0.5, 0.4, 0.3)
@@ -149,7 +149,7 @@ class Subject:
                 save_file({key: value.contiguous() for key, value in self.dense.state_dict().items()}, weights)
             self.dense.load_state_dict(load_file(weights))
         self.dense.eval()
-        self.shape = anatomy_of(self.dense).input_shape
+        self.shape = prunable(self.dense).anatomy.input_shape
         self.macs = count(self.dense, self.shape).macs
         val: Any = self.data.val
         self.tested, self.top1 = len(val), self.judge(self.dense)

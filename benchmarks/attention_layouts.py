@@ -4,7 +4,8 @@
 
 The attention of DeiT-S, its heads cut to drawn sizes, in several ways, all timed in turns with the dense one:
 
-- grouped: heads lie ordered by size, one call of the kernel for each distinct size (`slimming.layers.UnevenAttention`);
+- grouped: heads lie ordered by size, one call of the kernel for each distinct size
+  (`slimming.models.layers.UnevenAttention`);
 - matched: the same, with zeros after the projections that make QK and V of a head alike;
 - rounded: each head gets zeros up to a multiple of 16, one call for each distinct size;
 - one by one: a call for each head;
@@ -28,7 +29,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from common import Spread, interleaved, parser, ratios, table, write
-from slimming.layers import UnevenAttention
+from slimming.models.layers import UnevenAttention
 
 TOKENS, WIDTH, HEADS, SIZE = 197, 384, 6, 64
 LAYOUTS = {

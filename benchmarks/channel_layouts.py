@@ -19,7 +19,7 @@ import torch
 import slimming
 from accuracy import MACS, Subject, cases
 from common import parser, store, table
-from slimming.bench import count
+from slimming.counting.measured import count
 from slimming.errors import BudgetError
 
 CNNS = ("vgg16-cifar10", "resnet18-cifar10")

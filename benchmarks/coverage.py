@@ -35,12 +35,12 @@ from benchmarks.common import RESULTS, store, table
 from torch import nn
 
 import slimming
-from slimming.bench import count
-from slimming.contract import examine
-from slimming.families.traced.origin import input_shape
-from slimming.families.traced.proof import outputs
-from slimming.family import ORIGIN
-from slimming.programs import INPUT, open_onnx, to_program, write_onnx
+from slimming.benchmarking.programs import INPUT, open_onnx, to_program, write_onnx
+from slimming.counting.measured import count
+from slimming.models.family import ORIGIN
+from slimming.models.traced.rebuild import input_shape
+from slimming.models.traced.verification import outputs
+from slimming.pruning.checks import examine
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, None)
 """Image sizes to try, the smallest that a model takes is used; None is its own."""

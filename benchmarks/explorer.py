@@ -26,12 +26,12 @@ from playwright.sync_api import Browser, sync_playwright
 
 import slimming
 from common import Spread, parser, table, write
-from slimming.api import Rating, save_scores
-from slimming.explore import explore
+from slimming.planning.scores import Rating, save_scores
 from slimming.report import write_comparison
 from slimming.report.explored import Explored
 from slimming.report.model import Picture
-from slimming.searching import RECORD, SCORES_FILE
+from slimming.runs.explore import explore
+from slimming.searching.mask_search import RECORD, SCORES_FILE
 
 IMAGES = 4
 

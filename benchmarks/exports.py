@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import slimming
 from accuracy import EMBEDDED, recipe
 from common import Spread, interleaved, machine, parser, ratios, store, table, versions
+from slimming.benchmarking.runtimes import prepare
 from slimming.exporting.targets import TARGETS
-from slimming.families.hosts import name_classes
-from slimming.runtimes import prepare
+from slimming.models.hosts import name_classes
 from slimming.training.batches import validation_batches
 
 Run = Callable[[Tensor], Tensor]

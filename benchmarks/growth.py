@@ -26,7 +26,7 @@ from torch import nn
 
 import slimming
 from common import parser, store, table
-from slimming.plan import Budget
+from slimming.core.budget import Budget
 
 MODELS = (
     "vit_tiny_patch16_224",

@@ -27,11 +27,11 @@ from torch import nn
 
 import slimming
 from common import parser, ratios, table, write
-from slimming.api import anatomy_of, searched
-from slimming.bench import paired_times
-from slimming.cut import complete
-from slimming.latency import ONE_SIZE, UNEVEN
-from slimming.runtimes import prepare
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times
+from slimming.core.completion import complete
+from slimming.masks.attachment import prunable, searched
+from slimming.planning.latency_table import ONE_SIZE, UNEVEN
 
 MODELS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50", "mobilenetv3_large_100")
 
@@ -181,7 +181,7 @@ def scatter(
 
 def judge(plan: slimming.Plan, dense: Any, masked: Any, known: slimming.LatencyTable, settings: Any) -> dict[str, Any]:
     """Predicted and measured time of a plan, as shares of dense."""
-    anatomy = anatomy_of(dense)
+    anatomy = prunable(dense).anatomy
     small = slimming.cut(masked, plan).eval()
     predicted = known.predict(anatomy, counts(anatomy, plan)) / known.predict(anatomy, counts(anatomy, None))
     x = torch.randn(settings.batch_size, *anatomy.input_shape)
@@ -214,7 +214,7 @@ def by_time(share: float, dense: Any, masked: Any, masks: Any, known: slimming.L
     def planned(budget: slimming.Budget) -> slimming.Plan:
         return slimming.plan(masks, budget, score="mask", latency=known)
 
-    anatomy = anatomy_of(dense)
+    anatomy = prunable(dense).anatomy
     whole = known.predict(anatomy, counts(anatomy, None))
     by_macs = planned(slimming.Budget(macs=share))
     taken = known.predict(anatomy, counts(anatomy, by_macs)) / whole

@@ -18,7 +18,7 @@ import torch
 
 import slimming
 from common import parser, store, table
-from slimming.api import anatomy_of
+from slimming.masks.attachment import prunable
 
 BATCH = 32
 
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = timm.create_model(settings.model).eval()
-    shape = anatomy_of(model).input_shape
+    shape = prunable(model).anatomy.input_shape
     images = [torch.randn(min(BATCH, settings.images - at), *shape) for at in range(0, settings.images, BATCH)]
 
     def forward() -> None:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 import slimming
 from common import FIRST_ORDER, parser, store, table
-from slimming.plan import Budget
+from slimming.core.budget import Budget
 
 EMBEDDED = Path(slimming.__file__).parent / "demo" / "assets"
 KINDS = {"attention": ("head_dim",), "MLP": ("mlp",), "attention + MLP": ("head_dim", "mlp")}

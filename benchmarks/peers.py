@@ -12,8 +12,8 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from torch import nn
 
-from slimming.bench import count
-from slimming.slimmable import settle_norms_
+from slimming.counting.measured import count
+from slimming.retraining.slimmable import settle_norms_
 
 
 def theirs(subject: Any, method: str, kinds: tuple[str, ...] | None, budget: float, seed: int) -> nn.Module:

@@ -16,7 +16,8 @@ import torch
 
 import slimming
 from common import Spread, parser, table, write
-from slimming.plan import SOLVERS, Budget
+from slimming.core.budget import Budget
+from slimming.core.layout import SOLVERS
 
 BUDGETS = (
     Budget(macs=0.5),

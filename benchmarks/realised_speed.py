@@ -28,9 +28,9 @@ from torch import nn
 
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
-from slimming.api import anatomy_of
-from slimming.plan import FREE
-from slimming.runtimes import RUNTIMES, prepare
+from slimming.benchmarking.runtimes import RUNTIMES, prepare
+from slimming.core.layout import FREE
+from slimming.masks.attachment import prunable
 
 EVEN = slimming.Layout()
 LAYOUTS = {
@@ -91,7 +91,7 @@ def slim(dense: nn.Module, budget: float, layout: str, seed: int) -> Slim:
 def measure(
     name: str, dense: nn.Module, slims: Sequence[Slim], batch: int, runtime: str, settings: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    images = torch.randn(batch, *anatomy_of(dense).input_shape)
+    images = torch.randn(batch, *prunable(dense).anatomy.input_shape)
     models = {"dense": dense, **{each.name: each.model for each in slims}}
     head = {"model": name, "runtime": runtime, "batch": batch}
     torch.set_num_threads(settings.threads)

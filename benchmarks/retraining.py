@@ -25,8 +25,8 @@ from torch import nn
 import slimming
 from accuracy import EMBEDDED, recipe, spread
 from common import parser, store, table
-from slimming.plan import Plan
-from slimming.searching import RECORD
+from slimming.core.pruning_plan import Plan
+from slimming.searching.mask_search import RECORD
 from slimming.training.batches import calibration_images
 
 SHARES = (0.3, 0.2, 0.1)

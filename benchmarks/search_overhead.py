@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
-from slimming.bench import peak_bytes
+from slimming.counting.measured import peak_bytes
 
 MEMORY_LIMIT = 1.05
 LIMITS = {"weights: attention + MLP": 1.03, "weights: attention + MLP + tokens": 1.10, "weights: all kinds": 1.05}

@@ -24,9 +24,10 @@ from torch import nn
 import slimming
 from accuracy import EMBEDDED, recipe, spread
 from common import FIRST_ORDER, parser, store, table
-from slimming.api import DEFAULT_PENALTY, anatomy_of, searched
-from slimming.cost import per_group
-from slimming.masks import attached
+from slimming.core.kinds import KINDS
+from slimming.counting.model_cost import per_group
+from slimming.masks.attachment import prunable, searched
+from slimming.masks.soft_masks import attached
 from slimming.training.batches import calibration_images
 from slimming.training.tasks import DistilTask
 
@@ -66,7 +67,7 @@ class Bench:
         config = slimming.DataConfig(source=str(settings.eurosat), augment="overhead")
         self.data = slimming.open_data(config, self.dense)
         self.still = slimming.open_data(dataclasses.replace(config, augment="none"), self.dense)
-        self.shape = anatomy_of(self.dense).input_shape
+        self.shape = prunable(self.dense).anatomy.input_shape
 
     def judge(self, model: nn.Module) -> float:
         """Top-1 on the test images."""
@@ -105,10 +106,10 @@ class Bench:
     def penalty(self, asked: float | str) -> dict[str, float]:
         """Weights per kind: the default's times a factor, or what a unit costs in MACs, with the same sum."""
         if isinstance(asked, float):
-            return {kind: weight * asked for kind, weight in DEFAULT_PENALTY.items()}
+            return {name: kind.penalty * asked for name, kind in KINDS.items()}
         found = unit_macs(self.dense)
         total = sum(found.values())
-        return {kind: sum(DEFAULT_PENALTY[k] for k in found) * share / total for kind, share in found.items()}
+        return {kind: sum(KINDS[k].penalty for k in found) * share / total for kind, share in found.items()}
 
     def fill(self, rows: dict[str, dict[str, Any]], name: str, seed: int) -> None:
         """Every ranking of one search that is missing: its name -> top-1 straight after each cut, and retrained."""
@@ -159,7 +160,7 @@ class Bench:
 
 def unit_macs(model: nn.Module) -> dict[str, float]:
     """Kind -> MACs of its units, each as if it went alone."""
-    anatomy = anatomy_of(model)
+    anatomy = prunable(model).anatomy
     costs = per_group(anatomy, {group.name: group.size for group in anatomy.groups})
     found: dict[str, float] = {}
     for group in searched(slimming.describe(model), None):

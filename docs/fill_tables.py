@@ -28,15 +28,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(<!-- (results|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
 
 CONFIGS = {
-    "RunConfig": "slimming.run_config",
-    "ModelConfig": "slimming.opening",
+    "RunConfig": "slimming.runs.config",
+    "ModelConfig": "slimming.runs.setup",
     "DataConfig": "slimming.training.config",
-    "SearchConfig": "slimming.search_config",
+    "SearchConfig": "slimming.searching.config",
     "Layout": "slimming.plan",
     "TrainConfig": "slimming.training.config",
-    "DistilConfig": "slimming.retrain",
+    "DistilConfig": "slimming.retraining.retrain",
     "Budget": "slimming.plan",
-    "BenchConfig": "slimming.results",
+    "BenchConfig": "slimming.runs.results",
 }
 
 

@@ -44,8 +44,8 @@ ORIGINS = {site: source for source, site in PAGES.items()}
 MODULES = {
     "Errors": ("slimming.errors",),
     "Training": ("slimming.training.tasks", "slimming.training.samples"),
-    "Measuring": ("slimming.bench", "slimming.runtimes"),
-    "Families": ("slimming.family", "slimming.groups"),
+    "Measuring": ("slimming.benchmarking.timing", "slimming.benchmarking.runtimes"),
+    "Families": ("slimming.models.family", "slimming.core.groups"),
 }
 """Modules whose docstrings are shown whole, for those who build on them: title -> modules."""
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)

@@ -22,10 +22,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from slimming.io import atomic_json
+from slimming.core.files import atomic_json
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data
-from slimming.training.evaluate import evaluate
+from slimming.training.evaluation import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.loop import fit
 from slimming.training.tasks import ClassificationTask

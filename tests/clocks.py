@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimming.family import Timed
+from slimming.models.family import Timed
 
 
 class CountingClock:
-    """In place of `slimming.latency._Clock`: a piece takes as long as the operations that torch counts in it.
+    """In place of `latency_table.Clock`: a piece takes as long as the operations that torch counts in it.
 
     Attributes:
         asked: how often any such clock was asked for a time.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.families.hosts import name_classes
-from slimming.plan import FREE, Budget, Layout
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE, Layout
+from slimming.masks.attachment import prunable
+from slimming.models.hosts import name_classes
 from variants import SMALL, randomise_
 
 CLASSES = ("field", "forest", "river")
@@ -58,7 +59,7 @@ MAKERS = {
 
 def images(model: nn.Module, count: int = 12) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return list(torch.randn(count, *anatomy_of(model).input_shape, generator=generator).split(5))
+    return list(torch.randn(count, *prunable(model).anatomy.input_shape, generator=generator).split(5))
 
 
 def make(kind: str, directory: Path, to: list[str]) -> tuple[nn.Module, tuple[slimming.Exported, ...]]:

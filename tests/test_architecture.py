@@ -19,121 +19,38 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LAYERS = {
-    "errors": 0,
-    "io": 0,
-    "arrival": 0,
-    "hub": 1,
-    "modes": 0,
-    "formulas": 1,
-    "groups": 1,
-    "plan": 1,
-    "solve": 1,
-    "family": 1,
-    "macs": 1,
-    "inputs": 1,
-    "families": 2,
-    "masks": 2,
-    "token_gates": 2,
-    "scaling": 2,
-    "chunks": 2,
-    "kept_norms": 1,
-    "worth": 2,
-    "rank": 2,
-    "cost": 2,
-    "cut": 2,
-    "compensation": 2,
-    "elimination": 2,
-    "rotation": 2,
-    "layers": 2,
-    "checkpoint": 3,
-    "latency": 3,
-    "sensitivity": 3,
-    "training": 3,
-    "bench": 3,
-    "programs": 1,
-    "runtimes": 1,
-    "report": 3,
-    "demo": 3,
-    "api": 4,
-    "searching": 4,
-    "slopes": 4,
-    "turns": 4,
-    "oneshot": 4,
-    "opening": 4,
-    "slimmable": 4,
-    "progressive": 4,
-    "budgets": 4,
-    "hours": 4,
-    "run_config": 4,
-    "search_config": 4,
-    "retrain": 4,
-    "results": 4,
-    "contract": 4,
-    "exporting": 4,
-    "explore": 4,
-    "pipeline": 4,
-    "card": 3,
-    "publish": 4,
-    "cli": 5,
-    "__main__": 6,
-}
-SIDEWAYS = {
-    ("cut", "layers"),
-    ("compensation", "cut"),
-    ("rank", "chunks"),
-    ("rank", "worth"),
-    ("worth", "chunks"),
-    ("families", "layers"),
-    ("masks", "token_gates"),
-    ("masks", "scaling"),
-    ("latency", "bench"),
-    ("searching", "api"),
-    ("slopes", "api"),
-    ("turns", "api"),
-    ("turns", "slopes"),
-    ("oneshot", "api"),
-    ("oneshot", "slopes"),
-    ("oneshot", "turns"),
-    ("searching", "slopes"),
-    ("opening", "api"),
-    ("retrain", "api"),
-    *(("pipeline", part) for part in ("opening", "run_config", "hours", "budgets", "slimmable")),
-    *(("run_config", part) for part in ("opening", "results", "retrain", "search_config")),
-    *(("progressive", part) for part in ("api", "oneshot", "retrain", "searching")),
-    *(("budgets", part) for part in ("api", "results", "retrain", "run_config", "searching")),
-    *(("budgets", part) for part in ("progressive", "slimmable")),
-    ("hours", "run_config"),
-    ("hours", "search_config"),
-    ("slimmable", "api"),
-    ("slimmable", "retrain"),
-    ("slimmable", "searching"),
-    ("searching", "turns"),
-    ("search_config", "api"),
-    ("searching", "search_config"),
-    ("pipeline", "oneshot"),
-    ("results", "api"),
-    ("results", "searching"),
-    ("contract", "api"),
-    ("exporting", "api"),
-    ("exporting", "opening"),
-    ("publish", "api"),
-    ("publish", "results"),
-    *(("explore", part) for part in ("api", "opening", "results", "run_config", "searching")),
-    ("pipeline", "explore"),
-    *(("pipeline", part) for part in ("api", "searching", "results")),
-}
-"""Pairs of one layer that may know each other; layers 0 and 1 are plain data and may do so throughout."""
-
-ONLY = {"training": {"errors", "io", "modes"}}
-"""Parts that may use less than what lies below them."""
+ORDER = (
+    "errors",
+    "core",
+    "counting",
+    "training",
+    "report",
+    "models",
+    "benchmarking",
+    "masks",
+    "checkpoints",
+    "planning",
+    "pruning",
+    "scoring",
+    "searching",
+    "retraining",
+    "runs",
+    "exporting",
+    "publishing",
+    "demo",
+    "cli",
+    "__main__",
+)
+"""The folders (and single modules) of the package: each imports from those before it only."""
+ONLY = {"training": ("errors", "core.files", "core.modules"), "report": ("errors", "core")}
+"""Folders that may import less than what stands before them: training and reports know nothing of pruning."""
 
 HOSTS = {"timm", "transformers", "torchvision", "torch_pruning", "lightning"}
-HOST_ROOMS = {"families", "training"}
+HOST_ROOMS = {"models", "training"}
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = {"pickle.UnpicklingError"}
 """What torch.load raises when it refuses; naming it runs nothing."""
-OWN_SOURCE = {"slimming.families.traced.unbound"}
+OWN_SOURCE = {"slimming.models.traced.free_heads"}
 """Compiles a method of an installed host from its own source, changed in one place; no file is ever its input."""
 LINES = 450
 CONVENTIONAL = {"forward", "extra_repr", "state_dict", "load_state_dict", "train"}
@@ -207,30 +124,83 @@ def inner(files: list[Source], source: Source) -> Iterator[tuple[str, int]]:
         yield target, found.line
 
 
-def imports_point_down(files: list[Source]) -> list[str]:
+def imports_follow_the_order(files: list[Source]) -> list[str]:
     wrong = []
     for source in files:
         if not source.part:
             continue
-        if source.part not in LAYERS:
-            wrong.append(f"{source.module}: {source.part!r} has no layer; give it one in LAYERS")
+        if source.part not in ORDER:
+            wrong.append(f"{source.module}: {source.part!r} has no place; give it one in ORDER")
             continue
         for target, line in inner(files, source):
-            part = target.partition(".")[2].partition(".")[0]
+            inside = target.partition(".")[2]
+            part = inside.partition(".")[0]
             where = f"{source.module}:{line} imports {target}"
             if not part:
-                wrong.append(f"{where}: the top of the package lies above everything")
-            elif part != source.part and not _may(source.part, part):
-                wrong.append(f"{where}: not below {source.part!r}")
+                wrong.append(f"{where}: the top of the package comes after everything")
+            elif part == source.part:
+                continue
+            elif part not in ORDER or ORDER.index(part) > ORDER.index(source.part):
+                wrong.append(f"{where}: not before {source.part!r}")
+            elif not any(f"{inside}.".startswith(f"{one}.") for one in ONLY.get(source.part, ORDER)):
+                wrong.append(f"{where}: {source.part!r} may not know it")
     return wrong
 
 
-def _may(part: str, other: str) -> bool:
-    if other not in LAYERS or (part in ONLY and other not in ONLY[part]):
-        return False
-    if LAYERS[part] == LAYERS[other]:
-        return LAYERS[part] <= 1 or (part, other) in SIDEWAYS
-    return LAYERS[other] < LAYERS[part]
+def public_functions_hide_no_module(files: list[Source]) -> list[str]:
+    """A module or folder called as a public function is would make ``slimming.NAME`` mean two things."""
+    public = {alias.asname or alias.name for source in files for alias in _exported(source)} - {"errors"}
+    return [
+        f"{source.module} bears the name of the public {source.module.rpartition('.')[2]}"
+        for source in files
+        if source.part and source.module.rpartition(".")[2] in public
+    ]
+
+
+def _exported(source: Source) -> Iterator[ast.alias]:
+    """The public names of the package, listed in the stub beside its top file."""
+    stub = source.path.with_suffix(".pyi")
+    if not source.part and stub.exists():
+        for node in ast.parse(stub.read_text("utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                yield from node.names
+
+
+def no_private_names_of_others(files: list[Source]) -> list[str]:
+    wrong = []
+    for source in files:
+        modules = {}
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in PACKAGES:
+                continue
+            for alias in node.names:
+                if _private(alias.name):
+                    wrong.append(f"{source.module}:{node.lineno} imports {alias.name} of {node.module}")
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and _private(node.attr) and isinstance(node.value, ast.Name):
+                if (owner := modules.get(node.value.id)) is not None:
+                    wrong.append(f"{source.module}:{node.lineno} uses {node.attr} of {owner}")
+            elif isinstance(node, ast.Call) and _called(node) in {"setattr", "object", "delattr"}:
+                wrong += [f"{source.module}:{node.lineno} replaces {name}" for name in _replaced(node, modules)]
+    return wrong
+
+
+PACKAGES = {"slimming", "pkg"}
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _replaced(node: ast.Call, modules: dict[str, str]) -> list[str]:
+    """Private names that a patch replaces, of a module or in a dotted path."""
+    texts = [one.value for one in node.args[:2] if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+    first = node.args[0] if node.args else None
+    if isinstance(first, ast.Name) and first.id in modules:
+        return [text for text in texts if _private(text)]
+    dotted = [text for text in texts if text.partition(".")[0] in PACKAGES]
+    return [text for text in dotted if any(_private(part) for part in text.split("."))]
 
 
 def no_cycles(files: list[Source]) -> list[str]:
@@ -344,7 +314,9 @@ def _function(
 
 
 RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
-    imports_point_down,
+    imports_follow_the_order,
+    public_functions_hide_no_module,
+    no_private_names_of_others,
     no_cycles,
     hosts_in_their_rooms,
     nothing_unpickled,
@@ -361,52 +333,70 @@ def test_the_package_keeps_the_rule(rule: Callable[[list[Source]], list[str]]) -
     assert rule(files) == []
 
 
+def test_tests_use_no_private_name() -> None:
+    files = [
+        Source(".".join(path.relative_to(ROOT).with_suffix("").parts), path, text, ast.parse(text))
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if (text := path.read_text("utf-8"))
+    ]
+    assert no_private_names_of_others(files) == []
+
+
 SOUND = {
-    "__init__.py": '"""Top."""\nfrom pkg.cut import cut\n',
+    "__init__.py": '"""Top."""\nimport lazy_loader\n',
+    "__init__.pyi": "from .pruning.cutting import cut as cut\n",
     "errors.py": '"""Errors."""\n\n\nclass E(Exception):\n    """An error."""\n',
-    "plan.py": '"""Plan."""\nfrom pkg.errors import E\n',
-    "groups.py": '"""Groups."""\nfrom pkg.plan import E\n',
-    "layers.py": '"""Layers."""\n',
-    "cut.py": '"""Cut."""\nfrom pkg.layers import x\n\n\ndef cut(a: int) -> int:\n    """Cut."""\n',
-    "families/__init__.py": '"""Families."""\n\n\ndef get() -> None:\n    """Get."""\n    import timm\n',
+    "core/__init__.py": '"""Core."""\n',
+    "core/plan.py": '"""Plan."""\nfrom pkg.errors import E\n',
+    "core/groups.py": '"""Groups."""\nfrom pkg.core.plan import E\n',
+    "models/__init__.py": '"""Models."""\n\n\ndef get() -> None:\n    """Get."""\n    import timm\n',
+    "models/layers.py": '"""Layers."""\n',
+    "pruning/__init__.py": '"""Pruning."""\n',
+    "pruning/cutting.py": (
+        '"""Cut."""\nfrom pkg.models.layers import x\n\n\ndef cut(a: int) -> int:\n    """Cut."""\n'
+    ),
     "training/__init__.py": '"""Training."""\nimport torch\n\nstate = torch.load("x", weights_only=True)\n',
-    "cli/__init__.py": '"""Command line."""\nfrom pkg import cut\n',
+    "cli/__init__.py": '"""Command line."""\nfrom pkg.pruning.cutting import cut\n',
 }
 
 BROKEN = [
-    (imports_point_down, "plan.py", "from pkg.cut import cut", "not below"),
-    (imports_point_down, "layers.py", "def _f():\n    import pkg.cli", "not below"),
-    (imports_point_down, "layers.py", "from .cut import cut", "not below"),
-    (imports_point_down, "families/__init__.py", "from .. import cut", "not below"),
-    (imports_point_down, "rank.py", "from pkg.cost import x", "not below"),
-    (imports_point_down, "training/loop.py", "from pkg.plan import E", "not below"),
-    (imports_point_down, "cli/__init__.py", "from pkg import version", "top of the package"),
-    (imports_point_down, "helpers.py", "x = 1", "has no layer"),
-    (no_cycles, "errors.py", "def _f():\n    from pkg.groups import x", "cycle"),
-    (hosts_in_their_rooms, "cut.py", "def _f():\n    from timm.layers import Mlp", "names timm"),
+    (imports_follow_the_order, "core/plan.py", "from pkg.pruning.cutting import cut", "not before"),
+    (imports_follow_the_order, "models/layers.py", "def _f():\n    import pkg.cli", "not before"),
+    (imports_follow_the_order, "models/layers.py", "from ..pruning import cutting", "not before"),
+    (imports_follow_the_order, "training/loop.py", "from pkg.core.plan import E", "may not know"),
+    (imports_follow_the_order, "cli/__init__.py", "from pkg import version", "top of the package"),
+    (imports_follow_the_order, "helpers.py", "x = 1", "has no place"),
+    (public_functions_hide_no_module, "core/cut.py", "x = 1", "public cut"),
+    (public_functions_hide_no_module, "cut/__init__.py", "x = 1", "public cut"),
+    (no_private_names_of_others, "cli/__init__.py", "from pkg.core.plan import _x", "imports _x"),
+    (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nplan._x()", "uses _x"),
+    (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nsetattr(plan, '_x', 1)", "replaces"),
+    (no_private_names_of_others, "cli/__init__.py", "patch.setattr('pkg.core.plan._x.y', 1)", "replaces"),
+    (no_cycles, "core/plan.py", "def _f():\n    from pkg.core.groups import x", "cycle"),
+    (hosts_in_their_rooms, "pruning/cutting.py", "def _f():\n    from timm.layers import Mlp", "names timm"),
     (hosts_in_their_rooms, "cli/__init__.py", "import torchvision.ops", "names torchvision"),
-    (hosts_in_their_rooms, "plan.py", "importlib.import_module('timm.models')", "names timm"),
-    (nothing_unpickled, "plan.py", "import pickle", "imports pickle"),
-    (nothing_unpickled, "plan.py", "from dill import loads", "imports dill"),
-    (nothing_unpickled, "plan.py", "torch.load(path)", "without weights_only"),
-    (nothing_unpickled, "plan.py", "torch.load(path, weights_only=False)", "without weights_only"),
-    (nothing_unpickled, "plan.py", "numpy.load(path, allow_pickle=True)", "allows pickles"),
-    (nothing_unpickled, "plan.py", "eval('1')", "runs text"),
-    (files_stay_short, "plan.py", "\n" * LINES, "more than"),
-    (no_hasattr, "plan.py", "x = hasattr(1, 'real')", "calls hasattr"),
-    (public_is_annotated_and_documented, "plan.py", "def f() -> None:\n    pass", "no docstring"),
-    (public_is_annotated_and_documented, "plan.py", "class C:\n    pass", "no docstring"),
-    (public_is_annotated_and_documented, "plan.py", "def f(a) -> None:\n    '''F.'''", "a has no annotation"),
-    (public_is_annotated_and_documented, "plan.py", "def f():\n    '''F.'''", "no return annotation"),
+    (hosts_in_their_rooms, "core/plan.py", "importlib.import_module('timm.models')", "names timm"),
+    (nothing_unpickled, "core/plan.py", "import pickle", "imports pickle"),
+    (nothing_unpickled, "core/plan.py", "from dill import loads", "imports dill"),
+    (nothing_unpickled, "core/plan.py", "torch.load(path)", "without weights_only"),
+    (nothing_unpickled, "core/plan.py", "torch.load(path, weights_only=False)", "without weights_only"),
+    (nothing_unpickled, "core/plan.py", "numpy.load(path, allow_pickle=True)", "allows pickles"),
+    (nothing_unpickled, "core/plan.py", "eval('1')", "runs text"),
+    (files_stay_short, "core/plan.py", "\n" * LINES, "more than"),
+    (no_hasattr, "core/plan.py", "x = hasattr(1, 'real')", "calls hasattr"),
+    (public_is_annotated_and_documented, "core/plan.py", "def f() -> None:\n    pass", "no docstring"),
+    (public_is_annotated_and_documented, "core/plan.py", "class C:\n    pass", "no docstring"),
+    (public_is_annotated_and_documented, "core/plan.py", "def f(a) -> None:\n    '''F.'''", "a has no annotation"),
+    (public_is_annotated_and_documented, "core/plan.py", "def f():\n    '''F.'''", "no return annotation"),
     (
         public_is_annotated_and_documented,
-        "plan.py",
+        "core/plan.py",
         "class C:\n    '''C.'''\n    def f(self, *, a) -> int:\n        '''F.'''",
         "a has no annotation",
     ),
     (
         public_is_annotated_and_documented,
-        "layers.py",
+        "models/layers.py",
         "class C:\n    '''C.'''\n    def f(self) -> int: ...",
         "no doc",
     ),
@@ -426,12 +416,13 @@ def test_a_sound_tree_passes(tmp_path: Path, rule: Callable[[list[Source]], list
     assert rule(tree(tmp_path, SOUND)) == []
 
 
-@pytest.mark.parametrize(("rule", "name", "line", "complaint"), BROKEN)
+@pytest.mark.parametrize(
+    ("rule", "name", "line", "complaint"), BROKEN, ids=[f"{rule.__name__}-{at}" for at, (rule, *_) in enumerate(BROKEN)]
+)
 def test_a_broken_tree_is_caught(
     tmp_path: Path, rule: Callable[[list[Source]], list[str]], name: str, line: str, complaint: str
 ) -> None:
-    cost = {"cost.py": '"""Cost."""\n'}
-    broken = SOUND | cost | {name: SOUND.get(name, '"""New."""\n') + line + "\n"}
+    broken = SOUND | {name: SOUND.get(name, '"""New."""\n') + line + "\n"}
     assert any(complaint in found for found in rule(tree(tmp_path, broken)))
 
 

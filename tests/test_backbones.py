@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.families.traced.proof import outputs
-from slimming.plan import FREE, Budget, Plan
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.masks.attachment import prunable
+from slimming.models.traced.verification import outputs
 from variants import NOTED
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -136,4 +138,4 @@ def test_intermediate_features_of_a_cut_model() -> None:
 @NOTED
 def test_a_backbone_of_timm_is_made_again_by_name() -> None:
     for make in (cnn, vit, swin):
-        assert anatomy_of(make()).structure.base["host"] == "timm", make
+        assert prunable(make()).anatomy.structure.base["host"] == "timm", make

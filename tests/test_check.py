@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.errors import PlanError, UnsupportedModelError
-from slimming.families.traced import channels
+from slimming.models.traced import channels
 
 
 def small(name: str, **arguments: Any) -> nn.Module:
@@ -63,7 +63,7 @@ def test_blocks_with_attention_and_mlp_from_one_projection(name: str, arguments:
 
 
 def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = channels._group
+    real = channels.group_from
 
     def shifted(found: Any, model: nn.Module) -> Any:
         """Every group reads its units one place too far."""
@@ -75,7 +75,7 @@ def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) 
         )
         return replace(group, slices=slices)
 
-    monkeypatch.setattr(channels, "_group", shifted)
+    monkeypatch.setattr(channels, "group_from", shifted)
     model = small("test_resnet", stem_width=24)  # a size of its own, so that no earlier reading is remembered
     with pytest.raises(slimming.errors.UnsupportedModelError, match="cut and masked differ"):
         slimming.describe(model)
@@ -99,7 +99,9 @@ class Mixed(nn.Module):
 def test_channels_that_something_else_reads_stay() -> None:
     groups = {group.site for group in slimming.describe(Mixed())}
     assert groups == {"second", "third"}
-    (reason,) = [one for one in slimming.api.anatomy_of(Mixed()).uncovered if one.startswith("first")]
+    (reason,) = [
+        one for one in slimming.masks.attachment.prunable(Mixed()).anatomy.uncovered if one.startswith("first")
+    ]
     assert "something else reads these units" in reason
     found = slimming.check(Mixed())
     assert [step.held for step in found.steps] == [True, True, True], str(found)

@@ -26,12 +26,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimming
-from slimming.api import Rating, anatomy_of, load_scores, save_scores
-from slimming.checkpoint import read_provenance, untied, write_tensors
+from slimming.checkpoints.checkpoint import read_provenance, untied, write_tensors
+from slimming.core.budget import Budget
+from slimming.core.files import atomic_directory, atomic_json, seal
+from slimming.core.layout import Layout
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.io import atomic_directory, atomic_json, seal
-from slimming.plan import Budget, Layout
-from slimming.worth import Sensitivity
+from slimming.masks.attachment import prunable
+from slimming.planning.scores import Rating, load_scores, save_scores
+from slimming.planning.sensitivity import Sensitivity
 from variants import VARIANTS, draw, image
 
 FILES = ["provenance.json", "structure.json", "weights.safetensors"]
@@ -40,7 +42,7 @@ FILES = ["provenance.json", "structure.json", "weights.safetensors"]
 @pytest.fixture(scope="module")
 def slim() -> nn.Module:
     model = VARIANTS[0].make().float()
-    return slimming.cut(model, draw(anatomy_of(model), "free")[1])
+    return slimming.cut(model, draw(prunable(model).anatomy, "free")[1])
 
 
 @pytest.fixture
@@ -277,7 +279,7 @@ def test_what_the_writer_of_tensors_says_of_the_disk_is_understood(
         path.write_bytes(b"half")
         raise SafetensorError(said)
 
-    monkeypatch.setattr("slimming.checkpoint.save_file", half)
+    monkeypatch.setattr("slimming.checkpoints.checkpoint.save_file", half)
     with pytest.raises(OutputError, match=says):
         slimming.save(slim, tmp_path / "slim")
     assert list(tmp_path.iterdir()) == []
@@ -308,7 +310,7 @@ def test_a_model_without_weights_is_refused_before_anything_is_written(tmp_path:
 
 def test_killed_while_saving_leaves_no_checkpoint(slim: nn.Module, saved: Path, tmp_path: Path) -> None:
     program = (
-        "import os, sys, time, slimming, slimming.checkpoint as c; model = slimming.load(sys.argv[1]);\n"
+        "import os, sys, time, slimming, slimming.checkpoints.checkpoint as c; model = slimming.load(sys.argv[1]);\n"
         "def stop(path, value):\n"
         "    print('half', flush=True); time.sleep(60)\n"
         "c.atomic_json = stop; slimming.save(model, sys.argv[2])"

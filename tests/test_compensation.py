@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming import compensation
-from slimming.api import anatomy_of
-from slimming.cut import complete
+from slimming.core.completion import complete
+from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
-from slimming.plan import Plan
+from slimming.masks.attachment import prunable
+from slimming.pruning import compensation
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 
@@ -60,7 +60,7 @@ def half(model: nn.Module, *kinds: str) -> Plan:
 def test_as_many_inputs_are_read_with_weight_0_as_go() -> None:
     for make in MODELS.values():
         model = make()
-        anatomy = anatomy_of(model)
+        anatomy = prunable(model).anatomy
         plan = half(model, *({group.kind for group in anatomy.groups} & {"mlp", "head_dim", "channel"}))
         small = slimming.cut(model, plan)
         gone = compensation.readers(model, anatomy, complete(anatomy, plan))
@@ -128,7 +128,7 @@ def test_channels_that_follow_from_others_are_not_missed_at_the_borders_either()
 def test_no_layer_gives_back_its_output_worse_than_without(name: str, seed: int) -> None:
     """Each group by itself, on the images that were seen."""
     model, seen = MODELS[name](), images()
-    anatomy = anatomy_of(model)
+    anatomy = prunable(model).anatomy
     dice = torch.Generator().manual_seed(seed)
     tried = better = 0
     for group in anatomy.groups:
@@ -138,7 +138,7 @@ def test_no_layer_gives_back_its_output_worse_than_without(name: str, seed: int)
         small = MODELS[name]()
         kept = complete(anatomy, plan_of(model, **{group.name: stays}))
         gone = compensation.readers(model, anatomy, kept)
-        compensation.compensate_(small, anatomy, kept, seen)
+        compensation.compensate_(prunable(small), kept, seen)
         for reader, places in gone.items():
             x = read_by(model, reader, seen)
             if not torch.equal(x, read_by(small, reader, seen)):
@@ -209,10 +209,10 @@ def test_what_is_read_with_weight_0_is_cut_exactly() -> None:
     """After compensation the dense model, whose units that go are read with weight 0, equals the slim one."""
     for make in MODELS.values():
         model = make()
-        anatomy = anatomy_of(model)
+        anatomy = prunable(model).anatomy
         plan = half(model, *({group.kind for group in anatomy.groups} & {"mlp", "head_dim", "channel"}))
         small = slimming.cut(model, plan, images=images())
-        compensation.compensate_(model, anatomy, complete(anatomy, plan), images())
+        compensation.compensate_(prunable(model), complete(anatomy, plan), images())
         x = torch.randn(2, 3, 32, 32)
         assert torch.allclose(small(x), model(x), atol=1e-4)
 

@@ -16,11 +16,12 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
-from slimming.groups import Group
-from slimming.masks import ATTRIBUTE, SoftMasks
-from slimming.plan import FREE, Plan
+from slimming.core.groups import Group
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
+from slimming.masks.attachment import prunable
+from slimming.masks.soft_masks import ATTRIBUTE, SoftMasks
 from variants import STYLES, VARIANTS, Variant, distance, draw, image
 
 EXACT = 1e-9
@@ -84,7 +85,7 @@ def test_masked_equals_cut(variant: Variant) -> None:
     dense = variant.make()
     x = image(dense)
     before = dense(x)
-    anatomy = anatomy_of(dense)
+    anatomy = prunable(dense).anatomy
     for style in STYLES:
         groups, plan = draw(anatomy, style)
         if not groups:
@@ -119,7 +120,7 @@ def test_counted_cost_equals_the_formula(variant: Variant) -> None:
     shape = image(model).shape[1:]
     counted = count(model, shape)
     _same_cost(slimming.cost(model), counted)
-    anatomy = anatomy_of(model)
+    anatomy = prunable(model).anatomy
     for style in ("free", "equal", "coupled", "heads", "joint", "v", "branch", "width"):
         groups, plan = draw(anatomy, style, seed=3)
         if not groups:
@@ -151,7 +152,7 @@ def test_keeping_all_is_bit_equal(variant: Variant) -> None:
 @variants
 def test_equal_heads_keep_the_hosts_attention(variant: Variant) -> None:
     model = variant.make()
-    _, plan = draw(anatomy_of(model), "equal")
+    _, plan = draw(prunable(model).anatomy, "equal")
     small = slimming.cut(model, plan)
     if variant.id == "qk norm":  # V alone shrinks, so that QK and V differ
         return
@@ -169,7 +170,7 @@ def _blocks(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("style", ["equal", "free"])
 def test_saved_and_loaded_is_bit_equal(variant: Variant, style: str, tmp_path: Path) -> None:
     model = variant.make()
-    _, plan = draw(anatomy_of(model), style, seed=5)
+    _, plan = draw(prunable(model).anatomy, style, seed=5)
     small = slimming.cut(model, plan).train()
     slimming.save(small, tmp_path / "small")
     again = slimming.load(tmp_path / "small")
@@ -187,7 +188,7 @@ def test_a_slim_model_can_be_slimmed_again(variant: Variant, tmp_path: Path) -> 
     for round_number in (1, 2):
         x = image(small)
         before = small(x)
-        groups, plan = draw(anatomy_of(small), "free", seed=round_number)
+        groups, plan = draw(prunable(small).anatomy, "free", seed=round_number)
         mask_(small, groups, plan)
         masked_output = small(x)
         assert distance(masked_output, before) > 1e-3

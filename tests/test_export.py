@@ -26,7 +26,7 @@ from slimming.errors import ConfigError, DataError, MissingExtraError, OutputErr
 from slimming.exporting import targets
 from slimming.exporting.metadata import description
 from slimming.exporting.targets import TARGETS, choose
-from slimming.layers import TokenSelect, UnevenAttention
+from slimming.models.layers import TokenSelect, UnevenAttention
 from slimming.training.images import ImageSpec, make_transform
 from variants import SCALES_AS_ASKED
 

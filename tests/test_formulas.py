@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
 from slimming.errors import ConfigError
-from slimming.plan import FREE, Budget, Plan
-from slimming.scaling import original
+from slimming.masks.attachment import prunable
+from slimming.masks.parametrization import original
 from variants import VARIANTS, distance, draw, image
 
 BY_ID = {variant.id: variant for variant in VARIANTS}
 
 
 def groups_of(model: nn.Module, *roles: str) -> list[Any]:
-    return [group for group in anatomy_of(model).groups if group.role in roles]
+    return [group for group in prunable(model).anatomy.groups if group.role in roles]
 
 
 def test_deit_small_by_hand() -> None:
@@ -251,7 +253,7 @@ def test_multiplied_tokens_follow_the_authors() -> None:
 def test_only_the_key_bias_is_the_same_as_removal(tokens: str, exact: bool) -> None:
     """The paper's zeroing leaves k = b_k and v = b_v in the softmax; the key bias leaves nothing."""
     model = BY_ID["plain"].make()
-    groups, plan = draw(anatomy_of(model), "token", seed=4)
+    groups, plan = draw(prunable(model).anatomy, "token", seed=4)
     masks = slimming.attach(model, groups, tokens=tokens)
     masks.apply_(plan)
     small = slimming.cut(model, plan)

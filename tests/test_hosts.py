@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import slimming
-from slimming.api import anatomy_of, searched
-from slimming.contract import EXACT, distance
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
 from slimming.demo import settings
 from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
-from slimming.families.hosts import classes_of, reset_classes_
-from slimming.families.hosts import make as make_hosted
-from slimming.families.traced.proof import outputs
-from slimming.layers import SomeHeadsAttention
-from slimming.plan import FREE, Budget
+from slimming.masks.attachment import prunable, searched
+from slimming.models.hosts import classes_of, reset_classes_
+from slimming.models.hosts import make as make_hosted
+from slimming.models.layers import SomeHeadsAttention
+from slimming.models.traced.verification import outputs
+from slimming.pruning.checks import EXACT, distance
 from variants import FOLLOWED
 
 try:
@@ -224,7 +225,7 @@ def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert set(found.kinds) == hosted.kinds | ({"width"} if (hosted.id or hosted.cls) in WIDE else set())
-    assert anatomy_of(model).structure.base["host"] == "transformers"
+    assert prunable(model).anatomy.structure.base["host"] == "transformers"
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -234,7 +235,7 @@ def test_models_of_torch_keep_the_contract(name: str) -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert set(found.kinds) == kinds | ({"width"} if name in WIDE else set())
-    assert anatomy_of(model).structure.base["host"] == host
+    assert prunable(model).anatomy.structure.base["host"] == host
 
 
 @pytest.mark.slow
@@ -243,7 +244,7 @@ def test_large_models_of_torchvision_keep_the_contract(name: str, arguments: dic
     model = _named(name, 96 if name == "inception_v3" else 64, **arguments)().eval()
     found = slimming.check(model)
     assert found.ok, str(found)
-    assert anatomy_of(model).structure.base["host"] == "torchvision"
+    assert prunable(model).anatomy.structure.base["host"] == "torchvision"
 
 
 def half(model: nn.Module) -> nn.Module:
@@ -258,7 +259,7 @@ def half(model: nn.Module) -> nn.Module:
 
 FRESH = """
 import sys, torch, slimming
-from slimming.families.traced.proof import outputs
+from slimming.models.traced.verification import outputs
 model = slimming.load(sys.argv[1])
 torch.save([out.detach() for out in outputs(model, torch.load(sys.argv[2]))], sys.argv[3])
 """
@@ -301,9 +302,9 @@ def test_a_slim_model_keeps_its_labels_and_is_read_and_cut_again(tmp_path: Path)
 
 @needs_transformers
 def test_a_name_in_a_checkpoint_leads_to_models_only() -> None:
-    from slimming.families.traced.origin import build
+    from slimming.models.traced.rebuild import build
 
-    base = anatomy_of(TRANSFORMERS[0].make()).structure.base
+    base = prunable(TRANSFORMERS[0].make()).anatomy.structure.base
     for wrong in ({"name": "pipeline"}, {"config_class": "AutoModel"}, {"name": "Nowhere"}):
         with pytest.raises(CheckpointError, match="there is no"):
             build({**base, **wrong})

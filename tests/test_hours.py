@@ -10,10 +10,10 @@ import pytest
 import timm
 
 import slimming
+from slimming.benchmarking.config import BenchConfig
 from slimming.errors import ConfigError
-from slimming.hours import LEAST_RETRAIN, Allotment, Pace, allot, measure_pace
-from slimming.results import BenchConfig
-from slimming.run_config import RunConfig
+from slimming.runs.config import RunConfig
+from slimming.runs.time_budget import LEAST_RETRAIN, Allotment, Pace, allot, measure_pace
 
 PACE = Pace(read_seconds=0.002, step_seconds=0.008)
 EPOCH, SHARES = 40, (0.7, 0.3)

@@ -23,11 +23,11 @@ from PIL import Image
 from torch import nn
 
 import slimming
-from slimming import arrival, hub
+from slimming.checkpoints import hub
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.families import family_of
-from slimming.families.hosts import name_classes
-from slimming.opening import open_start
+from slimming.models import family_of
+from slimming.models.hosts import name_classes
+from slimming.runs.setup import open_start
 from slimming.training.images import ImageSpec, make_transform
 from variants import NOTED, READS_SAFELY
 
@@ -210,14 +210,10 @@ def test_the_architecture_is_registered_when_timm_comes() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_architecture_is_registered_where_timm_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = timm.models._registry._model_entrypoints
-    monkeypatch.delitem(known, "slimming")
-    monkeypatch.delitem(sys.modules, arrival.ENTRY)
-    finders = list(sys.meta_path)
-    arrival.await_timm()
+def test_registering_twice_is_registering_once() -> None:
+    slimming.register_with_timm()
+    slimming.register_with_timm()
     assert timm.is_model("slimming")
-    assert sys.meta_path == finders
 
 
 def test_transformers_gives_a_model_without_weights_and_with_other_classes(pushed: Path, images: torch.Tensor) -> None:
@@ -504,11 +500,11 @@ def test_addresses() -> None:
     assert not hub.is_address(Path("hf-hub:me"))
 
 
-def test_slim_models_are_registered_after_timm_was_only_asked_for() -> None:
+def test_importing_slimming_changes_nothing_of_others() -> None:
     code = (
-        "import importlib.util, sys, slimming; assert importlib.util.find_spec('timm');"
-        "assert 'timm' not in sys.modules; import timm; assert timm.is_model('slimming');"
-        "assert not any(type(finder).__module__ == 'slimming.arrival' for finder in sys.meta_path)"
+        "import sys; finders = list(sys.meta_path); import slimming; assert sys.meta_path == finders;"
+        "assert 'timm' not in sys.modules; import timm; assert not timm.is_model('slimming');"
+        "slimming.register_with_timm(); assert timm.is_model('slimming')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -14,14 +14,16 @@ from torch import nn
 
 import slimming
 from clocks import CountingClock
-from slimming import latency
-from slimming.api import anatomy_of, searched
-from slimming.cut import complete
+from slimming.core.budget import Budget
+from slimming.core.completion import complete
+from slimming.core.kinds import KINDS
+from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.families import family_of
-from slimming.family import Timed
-from slimming.latency import LatencyTable, build_latency_table
-from slimming.plan import FREE, KINDS, Budget, Layout
+from slimming.masks.attachment import prunable, searched
+from slimming.models import family_of
+from slimming.models.family import Timed
+from slimming.planning import latency_table
+from slimming.planning.latency_table import LatencyTable, build_latency_table
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
@@ -44,7 +46,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "_Clock", CountingClock)
+        patch.setattr(latency_table, "Clock", CountingClock)
         built = build_latency_table(model, kinds=KINDS)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
@@ -65,7 +67,7 @@ def masked(model: nn.Module, *, joint: bool = False) -> Any:
 
 
 def predicted(table: LatencyTable, model: nn.Module, plan: slimming.Plan) -> float:
-    anatomy = anatomy_of(model)
+    anatomy = prunable(model).anatomy
     return table.predict(anatomy, {name: len(units) for name, units in complete(anatomy, plan).items()})
 
 
@@ -100,8 +102,8 @@ def test_a_share_of_the_time_is_never_exceeded_and_nearly_met(
     table: LatencyTable, model: nn.Module, budget: Budget
 ) -> None:
     plan = slimming.plan(masked(model), budget, score="mask", latency=table, layout=Layout(multiple=1))
-    whole = {g.name: g.size for g in anatomy_of(model).groups}
-    share = predicted(table, model, plan) / table.predict(anatomy_of(model), whole)
+    whole = {g.name: g.size for g in prunable(model).anatomy.groups}
+    share = predicted(table, model, plan) / table.predict(prunable(model).anatomy, whole)
     assert 0.57 < share <= 0.6
     params = slimming.cost(model, plan).params / slimming.cost(model).params
     assert params <= budget.limits.get("params", 1.0)
@@ -117,7 +119,7 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
             slow = 1.2 if any(size % 16 for size in hidden) else 1.0
             return {name: value * slow if name == "ms" else value for name, value in found.items()}
 
-    monkeypatch.setattr(latency, "_Clock", Aligned)
+    monkeypatch.setattr(latency_table, "Clock", Aligned)
     model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 128}).eval()
     table = build_latency_table(model, path=tmp_path / "table.json")
     assert table.multiple == 16
@@ -138,7 +140,7 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
 def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
-    whole = table.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups})
+    whole = table.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups})
     plan = slimming.plan(masked(model), Budget(latency_ms=0.7 * whole), score="mask", latency=tmp_path / "table.json")
     assert plan.solution["latency_ms"] == pytest.approx(predicted(table, model, plan))
     assert plan.solution["latency_ms"] <= 0.7 * whole
@@ -147,12 +149,12 @@ def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_pat
 
 
 def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     CountingClock.asked = 0
     path = tmp_path / "table.json"
     whole = build_latency_table(model, kinds=KINDS, path=path)
     every = CountingClock.asked
-    once = 1 + 2 + len(latency.MULTIPLES)  # the whole model, and sizes that are multiples of something
+    once = 1 + 2 + len(latency_table.MULTIPLES)  # the whole model, and sizes that are multiples of something
     assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
@@ -165,21 +167,21 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     assert len(fewer.points) < len(whole.points) / 2
     narrow = dict.fromkeys(("embedding",), 32)
     with pytest.raises(PlanError, match=r"knows width 64 only, the model has 32.*--kinds"):
-        fewer.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups} | narrow)
+        fewer.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups} | narrow)
     more = build_latency_table(model, kinds=KINDS, path=tmp_path / "fewer.json")
     assert {json.dumps(p) for p in more.points} == {json.dumps(p) for p in whole.points}
     with pytest.raises(ConfigError, match="There is no kind 'widht'"):
         build_latency_table(model, kinds=("widht",))
     with pytest.raises(PlanError, match="not complete"):
         LatencyTable(setting=whole.setting, points=whole.points[:-1]).predict(
-            anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups}
+            prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups}
         )
     assert half.merged(whole).points == half.points + whole.points[len(half.points) :]
 
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
-    anatomy, family = anatomy_of(model), family_of(model)
-    clock = latency._Clock(family, model, anatomy, batch_size=2, runtime="eager")
+    anatomy, family = prunable(model).anatomy, family_of(model)
+    clock = latency_table.Clock(family, model, anatomy, batch_size=2, runtime="eager")
     found = clock.times(Timed(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
@@ -187,7 +189,7 @@ def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
 
 
 def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
-    anatomy, family = anatomy_of(model), family_of(model)
+    anatomy, family = prunable(model).anatomy, family_of(model)
     full = {group.name: group.size for group in anatomy.groups}
     x = torch.randn(1, 3, 64, 64)
     stages: dict[str, Any] = {"x": x}
@@ -223,12 +225,12 @@ TRACED = [
 def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
     model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     model = model.eval().requires_grad_(False)
     built = build_latency_table(model, kinds=kinds)
-    anatomy = anatomy_of(model)
+    anatomy = prunable(model).anatomy
     twin = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     masks = slimming.attach(twin, searched(slimming.describe(twin), kinds))
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
         Budget(latency=2.0)
     other = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_heads": 4})
     with pytest.raises(PlanError, match=r"no times for attention \(4 heads"):
-        table.predict(anatomy_of(other), {g.name: g.size for g in anatomy_of(other).groups})
+        table.predict(prunable(other).anatomy, {g.name: g.size for g in prunable(other).anatomy.groups})
     with pytest.raises(ConfigError, match="Did you mean 'eager'"):
         build_latency_table(model, runtime="eagre")
     with pytest.raises(ConfigError, match="different settings: batch_size is"):
@@ -270,9 +272,9 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
 
 
 def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     uneven = build_latency_table(model, uneven_heads=True)
-    whole = uneven.predict(anatomy_of(model), {g.name: g.size for g in anatomy_of(model).groups})
+    whole = uneven.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups})
     layout = Layout(equal_heads=False)
     plan = slimming.plan(masked(model), Budget(latency=0.6), score="mask", latency=uneven, layout=layout)
     assert 0.5 < predicted(uneven, model, plan) / whole <= 0.6
@@ -291,7 +293,7 @@ def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monke
 def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
     size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
     vit = timm.create_model("vit_tiny_patch16_224", **size)
-    anatomy, family = anatomy_of(vit), family_of(vit)
+    anatomy, family = prunable(vit).anatomy, family_of(vit)
     piece = next(each for each in anatomy.pieces if each.kind == "attention")
     for each in (8, 16, 32, 48, 64):
         sizes = {"tokens": 17, "width": 64 * heads, "qkv": 3 * heads * each}

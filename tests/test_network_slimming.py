@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import slimming
-from slimming.contract import distance
+from slimming.core.layout import FREE
 from slimming.demo import settings
-from slimming.families.traced.proof import randomise_
-from slimming.plan import FREE
+from slimming.models.traced.verification import randomise_
+from slimming.pruning.checks import distance
 
 NETS = ["test_resnet", "test_efficientnet", "mobilenetv3_small_050"]
 

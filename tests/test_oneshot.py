@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
-from slimming import elimination, turns
-from slimming.api import anatomy_of
-from slimming.elimination import eliminated
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError
-from slimming.layers import UnevenAttention
-from slimming.oneshot import ONE_SHOT_SCORES, OneShot
-from slimming.plan import FREE, Plan
-from slimming.rotation import rotate_
-from slimming.slopes import slopes
+from slimming.masks.attachment import prunable
+from slimming.models.layers import UnevenAttention
+from slimming.scoring import iterative, redundancy
+from slimming.scoring.fisher import fisher_scores
+from slimming.scoring.iterative import half_later, iterative_scores
+from slimming.scoring.one_shot import ONE_SHOT_SCORES, OneShot
+from slimming.scoring.redundancy import redundancy_scores
+from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch
-from slimming.turns import _half_later, at_their_turn
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 
@@ -71,7 +72,7 @@ def test_fisher_is_the_divergence_of_a_small_step() -> None:
 def trained() -> tuple[nn.Module, list[Tensor], Tensor]:
     """The demo's model, some of its images, and others to judge cuts on."""
     from slimming.demo import settings
-    from slimming.opening import ModelConfig, open_model
+    from slimming.runs.setup import ModelConfig, open_model
 
     demo = settings()
     model = open_model(ModelConfig(**demo["model"]))[0].eval()
@@ -97,7 +98,7 @@ def test_more_of_what_matters_stays_than_by_chance(trained: tuple[nn.Module, lis
         best = slimming.score(model, seen)
         plain = slimming.score(model, seen, rotate=False)
         chance = {name: torch.rand(len(score)) for name, score in best.scores.items()}
-        drawn = slimming.OneShot(model=best.model, scores=chance, how="fisher", images=seen)
+        drawn = slimming.OneShot(prunable=best.prunable, scores=chance, how="fisher", images=seen)
         losses = {
             "ours": lost(best, seen),
             "without compensation": lost(best, []),
@@ -130,7 +131,7 @@ def test_a_round_halves_a_group_at_most() -> None:
     groups, costs = 4, {"0": torch.arange(1.0, 9.0)} | {str(i): torch.arange(1.0, 9.0) / 100 for i in range(1, 4)}
     stays = {name: torch.ones(8, dtype=torch.bool) for name in costs}
     stays["1"][:4] = False
-    ranked = {name: _half_later(costs[name], stays[name], 10.0) for name in costs}
+    ranked = {name: half_later(costs[name], stays[name], 10.0) for name in costs}
     cheap = [int((scores < 1).sum()) for scores in ranked.values()]
     assert cheap == [0, 4 + 2, 4, 4], "units of 0 and of the cheap half"
     assert len(ranked) == groups
@@ -148,8 +149,8 @@ def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatc
         asked.append(sum(len(units) for units in after.kept.values()))
         return {name: score / 1000 for name, score in alone.items()}
 
-    monkeypatch.setattr(turns, "slopes", cheaper)
-    costs = torch.cat(list(at_their_turn(model, groups, alone, batches).values()))
+    monkeypatch.setattr(iterative, "fisher_scores", cheaper)
+    costs = torch.cat(list(iterative_scores(prunable(model), groups, alone, batches).values()))
     assert asked == sorted(set(asked), reverse=True), "each round takes more"
     gone = len(costs) - asked[0]
     first = costs.sort().values[:gone]
@@ -162,11 +163,15 @@ def test_slopes_after_a_plan_are_those_of_the_cut_model() -> None:
     model, batches = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()]
     groups = slimming.describe(model)
     groups = [group for group in groups if group.kind in ("token", "width")]
-    scored = OneShot(model=model, scores=slopes(model, groups, batches), how="fisher", images=[])
+    scored = OneShot(
+        prunable=prunable(model), scores=fisher_scores(prunable(model), groups, batches), how="fisher", images=[]
+    )
     plan = slimming.plan(scored, slimming.Budget(keep={"token": 0.5, "width": 0.5}), layout=FREE)
     small = slimming.cut(model, plan)
-    found = slopes(model, groups, batches, after=plan)
-    expected = slopes(small, [group for group in slimming.describe(small) if group.kind in ("token", "width")], batches)
+    found = fisher_scores(prunable(model), groups, batches, after=plan)
+    expected = fisher_scores(
+        small, [group for group in slimming.describe(small) if group.kind in ("token", "width")], batches
+    )
     for name, units in plan.kept.items():
         if name in expected:
             assert torch.allclose(found[name][list(units)], expected[name], rtol=1e-4), name
@@ -176,9 +181,9 @@ def test_slopes_after_a_plan_are_those_of_the_cut_model() -> None:
 
 
 def hidden(model: Any, importance: Tensor) -> Tensor:
-    """What `eliminated` makes of an importance of the first MLP's units."""
-    group = anatomy_of(model).group("blocks.0.mlp.hidden")
-    return eliminated(model, [group], {group.name: importance}, images(4, 32))[group.name]
+    """What `redundancy_scores` makes of an importance of the first MLP's units."""
+    group = prunable(model).anatomy.group("blocks.0.mlp.hidden")
+    return redundancy_scores(model, [group], {group.name: importance}, images(4, 32))[group.name]
 
 
 def test_of_twins_one_costs_nothing() -> None:
@@ -205,9 +210,9 @@ def test_what_is_constant_or_dead_costs_nothing() -> None:
 
 def test_costs_never_exceed_importance_and_keep_what_is_unread() -> None:
     model = vit()
-    groups = [group for group in anatomy_of(model).groups if group.role in ("mlp", "v", "head", "qk", "token")]
+    groups = [group for group in prunable(model).anatomy.groups if group.role in ("mlp", "v", "head", "qk", "token")]
     importance = {group.name: torch.rand(group.size) + 0.5 for group in groups}
-    costs = eliminated(model, groups, importance, images())
+    costs = redundancy_scores(model, groups, importance, images())
     for group in groups:
         if group.role in ("qk", "token"):
             assert torch.equal(costs[group.name], importance[group.name])
@@ -222,16 +227,16 @@ def test_downdates_equal_inverses_made_anew(kind: str, monkeypatch: pytest.Monke
     """The shares after some units went are those of a layer that never had them."""
     model = vit() if kind == "vit" else timm.create_model("test_resnet", num_classes=5).double().eval()
     role = "head" if kind == "vit" else "channel"
-    group = [group for group in anatomy_of(model).groups if group.role == role][-1]
-    (one, *_) = elimination._readers(model, group)
+    group = [group for group in prunable(model).anatomy.groups if group.role == role][-1]
+    (one, *_) = redundancy._readers(model, group)
     name = one.tensor.rpartition(".")[0]
-    statistics = elimination._covariances(model, [name], images(4, 32))[name]
-    layer = elimination._Layer(statistics, one.index)
+    statistics = redundancy._covariances(model, [name], images(4, 32))[name]
+    layer = redundancy._Layer(statistics, one.index)
     layer.remove(torch.tensor([1, 2]))
     layer.remove(torch.tensor([0]))
     gone = {place for unit in (0, 1, 2) for place in one.index[unit]}
     stays = [place for place in range(len(statistics[1])) if place not in gone]
-    anew = elimination._Layer(
+    anew = redundancy._Layer(
         (statistics[0][stays][:, stays], statistics[1][stays], statistics[2]),
         [[stays.index(place) for place in places] for places in one.index[3:]],
     )
@@ -243,11 +248,11 @@ def test_downdates_equal_inverses_made_anew(kind: str, monkeypatch: pytest.Monke
 
 def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = vit()
-    groups = [group for group in anatomy_of(model).groups if group.role in ("mlp", "v")]
+    groups = [group for group in prunable(model).anatomy.groups if group.role in ("mlp", "v")]
     importance = {group.name: torch.ones(group.size) for group in groups}
-    whole = eliminated(model, groups, importance, images())
-    monkeypatch.setattr(elimination, "GIGABYTES", 1e-9)
-    parts = eliminated(model, groups, importance, images())
+    whole = redundancy_scores(model, groups, importance, images())
+    monkeypatch.setattr(redundancy, "GIGABYTES", 1e-9)
+    parts = redundancy_scores(model, groups, importance, images())
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -258,7 +263,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_bases_change_no_output(bias: bool) -> None:
     model = vit(qkv_bias=bias)
     other = copy.deepcopy(model)
-    rotate_(other, anatomy_of(other), images())
+    rotate_(prunable(other), images())
     assert not torch.allclose(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     for x in images(3):
         torch.testing.assert_close(other(x), model(x), rtol=1e-9, atol=1e-9)
@@ -275,14 +280,14 @@ def test_heads_of_several_sizes_are_given_bases() -> None:
     small = slimming.cut(model, slimming.plan(masks, slimming.Budget(keep={"head_dim": 0.8}), layout=FREE))
     assert any(isinstance(module, UnevenAttention) for module in small.modules())
     other = copy.deepcopy(small)
-    rotate_(other, anatomy_of(other), images())
+    rotate_(prunable(other), images())
     torch.testing.assert_close(other(images()[0]), small(images()[0]), rtol=1e-9, atol=1e-9)
 
 
 def test_dimensions_are_ordered_by_what_they_add() -> None:
     """Afterwards queries and keys (values and their readers) have one diagonal second moment, which falls."""
     model = vit()
-    rotate_(model, anatomy_of(model), images())
+    rotate_(prunable(model), images())
     made: list[Tensor] = []
     model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: made.append(output.detach()))
     model(torch.cat(images()))
@@ -301,7 +306,7 @@ def test_no_choice_of_dimensions_is_better_than_the_first_ones() -> None:
     """Logits of half of the dimensions: the new basis loses less than any half of the old one that was drawn."""
     model, x = vit(), torch.cat(images())
     rotated = copy.deepcopy(model)
-    rotate_(rotated, anatomy_of(rotated), images())
+    rotate_(prunable(rotated), images())
 
     def logits(of: Any, units: list[int]) -> Tensor:
         made: list[Tensor] = []
@@ -327,8 +332,8 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
         )
         model = timm.create_model(name, num_classes=5, **arguments).eval()
         before = copy.deepcopy(model.state_dict())
-        anatomy = anatomy_of(model)
-        rotate_(model, anatomy, [torch.randn(2, *anatomy.input_shape)])
+        anatomy = prunable(model).anatomy
+        rotate_(prunable(model), [torch.randn(2, *anatomy.input_shape)])
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -430,20 +435,20 @@ def test_slopes_with_labels_do_not_depend_on_how_images_are_batched() -> None:
     model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     groups = [group for group in slimming.describe(model) if group.kind == "mlp"]
-    whole = slopes(model, groups, [Batch(images, labels, ())], drawn=False)
+    whole = fisher_scores(prunable(model), groups, [Batch(images, labels, ())], drawn=False)
     pairs = zip(images.split(1), labels.split(1), strict=True)
-    single = slopes(model, groups, [Batch(image, label, ()) for image, label in pairs], drawn=False)
+    single = fisher_scores(prunable(model), groups, [Batch(image, label, ()) for image, label in pairs], drawn=False)
     for name, found in whole.items():
         torch.testing.assert_close(found, single[name])
 
 
 def test_heads_are_turned_where_sums_have_single_precision_and_images_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("slimming.rotation", "slimming.inputs"):
+    for module in ("slimming.scoring.rotation", "slimming.models.activations"):
         monkeypatch.setattr(f"{module}.precise", lambda rows: rows.float())
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
     for images in (torch.randn(1, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.randn(8, 3, 32, 32)):
         turned = copy.deepcopy(model)
-        rotate_(turned, anatomy_of(turned), [images])
+        rotate_(prunable(turned), [images])
         with torch.no_grad():
             torch.testing.assert_close(turned(images), model(images), rtol=1e-4, atol=1e-4)

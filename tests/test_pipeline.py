@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import slimming
+from slimming.benchmarking.programs import write_onnx
 from slimming.errors import ConfigError, UnsupportedModelError
-from slimming.opening import check_input
-from slimming.pipeline import _same_settings, check_budgets
-from slimming.programs import write_onnx
-from slimming.run_config import RunConfig
+from slimming.runs.config import RunConfig
+from slimming.runs.pipeline import _same_settings, check_budgets
+from slimming.runs.setup import check_input
 
 
 def config(**options: Any) -> RunConfig:

@@ -17,13 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimming.api import Rated, Rating, _measure, anatomy_of, plan
-from slimming.chunks import Chunk, in_chain, sequence
-from slimming.cut import complete
+from slimming.core.budget import Budget
+from slimming.core.completion import complete
+from slimming.core.groups import Anatomy, Group
+from slimming.core.kinds import KINDS
+from slimming.core.layout import FREE, Layout
+from slimming.core.pruning_plan import Plan
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
-from slimming.groups import Anatomy, Group
-from slimming.plan import FREE, KINDS, Budget, Layout, Plan
-from slimming.rank import Planner
+from slimming.masks.attachment import prunable
+from slimming.planning.budgeting import costs_of, plan
+from slimming.planning.candidates import Chunk, in_chain, sequence
+from slimming.planning.planner import Planner
+from slimming.planning.scores import Rated, Rating
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -45,7 +50,7 @@ LAYOUTS = (
 
 @cache
 def anatomy() -> Anatomy:
-    return anatomy_of(timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "depth": 3}))
+    return prunable(timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "depth": 3})).anatomy
 
 
 def scored(kinds: set[str], seed: int, *, coupled: bool = False, ties: bool = False) -> dict[str, Tensor]:
@@ -58,11 +63,11 @@ def scored(kinds: set[str], seed: int, *, coupled: bool = False, ties: bool = Fa
 
 
 def plan_for(scores: Mapping[str, Tensor], budget: Budget, layout: Layout, solver: str | None = None) -> Plan:
-    return Planner(anatomy(), scores, layout, partial(_measure, anatomy())).plan(budget, fold=True, solver=solver)
+    return Planner(anatomy(), scores, layout, partial(costs_of, anatomy())).plan(budget, fold=True, solver=solver)
 
 
 def cost_of(made: Plan) -> Mapping[str, int]:
-    return _measure(anatomy(), {name: len(units) for name, units in complete(anatomy(), made).items()})
+    return costs_of(anatomy(), {name: len(units) for name, units in complete(anatomy(), made).items()})
 
 
 DENSE = cost_of(Plan(kept={}, sizes={}))

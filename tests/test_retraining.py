@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming import progressive
-from slimming.api import anatomy_of
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
-from slimming.plan import Plan
-from slimming.progressive import cut_on, onward
-from slimming.retrain import common_tokens
-from slimming.slimmable import _InTurn, settle_norms_
+from slimming.masks.attachment import prunable
+from slimming.retraining import progressive
+from slimming.retraining.progressive import cut_on, onward
+from slimming.retraining.retrain import common_tokens
+from slimming.retraining.slimmable import InTurn, settle_norms_
 from slimming.training.loop import History
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
@@ -123,7 +123,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_the_largest_the_smallest_and_one_between(result: slimming.SearchResult, plans: list[Plan]) -> None:
-    turns = {count: _InTurn(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
+    turns = {count: InTurn(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
     drawn = {count: [turn.choice(call) % count for call in range(60)] for count, turn in turns.items()}
     assert set(drawn[1]) == {0}
     assert drawn[2] == [0, 1] * 30
@@ -243,7 +243,7 @@ def union(one: Plan, other: Plan) -> Plan:
 def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
     dense = variant.make()
     x = image(dense)
-    anatomy = anatomy_of(dense)
+    anatomy = prunable(dense).anatomy
     for style in STYLES:
         groups, small = draw(anatomy, style)
         if not groups or style == "joint":
@@ -260,7 +260,7 @@ def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet"])
 def test_a_cut_of_a_cut_of_a_traced_model(name: str) -> None:
     model = timm.create_model(name).double().eval()
-    anatomy, dice = anatomy_of(model), random.Random(0)
+    anatomy, dice = prunable(model).anatomy, random.Random(0)
     x = torch.randn(2, *anatomy.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sizes = {group.name: group.size for group in anatomy.groups if group.kind != "width"}
     half = {n: tuple(sorted(dice.sample(range(size), max(1, size // 2)))) for n, size in sizes.items()}
@@ -276,8 +276,8 @@ def test_a_wrong_unit_is_seen() -> None:
     x = image(dense)
     wrong = 0
     for seed in range(3):
-        small = draw(anatomy_of(dense), "free", seed)[1]
-        large = union(small, draw(anatomy_of(dense), "free", seed + 5)[1])
+        small = draw(prunable(dense).anatomy, "free", seed)[1]
+        large = union(small, draw(prunable(dense).anatomy, "free", seed + 5)[1])
         first = slimming.cut(dense, large)
         right = onward(dense, large, small, first)
         by_place = {
@@ -358,11 +358,13 @@ def test_relations_of_a_cut_model_are_of_the_tokens_that_it_has(
     result: slimming.SearchResult, plans: list[Plan], data: Data
 ) -> None:
     small = slimming.cut(result.model, plans[SHARES.index(0.3)])
-    tokens = {group.token.block: len(group.token.positions) for group in anatomy_of(small).groups if group.token}
+    tokens = {group.token.block: len(group.token.positions) for group in prunable(small).anatomy.groups if group.token}
     block = min(tokens, key=tokens.__getitem__)
     assert tokens[block] < 16
     names = (f"{block}.attn.qkv", block)
-    positions = next(group.token.positions for group in anatomy_of(small).groups if group.name == f"{block}.tokens")  # type: ignore[union-attr]
+    positions = next(
+        group.token.positions for group in prunable(small).anatomy.groups if group.name == f"{block}.tokens"
+    )  # type: ignore[union-attr]
     # The class token comes first on both sides.
     shared = common_tokens(small, tiny(), names)
     assert list(shared) == list(names)

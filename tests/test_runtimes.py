@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import paired_times
+from slimming.benchmarking.config import BenchConfig
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times
+from slimming.core.budget import Budget
+from slimming.core.layout import FREE
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
-from slimming.plan import FREE, Budget
-from slimming.results import BenchConfig
-from slimming.runtimes import prepare
+from slimming.masks.attachment import prunable
 from variants import VARIANTS
 
 
@@ -26,7 +27,7 @@ def test_onnx_runtime_says_what_pytorch_says(layout: slimming.Layout) -> None:
     for mask in masks.values():
         nn.init.uniform_(mask)
     small = slimming.cut(model, slimming.plan(masks, Budget(macs=0.6), layout=layout, score="mask")).eval()
-    x = torch.randn(2, *anatomy_of(small).input_shape)
+    x = torch.randn(2, *prunable(small).anatomy.input_shape)
     (found,) = prepare(small, x, "onnxruntime")(x)
     with torch.no_grad():
         assert torch.allclose(found, small(x), atol=1e-5)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.errors import ConfigError, DataError
-from slimming.masks import attached
-from slimming.searching import SearchResult, load_search
+from slimming.masks.soft_masks import attached
+from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data, ImageDataset
 

@@ -18,15 +18,16 @@ from torch import nn
 
 import slimming
 from slimming import demo
-from slimming.api import _measure
-from slimming.chunks import all_chunks, of_kind
+from slimming.core.budget import Budget
+from slimming.core.layout import Layout
 from slimming.errors import ConfigError
-from slimming.masks import SoftMasks, attached
-from slimming.plan import Budget, Layout
-from slimming.rank import Planner
-from slimming.sensitivity import BROKEN, JOINT, SHARES, sensitivity
+from slimming.masks.soft_masks import SoftMasks, attached
+from slimming.planning.budgeting import costs_of
+from slimming.planning.candidates import all_chunks, of_kind
+from slimming.planning.planner import Planner
+from slimming.planning.sensitivity import SPREADS, Sensitivity, valued
+from slimming.scoring.sensitivity import BROKEN, JOINT, SHARES, sensitivity
 from slimming.training.samples import Data
-from slimming.worth import SPREADS, Sensitivity, valued
 
 KINDS = ("head_dim", "mlp", "token")
 
@@ -104,7 +105,7 @@ def test_chunks_are_worth_what_was_measured(masks: SoftMasks, spread: str) -> No
 
 
 def test_limits_take_the_kind_that_costs_least_and_keep_ratios_do_not_care(masks: SoftMasks) -> None:
-    scores, measure = masks.scores("mask"), partial(_measure, masks.anatomy)
+    scores, measure = masks.scores("mask"), partial(costs_of, masks.anatomy)
 
     def kept(budget: Budget, **per_kind: float) -> dict[str, float]:
         measured = sensitivity(masks, scores, Layout(), weighted(**per_kind)) if per_kind else None
@@ -163,7 +164,7 @@ def test_the_spread_that_loses_least_together_is_taken(masks: SoftMasks) -> None
     best = min(SPREADS, key=lambda spread: sum(np.log(max(loss, 0.0) + 1e-3) for _, loss in found.joint[spread]))
     assert found.spread == best
     # A plan for one of the measured shares loses what was measured for it.
-    planner = Planner(masks.anatomy, scores, Layout(), partial(_measure, masks.anatomy), found)
+    planner = Planner(masks.anatomy, scores, Layout(), partial(costs_of, masks.anatomy), found)
     plan = planner.plan(Budget(macs=JOINT[1]), fold=True)
     trial = copy.deepcopy(masks.model)
     own = attached(trial)

@@ -16,11 +16,13 @@ from timm.layers.evo_norm import EvoNorm2dS0
 from torch import nn
 
 import slimming
-from slimming.api import anatomy_of
+from slimming.core.budget import Budget
+from slimming.core.layout import Layout
+from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError, UnsupportedModelError
-from slimming.families import timm_vit
-from slimming.layers import PartialBlock, TokenSelect, UnevenAttention
-from slimming.plan import Budget, Layout, Plan
+from slimming.masks.attachment import prunable
+from slimming.models import timm_vit
+from slimming.models.layers import PartialBlock, TokenSelect, UnevenAttention
 from variants import VARIANTS, Variant, distance, draw, image
 
 BY_ID = {variant.id: variant for variant in VARIANTS}
@@ -36,7 +38,7 @@ SLIM = [
 
 def slim(variant: str, style: str, seed: int = 2) -> nn.Module:
     model = BY_ID[variant].make()
-    return slimming.cut(model, draw(anatomy_of(model), style, seed)[1])
+    return slimming.cut(model, draw(prunable(model).anatomy, style, seed)[1])
 
 
 slim_models = pytest.mark.parametrize(("variant", "style"), SLIM)
@@ -46,7 +48,7 @@ slim_models = pytest.mark.parametrize(("variant", "style"), SLIM)
 def test_a_wrong_index_is_seen(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every single selection of the cut, when one of its places is off by one, breaks the equality."""
     model = BY_ID[variant].make()
-    groups, plan = draw(anatomy_of(model), "free")
+    groups, plan = draw(prunable(model).anatomy, "free")
     slimming.attach(model, groups).apply_(plan)
     x = image(model)
     expected = model(x)
@@ -73,7 +75,7 @@ def test_a_wrong_index_is_seen(variant: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_wrong_token_is_seen() -> None:
     model = BY_ID["plain"].make()
-    groups, plan = draw(anatomy_of(model), "token")
+    groups, plan = draw(prunable(model).anatomy, "token")
     slimming.attach(model, groups).apply_(plan)
     x = image(model)
     small = slimming.cut(model, plan)
@@ -161,15 +163,15 @@ def test_intermediate_features_with_and_without_token_cut() -> None:
 
 
 def _cut_tokens_plan(model: nn.Module) -> Plan:
-    return draw(anatomy_of(model), "mlp")[1]
+    return draw(prunable(model).anatomy, "mlp")[1]
 
 
 def test_a_cut_grid_refuses_other_sequences() -> None:
     model = BY_ID["dynamic size"].make()
-    small = slimming.cut(model, draw(anatomy_of(model), "token")[1])
+    small = slimming.cut(model, draw(prunable(model).anatomy, "token")[1])
     with pytest.raises(UnsupportedModelError, match="sequences of 17 tokens, this image makes 26"):
         small(torch.zeros(1, 3, 40, 40, dtype=torch.float64))
-    whole = slimming.cut(model, draw(anatomy_of(model), "mlp")[1])
+    whole = slimming.cut(model, draw(prunable(model).anatomy, "mlp")[1])
     assert whole(torch.zeros(1, 3, 40, 40, dtype=torch.float64)).shape == (1, 1000)
 
 
@@ -243,7 +245,7 @@ def test_a_copy_of_a_masked_model_is_independent() -> None:
     twin = copy.deepcopy(model)
     x = image(model)
     before = model(x)
-    own = slimming.masks.attached(twin)
+    own = slimming.masks.soft_masks.attached(twin)
     assert own is not None
     assert own is not masks
     with torch.no_grad():
@@ -280,7 +282,7 @@ def test_folding_keeps_the_function() -> None:
 def test_without_folding_what_stays_counts_whole() -> None:
     """The paper's cut: masks become 0 or 1."""
     model = BY_ID["plain"].make()
-    groups, plan = draw(anatomy_of(model), "coupled")
+    groups, plan = draw(prunable(model).anatomy, "coupled")
     plan = Plan(kept=plan.kept, sizes=plan.sizes, fold=False)
     masks = slimming.attach(model, groups)
     with torch.no_grad():
@@ -297,7 +299,7 @@ def test_without_folding_what_stays_counts_whole() -> None:
 def test_a_plan_of_another_model_is_refused() -> None:
     model = BY_ID["plain"].make()
     for stranger in (_wide(), _wide(depth=2), _wide(depth=2, embed_dim=24)):
-        plan = draw(anatomy_of(stranger), "free")[1]
+        plan = draw(prunable(stranger).anatomy, "free")[1]
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for action in (slimming.cut, slimming.cost):
             with pytest.raises(PlanError, match="made for another model"):
@@ -331,7 +333,7 @@ def test_plans_that_leave_nothing_or_half_a_head_are_refused() -> None:
 def test_attaching_refuses_what_does_not_fit() -> None:
     model = BY_ID["plain"].make()
     before = set(model.state_dict())
-    groups = {group.name: group for group in anatomy_of(model).groups}
+    groups = {group.name: group for group in prunable(model).anatomy.groups}
     qk, qkv = groups["blocks.0.attn.qk"], groups["blocks.0.attn.qkv"]
     for chosen, says in (([], "No group"), ([qk, qkv], "share units"), ([qk, qk], "share units")):
         with pytest.raises(PlanError, match=says):
@@ -346,7 +348,7 @@ def test_attaching_refuses_what_does_not_fit() -> None:
     with pytest.raises(PlanError, match="masks already"):
         slimming.attach(model)
     with pytest.raises(PlanError, match="has no mask here"):
-        masks.apply_(draw(anatomy_of(model), "head")[1])
+        masks.apply_(draw(prunable(model).anatomy, "head")[1])
 
 
 def test_a_model_of_which_nothing_can_be_cut() -> None:
@@ -369,22 +371,22 @@ def test_what_torch_pruning_loses_track_of_is_named() -> None:
 
 
 def test_parts_that_no_group_covers_are_named() -> None:
-    normed = anatomy_of(BY_ID["qk norm"].make())
+    normed = prunable(BY_ID["qk norm"].make()).anatomy
     assert any("blocks.0.attn QK" in reason for reason in normed.uncovered)
     pooled = Variant("max", "vit_tiny_patch16_224", {"global_pool": "max"}).make()
-    assert any("token positions: pooling 'max'" in reason for reason in anatomy_of(pooled).uncovered)
+    assert any("token positions: pooling 'max'" in reason for reason in prunable(pooled).anatomy.uncovered)
     inner = Variant("inner", "vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}).make()
-    reasons = " ".join(anatomy_of(inner).uncovered)
+    reasons = " ".join(prunable(inner).anatomy.uncovered)
     assert "blocks.1.attn: a norm over all heads" in reasons
     assert "blocks.1.mlp: a norm over the hidden units" in reasons
     assert {group.kind for group in slimming.describe(inner)} == {"token", "width"}
     dropped = Variant("dropped", "vit_tiny_patch16_224", {"patch_drop_rate": 0.5}).make()
-    assert any("patch dropout" in reason for reason in anatomy_of(dropped).uncovered)
+    assert any("patch dropout" in reason for reason in prunable(dropped).anatomy.uncovered)
 
 
 def test_training_settings_survive_cut_and_load(tmp_path: Path) -> None:
     model = BY_ID["drop path"].make()
-    small: Any = slimming.cut(model, draw(anatomy_of(model), "free")[1])
+    small: Any = slimming.cut(model, draw(prunable(model).anatomy, "free")[1])
     slimming.save(small, tmp_path / "small")
     again: Any = slimming.load(tmp_path / "small")
     for each in (small, again):
@@ -397,7 +399,7 @@ def test_training_settings_survive_cut_and_load(tmp_path: Path) -> None:
 def test_padding_of_odd_sizes_survives_cut_and_load(tmp_path: Path) -> None:
     arguments = {"dynamic_img_size": True, "dynamic_img_pad": True}
     model = Variant("pad", "vit_tiny_patch16_224", arguments).make()
-    small = slimming.cut(model, draw(anatomy_of(model), "mlp")[1])
+    small = slimming.cut(model, draw(prunable(model).anatomy, "mlp")[1])
     slimming.save(small, tmp_path / "small")
     x = torch.randn(1, 3, 37, 29, dtype=torch.float64)
     assert torch.equal(slimming.load(tmp_path / "small")(x), small(x))

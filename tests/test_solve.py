@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimming
-from slimming.api import Rated, Rating, _measure, anatomy_of
-from slimming.chunks import all_chunks
+from slimming.core.budget import Budget
+from slimming.core.layout import Layout
 from slimming.errors import BudgetError, ConfigError
-from slimming.plan import Budget, Layout
-from slimming.rank import Planner
-from slimming.solve import GAP, knapsack, silenced
+from slimming.masks.attachment import prunable
+from slimming.planning.budgeting import costs_of
+from slimming.planning.candidates import all_chunks
+from slimming.planning.knapsack import GAP, knapsack, silenced
+from slimming.planning.planner import Planner
+from slimming.planning.scores import Rated, Rating
 
 number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
@@ -63,7 +66,7 @@ def model() -> nn.Module:
 class Scored(Rated):
     def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
         dice = torch.Generator().manual_seed(0)
-        anatomy = anatomy_of(model)
+        anatomy = prunable(model).anatomy
         groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "token")]
         self.scores = {g.name: torch.rand(g.size, generator=dice) for g in groups}
         self.found = Rating(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
@@ -110,11 +113,11 @@ def test_several_limits_are_both_nearly_met(model: nn.Module) -> None:
 
 def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) -> None:
     """Whole attentions and MLPs are a twentieth of the model each: one order ends below, the default fills up."""
-    anatomy, whole = anatomy_of(model), slimming.cost(model)
+    anatomy, whole = prunable(model).anatomy, slimming.cost(model)
     dice = torch.Generator().manual_seed(0)
     groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "branch")]
     scores = {g.name: torch.rand(g.size, generator=dice) * (500 if g.role == "branch" else 1) for g in groups}
-    planner = Planner(anatomy, scores, Layout(), partial(_measure, anatomy))
+    planner = Planner(anatomy, scores, Layout(), partial(costs_of, anatomy))
     short = 0
     for percent in range(35, 100, 5):
         budget = Budget(macs=percent / 100)
@@ -129,7 +132,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
 
 def test_whole_branches_alone(model: nn.Module) -> None:
     """Nothing is left for the solver where every chunk is a whole branch: the order's plan is the answer."""
-    image = torch.randn(1, *anatomy_of(model).input_shape)
+    image = torch.randn(1, *prunable(model).anatomy.input_shape)
     scored = slimming.score(model, [image], kinds=["block"], how="contribution")
     plan = slimming.plan(scored, Budget(macs=0.88))
     assert slimming.cost(model, plan).macs <= 0.88 * slimming.cost(model).macs
@@ -138,9 +141,9 @@ def test_whole_branches_alone(model: nn.Module) -> None:
 
 def test_channels_in_times_channels_out(model: nn.Module) -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    anatomy = anatomy_of(net)
+    anatomy = prunable(net).anatomy
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
-    measure = partial(_measure, anatomy)
+    measure = partial(costs_of, anatomy)
     plan = Planner(anatomy, scores, Layout(), measure).plan(Budget(macs=0.5, params=0.5), fold=True, solver="exact")
     whole, found = slimming.cost(net), slimming.cost(net, plan)
     assert found.macs <= 0.5 * whole.macs
@@ -149,7 +152,7 @@ def test_channels_in_times_channels_out(model: nn.Module) -> None:
 
 def test_channels_count_the_more_the_fewer_are_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    anatomy = anatomy_of(net)
+    anatomy = prunable(net).anatomy
     groups = [group for group in anatomy.groups if group.kind == "channel"]
     scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
     scores[groups[-1].name] *= 1e-2  # the weakest
@@ -157,7 +160,7 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
     for solver in ("nested", "exact"):
         left = []
         for scarcity in (0.0, 2.0):
-            planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(_measure, anatomy))
+            planner = Planner(anatomy, scores, Layout(scarcity=scarcity), partial(costs_of, anatomy))
             kept = planner.plan(Budget(macs=0.5), fold=True, solver=solver).kept
             left.append(len(kept[groups[-1].name]))
         assert left[0] < left[1] < groups[-1].size, solver
@@ -165,7 +168,7 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
 
 def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    group = next(group for group in anatomy_of(net).groups if group.kind == "channel")
+    group = next(group for group in prunable(net).anatomy.groups if group.kind == "channel")
     scores = {group.name: torch.arange(1.0, group.size + 1).flip(0)}
     chunks = all_chunks([group], scores, Layout(multiple=1, scarcity=2.0))
     expected = [(gone + 1) / (1 - gone / group.size) ** 2 for gone in range(group.size - 1)]

@@ -13,13 +13,15 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import slimming
-from slimming.api import anatomy_of
-from slimming.bench import count
-from slimming.contract import EXACT, distance
-from slimming.families.traced.proof import randomise_
-from slimming.groups import Group
-from slimming.masks import SoftMasks
-from slimming.plan import FREE, Budget, Plan
+from slimming.core.budget import Budget
+from slimming.core.groups import Group
+from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
+from slimming.masks.attachment import prunable
+from slimming.masks.soft_masks import SoftMasks
+from slimming.models.traced.verification import randomise_
+from slimming.pruning.checks import EXACT, distance
 from variants import FOLLOWED, NOTED
 
 transformers = pytest.importorskip("transformers")
@@ -80,7 +82,7 @@ def widths_of(model: nn.Module) -> list[Group]:
 
 def picture(model: nn.Module, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, *anatomy_of(model).input_shape, generator=generator, dtype=torch.float64)
+    return torch.randn(batch, *prunable(model).anatomy.input_shape, generator=generator, dtype=torch.float64)
 
 
 def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +123,7 @@ def test_a_width_goes_without_the_heads(name: str) -> None:
     expected = output(model, x)
     small = slimming.cut(model, plan)
     assert distance([output(small, x)], [expected]) < EXACT
-    assert slimming.cost(small).macs == pytest.approx(count(small, anatomy_of(small).input_shape).macs, rel=0.005)
+    assert slimming.cost(small).macs == pytest.approx(count(small, prunable(small).anatomy.input_shape).macs, rel=0.005)
     assert slimming.cost(small).params == sum(tensor.numel() for tensor in small.parameters())
     assert all(len(plan.kept[group.name]) < group.size for group in groups)
     masks.detach_()

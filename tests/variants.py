@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from slimming.groups import Anatomy, Group
-from slimming.plan import Plan
+from slimming.core.groups import Anatomy, Group
+from slimming.core.pruning_plan import Plan
 
 NOTED = pytest.mark.skipif(
     not hasattr(timm.create_model("test_vit"), "_model_args"),

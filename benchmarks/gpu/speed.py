@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import slimming
 from common import RESULTS, parser, store, table
 from realised_speed import LAYOUTS, slim
-from slimming.api import anatomy_of
-from slimming.bench import paired_times, speedup, summary
-from slimming.runtimes import prepare
+from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.timing import paired_times, speedup, summary
+from slimming.masks.attachment import prunable
 
 AIM = 0.85
 IMAGENET, EPOCHS = 1_281_167, 50
@@ -93,7 +93,7 @@ def faster(
     dense = timm.create_model(name).eval()
     small = slim(dense, budget, layout, settings.seed)
     ratio = slimming.cost(dense).macs / small.macs
-    shape, dtype = anatomy_of(dense).input_shape, getattr(torch, settings.dtype)
+    shape, dtype = prunable(dense).anatomy.input_shape, getattr(torch, settings.dtype)
     models = {"dense": dense.to(settings.device, dtype), "slim": small.model.to(settings.device, dtype)}
     like = next(dense.parameters())
     x = torch.randn(batch, *shape, device=settings.device, dtype=dtype)

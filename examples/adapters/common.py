@@ -39,13 +39,13 @@ def vit(classes: int) -> nn.Module:
     return timm.create_model("test_vit", img_size=64, patch_size=8, num_classes=classes)
 
 
-def attach(model: nn.Module) -> slimming.api.SoftMasks:
+def attach(model: nn.Module) -> slimming.masks.attachment.SoftMasks:
     """Masks on heads' dimensions and hidden units, or on all there is in models that have none of those."""
     groups = [group for group in slimming.describe(model) if group.kind in KINDS]
     return slimming.attach(model, groups or None)
 
 
-def finish(model: nn.Module, masks: slimming.api.SoftMasks, directory: str) -> nn.Module:
+def finish(model: nn.Module, masks: slimming.masks.attachment.SoftMasks, directory: str) -> nn.Module:
     """Plan half of the multiply-adds from what the search saw, cut, save, and say what it came to."""
     dense = slimming.cost(model)
     small = slimming.cut(model, slimming.plan(masks, slimming.Budget(macs=0.5)))

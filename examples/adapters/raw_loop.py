@@ -35,7 +35,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def train(
-    model: nn.Module, images: Tensor, labels: Tensor, steps: int, masks: slimming.api.SoftMasks | None = None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    masks: slimming.masks.attachment.SoftMasks | None = None,
 ) -> None:
     """A plain training; with masks, a search."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)

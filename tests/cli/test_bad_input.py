@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slimming.io import seal
+from slimming.core.files import seal
 
 from .conftest import ARGUMENTS, Call, Result, settings, write_images
 
@@ -270,7 +270,7 @@ def test_the_output_is_not_writable(
     def denied(*given: Any, **more: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("slimming.io.tempfile.TemporaryFile", denied)
+    monkeypatch.setattr("slimming.core.files.tempfile.TemporaryFile", denied)
     for words in (("run", site / "config.yaml"), ("cut", finished, "--budget", "macs=0.9")):
         refused(slimming(*words, "--output", tmp_path / "out"), "Permission denied", "may write to")
     monkeypatch.undo()
@@ -291,7 +291,7 @@ def test_the_disk_is_full(
         space["left"] -= 1
         fsync(descriptor)
 
-    monkeypatch.setattr("slimming.io.os.fsync", full)
+    monkeypatch.setattr("slimming.core.files.os.fsync", full)
     refused(slimming("run", site / "config.yaml", "--output", tmp_path / "a" / "out"), "disk is full", "config.yaml")
     assert list(tmp_path.iterdir()) == []
     space["left"] = 2
@@ -310,12 +310,12 @@ def test_out_of_memory(
     def lacking(*given: Any, **more: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("slimming.results.paired_times", lacking)
+    monkeypatch.setattr("slimming.runs.results.paired_times", lacking)
     refused(slimming("bench", finished / "macs-0.70" / "slim"), "Out of memory", "bench.batch_sizes")
-    monkeypatch.setattr("slimming.training.evaluate.validation_batches", lacking)
+    monkeypatch.setattr("slimming.training.evaluation.validation_batches", lacking)
     refused(slimming("eval", finished / "macs-0.70" / "slim"), "Out of memory", "smaller")
     refused(slimming("run", site / "config.yaml", "--output", output), "Out of memory")
-    monkeypatch.setattr("slimming.training.loop._Run._step", lacking)
+    monkeypatch.setattr("slimming.training.loop.Run.step", lacking)
     refused(slimming("search", site / "config.yaml", "--output", output), "Out of memory", "accumulate")
 
 

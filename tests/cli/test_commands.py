@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 import slimming as library
 from clocks import CountingClock
-from slimming import demo, latency
+from slimming import demo
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
+from slimming.planning import latency_table
 from slimming.training import loop
 
 from .conftest import ARGUMENTS, TRAIN, Call, settings, write_config
@@ -100,14 +101,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     output = tmp_path / "out"
     words = ("search", site / "config.yaml", "--output", output)
-    original = loop._Run._step
+    original = loop.Run.step
 
     def press(self: Any, *given: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", press)
+        patch.setattr(loop.Run, "step", press)
         stopped = slimming(*words)
     assert stopped.code == 130
     assert "Stopped after step 1 of 2" in stopped.err
@@ -291,7 +292,7 @@ def test_the_demo_runs_its_embedded_settings(
 
 def test_the_demo_is_complete_in_the_package() -> None:
     from slimming.cli.jobs import from_values
-    from slimming.run_config import RunConfig
+    from slimming.runs.config import RunConfig
 
     config = from_values(RunConfig, demo.settings())
     assert [budget.macs for budget in config.budgets] == [0.7, 0.5, 0.3]
@@ -392,8 +393,8 @@ def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_pa
 def test_latency_table_and_a_cut_by_time(
     slimming: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "STEPS", dict.fromkeys(latency.STEPS, (0.25, 1.0)))
-    monkeypatch.setattr(latency, "_Clock", CountingClock)
+    monkeypatch.setattr(latency_table, "STEPS", dict.fromkeys(latency_table.STEPS, (0.25, 1.0)))
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
     table = tmp_path / "table.json"
     given = ",".join(f"{name}={value}" for name, value in ARGUMENTS.items() if isinstance(value, int))
     build = ("latency-table", "build", "vit_tiny_patch16_224", "--model.arguments", given)

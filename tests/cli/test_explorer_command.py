@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import slimming as package
-from slimming import checkpoint
+from slimming.checkpoints import checkpoint
 from slimming.errors import MissingExtraError
 from slimming.report import figures, read_results
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import slimming as library
-from slimming.families.create import create_dense
-from slimming.families.hosts import classes_of
+from slimming.models.create import create_dense
+from slimming.models.hosts import classes_of
 
 from .conftest import TRAIN, Call, write_config, write_images
 

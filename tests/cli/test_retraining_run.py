@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import slimming as library
-from slimming import budgets, pipeline
-from slimming.hours import Pace
+from slimming.runs import pipeline, stages
+from slimming.runs.time_budget import Pace
 
 from .conftest import TRAIN, Call, settings, write_config
 
@@ -57,7 +57,7 @@ def test_a_budget_added_later_is_cut_from_the_shared_weights(
 ) -> None:
     config, output = start(site, tmp_path, retraining="together"), tmp_path / "out"
     assert slimming("run", config, "--output", output).code == 0
-    monkeypatch.setattr(budgets, "train_slimmable", None)
+    monkeypatch.setattr(stages, "train_slimmable", None)
     more = [word for share in (0.5, 0.8, 0.65) for word in ("--budget", f"macs={share}")]
     shown = slimming("run", config, "--output", output, *more)
     assert shown.code == 0, shown.err
@@ -84,7 +84,7 @@ def test_progressive(slimming: Call, site: Path, tmp_path: Path, monkeypatch: py
     # With it, the smaller one begins where the larger one ended, also in a call that goes on.
     output = tmp_path / "some"
     config = start(site, tmp_path, **changes)
-    original = budgets.train
+    original = stages.train
 
     def stop(*given: Any, **options: Any) -> Any:
         if options["title"] == "macs-0.50":
@@ -92,7 +92,7 @@ def test_progressive(slimming: Call, site: Path, tmp_path: Path, monkeypatch: py
         return original(*given, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(budgets, "train", stop)
+        patch.setattr(stages, "train", stop)
         assert slimming("run", config, "--output", output).code == 130
     shown = slimming("run", config, "--output", output)
     assert shown.code == 0, shown.err

@@ -10,10 +10,10 @@ import pytest
 from slimming.cli.flags import attribute_texts, flags_of, given, parse_flag, parse_pairs
 from slimming.cli.jobs import JOBS, SearchJob, TrainJob, differences, document, from_values
 from slimming.cli.settings import read_yaml
+from slimming.core.budget import Budget
 from slimming.errors import BudgetError, ConfigError
-from slimming.plan import Budget
-from slimming.run_config import RunConfig
-from slimming.search_config import preset
+from slimming.runs.config import RunConfig
+from slimming.searching.config import preset
 from slimming.training.config import TrainConfig
 
 FEWEST = {"model": {"name": "m"}, "data": {"source": "d"}, "budgets": [{"macs": 0.5}]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from slimming.plan import read_json
+from slimming.core.files import read_json
 from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
 from slimming.report.model import Kept, Layer, Tokens, parse
 from slimming.report.page import RESULTS

@@ -25,8 +25,8 @@ from slimming.errors import (
     NonFiniteLossError,
     OutputError,
 )
-from slimming.training import state
-from slimming.training.evaluate import evaluate
+from slimming.training import resume
+from slimming.training.evaluation import evaluate
 from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
 from slimming.training.tasks import AddPenalty, ClassificationTask
@@ -321,7 +321,7 @@ def test_a_full_disk_is_what_is_told(folder: Path, tmp_path: Path, monkeypatch: 
     def full(path: Path) -> Iterator[Path]:
         yield Path("/dev/full")
 
-    monkeypatch.setattr(state, "atomic_file", full)
+    monkeypatch.setattr(resume, "atomic_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         train(open_tiny(folder), tiny_config(steps=1), tmp_path, make_model())
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data
-from slimming.training.evaluate import evaluate
+from slimming.training.evaluation import evaluate
 from slimming.training.images import ImageSpec
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data

@@ -31,13 +31,14 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
 
-    from slimming.api import anatomy_of, cost
-    from slimming.bench import machine
+    from slimming.benchmarking.timing import machine
     from slimming.cli.flags import given
     from slimming.cli.jobs import BenchJob, from_values
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.errors import ConfigError
-    from slimming.results import measure_all
+    from slimming.masks.attachment import prunable
+    from slimming.pruning.costs import cost
+    from slimming.runs.results import measure_all
 
     config = from_values(BenchJob, given(arguments, BenchJob)).bench
     device = choose_device(arguments.device)
@@ -45,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError("A model is given twice; take one of them out.")
     use_threads(arguments.threads)
     models = {name: open_named(name).to(device).eval() for name in arguments.models}
-    shapes = {name: anatomy_of(model).input_shape for name, model in models.items()}
+    shapes = {name: prunable(model).anatomy.input_shape for name, model in models.items()}
     for name, shape in shapes.items():
         if shape != shapes[arguments.models[0]]:
             raise ConfigError(
@@ -66,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runtime: str) -> None:
     from rich.table import Table
 
-    from slimming.bench import machine
+    from slimming.benchmarking.timing import machine
     from slimming.cli.output import console, count, say
 
     table = Table(box=None, pad_edge=False)

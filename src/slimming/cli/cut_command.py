@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from slimming.plan import Budget, Layout, Plan
-    from slimming.searching import SearchResult
+    from slimming.core.budget import Budget
+    from slimming.core.layout import Layout
+    from slimming.core.pruning_plan import Plan
+    from slimming.searching.mask_search import SearchResult
 
     Cut = tuple[nn.Module, list[Tensor], dict[str, Plan], dict[str, object]]
     """The model to cut, images to compensate with, the plans by name, and where they come from."""
@@ -69,7 +71,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it: all plans first, then all files in one rename."""
     from slimming.cli.output import made
-    from slimming.io import atomic_directory
+    from slimming.core.files import atomic_directory
 
     output = Path(arguments.output)
     with made(output):
@@ -86,9 +88,10 @@ def _write(
     partial: Path,
     output: Path,
 ) -> None:
-    from slimming.api import cost, cut
-    from slimming.checkpoint import save
+    from slimming.checkpoints.checkpoint import save
     from slimming.cli.output import say
+    from slimming.pruning.costs import cost
+    from slimming.pruning.cutting import cut
 
     dense = cost(model)
     for name, chosen in plans.items():
@@ -105,14 +108,14 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score a model that was not searched, and plan."""
-    from slimming.api import plans
     from slimming.cli.flags import model_arguments
     from slimming.cli.output import say
+    from slimming.core.layout import Layout
     from slimming.errors import ConfigError
-    from slimming.oneshot import score
-    from slimming.opening import ModelConfig, check_input, open_model
-    from slimming.plan import Layout
-    from slimming.results import versions
+    from slimming.planning.budgeting import plans
+    from slimming.runs.results import versions
+    from slimming.runs.setup import ModelConfig, check_input, open_model
+    from slimming.scoring.one_shot import score
 
     if arguments.plan:
         raise ConfigError("--one-shot makes its own plans; drop it or --plan.")
@@ -135,12 +138,12 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
 
 def _searched(arguments: argparse.Namespace) -> Cut:
     """Plan from a search, or take a plan that is given."""
-    from slimming.api import plans
     from slimming.cli.models import load_checkpoint
+    from slimming.core.pruning_plan import Plan
     from slimming.errors import CheckpointError, ConfigError
-    from slimming.plan import Plan
-    from slimming.results import plain, versions
-    from slimming.searching import load_search, search_directory
+    from slimming.planning.budgeting import plans
+    from slimming.runs.results import plain, versions
+    from slimming.searching.mask_search import load_search, search_directory
 
     source = Path(arguments.source)
     found = search_directory(source)
@@ -174,7 +177,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
 
 
 def _images(arguments: argparse.Namespace, model: nn.Module) -> list[Tensor]:
-    from slimming.opening import load_images
+    from slimming.runs.setup import load_images
 
     return load_images(arguments.data, model, IMAGES if arguments.images is None else arguments.images)
 
@@ -196,8 +199,8 @@ def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> N
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     from slimming.cli.flags import parse_pairs
     from slimming.cli.settings import build
+    from slimming.core.budget import Budget
     from slimming.errors import ConfigError
-    from slimming.plan import Budget
 
     if not arguments.budget:
         raise ConfigError("Give --budget (once or more), or --plan.")
@@ -213,9 +216,9 @@ def _say_layout_costs(
     """Say what score is lost for the sizes that the layout asks for, budget by budget."""
     from dataclasses import replace
 
-    from slimming.api import plans
     from slimming.cli.output import say
-    from slimming.plan import FREE, Layout
+    from slimming.core.layout import FREE, Layout
+    from slimming.planning.budgeting import plans
 
     for budget, chosen in zip(budgets, made, strict=True):
         if not budget.limits:
@@ -235,7 +238,7 @@ def _say_layout_costs(
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
     from slimming.cli.flags import parse_flag
     from slimming.cli.settings import build
-    from slimming.plan import Layout
+    from slimming.core.layout import Layout
 
     given = {
         "equal_heads": (bool, arguments.equal_heads),

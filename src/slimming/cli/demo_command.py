@@ -24,6 +24,6 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming import demo
     from slimming.cli.jobs import from_values
     from slimming.cli.run_command import run_into
-    from slimming.run_config import RunConfig
+    from slimming.runs.config import RunConfig
 
     run_into(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])

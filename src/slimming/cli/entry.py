@@ -163,7 +163,7 @@ def _world_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        from slimming.io import explain
+        from slimming.core.files import explain
 
         raise explain(error, Path(error.filename or "the output")) from error
     except (MemoryError, RuntimeError) as error:

@@ -34,8 +34,8 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.cli.models import choose_device, load_checkpoint
     from slimming.cli.output import say
-    from slimming.opening import check_input, open_data
-    from slimming.training.evaluate import evaluate
+    from slimming.runs.setup import check_input, open_data
+    from slimming.training.evaluation import evaluate
 
     device = choose_device(arguments.device)
     found = {}
@@ -60,8 +60,8 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def _data(arguments: argparse.Namespace, name: str) -> Any:
     """The data of the file and the flags, over those of the checkpoint's provenance."""
-    from slimming import hub
-    from slimming.checkpoint import PROVENANCE, read_provenance
+    from slimming.checkpoints import hub
+    from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
     from slimming.cli.flags import given
     from slimming.cli.jobs import EvalJob, from_values, read_job
     from slimming.errors import DataError
@@ -78,7 +78,7 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
 
 def _fits(model: Any, data: Any, name: str, source: str) -> None:
     from slimming.errors import DataError
-    from slimming.families.hosts import classes_of
+    from slimming.models.hosts import classes_of
 
     if (known := classes_of(model)) != len(data.classes):
         raise DataError(

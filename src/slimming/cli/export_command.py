@@ -40,9 +40,9 @@ def execute(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
     from pathlib import Path
 
-    from slimming import hub
+    from slimming.checkpoints import hub
     from slimming.cli.models import check_checkpoint, use_threads
-    from slimming.exporting.export import export
+    from slimming.exporting.exporter import export
     from slimming.exporting.targets import choose
 
     name = arguments.checkpoint

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from slimming.cli.settings import default_of, unwrap
+from slimming.core.budget import Budget
 from slimming.errors import ConfigError
-from slimming.plan import Budget
 
 BUDGET = "budget"
 """The flag that is given once per budget; the other settings have dotted names."""

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimming.cost import Cost
-    from slimming.groups import Anatomy, Group
+    from slimming.core.groups import Anatomy, Group
+    from slimming.counting.model_cost import Cost
 
 DESCRIPTION = """\
 List what can go in a model: groups of units, the parameters and multiply-adds that go with each, and what is not
@@ -36,14 +36,15 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
 
-    from slimming.api import anatomy_of, cost, describe
     from slimming.cli.flags import model_arguments
     from slimming.cli.models import open_named
-    from slimming.opening import check_input
+    from slimming.masks.attachment import describe, prunable
+    from slimming.pruning.costs import cost
+    from slimming.runs.setup import check_input
 
     model = open_named(arguments.model, model_arguments(arguments.model_arguments), device="meta")
     check_input(model)
-    anatomy, groups, found = anatomy_of(model), describe(model), cost(model)
+    anatomy, groups, found = prunable(model).anatomy, describe(model), cost(model)
     if arguments.json:
         print(json.dumps(as_json(arguments.model, anatomy, groups, found), indent=1))
         return
@@ -78,8 +79,8 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost)
 
 def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:
     """Groups and units per kind, and the params and MACs that go when all of them go."""
-    from slimming.cost import together
-    from slimming.groups import keep_all
+    from slimming.core.groups import keep_all
+    from slimming.counting.model_cost import together
 
     whole = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     result: dict[str, dict[str, int]] = {}
@@ -133,8 +134,8 @@ def _kinds_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> An
 
 def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> Any:
     """One line per block: the sizes of its groups, and what goes with all of them but tokens."""
-    from slimming.cost import together
-    from slimming.groups import keep_all
+    from slimming.core.groups import keep_all
+    from slimming.counting.model_cost import together
 
     whole = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     by_dimension = {group.site for group in groups if group.kind == "head_dim"}

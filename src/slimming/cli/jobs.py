@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from slimming.benchmarking.config import BenchConfig
 from slimming.cli.flags import given
 from slimming.cli.settings import build, merge, read_yaml
+from slimming.core.budget import Budget
 from slimming.errors import ConfigError
-from slimming.opening import ModelConfig
-from slimming.plan import Budget
-from slimming.results import BenchConfig
-from slimming.retrain import DistilConfig
-from slimming.run_config import RunConfig
-from slimming.search_config import SearchConfig, preset
+from slimming.retraining.retrain import DistilConfig
+from slimming.runs.config import RunConfig
+from slimming.runs.setup import ModelConfig
+from slimming.searching.config import SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 
 J = TypeVar("J")

@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.cli.output import say
     from slimming.errors import ConfigError, nearest
-    from slimming.latency import LatencyTable, build_latency_table
+    from slimming.planning.latency_table import LatencyTable, build_latency_table
 
     if arguments.action == "merge":
         table, *others = (LatencyTable.load(path) for path in arguments.inputs)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming import checkpoint, hub
-from slimming.api import anatomy_of
+from slimming.checkpoints import checkpoint, hub
 from slimming.errors import CheckpointError, ConfigError
-from slimming.families import family_of
-from slimming.families.create import create_untrained
-from slimming.families.directories import CONFIG, open_directory
-from slimming.families.hosts import is_hosted
+from slimming.masks.attachment import prunable
+from slimming.models import family_of
+from slimming.models.create import create_untrained
+from slimming.models.directories import CONFIG, open_directory
+from slimming.models.hosts import is_hosted
 
 
 def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
@@ -31,7 +31,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         if not (fetched / CONFIG).exists():
             return load_checkpoint(name)
         model = open_directory(fetched, arguments, pretrained=False)
-        anatomy_of(model)
+        prunable(model)
         return model
     path = Path(name)
     if path.exists():
@@ -43,7 +43,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
     model = create_untrained(name, arguments, device=device)
     if device == "meta" and family_of(model).runs_models:
         model = create_untrained(name, arguments)
-    anatomy_of(model)
+    prunable(model)
     return model
 
 

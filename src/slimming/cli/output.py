@@ -15,9 +15,9 @@ from rich.console import Console
 
 from slimming.cli.jobs import differences, document, flatten, from_values
 from slimming.cli.settings import read_yaml
+from slimming.core.files import atomic_write_text, explain, new_directory
 from slimming.errors import ConfigError, OutputError
-from slimming.io import atomic_write_text, explain, new_directory
-from slimming.run_config import FREE_SECTIONS
+from slimming.runs.config import FREE_SECTIONS
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
@@ -126,8 +126,8 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
-    from slimming.plan import read_json
-    from slimming.results import plain
+    from slimming.core.files import read_json
+    from slimming.runs.results import plain
 
     results = read_json(target)
     settings = flatten(json.loads(json.dumps(plain(job))))

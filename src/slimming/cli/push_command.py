@@ -26,7 +26,7 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import say
-    from slimming.publish import push_to_hub
+    from slimming.publishing.publish import push_to_hub
 
     load_checkpoint(arguments.model)  # says what to give where a whole run was given
     place = push_to_hub(

@@ -36,8 +36,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.output import console, say
+    from slimming.core.files import read_json
     from slimming.errors import ConfigError
-    from slimming.plan import read_json
     from slimming.report import read_results, write_comparison, write_figures, write_report, write_table
     from slimming.report.console import print_table
     from slimming.report.page import RESULTS
@@ -77,8 +77,8 @@ def _explored(run: str, latency_table: str | None) -> Explored | None:
     """The plans of a run; None where it has no search any more, which is said."""
     from slimming.cli.output import say
     from slimming.errors import CheckpointError
-    from slimming.explore import explore
-    from slimming.searching import search_directory
+    from slimming.runs.explore import explore
+    from slimming.searching.mask_search import search_directory
 
     place = Path(run)
     if search_directory(place) is None:

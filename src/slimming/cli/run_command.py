@@ -26,7 +26,7 @@ config.yaml:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from slimming.cli.flags import add_flags
-    from slimming.run_config import RunConfig
+    from slimming.runs.config import RunConfig
 
     parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
     parser.add_argument("--output", metavar="DIR", help="where everything goes (default runs/ and the file's name)")
@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.jobs import read_job
-    from slimming.run_config import RunConfig
+    from slimming.runs.config import RunConfig
 
     config, notes = read_job(RunConfig, arguments)
     run_into(config, output_of(arguments, "run"), "run", notes)
@@ -52,7 +52,7 @@ def output_of(arguments: argparse.Namespace, otherwise: str) -> Path:
 def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> None:
     """Run the chain in ``directory``, or show what it found there before, and end with the table."""
     from slimming.cli.output import announce, claimed, is_complete, is_main, say
-    from slimming.pipeline import run
+    from slimming.runs.pipeline import run
 
     results = is_complete(directory, config)
     if results is not None:

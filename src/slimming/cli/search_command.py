@@ -30,9 +30,9 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.jobs import SearchJob, read_job
     from slimming.cli.output import announce, claimed, is_main, say
     from slimming.cli.run_command import output_of
-    from slimming.opening import open_start
-    from slimming.searching import RECORD, search
-    from slimming.training.evaluate import evaluate
+    from slimming.runs.setup import open_start
+    from slimming.searching.mask_search import RECORD, search
+    from slimming.training.evaluation import evaluate
 
     job, notes = read_job(SearchJob, arguments)
     directory = output_of(arguments, "search")

@@ -28,14 +28,14 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from functools import partial
 
-    from slimming import checkpoint
+    from slimming.checkpoints import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import announce, claimed, is_main, say
     from slimming.cli.run_command import output_of
-    from slimming.opening import open_start
-    from slimming.retrain import train
-    from slimming.training.evaluate import evaluate
+    from slimming.retraining.retrain import train
+    from slimming.runs.setup import open_start
+    from slimming.training.evaluation import evaluate
 
     job, notes = read_job(TrainJob, arguments)
     directory = output_of(arguments, "train")
@@ -62,9 +62,9 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def _fits(teacher: Any, model: Any, name: str | None) -> None:
-    from slimming.api import anatomy_of
     from slimming.errors import ConfigError
-    from slimming.families.hosts import classes_of
+    from slimming.masks.attachment import prunable
+    from slimming.models.hosts import classes_of
 
     known, wanted = classes_of(teacher), classes_of(model)
     if known != wanted:
@@ -72,6 +72,6 @@ def _fits(teacher: Any, model: Any, name: str | None) -> None:
             f"The teacher {name} knows {known} classes, the model {wanted}; give a teacher "
             "that was trained on this data."
         )
-    taken, given = anatomy_of(teacher).input_shape, anatomy_of(model).input_shape
+    taken, given = prunable(teacher).anatomy.input_shape, prunable(model).anatomy.input_shape
     if taken != given:
         raise ConfigError(f"The teacher {name} takes images of {taken}, the model of {given}; they must be the same.")

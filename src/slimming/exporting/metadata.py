@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from slimming.families.hosts import classes_of
-from slimming.plan import FORMAT
-from slimming.programs import INPUT, OUTPUT
+from slimming.benchmarking.programs import INPUT, OUTPUT
+from slimming.core.files import FORMAT
+from slimming.models.hosts import classes_of
 from slimming.training.images import ImageSpec
 
 KEY = "slimming"

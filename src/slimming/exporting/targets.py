@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimming.benchmarking.programs import INPUT, check_onnx, open_onnx, quiet, to_program, write_onnx
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.exporting.metadata import KEY
-from slimming.programs import INPUT, check_onnx, open_onnx, quiet, to_program, write_onnx
 
 Run = Callable[[np.ndarray], np.ndarray]
 """From images (B, C, H, W) to logits (B, K)."""

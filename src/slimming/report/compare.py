@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from slimming.core.files import atomic_write_text, read_json
 from slimming.errors import CheckpointError
-from slimming.io import atomic_write_text
-from slimming.plan import read_json
 from slimming.report import table
 from slimming.report.explored import Explored
 from slimming.report.explorer import explorer_section

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from slimming.core.files import atomic_write_bytes
 from slimming.errors import MissingExtraError
-from slimming.io import atomic_write_bytes
 from slimming.report.model import Kept, Layer, Results, Tokens
 from slimming.report.numbers import NBSP, scale
 from slimming.report.palette import budget_rgb

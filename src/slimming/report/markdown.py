@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimming.io import atomic_write_text
+from slimming.core.files import atomic_write_text
 from slimming.report.model import Results, Row, Spread
 from slimming.report.numbers import NBSP, THIN, Scale, decimals, percent, scale
 from slimming.report.table import BYTES, NONE

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from slimming.core.budget import METRICS
+from slimming.core.files import FORMAT
 from slimming.errors import CheckpointError
-from slimming.plan import FORMAT, METRICS
 from slimming.report.nodes import Node, children, entries_of, maybe
 from slimming.report.numbers import NBSP, scale
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slimming.core.budget import LEAST_ABSOLUTE
 from slimming.errors import CheckpointError
-from slimming.plan import LEAST_ABSOLUTE
 
 
 @dataclass(frozen=True)

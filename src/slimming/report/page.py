@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimming.core.files import atomic_write_text, read_json
 from slimming.errors import CheckpointError
-from slimming.io import atomic_write_text
-from slimming.plan import read_json
 from slimming.report import anatomy, table, training
 from slimming.report.curves import Log, read_log
 from slimming.report.explored import Explored

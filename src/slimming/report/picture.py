@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
-from slimming.groups import Anatomy, Group
+from slimming.core.groups import Anatomy, Group
 from slimming.report.palette import kind_name
 
 ROW, BAR, LABEL, GAP, TITLE, CELL = 15, 130, 62, 28, 26, 5

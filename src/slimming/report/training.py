@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from slimming.plan import KINDS
+from slimming.core.kinds import KINDS
 from slimming.report.curves import Log
 from slimming.report.markup import Html, figure, join, svg, tag
 from slimming.report.model import Masks, Results

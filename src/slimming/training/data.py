@@ -9,9 +9,7 @@ import numpy as np
 
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
-from slimming.training.images import (
-    ImageSpec,
-)
+from slimming.training.images import ImageSpec
 from slimming.training.readers import FolderSource, ParquetSource, PicturesSource, Source, TarSource
 from slimming.training.samples import (
     VALIDATION_NAMES,

@@ -20,8 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from slimming.core.files import atomic_write_text, explain
 from slimming.errors import ConfigError, MissingExtraError, nearest
-from slimming.io import atomic_write_text, explain
 
 LOG_FILE = "log.jsonl"
 

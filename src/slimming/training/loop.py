@@ -16,24 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from slimming.core.modules import check_trainable
 from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
-from slimming.modes import check_trainable
 from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
-from slimming.training.evaluate import autocast
+from slimming.training.evaluation import autocast
 from slimming.training.guards import memory_errors, stop_on_request
 from slimming.training.images import mix, restored_randomness, seed_all
 from slimming.training.log import RunLog, check_trackers
-from slimming.training.optimisation import (
-    AveragedModel,
-    make_mixup,
-    make_optimizer,
-    make_schedule,
-    parameter_groups,
-)
+from slimming.training.optimisation import AveragedModel, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import no_accelerator
+from slimming.training.resume import STATE_FILE, RunState
 from slimming.training.samples import Data, UnreadableCount
-from slimming.training.state import STATE_FILE, RunState
 from slimming.training.tasks import Task
 
 ADVICE = (
@@ -108,7 +102,7 @@ def fit(
         cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
     with restored_randomness(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
-        run = _Run(accelerator, model, task, data, config, (no_decay, lr_scale))
+        run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
         if config.trackers:
@@ -151,7 +145,7 @@ def fit(
     )
 
 
-class _Run:
+class Run:
     """One run under way: what the loop needs from step to step."""
 
     def __init__(
@@ -196,7 +190,7 @@ class _Run:
         batches = train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers)
         while state.step < self.total:
             self.schedule.step_update(state.step)
-            losses, asked = self._step(batches, stop)
+            losses, asked = self.step(batches, stop)
             state.step += 1
             log.step(state.step)
             line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
@@ -208,7 +202,7 @@ class _Run:
             yield {**line, "stop": asked}
             self.prepared.train()
 
-    def _step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+    def step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
         """Make one optimizer step; return the batch's mean losses and whether to stop after it."""
         config, state, accelerator = self.config, self.state, self.accelerator
         seed_all(mix(config.seed, 1, state.step, accelerator.process_index))

@@ -14,15 +14,7 @@ from torch import Tensor
 
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
-from slimming.training.images import (
-    ImageSpec,
-    Unreadable,
-    decode,
-    make_transform,
-    mix,
-    restored_randomness,
-    seed_all,
-)
+from slimming.training.images import ImageSpec, Unreadable, decode, make_transform, mix, restored_randomness, seed_all
 from slimming.training.readers import Record, Source
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
-from slimming.modes import in_evaluation, train_heads_apart_
 
 POOLS = ("first", "mean")
 """What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""

@@ -1,0 +1,1 @@
+"""How fast a model runs, in PyTorch and in other runtimes."""

@@ -1,0 +1,110 @@
+"""Budgets: what a slim model may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slimming.core.kinds import check_kinds
+from slimming.errors import BudgetError
+
+METRICS = ("params", "macs", "memory_bytes", "latency", "latency_ms")
+"""What a budget can limit, see `slimming.counting.model_cost.Cost` and `slimming.planning.latency_table`."""
+
+LEAST_ABSOLUTE = 1000
+"""Limits from here on are absolute numbers; a limit between 1 and this is taken for a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the slim model may cost.
+
+    Give keep ratios per kind, or one or more limits, which then all hold. A limit of ``params``, ``macs`` or
+    ``memory_bytes`` in (0, 1] is a share of the dense model, one of 1000 or more is absolute.
+
+    Attributes:
+        keep: kind of unit -> share of its units that may stay, over the whole network (ViT-Slim, section 3.3).
+        params: parameters.
+        macs: multiply-adds of one image.
+        memory_bytes: weights and peak activations of one image, in float32; see `slimming.cost`.
+        latency: share of the dense model's time of one pass, by a latency table.
+        latency_ms: milliseconds of one pass, by a latency table.
+
+    Raises:
+        BudgetError: nothing was given, or a limit is neither a share nor an absolute number.
+
+    >>> Budget(macs=0.5).name, Budget(macs=1.2e9, params=0.7).name
+    ('macs-0.50', 'macs-1.2G_params-0.70')
+    """
+
+    keep: Mapping[str, float] | None = None
+    params: float | None = None
+    macs: float | None = None
+    memory_bytes: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        for name, value in limits.items():
+            self._check(name, value, absolute=name != "latency")
+        if self.keep is not None:
+            if not self.keep or limits:
+                raise BudgetError(f"A budget takes keep ratios alone (at least one), or {', '.join(METRICS)}.")
+            for kind, ratio in self.keep.items():
+                check_kinds([kind], BudgetError)
+                self._check(f"keep[{kind!r}]", ratio, absolute=False)
+        elif not limits:
+            raise BudgetError('A budget needs a limit: Budget(macs=0.5), or params=…, or keep={"mlp": 0.7}.')
+
+    @staticmethod
+    def _check(name: str, value: Any, *, absolute: bool) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if name == "latency_ms":
+            if not number or value <= 0:
+                raise BudgetError(f"Budget latency_ms={value} is no time; give milliseconds above 0.")
+        elif not number or not (0 < value <= 1 or (absolute and value >= LEAST_ABSOLUTE)):
+            rest = f"; or an absolute number of {LEAST_ABSOLUTE} or more" if absolute else ""
+            raise BudgetError(
+                f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1{rest}."
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that were given, by metric."""
+        return {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+
+    def absolute(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """The limits as numbers, given those of the dense model."""
+        return {name: value * dense[name] if self.is_share(name) else value for name, value in self.limits.items()}
+
+    def alone(self, name: str) -> Budget:
+        """The budget with one of its limits."""
+        return replace(self, **{other: None for other in METRICS if other != name})
+
+    def is_share(self, name: str) -> bool:
+        """Whether the limit ``name`` is a share of the dense model."""
+        return name != "latency_ms" and self.limits[name] <= 1
+
+    @property
+    def name(self) -> str:
+        """A name for files and tables, such as ``"macs-0.50"``."""
+        values = self.keep if self.keep is not None else self.limits
+        return "_".join(
+            f"{key}-{values[key]:g}" if key == "latency_ms" else f"{key}-{_short(values[key])}"
+            for key in sorted(values)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The limits that were given, as JSON takes them."""
+        return {"keep": dict(self.keep)} if self.keep is not None else dict(self.limits)
+
+
+def _short(value: float) -> str:
+    """A share with two digits or as many as it has, or an absolute number with its unit."""
+    if value <= 1:
+        return max(f"{value:.2f}", f"{value:.6g}", key=len)
+    size, letter = next(unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= unit[0])
+    return f"{value / size:.6g}{letter}"

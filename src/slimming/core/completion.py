@@ -1,0 +1,54 @@
+"""Complete a plan: which units of every group stay, given those that a plan names."""
+
+from __future__ import annotations
+
+from slimming.core.groups import Anatomy, resolve
+from slimming.core.pruning_plan import Plan
+from slimming.errors import PlanError
+
+
+def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Check ``plan`` against the model and give the kept units of every group.
+
+    Raises:
+        PlanError: the plan was made for another model, or leaves a group without a unit.
+    """
+    kept = resolve_plan(anatomy, plan)
+    gone = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
+    # What the plan itself leaves empty comes first: other groups go only because of it.
+    for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
+        if group.role != "qkv" and group.site not in gone and len(kept[group.name]) < group.limits.minimum:
+            raise PlanError(
+                f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
+                f"at least {group.limits.minimum} must stay."
+            )
+    _check_heads(anatomy, kept)
+    return kept
+
+
+def _check_heads(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
+    """A head needs QK as long as it has V."""
+    for v in (group for group in anatomy.groups if group.role == "v"):
+        qk = next((g for g in anatomy.groups if g.site == v.site and g.role == "qk"), None)
+        if qk is None:
+            continue
+        heads_with_qk = {qk.part_of_unit[unit] for unit in kept[qk.name]}
+        for head in sorted({v.part_of_unit[unit] for unit in kept[v.name]} - heads_with_qk):
+            raise PlanError(
+                f"The plan leaves head {head} of {v.site} with V but without QK; keep at least one QK dimension of it."
+            )
+
+
+def resolve_plan(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Check ``plan`` against a model and complete it, see `resolve`.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    sizes = {group.name: group.size for group in anatomy.groups}
+    for name, size in plan.sizes.items():
+        if name in sizes and sizes[name] != size:
+            raise PlanError(
+                f"The plan was made for another model: its group {name!r} has {size} units, here it has {sizes[name]}."
+            )
+    return resolve(anatomy, plan.kept)

@@ -1,0 +1,205 @@
+"""Writing files so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimming.errors import CheckpointError, ConfigError, OutputError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Lend an empty file beside ``path`` to write to: afterwards ``path`` is whole, or what was there is untouched.
+
+    When the block ends, what it wrote is flushed to the disk and renamed into place; when it raises, it is removed.
+
+    Raises:
+        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        # Opened only now, since the block may have put another file in its place.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Lend an empty directory beside ``path`` to fill: afterwards ``path`` is whole, or nothing was made.
+
+    Args:
+        path: does not exist yet, or is an empty directory.
+
+    Raises:
+        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        yield partial
+        os.chmod(partial, 0o755)
+        os.replace(partial, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    except OutputError as error:  # of a file in it: the message shall name the place that the caller knows
+        raise OutputError(str(error).replace(str(partial), str(path))) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` to ``path``; see `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as indented JSON without NaN; see `check_json` and `atomic_write_bytes`."""
+    check_json(value, path.name)
+    atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def check_json(value: Any, name: str) -> None:
+    """Check that JSON holds ``value``, called ``name``, as it is, before anything is written.
+
+    Raises:
+        ConfigError: something in it is no text, finite number, truth value, None, list, or dict with texts as keys;
+            the message names its key.
+    """
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{name} has the key {key!r}, and keys of JSON are texts. Give {str(key)!r}.")
+            check_json(entry, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            check_json(entry, f"{name}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}, which JSON cannot hold. Leave it out, or give None.")
+    elif not (value is None or isinstance(value, (str, int, float))):
+        kind = type(value).__name__
+        raise ConfigError(f"{name} is of type {kind}, which JSON cannot hold. Give a number, a text or a list of them.")
+
+
+def new_directory(path: Path) -> Path:
+    """Make ``path`` an empty, writable directory and return it.
+
+    Raises:
+        OutputError: it holds something already, is a file, or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give a directory that is empty or does not exist yet.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise explain(error, path) from error
+    return path
+
+
+def explain(error: OSError, path: Path) -> OutputError:
+    """Return the `OutputError` that tells a user what the operating system said of ``path``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"The disk is full: {path} was not written. Free some space and run the command again.")
+    return OutputError(f"{path} cannot be written ({error.strerror or error}). Give a place that you may write to.")
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return ``value`` with the SHA-256 of its canonical JSON under ``"sha256"``."""
+    return {**value, "sha256": _digest(value)}
+
+
+def unseal(value: Any) -> tuple[Any, bool]:
+    """Return ``value`` without its ``"sha256"`` entry, and whether that entry is right or absent."""
+    if not isinstance(value, dict) or "sha256" not in value:
+        return value, True
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return rest, value["sha256"] == _digest(rest)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+FORMAT = 1
+"""Version of the JSON formats below; a file with a larger number is refused."""
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist. Give the path that slimming wrote.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not JSON ({error}). Take an intact copy.") from error
+
+
+def read_sealed(path: Path) -> Any:
+    """Read a JSON file that carries its own checksum.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or not as it was written.
+    """
+    value, intact = unseal(read_json(path))
+    if not intact:
+        raise CheckpointError(
+            f"{path} is not as it was written: its checksum differs. Take an intact copy, or, if you changed it on "
+            'purpose, remove its "sha256" entry.'
+        )
+    return value
+
+
+def check_format(value: Any, source: str) -> None:
+    """Check that ``value`` is a mapping with a format number that this version reads.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        raise CheckpointError(f"{source} is not a file of slimming: it has no format number.")
+    if value["format"] > FORMAT:
+        raise CheckpointError(
+            f"{source} has format {value['format']}, this version of slimming reads up to {FORMAT}. "
+            "Upgrade: pip install -U slimming."
+        )

@@ -1,0 +1,316 @@
+"""What can be cut, as plain data: units, groups, operations, and the anatomy of a whole model.
+
+A *unit* is the smallest thing that can be cut: one head dimension, one hidden unit, one token position, one
+head. A *group* is an ordered set of units of one kind in one place, with every tensor slice that goes with
+each unit. A family reads a model into an `Anatomy`; nothing above the families looks at a model's classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from slimming.core.formulas import Dim, Formulas, Operation, Product
+from slimming.core.structure import Structure
+from slimming.errors import PlanError, nearest
+
+Mask = npt.NDArray[np.bool_]
+Place = tuple[str, int]
+"""A dimension of a tensor."""
+_Shared = tuple[Place, npt.NDArray[np.int_], npt.NDArray[np.int_]]
+"""A dimension that several groups have slices of; places along it; and the unit that owns each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """Where a group's units lie in one tensor: unit ``u`` owns ``index[u]`` along dimension ``dim``.
+
+    ``side`` says what the slice does for the unit: ``"in"`` makes its value, ``"out"`` reads it.
+    """
+
+    tensor: str
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+    side: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Where a group's soft mask multiplies: ``tensor`` at ``index[u]`` along ``dim`` by the factor of ``u``."""
+
+    tensor: str
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a plan must respect in one group.
+
+    Attributes:
+        minimum: fewest units that may stay; 0 only where nothing else needs one.
+        parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
+    """
+
+    minimum: int = 1
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSite:
+    """Where a token group acts.
+
+    Attributes:
+        depth: index of the block; a token that leaves here is gone in all deeper blocks.
+        block: name of the block in front of which tokens are selected.
+        attention: name of the attention module whose keys the factor biases.
+        norms: names of the norms whose outputs the paper's variant multiplies.
+        prefix: number of class, distillation and register tokens in front, which are never cut.
+        positions: the patch position of each unit in the dense model's grid, row by row.
+        mean_pool: name of the module whose output is averaged over tokens after the last block, if any.
+        pool_prefix: whether pooling includes the prefix tokens.
+        attention_pool: name of the module that pools by attention after the last block, if any.
+    """
+
+    depth: int
+    block: str
+    attention: str
+    norms: tuple[str, ...]
+    prefix: int
+    positions: tuple[int, ...]
+    mean_pool: str | None = None
+    pool_prefix: bool = False
+    attention_pool: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """An ordered set of units of one kind in one place.
+
+    Attributes:
+        name: unique in the model, for example ``"blocks.0.attn.v"``.
+        kind: one of `slimming.core.kinds.KINDS`.
+        size: number of units.
+        site: the module that the group belongs to; groups of one attention module share it.
+        role: ``"qk"``, ``"v"`` or ``"qkv"`` for head dimensions, else equal to the kind.
+        limits: what a plan must respect.
+        slices: every tensor slice that goes with each unit; empty for tokens.
+        scales: where the soft mask multiplies; empty for tokens.
+        token: where a token group acts; None for other kinds.
+        norms: names of the norms that take statistics over the units: once some go, over those that stay.
+    """
+
+    name: str
+    kind: str
+    size: int
+    site: str
+    role: str
+    limits: Limits = field(default_factory=Limits)
+    slices: tuple[Slices, ...] = ()
+    scales: tuple[Scale, ...] = ()
+    token: TokenSite | None = None
+    norms: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = f", parts={self.limits.parts}" if self.limits.parts else ""
+        return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, minimum={self.limits.minimum}{parts})"
+
+    @cached_property
+    def part_of_unit(self) -> tuple[int, ...]:
+        """Index of the head that each unit belongs to; all 0 for kinds without parts."""
+        if not self.limits.parts:
+            return (0,) * self.size
+        return tuple(part for part, size in enumerate(self.limits.parts) for _ in range(size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """The sizes of one module as functions of what the groups keep.
+
+    Attributes:
+        tensors: name of a parameter or buffer -> its dimensions.
+        attributes: name of an attribute that holds a size -> its value.
+        unbound: whether the module's forward works out its head size from the embedding width, and so needs
+            that expression replaced once heads are gone.
+    """
+
+    tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Dim] = field(default_factory=dict)
+    unbound: bool = False
+
+
+REST = "rest"
+"""Kind of the piece that stands for all that is no piece of its own, see `Piece`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A step of the forward pass that takes time, by what its time depends on.
+
+    Attributes:
+        name: the module, or another name where it is none.
+        kind: what it does, for example ``"attention"``; `REST` for what the whole model takes beyond its pieces.
+        like: what else tells two pieces of one kind apart.
+        axes: sizes that its time depends on, by name.
+        alive: a product that is 0 once the piece is gone.
+        unless_same: the piece does nothing, and is not there, while its tokens are as many as these.
+    """
+
+    name: str
+    kind: str
+    like: str
+    axes: tuple[tuple[str, Dim], ...]
+    alive: Product = ()
+    unless_same: Dim | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """Everything that the other stages need to know of a model, as plain data.
+
+    Attributes:
+        groups: every group the family can cut, the coupled alternatives (role ``"qkv"``) included.
+        operations: the forward pass, for the cost formulas.
+        structure: how to build the model again.
+        uncovered: parts that cannot be cut, each with the reason.
+        input_shape: channels, height and width of the image that the model takes.
+        sizes: module -> its sizes, for families that resize modules by them.
+        pieces: the forward pass, for latency tables; empty where the family has none.
+    """
+
+    groups: tuple[Group, ...]
+    operations: tuple[Operation, ...]
+    structure: Structure
+    uncovered: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
+
+    @cached_property
+    def couplings(self) -> Couplings:
+        """Which units go because others do."""
+        return Couplings(self.groups)
+
+    @cached_property
+    def formulas(self) -> Formulas:
+        """The costs of the forward pass."""
+        return Formulas(self.operations, [group.name for group in self.groups])
+
+    def group(self, name: str) -> Group:
+        """The group called ``name``.
+
+        Raises:
+            PlanError: the model has no such group.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        names = [group.name for group in self.groups]
+        raise PlanError(f"The model has no group {name!r}.{nearest(name, names)}")
+
+
+def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
+    """The kept units per group when nothing is cut."""
+    return {group.name: tuple(range(group.size)) for group in groups}
+
+
+def resolve(anatomy: Anatomy, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Complete a plan: the units that stay in *every* group, given those that some groups keep, see `Couplings`.
+
+    Raises:
+        PlanError: a group that the model does not have, or a unit outside its group.
+    """
+    check_kept(anatomy.groups, kept)
+    sizes = {group.name: group.size for group in anatomy.groups}
+    masks = {name: np.isin(np.arange(sizes[name]), np.asarray(units, dtype=int)) for name, units in kept.items()}
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in anatomy.couplings.left(masks).items()}
+
+
+class Couplings:
+    """Which units go because others do.
+
+    A unit goes when all of a tensor slice of it goes through another group: a head takes its dimensions along,
+    a coupled group its QK and V, and the last V dimension its head. A token goes when its position left in a
+    shallower block.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        self._positions = 1 + max((max(g.token.positions, default=0) for g in groups if g.token is not None), default=0)
+        users = Counter((slices.tensor, slices.dim) for group in groups for slices in group.slices)
+        self._extent: dict[Place, int] = {}
+        self._slices: dict[str, list[_Shared]] = {group.name: [] for group in groups}
+        for group in groups:
+            for slices in group.slices:
+                at = (slices.tensor, slices.dim)
+                if users[at] > 1:  # what one group alone has no other can take along
+                    places = np.fromiter(chain.from_iterable(slices.index), dtype=int)
+                    units = np.repeat(np.arange(group.size), [len(own) for own in slices.index])
+                    self._slices[group.name].append((at, places, units))
+                    self._extent[at] = max(self._extent.get(at, 0), int(places.max(initial=-1)) + 1)
+
+    def left(self, kept: Mapping[str, Mask]) -> dict[str, Mask]:
+        """What stays in every group, given what some keep; masks of shape (size,)."""
+        gone = {at: np.zeros(extent, dtype=bool) for at, extent in self._extent.items()}
+        by: dict[Place, set[str]] = {at: set() for at in gone}
+        whole = {group.name: np.ones(group.size, dtype=bool) for group in self._groups}
+        for group in self._groups:
+            if group.name in kept:
+                self._drop_(gone, by, group, ~kept[group.name])
+        for group in self._groups:
+            # A head that lost its last V is gone for good, so that its QK, which no one reads any more, goes too.
+            if group.role == "head":
+                self._drop_(gone, by, group, ~self._left(gone, by, group, whole[group.name]))
+        result: dict[str, Mask] = {}
+        present: Mask | None = None
+        for group in self._groups:
+            units = kept.get(group.name, whole[group.name])
+            if group.token is None:
+                result[group.name] = self._left(gone, by, group, units)
+                continue
+            positions = np.asarray(group.token.positions, dtype=int)
+            here = np.zeros(self._positions, dtype=bool)
+            here[positions[units]] = True
+            present = here if present is None else here & present
+            result[group.name] = present[positions]
+        return result
+
+    def _drop_(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> None:
+        """Note the slices of ``units`` as gone."""
+        if units.any():
+            for at, places, owners in self._slices[group.name]:
+                gone[at][places[units[owners]]] = True
+                by[at].add(group.name)
+
+    def _left(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> Mask:
+        """Those of ``units`` that keep something of every slice."""
+        for at, places, owners in self._slices[group.name]:
+            if by[at].difference((group.name,)):  # its own drops a group knows already
+                units = units & (np.bincount(owners[~gone[at][places]], minlength=group.size) > 0)
+        return units
+
+
+def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:
+    """Check that ``kept`` names groups of the model and units inside them, each once.
+
+    Raises:
+        PlanError: it does not.
+    """
+    sizes = {group.name: group.size for group in groups}
+    for name, units in kept.items():
+        if name not in sizes:
+            raise PlanError(
+                f"The plan names group {name!r}, which this model does not have: "
+                f"it was made for another model.{nearest(name, sizes)}"
+            )
+        if len(set(units)) != len(units) or (units and not 0 <= min(units) <= max(units) < sizes[name]):
+            raise PlanError(
+                f"The plan keeps units of {name!r} that are repeated or outside 0..{sizes[name] - 1}: "
+                "it is damaged or was made for another model."
+            )

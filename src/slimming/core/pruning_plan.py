@@ -1,0 +1,78 @@
+"""Budgets, plans and structures: the plain data that decides what a slim model is, with their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimming.core.files import FORMAT, atomic_json, check_format, read_sealed, seal
+from slimming.errors import CheckpointError, PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which units stay, per group. Nothing else decides a cut.
+
+    Attributes:
+        kept: group name -> kept units, ascending.
+        sizes: group name -> number of units in the model that the plan was made for.
+        budget: the budget that it answers, as `Budget.to_dict` gives it.
+        solution: how the units were chosen under limits: ``solver``, ``kept_score`` (share of the total score that
+            stays) and ``lost_score`` (the total of what goes: where sensitivity was measured, by how much the loss is
+            expected to grow); of the exact solver also ``gap`` (by how much of the total score a better choice could
+            be, at most), and with a latency table the ``latency_ms`` that it says.
+        fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
+            what stays 1, as the paper does.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    solution: Mapping[str, Any] = field(default_factory=dict)
+    fold: bool = True
+
+    def __post_init__(self) -> None:
+        if set(self.kept) != set(self.sizes):
+            raise PlanError("A plan needs the size of each group that it names; the two sets of names differ.")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            OutputError: the place is not writable, or the disk is full.
+        """
+        atomic_json(Path(path), seal(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it."""
+        groups = {name: {"size": self.sizes[name], "kept": list(units)} for name, units in self.kept.items()}
+        how = {"budget": dict(self.budget), "solution": dict(self.solution), "fold": self.fold}
+        return {"format": FORMAT, **how, "groups": groups}
+
+    @staticmethod
+    def from_dict(value: Any, *, source: str = "plan") -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: it is malformed or of a newer format.
+        """
+        check_format(value, source)
+        try:
+            groups = value["groups"]
+            kept = {name: tuple(int(unit) for unit in entry["kept"]) for name, entry in groups.items()}
+            sizes = {name: int(entry["size"]) for name, entry in groups.items()}
+            solution = dict(value.get("solution", {}))
+            return Plan(kept=kept, sizes=sizes, budget=value["budget"], solution=solution, fold=bool(value["fold"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{source} is damaged: {error!r}. Make the plan again.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of a newer format.
+        """
+        return Plan.from_dict(read_sealed(Path(path)), source=str(path))

@@ -1,0 +1,105 @@
+"""Count what one forward pass costs: parameters, multiply-adds and peak memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from slimming.core.modules import in_evaluation
+from slimming.counting.operations import multiply_adds, unfused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What a forward pass at batch 1 was seen to cost.
+
+    Attributes:
+        params: elements of all parameters.
+        macs: multiply-adds, from the shapes that the dispatcher saw.
+        memory_bytes: parameters plus the peak of living activations, the input excluded.
+    """
+
+    params: int
+    macs: int
+    memory_bytes: int
+
+
+@torch.no_grad()
+def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
+    """Run one image through ``model`` and count: the check of the formulas in `slimming.cost`.
+
+    Args:
+        model: any module, on the CPU or a GPU.
+        input_shape: channels, height and width.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    alive, macs = _Alive([*model.parameters(), *model.buffers(), image]), _Macs()
+    with in_evaluation(model), unfused(), alive, macs:
+        model(image)
+    params = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Counted(params=params, macs=macs.total, memory_bytes=weights + alive.peak)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors made by ``work`` that are alive at once; those that it was given do not count.
+
+    What a kernel takes for itself while it runs is not seen. The count is the same on every machine.
+
+    >>> peak_bytes(lambda: torch.zeros(4).exp().sum())
+    32
+    """
+    with _Alive([]) as alive:
+        work()
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Follows which storages are alive, other than those of ``owned``."""
+
+    def __init__(self, owned: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.owned = {tensor.untyped_storage()._cdata for tensor in owned}
+        self.alive: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            # Views, and results in place of what was there before, are no storages of their own.
+            if key not in self.owned and key not in self.alive and key not in given:
+                self.alive[key] = storage.nbytes()
+                self.total += self.alive[key]
+                weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.total)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.total -= self.alive.pop(key, 0)
+
+
+class _Macs(TorchDispatchMode):
+    """Counts multiply-adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.total += multiply_adds(func._overloadpacket.__name__, args, tensors)
+        return result

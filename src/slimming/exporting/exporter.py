@@ -1,0 +1,263 @@
+"""From a model to files that are known to say what it says."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimming.benchmarking.programs import OPSET
+from slimming.benchmarking.timing import machine, paired_times, speedup, summary
+from slimming.checkpoints import checkpoint, hub
+from slimming.core.files import atomic_directory, atomic_json
+from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
+from slimming.exporting.metadata import class_names, description
+from slimming.exporting.targets import Job, Run, Target, choose
+from slimming.masks.attachment import prunable
+from slimming.masks.soft_masks import attached
+from slimming.models.hosts import classes_of, unplain
+from slimming.runs.setup import image_spec, read_images
+from slimming.training.config import DataConfig
+from slimming.training.tasks import both_heads
+
+STEM = "model"
+CALIBRATION = 128
+"""Images, at most, from which static quantisation takes its ranges."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A file that was checked against the model.
+
+    Attributes:
+        target: what kind of file.
+        file: where it lies; what belongs to it lies beside it.
+        bytes: its size, with what belongs to it.
+        difference: the largest difference of a logit, over all images.
+        relative: the same as a share of the model's largest logit.
+        agreement: the share of images whose first class is the model's; None for a model without classes.
+        images: how many were compared.
+        latency_ms: median milliseconds for one image, here.
+        speedup: over the model in PyTorch, batch 1, measured in turns: median and quartiles.
+    """
+
+    target: str
+    file: Path
+    bytes: int
+    difference: float
+    relative: float
+    agreement: float | None
+    images: int
+    latency_ms: float
+    speedup: Mapping[str, float]
+
+
+def export(
+    model: nn.Module | str | Path,
+    directory: str | Path,
+    *,
+    to: str | Sequence[str] = "onnx",
+    images: str | Sequence[Tensor] | None = None,
+    tolerance: float | None = None,
+    agreement: float | None = None,
+    opset: int = OPSET,
+) -> tuple[Exported, ...]:
+    """Write ``model`` in the forms that runtimes take, for any batch size, each checked against it on real images.
+
+    ``directory`` then holds one file for each target, and ``model.json``: how an image becomes the input, the names of
+    the classes, and what was measured. The same description lies inside each file. If one target fails, nothing is
+    written.
+
+    Args:
+        model: a dense or slim model without masks, the directory of one, or ``hf-hub:owner/name``.
+        directory: one that is empty or does not exist yet.
+        to: ``"pt2"`` (torch.export), ``"onnx"``, ``"onnx-int8-dynamic"``, ``"onnx-int8-static"``, ``"openvino"``,
+            ``"openvino-fp16"``, or several.
+        images: batches of shape (B, C, H, W), as the model takes them; or a folder of images or other data, see
+            `slimming.load_images`; None reads the data that the directory of the model names. With two or more, the
+            first half, at most 128, are for static quantisation, and the others are compared.
+        tolerance: the largest difference of a logit, as a share of the model's largest; by default 1e-5 for pt2, 1e-4
+            for ONNX and OpenVINO in float32, 1e-2 for weights in float16, and none for 8 bits.
+        agreement: the least share of images with the same first class; by default 0.95 for 8 bits, and none for others.
+        opset: version of ONNX's operations.
+
+    Raises:
+        ParityError: a file does not say what the model says.
+        UnsupportedModelError: the model cannot be exported, or has no layers to quantise.
+        ConfigError: no such target, or a limit that is none.
+        MissingExtraError: the library of a target is not installed.
+        DataError: there are no images.
+        OutputError: the directory is occupied, not writable or full.
+
+    >>> import tempfile, timm, torch, slimming
+    >>> model = timm.create_model("test_efficientnet", num_classes=10)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     (made,) = slimming.export(model, directory + "/out", to="pt2", images=[torch.randn(3, 3, 160, 160)])
+    ...     made.file.name, made.relative <= 1e-5
+    ('model.pt2', True)
+    """
+    targets = choose(to)
+    _check_limits(tolerance, agreement)
+    data = DataConfig(source=images) if isinstance(images, str) else None
+    if not isinstance(model, nn.Module):
+        model, data = _opened(model, data, needed=images is None)
+    if attached(model) is not None:
+        raise PlanError("The model has masks; cut it, or call masks.fold_() or masks.detach_(), and export the result.")
+    if data is None and (images is None or isinstance(images, str)):
+        raise DataError("Give images to compare the files on: batches, or a folder.")
+    known = classes_of(model) > 0
+    if not known and any(target.tolerance is None for target in targets) and tolerance is None:
+        raise ConfigError(
+            "The model has no classes, so 8 bits cannot be judged by them; give a tolerance, such as 0.1."
+        )
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise OutputError(f"{directory} is not empty; give another directory, or empty this one first.")
+    calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
+    plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
+    reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
+    spec = image_spec(data or DataConfig(source="batches"), model)
+    words = description(spec, class_names(model), reference.shape[1:])
+    with atomic_directory(directory) as partial:
+        with tempfile.TemporaryDirectory(dir=partial) as workplace:
+            job = Job(plain, words, calibration, opset, Path(workplace))
+            found = [
+                _made(target, job, partial, reference, compared, _limits(target, tolerance, agreement, known))
+                for target in targets
+            ]
+        rows = [{**asdict(one), "file": one.file.name} for one in found]
+        stack = {"opset": opset, "machine": machine(), "torch": torch.__version__}
+        atomic_json(partial / f"{STEM}.json", {**words, "made": stack, "files": rows})
+    return tuple(Exported(**{**vars(one), "file": directory / one.file.name}) for one in found)
+
+
+class _Logits(nn.Module):
+    """The logits alone, of hosts that give more."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return both_heads(self.model(image))[0]
+
+
+class _Timed(nn.Module):
+    """A runtime as a module, for the clock."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.from_numpy(self.run(image.numpy()))
+
+
+def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple[nn.Module, DataConfig | None]:
+    """The model of a directory, and what it was trained on, split as it was then, unless other data is given."""
+    path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
+    model = checkpoint.load(path)
+    stored = checkpoint.read_provenance(path).get("data") if (path / checkpoint.PROVENANCE).exists() else None
+    stored = stored if isinstance(stored, Mapping) else {}
+    source = data.source if data is not None else stored.get("source")
+    if not needed and data is None:
+        return model, None
+    if not source:
+        raise DataError(f"{name} does not say on which data it was trained; give images to compare on.")
+    if source != stored.get("source"):
+        return model, data
+    return model, DataConfig(
+        **unplain({one.name: stored[one.name] for one in fields(DataConfig) if one.name in stored})
+    )
+
+
+def _check_limits(tolerance: float | None, agreement: float | None) -> None:
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigError(f"tolerance is {tolerance}; it is a share of the largest logit, such as 1e-4.")
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise ConfigError(f"agreement is {agreement}; it is a share of the images, from 0 to 1.")
+
+
+def _limits(
+    target: Target, tolerance: float | None, agreement: float | None, known: bool
+) -> tuple[float | None, float | None]:
+    own = target.tolerance if tolerance is None else tolerance
+    same = target.agreement if agreement is None else agreement
+    return own, same if known else None
+
+
+def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The images for static quantisation and those that are compared; one image does both."""
+    shape = prunable(model).anatomy.input_shape
+    given: list[Any] = [batches] if isinstance(batches, Tensor) else list([] if batches is None else batches)
+    if not given or any(not isinstance(batch, Tensor) or batch.shape[1:] != shape for batch in given):
+        raise DataError(f"Give batches of images of shape (B, {', '.join(map(str, shape))}), or a folder of images.")
+    together = torch.cat([batch.float().cpu() for batch in given])
+    if not len(together):
+        raise DataError("There are no images to compare the files on.")
+    half = min(len(together) // 2, CALIBRATION)
+    return together[: max(half, 1)], together[half:]
+
+
+@torch.no_grad()
+def _outputs(run: Run, images: Tensor) -> np.ndarray:
+    """All logits, (N, K), by batches of one, two and more."""
+    sizes = [1, 2] + [32] * (len(images) // 32 + 1)
+    starts = np.cumsum([0, *sizes])
+    parts = [images[start : start + size].numpy() for start, size in zip(starts, sizes, strict=False)]
+    return np.concatenate([np.asarray(run(part)) for part in parts if len(part)])
+
+
+def _made(
+    target: Target,
+    job: Job,
+    directory: Path,
+    reference: np.ndarray,
+    images: Tensor,
+    limits: tuple[float | None, float | None],
+) -> Exported:
+    """Write one target and check it.
+
+    Raises:
+        ParityError: it does not say what the model says.
+    """
+    files = target.files(directory, STEM)
+    target.write(job, files[0])
+    run = target.open(files[0])
+    found = _outputs(run, images)
+    difference = float(np.abs(found - reference).max()) if np.isfinite(found).all() else float("inf")
+    relative = difference / max(float(np.abs(reference).max()), 1e-12)
+    same = float((found.argmax(1) == reference.argmax(1)).mean())
+    tolerance, agreement = limits
+    said = f"The {target.name} file does not say what the model says, on {len(images)} images: "
+    if tolerance is not None and not relative <= tolerance:
+        raise ParityError(
+            f"{said}logits differ by up to {relative:.2g} of the largest, and {tolerance:g} is allowed. "
+            "Nothing was written. Take another target, or give a larger tolerance."
+        )
+    if agreement is not None and not same >= agreement:
+        raise ParityError(
+            f"{said}the first class is the same for {same:.1%}, and at least {agreement:.1%} are asked for. "
+            "Nothing was written. Take another target, or give a smaller agreement."
+        )
+    times = paired_times(
+        {"model": job.model, "file": _Timed(run)}, images.shape[1:], 1, runs=20, seconds=0.5, like=images
+    )
+    return Exported(
+        target=target.name,
+        file=files[0],
+        bytes=sum(file.stat().st_size for file in files),
+        difference=difference,
+        relative=relative,
+        agreement=same if classes_of(job.model.model) else None,  # pyright: ignore[reportArgumentType]
+        images=len(images),
+        latency_ms=summary(times["file"]).median,
+        speedup=speedup(times["model"], times["file"]),
+    )

@@ -1,0 +1,1 @@
+"""Soft masks: the learnable factors of units, attached to a model for a search."""

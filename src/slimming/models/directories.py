@@ -1,0 +1,132 @@
+"""Directories with a config.json, as timm and transformers write them, and what slimming puts into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from slimming.core.files import read_json
+from slimming.core.structure import Structure
+from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.models import build_filled
+from slimming.models.family import ORIGIN
+from slimming.models.hosts import TRANSFORMERS, classes_of, make
+from slimming.models.prunable import read
+
+CONFIG, HOST_WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE = "slimming"
+"""What slim models are called in timm's registry and among transformers' types of model."""
+INNER = "model"
+"""Attribute of the model of transformers that holds the slim one."""
+TIMM_FIELDS = (
+    *("mean", "std", "interpolation", "crop_pct", "crop_mode", "fixed_input_size"),
+    *("first_conv", "classifier", "label_names", "license"),
+)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of ``config.json`` in the directory ``path``.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object.
+    """
+    found = read_json(path / CONFIG)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path / CONFIG} holds no JSON object. Take an intact copy.")
+    return found
+
+
+def structure_in(config: Mapping[str, Any]) -> Structure | None:
+    """The structure of a slim model in the content of a config.json; None where it is of another model.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if MODEL_TYPE not in (config.get("model_type"), config.get("architecture")):
+        return None
+    arguments = config.get("model_args")
+    return Structure.from_dict(arguments.get("structure") if isinstance(arguments, dict) else None, source=CONFIG)
+
+
+def timm_config(model: nn.Module) -> dict[str, Any]:
+    """What timm calls the pretrained configuration of ``model``, plain data, without where its weights came from."""
+    found = getattr(model, "pretrained_cfg", None) or {}
+    config = {key: found[key] for key in TIMM_FIELDS if found.get(key) is not None}
+    shape, classes = read(model).anatomy.input_shape, classes_of(model)
+    for key in ("mean", "std"):  # a model for grey images keeps the three numbers of its ImageNet entry
+        if key in config and len(config[key]) != shape[0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * shape[0]
+    if len(config.get("label_names") or ()) != classes:
+        config.pop("label_names", None)
+    return {**config, "input_size": shape, "num_classes": classes}
+
+
+def unprefixed(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict as ``model`` has it, also where transformers saved it with its model around."""
+    own = model.state_dict().keys()
+    if state and not own & state.keys() and all(name.startswith(f"{INNER}.") for name in state):
+        return {name.removeprefix(f"{INNER}."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def open_directory(
+    path: Path, arguments: Mapping[str, Any] | None = None, *, pretrained: bool = True, classes: int | None = None
+) -> nn.Module:
+    """Make the model in a directory of timm or transformers, or one of slimming without its weights.
+
+    Args:
+        path: holds config.json, and for ``pretrained`` the weights as safetensors.
+        arguments: further arguments of the host's constructor.
+        pretrained: take the weights; otherwise random ones.
+        classes: number of classes; a classifier of another number is replaced by an untrained one.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UnsupportedModelError: the host has no such model, or it does not take the arguments.
+    """
+    config, options = read_config(path), dict(arguments or {})
+    structure = structure_in(config)
+    if structure is not None and not pretrained and not options:
+        return build_filled(structure)
+    if pretrained and not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} has no {HOST_WEIGHTS}; other kinds of weights are not read from a directory.")
+    if "architecture" in config:
+        return _from_timm(path, config, options, pretrained, classes)
+    if "model_type" in config:
+        return make(f"{TRANSFORMERS}{path}", options, pretrained=pretrained, classes=classes)
+    raise CheckpointError(f"{path / CONFIG} names neither timm's architecture nor transformers' model_type.")
+
+
+def _from_timm(
+    path: Path, config: Mapping[str, Any], options: dict[str, Any], pretrained: bool, classes: int | None
+) -> nn.Module:
+    import timm
+
+    name = str(config["architecture"])
+    if not timm.is_model(name):
+        raise UnsupportedModelError(
+            f"timm {timm.__version__} has no model {name!r}, which {path / CONFIG} names."
+            f"{nearest(name, timm.list_models())} Install the version of timm that wrote it."
+        )
+    if classes is not None:
+        options["num_classes"] = classes
+    overlay = dict(options.get("pretrained_cfg_overlay") or {})
+    if pretrained:  # timm would take pickles before some of these, and before 1.0.26 opens these as pickles too
+        weights = min(path.glob("*.safetensors"), key=lambda file: (file.name != HOST_WEIGHTS, file.name))
+        overlay |= {"source": "", "file": str(weights), "custom_load": False}
+    try:
+        model = timm.create_model(
+            f"local-dir:{path}", pretrained=pretrained, **{**options, "pretrained_cfg_overlay": overlay}
+        )
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"timm cannot make the {name} in {path} with {options}: {error}") from error
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"The weights in {path} are damaged or of another model than {name}: {error}") from error
+    given = {**(config.get("model_args") or {}), **options}
+    if name != MODEL_TYPE:
+        model.__dict__[ORIGIN] = {"name": name, "arguments": given}
+    return model

@@ -1,0 +1,210 @@
+"""From the sizes of a timm Vision Transformer to its groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import GluMlp
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import nn
+
+from slimming.core.groups import Group, Limits, Scale, Slices, TokenSite
+from slimming.models.timm_vit.sizes import BlockSizes, norm_follows
+
+Index = tuple[tuple[int, ...], ...]
+
+TOKEN_POOLS = ("token", "avg", "map")
+
+
+def tokens_why_not(vit: VisionTransformer) -> str | None:
+    """Why token positions cannot be cut, or None when they can."""
+    if vit.global_pool not in TOKEN_POOLS:
+        return f"pooling {vit.global_pool!r} needs every token; pooling by {', '.join(TOKEN_POOLS)} does not"
+    if vit.attn_pool is not None and vit.attn_pool.pos_embed is not None:
+        return "the pooling attention adds positions of its own"
+    if not isinstance(vit.patch_drop, nn.Identity):
+        return "patch dropout picks tokens at random in training; make the model with patch_drop_rate=0"
+    return None
+
+
+def block_groups(
+    vit: VisionTransformer, depth: int, sizes: BlockSizes, *, tokens: bool, uncovered: list[str]
+) -> list[Group]:
+    """The groups of one block; what cannot be cut is named in ``uncovered``."""
+    block: Any = vit.get_submodule(sizes.name)
+    groups: list[Group] = []
+    if sizes.heads:
+        inside = _attention_groups(sizes, block.attn, uncovered)
+        groups += [
+            *inside,
+            *_branch(vit, f"{sizes.name}.attn", "norm1" if norm_follows(block) else "attn.proj", inside),
+        ]
+    if sizes.hidden:
+        inside = _mlp_groups(sizes, block.mlp, uncovered)
+        groups += [*inside, *_branch(vit, f"{sizes.name}.mlp", "norm2" if norm_follows(block) else "mlp.fc2", inside)]
+    # Tokens leave in front of a block; its attention is where their masks act.
+    return [*groups, _token_group(vit, depth, sizes)] if tokens and sizes.heads else groups
+
+
+def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -> list[Group]:
+    """A whole attention or MLP as one unit, where its inner units can go too.
+
+    Args:
+        vit: the model.
+        site: the module.
+        last: the layer of the block whose output is added to the residual stream.
+        inside: the groups of the module's inner units.
+    """
+    if not inside:
+        return []
+    owner = f"{site.rpartition('.')[0]}.{last}"
+    everything: dict[tuple[str, int, str], set[int]] = {}
+    for one in (one for group in inside for one in group.slices):
+        places = everything.setdefault((one.tensor, one.dim, one.side), set())
+        places.update(place for unit in one.index for place in unit)
+    return [
+        Group(
+            name=f"{site}.branch",
+            kind="block",
+            size=1,
+            site=site,
+            role="branch",
+            limits=Limits(minimum=0),
+            slices=tuple(
+                Slices(tensor=tensor, dim=dim, index=(tuple(sorted(places)),), side=side)
+                for (tensor, dim, side), places in everything.items()
+            ),
+            scales=tuple(
+                Scale(tensor=f"{owner}.{name}", dim=0, index=(tuple(range(len(tensor))),))
+                for name, tensor in vit.get_submodule(owner).named_parameters()
+            ),
+        )
+    ]
+
+
+def _single(count: int, *offsets: int) -> Index:
+    """One place per unit and offset."""
+    return tuple(tuple(offset + unit for offset in offsets) for unit in range(count))
+
+
+def _runs(lengths: tuple[int, ...]) -> Index:
+    """The places of consecutive runs of the given lengths."""
+    starts = [sum(lengths[:part]) for part in range(len(lengths))]
+    return tuple(tuple(range(start, start + length)) for start, length in zip(starts, lengths, strict=True))
+
+
+def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[str]) -> list[Group]:
+    """QK, V, the two coupled, and whole heads of one attention module."""
+    site = f"{sizes.name}.attn"
+    if isinstance(attention, Attention) and not isinstance(attention.norm, nn.Identity):
+        uncovered.append(f"{site}: a norm over all heads follows the attention, so heads and dimensions stay whole")
+        return []
+    qk_parts = tuple(qk for qk, _ in sizes.heads)
+    v_parts = tuple(v for _, v in sizes.heads)
+    total = sizes.qk_total
+    qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
+    proj = f"{site}.proj.weight"
+
+    def value_slices(rows: Index, columns: Index) -> tuple[Slices, ...]:
+        made = tuple(Slices(tensor=name, dim=0, index=rows, side="in") for name in qkv)
+        return (*made, Slices(tensor=proj, dim=1, index=columns, side="out"))
+
+    queries, keys = _single(total, 0), _single(total, total)
+    columns = _single(sizes.v_total, 0)
+    v_slices = value_slices(_single(sizes.v_total, 2 * total), columns)
+    qk_slices = tuple(
+        Slices(tensor=name, dim=0, index=index, side=side)
+        for index, side in ((queries, "in"), (keys, "out"))
+        for name in qkv
+    )
+    heads_qk, heads_v = _runs(qk_parts), _runs(v_parts)
+    head_rows = tuple(
+        (*qk, *(total + place for place in qk), *(2 * total + place for place in v))
+        for qk, v in zip(heads_qk, heads_v, strict=True)
+    )
+    whole_qk = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
+    if not whole_qk:
+        uncovered.append(f"{site} QK: queries and keys are normalised over the head dimension, so QK stays whole")
+    scale_v = Scale(tensor=proj, dim=1, index=columns)
+    roles = {
+        "qk": (whole_qk, qk_parts, qk_slices, tuple(Scale(tensor=name, dim=0, index=queries) for name in qkv)),
+        "v": (True, v_parts, v_slices, (scale_v,)),
+        "qkv": (
+            whole_qk and qk_parts == v_parts,
+            qk_parts,
+            qk_slices + v_slices,
+            (*(Scale(tensor=name, dim=0, index=_single(total, 0, total)) for name in qkv), scale_v),
+        ),
+    }
+    groups = [
+        Group(
+            name=f"{site}.{role}",
+            kind="head_dim",
+            size=sum(parts),
+            site=site,
+            role=role,
+            limits=Limits(parts=parts),
+            slices=slices,
+            scales=scales,
+        )
+        for role, (possible, parts, slices, scales) in roles.items()
+        if possible
+    ]
+    head = Group(
+        name=f"{site}.heads",
+        kind="head",
+        size=len(sizes.heads),
+        site=site,
+        role="head",
+        slices=value_slices(head_rows, heads_v),
+        scales=(Scale(tensor=proj, dim=1, index=heads_v),),
+    )
+    return [*groups, head]
+
+
+def _mlp_groups(sizes: BlockSizes, mlp: nn.Module, uncovered: list[str]) -> list[Group]:
+    site = f"{sizes.name}.mlp"
+    if not isinstance(mlp.norm, nn.Identity):
+        uncovered.append(f"{site}: a norm over the hidden units follows the activation, so they stay whole")
+        return []
+    # A gated MLP makes both halves with one Linear: unit u owns rows u and hidden + u.
+    rows = _single(sizes.hidden, 0, sizes.hidden) if isinstance(mlp, GluMlp) else _single(sizes.hidden, 0)
+    columns = _single(sizes.hidden, 0)
+    inputs = [f"{site}.fc1.{name}" for name, _ in mlp.fc1.named_parameters()]
+    output = f"{site}.fc2.weight"
+    return [
+        Group(
+            name=f"{site}.hidden",
+            kind="mlp",
+            size=sizes.hidden,
+            site=site,
+            role="mlp",
+            slices=(
+                *(Slices(tensor=name, dim=0, index=rows, side="in") for name in inputs),
+                Slices(tensor=output, dim=1, index=columns, side="out"),
+            ),
+            scales=(Scale(tensor=output, dim=1, index=columns),),
+        )
+    ]
+
+
+def _token_group(vit: VisionTransformer, depth: int, sizes: BlockSizes) -> Group:
+    pooled_by_attention = vit.attn_pool is not None
+    return Group(
+        name=f"{sizes.name}.tokens",
+        kind="token",
+        size=len(sizes.positions),
+        site=sizes.name,
+        role="token",
+        token=TokenSite(
+            depth=depth,
+            block=sizes.name,
+            attention=f"{sizes.name}.attn",
+            norms=(f"{sizes.name}.norm1", f"{sizes.name}.norm2"),
+            prefix=vit.num_prefix_tokens,
+            positions=sizes.positions,
+            mean_pool="norm" if vit.global_pool == "avg" and not pooled_by_attention else None,
+            pool_prefix=vit.pool_include_prefix,
+            attention_pool="attn_pool" if pooled_by_attention else None,
+        ),
+    )

@@ -1,0 +1,150 @@
+"""How timm makes a dense Vision Transformer again: an architecture name and what differs from its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import nn
+
+from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.models.family import difference
+from slimming.models.hosts import give_image_settings_, image_settings, unplain
+
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+UNFILLED = {"weight_init": "skip"}
+"""Drawing random weights is most of the time that timm takes to make a model, and on the meta device in vain."""
+
+
+def constructor(vit: VisionTransformer) -> dict[str, Any]:
+    """The base of ``vit``: class, architecture, the arguments that differ from its defaults, and input settings.
+
+    Raises:
+        UnsupportedModelError: timm makes other modules from what was read.
+    """
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    if name is not None and config.get("tag"):
+        name = f"{name}.{config['tag']}"
+    base: dict[str, Any] = {"class": type(vit).__name__, "architecture": name, "arguments": {}}
+    base["config"] = image_settings(vit)
+    default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
+    base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
+    found = difference(vit, build(base))
+    if found is not None:
+        raise UnsupportedModelError(
+            f"timm cannot make this {type(vit).__name__} again: {found}. Slimming needs a model made by "
+            "timm.create_model, or a VisionTransformer whose layers are of timm's default classes."
+        )
+    return base
+
+
+def rebased(base: Mapping[str, Any], vit: VisionTransformer) -> dict[str, Any]:
+    """The base of a slim model, with what its user changed since the cut by ``reset_classifier`` and the like."""
+    base, wanted = {**base, "config": image_settings(vit)}, _changeable(vit)
+    if wanted == _changeable(build(base)):
+        return base
+    # All of them, since timm's default for one (the norm in front of the classifier) depends on another.
+    return {**base, "arguments": {**base["arguments"], **wanted}}
+
+
+def build(base: Mapping[str, Any]) -> VisionTransformer:
+    """Make the dense model on the meta device.
+
+    Raises:
+        CheckpointError: timm does not know the architecture or an argument.
+    """
+    arguments = unplain(base["arguments"])
+    if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
+        # timm would take the name for an address on the hub and go there.
+        raise CheckpointError(
+            f"timm {timm.__version__} has no architecture {base['architecture']!r}. "
+            "Install the timm version named in provenance.json."
+        )
+    try:
+        with torch.device("meta"):
+            if base["architecture"] is None:
+                model = CLASSES[base["class"]](**arguments, **UNFILLED)
+            else:
+                model = timm.create_model(base["architecture"], pretrained=False, **arguments, **UNFILLED)
+    except (KeyError, TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise CheckpointError(
+            f"timm {timm.__version__} cannot make {base.get('architecture') or base.get('class')!r} "
+            f"with {arguments}: {error}. Install the timm version named in provenance.json."
+        ) from error
+    if type(model).__name__ != base["class"]:
+        raise CheckpointError(
+            f"timm {timm.__version__} makes a {type(model).__name__} for {base['architecture']!r}, "
+            f"the checkpoint holds a {base['class']}. Install the timm version named in provenance.json."
+        )
+    give_image_settings_(model, base["config"])
+    return model
+
+
+def input_channels(vit: VisionTransformer) -> int:
+    """Channels of the images that ``vit`` takes; a hybrid has layers in front of its patch projection."""
+    return next(module.in_channels for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
+
+
+@cache
+def _defaults(class_name: str, architecture: str | None) -> Mapping[str, Any]:
+    """The arguments that timm takes for an architecture when none are given."""
+    return _arguments(build({"class": class_name, "architecture": architecture, "arguments": {}, "config": {}}))
+
+
+def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+    """Read the arguments of timm's constructor off a model."""
+    block = vit.blocks[0]
+    attention = block.attn if isinstance(block.attn, Attention) else None
+    last = vit.blocks[-1].drop_path1
+    width = vit.embed_dim
+    return {
+        **_changeable(vit),
+        "in_chans": input_channels(vit),
+        "embed_dim": width,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        # A quarter unit more than the quotient, so that timm's truncation gives the same hidden size.
+        "mlp_ratio": (block.mlp.fc1.out_features + 0.25) / width,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": attention is not None and not isinstance(attention.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": None if isinstance(_scale(block), nn.Identity) else 1e-5,
+        "class_token": vit.has_class_token,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "no_embed_class": vit.no_embed_class,
+        "reg_tokens": vit.num_reg_tokens,
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "pool_include_prefix": vit.pool_include_prefix,
+        "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": vit.patch_embed.dynamic_img_pad,
+        "patch_drop_rate": 0.0 if isinstance(vit.patch_drop, nn.Identity) else vit.patch_drop.prob,
+        "drop_rate": vit.head_drop.p,
+        "pos_drop_rate": vit.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "drop_path_rate": 0.0 if isinstance(last, nn.Identity) else last.drop_prob,
+    }
+
+
+def _changeable(vit: VisionTransformer) -> dict[str, Any]:
+    """The arguments that timm lets a user change in a model: classifier, pooling, image and patch size."""
+    return {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": list(vit.patch_embed.patch_size),
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+    }
+
+
+def _scale(block: nn.Module) -> nn.Module:
+    return getattr(block, "ls1", nn.Identity())

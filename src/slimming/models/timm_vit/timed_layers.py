@@ -1,0 +1,151 @@
+"""The steps of a timm Vision Transformer whose time is looked up in a latency table, and how to make each alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from slimming.core.formulas import Dim
+from slimming.core.groups import Piece
+from slimming.models.family import Timed
+from slimming.models.layers import TokenSelect
+from slimming.models.timm_vit.operations import alive_of, dim_of, qk_of, tokens_of
+from slimming.models.timm_vit.resize import resize_block_
+from slimming.models.timm_vit.sizes import BlockSizes, norm_follows
+from slimming.models.timm_vit.width import WIDTH, resize_width_
+
+
+def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[Piece, ...]:
+    """Every step, with what its time depends on.
+
+    Args:
+        vit: the model.
+        blocks: its sizes.
+        groups: names of the groups that exist; a size that no group names is fixed.
+    """
+    if not isinstance(vit.patch_embed.proj, nn.Conv2d):
+        return ()  # a hybrid whose layers make the embedding by themselves
+    width = dim_of(WIDTH, vit.embed_dim, groups)
+    images = "x".join(map(str, (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)))
+    patch = "x".join(map(str, vit.patch_embed.patch_size))
+    found = [
+        Piece(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
+    ]
+    incoming = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
+    for sizes in blocks:
+        block: Any = vit.get_submodule(sizes.name)
+        tokens = tokens_of(vit, sizes, groups, incoming)
+        axes = (("tokens", tokens), ("width", width))
+        order = "norm behind" if norm_follows(block) else "norm in front"
+        scaled = "" if isinstance(getattr(block, "ls1", None), (nn.Identity, type(None))) else ", layer scale"
+        if tokens != incoming:
+            found.append(Piece(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming))
+        if sizes.heads:
+            own = "" if isinstance(block.attn.q_norm, nn.Identity) else ", QK norm"
+            found.append(
+                Piece(
+                    name=f"{sizes.name}.attn",
+                    kind="attention",
+                    like=f"{len(sizes.heads)} heads, {order}{scaled}{own}",
+                    # Queries, keys and values of all heads together.
+                    axes=(*axes, ("qkv", _qkv(sizes, groups))),
+                    alive=alive_of(f"{sizes.name}.attn", groups),
+                )
+            )
+        if sizes.hidden:
+            mlp = block.mlp
+            found.append(
+                Piece(
+                    name=f"{sizes.name}.mlp",
+                    kind="mlp",
+                    like=f"{type(mlp).__name__} {type(mlp.act).__name__}, {order}{scaled}",
+                    axes=(*axes, ("hidden", dim_of(f"{sizes.name}.mlp.hidden", sizes.hidden, groups))),
+                    alive=alive_of(f"{sizes.name}.mlp", groups),
+                )
+            )
+        incoming = tokens
+    head = f"{vit.num_classes} classes, pooling {vit.global_pool or 'none'}"
+    found.append(Piece(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
+    return tuple(found)
+
+
+def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
+    qk = qk_of(sizes, groups)
+    return qk + qk + dim_of(f"{sizes.name}.attn.v", sizes.v_total, groups)
+
+
+@torch.no_grad()
+def piece_module(
+    vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
+) -> Timed:
+    """A module that does what ``piece`` does at ``sizes``.
+
+    Blocks get as many copies as stand between two uses of one block in a model, so that their weights are not found
+    in a cache where the model's would not be.
+    """
+    depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
+    own = vit.get_submodule(piece.name) if piece.kind in ("attention", "mlp") else None
+    kept = nn.Sequential() if own is None else nn.Sequential(copy.deepcopy(_block_of(vit, piece)))
+    lean = copy.deepcopy(vit, {id(vit.blocks): kept})
+    if piece.kind == "patch_embed":
+        resize_width_(lean, sizes["width"])
+        return Timed(_Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size))
+    shape = (sizes["tokens"], sizes["width"])
+    if piece.kind == "select":
+        incoming = vit.num_prefix_tokens + vit.patch_embed.num_patches
+        select = TokenSelect(range(sizes["tokens"]), incoming).to(vit.patch_embed.proj.weight.device)
+        return Timed(select, (incoming, sizes["width"]))
+    if piece.kind == "head":
+        resize_width_(lean, sizes["width"])
+        return Timed(_Head(lean), shape)
+    wanted = BlockSizes(name="blocks.0", heads=(), scale=1.0, hidden=sizes.get("hidden", 0), positions=(0,))
+    if piece.kind == "attention":
+        count = int(piece.like.partition(" ")[0])
+        each = sizes["qkv"] // (3 * count)
+        heads = _spread(each, count, own.qkv.out_features // (3 * count)) if uneven_heads else [each] * count
+        wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=each**-0.5)
+    resize_block_(lean, wanted)
+    resize_width_(lean, sizes["width"])
+    return Timed(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
+
+
+def _spread(mean: int, count: int, full: int) -> list[int]:
+    """Sizes of ``count`` heads in multiples of 8 around ``mean``, up to half as much again, as plans leave them."""
+    if mean % 8 or mean >= full:
+        return [mean] * count
+    span = min(full, 1.5 * mean) - mean
+    half = [round(span * (count - 1 - 2 * place) / (8 * max(count - 1, 1))) * 8 for place in range(count // 2)]
+    middle = [0] * (count % 2)
+    return sorted(mean + offset for offset in (*half, *middle, *(-offset for offset in half)))
+
+
+def _block_of(vit: VisionTransformer, piece: Piece) -> nn.Module:
+    return vit.get_submodule(piece.name.rpartition(".")[0])
+
+
+class _Stem(nn.Module):
+    """From images (B, C, H, W) to tokens (B, N, D)."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(image)))
+
+
+class _Head(nn.Module):
+    """From tokens (B, N, D) to class scores."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit.forward_head(self.vit.norm(x))

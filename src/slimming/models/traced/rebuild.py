@@ -1,0 +1,257 @@
+"""How hosts make a dense model again: names and arguments, plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from slimming.core.files import check_json
+from slimming.errors import CheckpointError, ConfigError
+from slimming.models.family import ORIGIN, difference
+from slimming.models.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
+
+OWN = "own"
+"""The host of a model that only its user can make."""
+TOKENS = 16
+"""Length of the sequences that torch's own encoders are read with."""
+
+
+def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+    """The base of ``model``: who makes it, from which name and arguments.
+
+    A model that no host makes again has a base that says why; it can be cut, and saved and loaded with the help
+    of whoever made it.
+
+    Args:
+        model: a model without a structure of its own.
+        change_: what was done to it since its host made it, such as a part that was cut.
+    """
+    module = type(model).__module__
+    if module.startswith("transformers."):
+        makers = _transformers_candidates(model)
+    elif module.startswith("torchvision."):
+        makers = _torchvision_candidates(model)
+    else:
+        makers = _timm_candidates(model)
+    why = "it is not a model that timm, transformers or torchvision makes by name"
+    for base in makers:
+        try:
+            made = _quiet_build(base)
+        except CheckpointError:
+            continue
+        if change_ is not None:
+            change_(made)
+        why = difference(model, made)
+        if why is None:
+            return base
+    return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
+
+
+def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The base of a slim model, with what its user may have changed since the cut: the number of classes, names."""
+    if base["host"] == "transformers":
+        return {**base, "config": _config(model), "images": image_settings(model)}
+    if base["host"] == "torchvision":
+        arguments = dict(base["arguments"])
+        if "num_classes" in arguments:
+            arguments["num_classes"] = classes_of(model)
+        return {**base, "arguments": arguments, "images": image_settings(model)}
+    if base["host"] != "timm":
+        return dict(base)
+    arguments, classes = base["arguments"], getattr(model, "num_classes", None)
+    if isinstance(classes, int) and arguments.get("num_classes") != classes:
+        arguments = {**arguments, "num_classes": classes}
+    return {**base, "arguments": arguments, "config": image_settings(model)}
+
+
+def build(base: Mapping[str, Any]) -> nn.Module:
+    """Make the dense model with weights of no meaning.
+
+    Raises:
+        CheckpointError: its host is not installed, or does not know the name or an argument.
+    """
+    makers = {"timm": _make_timm, "transformers": _make_transformers, "torchvision": _make_torchvision}
+    maker = makers.get(base.get("host", ""))
+    if maker is None:
+        raise CheckpointError(
+            f"This checkpoint is of {base.get('class')}, which slimming cannot make by itself ({base.get('why')}). "
+            "Make the dense model yourself and hand it over: slimming.load(path, dense=model)."
+        )
+    try:
+        return maker(base)
+    except ImportError as error:
+        raise CheckpointError(f"This checkpoint needs {base['host']}: pip install {base['host']}.") from error
+    except (KeyError, TypeError, RuntimeError, AssertionError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{base['host']} cannot make {base.get('name')!r}: {error}. Install the version named in provenance.json."
+        ) from error
+
+
+def input_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the image that ``model`` takes, as far as it says so; else (C, 224, 224).
+
+    For torch's own encoders, which take no image, some number of tokens and their width.
+    """
+    if isinstance(model, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        layer: Any = model.layers[0] if isinstance(model, nn.TransformerEncoder) else model
+        return (TOKENS, layer.self_attn.embed_dim)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else 3
+    for owner in model.modules():
+        config = getattr(owner, "config", None)
+        parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
+        for part in (owner, *parts):
+            size = getattr(part, "image_size", None) or getattr(part, "img_size", None)
+            if isinstance(size, (tuple, list)) and len(size) == 3:
+                return (int(size[0]), int(size[1]), int(size[2]))
+            if isinstance(size, (int, tuple, list)):
+                return (int(getattr(part, "num_channels", channels)), *_pair(size))
+    wanted = _timm_config(model).get("input_size")
+    return (channels, int(wanted[1]), int(wanted[2])) if wanted else (channels, 224, 224)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _timm_config(model: nn.Module) -> dict[str, Any]:
+    found = getattr(model, "pretrained_cfg", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Ways in which timm may have made ``model``, the plainest first."""
+    config = _timm_config(model)
+    kept = image_settings(model)
+    noted = model.__dict__.get(ORIGIN)
+    if noted is not None:
+        arguments = {key: plain(value) for key, value in noted["arguments"].items()}
+        yield {"host": "timm", "name": noted["name"], "arguments": arguments, "config": kept}
+    name = config.get("architecture")
+    if name is None:
+        return
+    if config.get("tag"):
+        name = f"{name}.{config['tag']}"
+    channels, height, width = input_shape(model)
+    arguments: dict[str, Any] = {}
+    if getattr(model, "num_classes", None) not in (None, config.get("num_classes")):
+        arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
+    if channels != (config.get("input_size") or (channels,))[0]:
+        arguments["in_chans"] = channels
+    made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.31 on
+    if isinstance(made_with, dict):
+        given = {key: plain(value) for key, value in made_with.items()}
+        with contextlib.suppress(ConfigError):
+            check_json(given, "arguments")
+            yield {"host": "timm", "name": name, "arguments": {**given, **arguments}, "config": kept}
+    sized = {"img_size": [height, width]}
+    pooled = {"global_pool": model.global_pool} if isinstance(getattr(model, "global_pool", None), str) else {}
+    for extra in ({}, sized, pooled, {**sized, **pooled}):
+        yield {"host": "timm", "name": name, "arguments": {**arguments, **extra}, "config": kept}
+
+
+def _make_timm(base: Mapping[str, Any]) -> nn.Module:
+    arguments = unplain(base["arguments"])
+    name = str(base["name"])
+    if not timm.is_model(name.partition(".")[0]):
+        # timm would take the name for an address on the hub and go there.
+        raise ValueError("there is no such architecture")
+    model = timm.create_model(name, pretrained=False, **arguments)
+    give_image_settings_(model, base["config"])
+    return model
+
+
+def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Ways in which torchvision may have made ``model``, the plainest first."""
+    module = type(model).__module__
+    if not module.startswith("torchvision.models"):
+        return
+    import torchvision
+
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
+    arguments: dict[str, Any] = {}
+    for one in last:
+        arguments["num_classes"] = one.out_features if isinstance(one, nn.Linear) else one.out_channels
+    if isinstance(getattr(model, "transform_input", None), bool):  # GoogLeNet and Inception
+        arguments |= {"transform_input": model.transform_input, "init_weights": False}
+        arguments |= {"aux_logits": bool(model.aux_logits)}
+    _, height, width = input_shape(model)
+    extras: list[dict[str, Any]] = [{}, {"image_size": height}] if height == width else [{}]
+    if ".segmentation." in module:
+        arguments = {"weights_backbone": None, "num_classes": arguments.get("num_classes")}
+        extras = [{}, {"aux_loss": True}]
+    for name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        if builder.__module__ == module:
+            for extra in extras:
+                chosen = {**arguments, **extra}
+                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": image_settings(model)}
+
+
+def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
+    import torchvision
+
+    model = torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
+    give_image_settings_(model, base.get("images", {}))
+    return model
+
+
+def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
+    """Ways in which transformers may have made ``model``: from its configuration, with or without a pooler."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
+    for arguments in ({}, {"add_pooling_layer": False}):
+        yield {**base, "config": _config(model), "arguments": arguments, "images": image_settings(model)}
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """The configuration of a model of transformers, whole and as JSON has it."""
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
+    import transformers
+
+    cls, config_class = (getattr(transformers, str(base[key]), None) for key in ("name", "config_class"))
+    # A name from a file may only lead to a model.
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError("there is no such model")
+    if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
+        raise ValueError(f"there is no configuration {base['config_class']!r}")
+    config = config_class.from_dict(json.loads(json.dumps(base["config"])))
+    model = cls(config, **base.get("arguments", {}))
+    give_image_settings_(model, base.get("images", {}))
+    return model
+
+
+class _NumbersApart(TorchFunctionMode):
+    """Number ranges are made on the CPU: some hosts work out their sizes with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.arange, torch.linspace, torch.tensor):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+def _quiet_build(base: Mapping[str, Any]) -> nn.Module:
+    """The model of a candidate base, on the meta device: its shapes are all that is compared."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            return build(base)
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+        with _NumbersApart():
+            return build(base)

@@ -1,0 +1,102 @@
+"""Where the attention modules of transformers keep their heads.
+
+Most of its models share a few layouts, so that a module without a row of its own is looked up by the names of its
+layers; the proof of each group says whether its forward goes by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from slimming.models.traced.free_heads import is_unbound, unbound_class
+from slimming.models.traced.heads import Heads, Row
+
+COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+"""What the classes call the number of heads."""
+_PROJECTED = {"q_proj": 1, "k_proj": 1, "v_proj": 1}
+_LAYOUTS = (
+    Heads(inputs=_PROJECTED, output="o_proj"),
+    Heads(inputs=_PROJECTED, output="out_proj"),
+    Heads(inputs={"query": 1, "key": 1, "value": 1}, output="proj"),
+    *(
+        Heads(inputs={f"{inner}.{path}": 1 for path in ("query", "key", "value")}, output="output.dense")
+        for inner in ("attention", "self")
+    ),
+)
+"""The layers by which a module without a row is known; what it has besides is found by `_laid_out`."""
+_REDUCTIONS = (
+    *("sequence_reduction", "spatial_reduction", "layer_norm"),
+    *("sequence_reduction.sequence_reduction", "sequence_reduction.layer_norm"),
+)
+_BIASES = ("relative_position_bias_table", "relative_position_bias.relative_position_bias_table")
+
+
+def _laid_out(module: nn.Module, layout: Heads) -> Heads:
+    """``layout`` with what counts the heads of ``module`` and what else it has per head."""
+    inner = next(iter(layout.inputs)).rpartition(".")[0]
+    owner: Any = module.get_submodule(inner)
+    counts = [count for count in COUNTS if type(getattr(owner, count, None)) is int]
+    prefix = f"{inner}." if inner else ""
+    rows = module.get_submodule(next(iter(layout.inputs))).out_features
+    size = getattr(owner, "head_dim", None) or getattr(owner, "attention_head_size", None)
+    row = replace(
+        layout,
+        tied=tuple(f"{prefix}{path}" for path in _REDUCTIONS),
+        per_head={f"{prefix}{path}": 1 for path in _BIASES},
+        count=f"{prefix}{counts[0]}" if counts else rows // size if size else 1,
+        sizes=(f"{prefix}all_head_size",),
+        unbound=is_unbound(module) or unbound_class(type(module)) is not None,
+    )
+    shared = getattr(owner, "num_key_value_heads", None)
+    if type(shared) is int and counts and shared != getattr(owner, counts[0]):
+        # With fewer keys than queries, a unit is a key with all its queries.
+        return replace(row, count=f"{prefix}num_key_value_heads", sizes=(*row.sizes, f"{prefix}{counts[0]}"))
+    return row
+
+
+def layout_of(module: nn.Module) -> Heads | None:
+    """The heads of a module of transformers that has no row, by the names of its layers; None if they say nothing."""
+    names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    for layout in _LAYOUTS:
+        if {*layout.inputs, layout.output} <= names:
+            return _laid_out(module, layout)
+    return None
+
+
+def _beit_layer(module: Any) -> Heads:
+    """A layer of BEiT owns the position bias of its attention, unless the model has one for all layers."""
+    return Heads(
+        inputs={f"attention.{path}": 1 for path in _PROJECTED},
+        output="attention.o_proj",
+        per_head={_BIASES[1]: 1},
+        count="attention.num_attention_heads",
+    )
+
+
+_BIASED = {"per_head": {"attention_biases": 0}, "sizes": ("out_dim_keys_values", "out_dim_projection")}
+
+_ROWS: dict[str, Row] = {
+    "beit.modeling_beit.BeitLayer": _beit_layer,
+    "hiera.modeling_hiera.HieraMaskUnitAttention": Heads(inputs={"qkv": 3}, sizes=("hidden_size_output",)),
+    "levit.modeling_levit.LevitAttention": Heads(
+        inputs={"queries_keys_values": 1}, output="projection", count="num_attention_heads", **_BIASED
+    ),
+    "levit.modeling_levit.LevitAttentionSubsample": Heads(
+        inputs={"keys_values": 1, "queries": 1}, output="projection", count="num_attention_heads", **_BIASED
+    ),
+    "swinv2.modeling_swinv2.Swinv2Attention": Heads(
+        inputs={f"self.{path}": 1 for path in ("query", "key", "value", "continuous_position_bias_mlp.2")},
+        apart=("self.continuous_position_bias_mlp.2",),
+        output="output.dense",
+        per_head={"self.logit_scale": 0},
+        count="self.num_attention_heads",
+        sizes=("self.all_head_size",),
+    ),
+    "vitdet.modeling_vitdet.VitDetAttention": Heads(inputs={"qkv": 3}),
+}
+
+TRANSFORMERS: dict[str, Row] = {f"transformers.models.{name}": row for name, row in _ROWS.items()}
+"""Full class name -> where its heads are."""

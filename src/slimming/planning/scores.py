@@ -1,0 +1,96 @@
+"""Scores of a model's units, and the files that hold them."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from slimming.checkpoints import checkpoint
+from slimming.core.files import FORMAT, atomic_write_bytes, seal, unseal
+from slimming.core.groups import Anatomy
+from slimming.core.layout import Layout
+from slimming.core.structure import Structure
+from slimming.errors import CheckpointError
+from slimming.models.prunable import read
+from slimming.planning.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """Scores of a model's units, and how plans are made of them unless asked otherwise.
+
+    Attributes:
+        anatomy: the model.
+        scores: group name -> score of each unit, shape (size,).
+        layout: which sizes the layers get.
+        fold: see `Plan`.
+        sensitivity: what cutting each kind does, see `slimming.scoring.sensitivity`; None if it was not measured.
+    """
+
+    anatomy: Anatomy
+    scores: Mapping[str, Tensor]
+    layout: Layout = field(default_factory=Layout)
+    fold: bool = True
+    sensitivity: Sensitivity | None = None
+
+
+class Rated(abc.ABC):
+    """Something that plans can be made from, such as a search result."""
+
+    @property
+    @abc.abstractmethod
+    def rating(self) -> Rating:
+        """Its scores."""
+
+
+def save_scores(path: str | Path, rating: Rating) -> None:
+    """Write scores with the structure of the model they are of, so that plans can be made without the model.
+
+    Raises:
+        OutputError: the place is not writable, or the disk is full.
+    """
+    entry = {
+        "format": FORMAT,
+        "structure": rating.anatomy.structure.to_dict(),
+        "scores_sha256": _digest(rating.scores),
+        "layout": asdict(rating.layout),
+        "fold": rating.fold,
+        "sensitivity": None if rating.sensitivity is None else rating.sensitivity.to_dict(),
+    }
+    metadata = {"slimming": json.dumps(seal(entry))}
+    atomic_write_bytes(Path(path), checkpoint.dump_tensors(rating.scores, metadata))
+
+
+def _digest(scores: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
+
+
+def load_scores(path: str | Path) -> Rating:
+    """Read what `save_scores` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of a newer format.
+    """
+    path = Path(path)
+    data = checkpoint.read_bytes(path)
+    scores = checkpoint.parse_tensors(data, path)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        entry, intact = unseal(json.loads(header["__metadata__"]["slimming"]))
+        structure, layout = entry["structure"], Layout(**entry["layout"])
+        measured = None if entry["sensitivity"] is None else Sensitivity.from_dict(entry["sensitivity"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a scores file of slimming. Give one that slimming search wrote."
+        ) from error
+    if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
+        raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
+    model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
+    anatomy = read(model).anatomy
+    return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

@@ -1,0 +1,1 @@
+"""Cut a model by a plan, exactly, and compensate for what goes."""

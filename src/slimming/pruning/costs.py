@@ -1,0 +1,57 @@
+"""The cost of a model, now or under a plan."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from slimming.core.completion import complete
+from slimming.core.groups import keep_all
+from slimming.core.pruning_plan import Plan
+from slimming.counting.measured import count
+from slimming.counting.model_cost import Cost, per_group, total
+from slimming.masks.attachment import prunable
+from slimming.masks.soft_masks import attached
+from slimming.models.prunable import PrunableModel
+from slimming.pruning.cutting import cut
+
+
+def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
+    """What ``model`` costs, now or under ``plan``, by formula.
+
+    The memory of traced models, and of heads of several sizes, has no formula: one forward pass is counted.
+
+    Raises:
+        UnsupportedModelError: no family reads the model.
+        PlanError: the plan was made for another model.
+
+    >>> import timm, slimming
+    >>> slimming.cost(timm.create_model("deit_small_patch16_224")).macs
+    4598882304
+    """
+    return cost_of(prunable(model), plan)
+
+
+def cost_of(found: PrunableModel, plan: Plan | None = None) -> Cost:
+    """`cost` of a model that was read before."""
+    model, anatomy = found.model, found.anatomy
+    kept = complete(anatomy, plan) if plan is not None else keep_all(anatomy.groups)
+    counts = {name: len(units) for name, units in kept.items()}
+    element_bytes = next(model.parameters()).element_size()
+    formula = total(anatomy, counts, element_bytes=element_bytes)
+    if found.family.has_memory_formula(anatomy, kept):
+        memory = formula.memory_bytes
+    else:
+        memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
+    return Cost(params=formula.params, macs=formula.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without masks."""
+    if attached(model) is None:
+        return model
+    copied = copy.deepcopy(model)
+    if (found := attached(copied)) is not None:
+        found.detach_()
+    return copied

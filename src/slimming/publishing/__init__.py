@@ -1,0 +1,1 @@
+"""Share a slim model: the hub, its model card, timm and transformers."""

@@ -1,0 +1,1 @@
+"""Train a model that was cut, distilled from the dense one by default."""

@@ -1,0 +1,1 @@
+"""The whole job from one configuration: search, cut, retrain, measure, report."""

@@ -1,0 +1,281 @@
+"""What a run found, as the plain data of ``results.json`` and of provenance files."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from slimming.benchmarking.config import BenchConfig
+from slimming.benchmarking.timing import machine, paired_times, speedup, summary
+from slimming.core.budget import Budget
+from slimming.core.files import FORMAT
+from slimming.core.groups import Anatomy, Group, resolve
+from slimming.core.kinds import KINDS
+from slimming.core.pruning_plan import Plan
+from slimming.models.prunable import PrunableModel
+from slimming.planning.sensitivity import Sensitivity
+from slimming.pruning.costs import cost
+from slimming.searching.mask_search import SearchResult
+from slimming.training.samples import Data, ImageDataset
+
+HISTOGRAM_BINS = 30
+EXAMPLE_IMAGES = 4
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    names = ("slimming", "torch", "timm", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def measure_all(
+    models: Mapping[str, nn.Module], input_shape: Sequence[int], config: BenchConfig
+) -> dict[str, dict[str, Any]]:
+    """Latency of every model and speed-up over the first, per batch size; all measured in turns."""
+    reference = next(iter(models))
+    found: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
+    for size in config.batch_sizes:
+        times = paired_times(
+            models, input_shape, size, runs=config.runs, seconds=config.seconds, runtime=config.runtime
+        )
+        for name, values in times.items():
+            found[name]["latency_ms"][str(size)] = summary(values).to_dict()
+            found[name]["speedup"][str(size)] = speedup(times[reference], values)
+    return found
+
+
+def dense_entry(model: nn.Module, top1: float, timed: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense model's line of the table."""
+    return {"name": "dense", **_costs(model), "latency_ms": timed["latency_ms"], "top1": top1}
+
+
+def row_entry(
+    budget: Budget,
+    model: nn.Module,
+    dense: Anatomy,
+    plan: Plan,
+    top1_cut: float,
+    top1: float,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One budget's line of the table, without the times."""
+    return {
+        "name": budget.name,
+        "budget": budget.to_dict(),
+        **_costs(model),
+        "top1_cut": top1_cut,
+        "top1": top1,
+        "seconds": dict(seconds),
+        **widths_of(dense, plan),
+        "layers": layers_of(dense, plan),
+        "checkpoint": f"{budget.name}/slim",
+        "log": f"{budget.name}/log.jsonl",
+    }
+
+
+def widths_of(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
+    """How much of each embedding width stays, for models where it can go."""
+    found = [
+        {"name": group.name, "kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}
+        for group in anatomy.groups
+        if group.kind == "width"
+    ]
+    return {"widths": found} if found else {}
+
+
+def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
+    """What stays in each block under ``plan``, in the order of the dense model's heads."""
+    kept = resolve(anatomy, plan.kept)
+    rows = grid_of(anatomy)
+    layers: dict[str, dict[str, Any]] = {}
+    with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
+    for group in anatomy.groups:
+        if KINDS[group.kind].on_request:
+            continue  # a branch that went shows as its inner units, which went with it
+        layer = layers.setdefault(_layer_of(group), {})
+        if group.role in ("qk", "v"):
+            heads = layer.setdefault("heads", [{"qk": n, "v": n, "of": n} for n in group.limits.parts])
+            counts = [0] * len(heads)
+            for unit in kept[group.name]:
+                counts[group.part_of_unit[unit]] += 1
+            for head, count in zip(heads, counts, strict=True):
+                head[group.role] = count
+        elif group.kind == "mlp":
+            layer["mlp"] = {"kept": len(kept[group.name]), "of": group.size}
+        elif group.kind == "channel":
+            layer["channels"] = {"kept": len(kept[group.name]), "of": group.size}
+        elif group.kind == "head" and group.site not in with_dimensions:
+            layer["whole_heads"] = {"kept": len(kept[group.name]), "of": group.size}
+        elif group.token is not None:
+            layer["tokens"] = {
+                "grid": rows,
+                "kept": [group.token.positions[unit] for unit in kept[group.name]],
+            }
+    for layer in layers.values():
+        for head in layer.get("heads", []):
+            head["qk"] = head["qk"] if head["v"] else 0
+    return [{"name": name, **layer} for name, layer in layers.items()]
+
+
+def _layer_of(group: Group) -> str:
+    """The name under which a report shows a group: its block in a Vision Transformer, else its module."""
+    if group.kind == "channel":
+        return group.site
+    return group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
+
+
+def grid_of(anatomy: Anatomy) -> list[int]:
+    """Rows and columns of the patch grid: as square as the number of positions and the image allow."""
+    sites = [group.token for group in anatomy.groups if group.token is not None]
+    if not sites:
+        return [0, 0]
+    count = max(sites[0].positions) + 1
+    _, height, width = anatomy.input_shape
+    rows = round((count * height / width) ** 0.5)
+    return [rows, count // rows]
+
+
+def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Where a slim model comes from, for its checkpoint."""
+    digest = hashlib.sha256()
+    for name in sorted(result.scores):
+        digest.update(name.encode() + result.scores[name].numpy().tobytes())
+    return {
+        "base": result.anatomy.structure.base,
+        "data": dataclasses.asdict(config.data),
+        "settings": plain(config),
+        "plan": plan.to_dict(),
+        "scores_sha256": digest.hexdigest(),
+        "metrics": dict(metrics),
+        "versions": versions(),
+        "created": _now(),
+    }
+
+
+def results_of(
+    config: Any,
+    dense: PrunableModel,
+    data: Data,
+    dense_row: dict[str, Any],
+    rows: list[dict[str, Any]],
+    result: SearchResult,
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    anatomy = dense.anatomy
+    return {
+        "format": FORMAT,
+        "slimming": version("slimming"),
+        "created": _now(),
+        "name": config.name,
+        "seed": config.search.train.seed,
+        "model": {
+            "name": config.model.name,
+            "family": anatomy.structure.family,
+            "input": list(anatomy.input_shape),
+            "classes": list(data.classes),
+        },
+        "data": {
+            "source": config.data.source,
+            "train_images": _length(data.train),
+            "val_images": _length(data.val),
+            "note": config.note,
+        },
+        "machine": machine(),
+        "versions": versions(),
+        "settings": plain(config),
+        "dense": dense_row,
+        "rows": rows,
+        "search": {
+            "log": "search/log.jsonl",
+            "seconds": seconds,
+            "masks": _histograms(result),
+            "sensitivity": _measured(result.sensitivity),
+        },
+        "images": examples(data),
+    }
+
+
+def _measured(sensitivity: Sensitivity | None) -> dict[str, Any]:
+    """What cutting each kind alone does; empty if it was not measured."""
+    curves = {} if sensitivity is None else sensitivity.curves
+    return {kind: [{"kept": kept, "loss": loss} for kept, loss in curve] for kind, curve in curves.items()}
+
+
+def plain(config: Any) -> Any:
+    """A dataclass as JSON values: tuples become lists, missing budgets are left out."""
+    value = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _length(images: Any) -> int | None:
+    return len(images) if isinstance(images, ImageDataset) else None
+
+
+def _costs(model: nn.Module) -> dict[str, int]:
+    found = cost(model)
+    return {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+
+
+def _histograms(result: SearchResult) -> dict[str, Any]:
+    """Distribution of the mask factors per kind, and their values per group."""
+    found: dict[str, Any] = {}
+    factors = {group.name: result.masks.factor(group).detach().float().cpu() for group in result.masks.groups}
+    for kind in dict.fromkeys(group.kind for group in result.masks.groups):
+        own = {group.name: factors[group.name] for group in result.masks.of_kind(kind)}
+        values = torch.cat(list(own.values()))
+        low, high = float(values.min()), float(values.max())
+        if high - low < 1e-6:
+            low, high = low - 0.5, high + 0.5
+        counts = torch.histc(values, HISTOGRAM_BINS, low, high)
+        found[kind] = {
+            # In float64: in float32 the edges of a narrow range would coincide.
+            "edges": torch.linspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist(),
+            "counts": [int(count) for count in counts],
+            "by_layer": {name: [round(v, 4) for v in factor.tolist()] for name, factor in own.items()},
+        }
+    return found
+
+
+def examples(data: Data) -> list[dict[str, str]]:
+    """A few validation images of different classes, as the model sees them, as PNG."""
+    if not isinstance(data.val, ImageDataset):
+        return []
+    found: list[dict[str, str]] = []
+    seen: set[int] = set()
+    for index, label in enumerate(data.val.labels.tolist()):
+        if label in seen:
+            continue
+        seen.add(label)
+        found.append({"label": data.classes[label], "png": _png(data.val[index].image)})
+        if len(found) == EXAMPLE_IMAGES:
+            break
+    return found
+
+
+def _png(image_CHW: Tensor) -> str:
+    """A normalised image as base64 PNG, stretched back to the full range of bytes."""
+    low, high = image_CHW.min(), image_CHW.max()
+    scaled = ((image_CHW - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
+    pixels = scaled.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""Score units without a search."""

@@ -1,0 +1,1 @@
+"""Search: train weights and soft masks together."""

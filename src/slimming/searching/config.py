@@ -1,0 +1,156 @@
+"""What a search is told: its settings, and the named ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimming.core.kinds import KINDS, check_kinds
+from slimming.core.layout import FREE, Layout
+from slimming.errors import ConfigError, nearest
+from slimming.masks.soft_masks import SCORES
+from slimming.masks.tokens import BIAS, MULTIPLY
+from slimming.training.config import TrainConfig
+
+ANEW = ("compensated", "fisher")
+"""Scores of the trained model, beside those that the search collects."""
+UNTRAINED = (*ANEW, "contribution")
+"""Scores that a search without a single step has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a search is done. `preset` gives the two named ones.
+
+    Attributes:
+        kinds: kinds of unit that get a mask; None takes all that the model has, see
+            `slimming.masks.attachment.searched`.
+        coupled: one mask for QK and V together, as in the paper.
+        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
+        norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups
+            without one get a soft mask as always.
+        penalty: kind -> weight of its l1 penalty.
+        penalty_sum: weights multiply sums over units, as in the paper, instead of means.
+        score: what units are ranked by: ``"compensated"`` or ``"fisher"`` of the trained model, see `slimming.score`
+            (with a task of one's own, its slopes take the place of the likelihood's); or what the search saw, see
+            `SoftMasks.scores`.
+        rotate: give attention heads the bases in which they are best cut before the training, see
+            `slimming.scoring.rotation`; left out where the training images can be iterated over only once.
+        images: training images, without their labels, for ``rotate`` and ``score``.
+        fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
+        mask_lr: learning rate of the masks as a multiple of that of the weights.
+        layout: which sizes plans give to the layers.
+        sensitivity: images on which it is measured after the training what cutting each kind alone does, so that
+            kinds are weighed against each other by it; 0 leaves it out. Scores ``"taylor"`` and ``"contribution"`` are
+            not comparable between kinds without.
+        train: the training that carries the search.
+
+    Raises:
+        ConfigError: an unknown kind, score or token variant, or a negative weight.
+    """
+
+    kinds: tuple[str, ...] | None = None
+    coupled: bool = False
+    tokens: str = BIAS
+    norms: bool = False
+    penalty: Mapping[str, float] = field(default_factory=lambda: {name: kind.penalty for name, kind in KINDS.items()})
+    penalty_sum: bool = False
+    score: str = "compensated"
+    rotate: bool = True
+    images: int = 512
+    fold: bool = True
+    mask_lr: float = 1.0
+    layout: Layout = field(default_factory=Layout)
+    sensitivity: int = 0
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0, lr=1e-4, schedule="constant"))
+
+    def __post_init__(self) -> None:
+        check_kinds((*(self.kinds or ()), *self.penalty), ConfigError)
+        if self.kinds is not None and not self.kinds:
+            raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
+        if self.score not in (known := (*SCORES, *ANEW)):
+            raise ConfigError(
+                f"There is no score {self.score!r}; scores are {', '.join(known)}.{nearest(self.score, known)}"
+            )
+        if self.train.steps == 0 and self.score not in UNTRAINED:
+            raise ConfigError(
+                f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take score "
+                "compensated, fisher or contribution."
+            )
+        if self.images < 1:
+            raise ConfigError(f"search.images is {self.images}; it must be at least 1.")
+        if self.tokens not in (BIAS, MULTIPLY):
+            raise ConfigError(f"search.tokens={self.tokens!r}: give {BIAS!r} or {MULTIPLY!r}.")
+        if any(weight < 0 for weight in self.penalty.values()) or self.mask_lr <= 0:
+            raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
+        if self.sensitivity < 0:
+            raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
+
+
+def preset(name: str) -> SearchConfig:
+    """The search called ``name``: ``"default"``, or ``"paper"`` for ViT-Slim to the letter (section 4.1).
+
+    Raises:
+        ConfigError: there is no such preset.
+
+    >>> preset("paper").train.batch_size
+    1024
+    """
+    presets = {
+        "default": SearchConfig(),
+        "paper": SearchConfig(
+            coupled=True,
+            tokens=MULTIPLY,
+            penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
+            penalty_sum=True,
+            score="mask",
+            rotate=False,
+            fold=False,
+            layout=FREE,
+            train=TrainConfig(
+                epochs=50.0,
+                batch_size=1024,
+                lr=5e-4,
+                weight_decay=1e-3,
+                schedule="constant",
+                clip_grad=None,
+                label_smoothing=0.1,
+                mixup=0.8,
+                cutmix=1.0,
+            ),
+        ),
+    }
+    presets["network-slimming"] = SearchConfig(
+        kinds=("channel",),
+        norms=True,
+        penalty={"channel": 1e-4},
+        penalty_sum=True,
+        score="mask",
+        rotate=False,
+        layout=FREE,
+        train=TrainConfig(
+            epochs=160.0,
+            batch_size=64,
+            optimizer="nesterov",
+            lr=0.1,
+            weight_decay=1e-4,
+            schedule="step",
+            warmup_epochs=0.0,
+            clip_grad=None,
+            label_smoothing=0.0,
+        ),
+    )
+    if name not in presets:
+        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
+    return presets[name]
+
+
+def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
+    """A `SearchConfig` from what `dataclasses.asdict` and JSON made of one."""
+    nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
+    return SearchConfig(**{**_tuples(value), **nested})
+
+
+def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}

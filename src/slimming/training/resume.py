@@ -1,0 +1,105 @@
+"""What a run writes to go on after it was killed: one file of plain tensors and numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming.core.files import atomic_file
+from slimming.errors import CheckpointError, ConfigError
+from slimming.training.config import FREE_SETTINGS, TrainConfig
+from slimming.training.optimisation import AveragedModel
+from slimming.training.tasks import Task
+
+FORMAT = 1
+STATE_FILE = "state.pt"
+
+
+@dataclass
+class RunState:
+    """All that changes from step to step; the rest of a run follows from its settings and the step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    task: Task
+    averaged: AveragedModel | None
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    def save(self, directory: Path, config: TrainConfig, total: int) -> None:
+        """Write the state as one atomic file.
+
+        Raises:
+            OutputError: the disk is full, or the place is not writable.
+        """
+        settings = {**dataclasses.asdict(config), "trackers": list(config.trackers), "total": total}
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "settings": settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "task": self.task.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.module.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with atomic_file(directory / STATE_FILE) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # PyTorch's writer says less than the file that it could not write to
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load(self, directory: Path, config: TrainConfig, total: int) -> None:
+        """Take over the state in ``directory``.
+
+        Raises:
+            CheckpointError: it is damaged, of a newer format or of another model.
+            ConfigError: the run was started with other settings.
+        """
+        path = directory / STATE_FILE
+        content = _read(path)
+        _same_settings(path, content["settings"], config, total)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.task.load_state_dict(content["task"])
+            self.scaler.load_state_dict(content["scaler"])
+            if self.averaged is not None:
+                self.averaged.module.load_state_dict(content["averaged"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} belongs to another model or task ({str(error).splitlines()[0]}); "
+                "give another directory to start anew."
+            ) from error
+        self.step = int(content["step"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in whichever part of the reader meets the damage
+        raise CheckpointError(f"{path} is damaged or no state of a run; remove it to start anew.") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path} is no state of a run; remove it to start anew.")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, this version of slimming reads {FORMAT}; "
+            "use the version that wrote it."
+        )
+    return content
+
+
+def _same_settings(path: Path, stored: dict[str, Any], config: TrainConfig, total: int) -> None:
+    now = {**dataclasses.asdict(config), "total": total}
+    for name, value in now.items():
+        if name not in FREE_SETTINGS and stored.get(name) != value:
+            what = "the number of steps" if name == "total" else name
+            raise ConfigError(
+                f"The run in {path.parent} was started with {what} {stored.get(name)}, now it is {value}; "
+                "go on with the same settings, or give another directory."
+            )
