@@ -22,7 +22,7 @@ from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import SoftMasks
 from slimming.models.traced.verification import randomise_
 from slimming.pruning.checks import EXACT, distance
-from variants import NOTED
+from variants import FOLLOWED, NOTED
 
 transformers = pytest.importorskip("transformers")
 
@@ -66,7 +66,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "ViT of transformers": (hub_vit, [32]),
 }
 """By name: how it is made, and its widths."""
-models = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=FOLLOWED) if name == "SegFormer" else name for name in MODELS]
+)
 
 
 def make(name: str) -> nn.Module:
