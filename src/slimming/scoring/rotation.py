@@ -152,7 +152,9 @@ def _moments(
 
 def _add_qk(sums: Sequence[Sequence[Tensor]], group: Group, out_BND: Tensor) -> None:
     """Add the second moments of the queries and keys in a projection's output."""
-    q, k = (out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key"))
+    q, k = (
+        out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
+    )
     k = k - k.mean(1, keepdim=True)  # what all keys share, softmax takes out
     for units, (of_q, of_k) in zip(_heads(group), sums, strict=True):
         for total, x in ((of_q, q), (of_k, k)):
