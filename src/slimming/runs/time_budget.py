@@ -169,17 +169,13 @@ def allot(
 
 def _fixed(config: RunConfig, pace: Pace, shares: Sequence[float], val_images: int) -> dict[str, float]:
     """Seconds of what is done whatever the length of the trainings."""
-    scored = (
-        config.search.images
-        * SCORES[config.search.score].needs_images
-        * (not SCORES[config.search.score].needs_training)
-        + config.one_shot
-    )
-    score = pace.work(SCORING * scored)
+    score = SCORES[config.search.score]
+    own = config.search.images if score.needs_images and not score.needs_training else 0
+    scoring = pace.work(SCORING * (own + config.one_shot))
     cuts = len(shares) * (1 + bool(config.one_shot))
     cut = pace.work(CUTTING * config.compensate) * cuts
     judge = pace.judge(val_images) + 2 * sum(pace.judge(val_images, share) for share in shares)
-    return {"score": score, "cut": cut, "evaluate": judge}
+    return {"score": scoring, "cut": cut, "evaluate": judge}
 
 
 def _retrain_step(config: RunConfig, pace: Pace, shares: Sequence[float], epoch: int, val_images: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from slimming.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a search is done. `preset` gives the two named ones.
+    """How a search is done. `preset` gives the named ones.
 
     Attributes:
         kinds: kinds of unit that get a mask; None takes all that the model has, see
@@ -79,40 +79,32 @@ class SearchConfig:
             raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
 
 
-def preset(name: str) -> SearchConfig:
-    """The search called ``name``: ``"default"``, or ``"paper"`` for ViT-Slim to the letter (section 4.1).
-
-    Raises:
-        ConfigError: there is no such preset.
-
-    >>> preset("paper").train.batch_size
-    1024
-    """
-    presets = {
-        "default": SearchConfig(),
-        "paper": SearchConfig(
-            coupled=True,
-            tokens=MULTIPLY,
-            penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
-            penalty_sum=True,
-            score="mask",
-            rotate=False,
-            fold=False,
-            layout=FREE,
-            train=TrainConfig(
-                epochs=50.0,
-                batch_size=1024,
-                lr=5e-4,
-                weight_decay=1e-3,
-                schedule="constant",
-                clip_grad=None,
-                label_smoothing=0.1,
-                mixup=0.8,
-                cutmix=1.0,
-            ),
+def _paper() -> SearchConfig:
+    return SearchConfig(
+        coupled=True,
+        tokens=MULTIPLY,
+        penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
+        penalty_sum=True,
+        score="mask",
+        rotate=False,
+        fold=False,
+        layout=FREE,
+        train=TrainConfig(
+            epochs=50.0,
+            batch_size=1024,
+            lr=5e-4,
+            weight_decay=1e-3,
+            schedule="constant",
+            clip_grad=None,
+            label_smoothing=0.1,
+            mixup=0.8,
+            cutmix=1.0,
         ),
-    }
-    presets["network-slimming"] = SearchConfig(
+    )
+
+
+def _network_slimming() -> SearchConfig:
+    return SearchConfig(
         kinds=("channel",),
         norms=True,
         penalty={"channel": 1e-4},
@@ -132,9 +124,30 @@ def preset(name: str) -> SearchConfig:
             label_smoothing=0.0,
         ),
     )
-    if name not in presets:
-        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
-    return presets[name]
+
+
+PRESETS: Mapping[str, Callable[[], SearchConfig]] = {
+    "default": SearchConfig,
+    "paper": _paper,
+    "network-slimming": _network_slimming,
+}
+"""The named searches, see `preset`."""
+
+
+def preset(name: str) -> SearchConfig:
+    """The search called ``name``: ``"default"``, ``"paper"`` or ``"network-slimming"``.
+
+    ``"paper"`` is ViT-Slim to the letter (section 4.1), ``"network-slimming"`` is Liu et al. 2017.
+
+    Raises:
+        ConfigError: there is no such preset.
+
+    >>> preset("paper").train.batch_size
+    1024
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+    return PRESETS[name]()
 
 
 def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
