@@ -191,7 +191,7 @@ def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> N
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     from slimming.cli.settings import build
-    from slimming.core.budget import Budget
+    from slimming.core.budget import METRICS, Budget
     from slimming.errors import ConfigError
 
     if not arguments.budgets:
@@ -216,7 +216,7 @@ def _say_layout_costs(
         if not budget.limits:
             continue
         # Memory and time have no formula for heads of several sizes.
-        whole = budget.memory_bytes is not None or any("latency" in metric for metric in budget.limits)
+        whole = budget.memory_bytes is not None or any(METRICS[metric].timed for metric in budget.limits)
         free = replace(Layout(multiple=1) if whole else FREE, scarcity=layout.scarcity)
         if free == layout:
             continue

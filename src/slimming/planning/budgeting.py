@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from slimming.core.budget import Budget
+from slimming.core.budget import METRICS, Budget
 from slimming.core.completion import complete
 from slimming.core.groups import Anatomy, keep_all
 from slimming.core.layout import SOLVERS, Layout
@@ -142,7 +142,7 @@ def _planner(
     table = None if latency is None else _latency_table(latency)
     if table is not None and layout.multiple is None:
         layout = replace(layout, multiple=table.multiple)
-    if {"latency", "latency_ms"} & set(metrics):
+    if any(METRICS[metric].timed for metric in metrics):
         _check_latency(table, layout)
     else:
         table = None
