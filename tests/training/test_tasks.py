@@ -16,7 +16,7 @@ from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, MatchLoss, relation_error
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, LossTask, MatchLoss, relation_error
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
