@@ -19,6 +19,7 @@ from slimming.core.layout import FREE
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError
 from slimming.masks.attachment import prunable
+from slimming.models import activations
 from slimming.models.layers import UnevenAttention
 from slimming.scoring import iterative, redundancy
 from slimming.scoring.fisher import fisher_scores
@@ -252,7 +253,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group for group in prunable(model).anatomy.groups if group.role in ("mlp", "v")]
     importance = {group.name: torch.ones(group.size) for group in groups}
     whole = redundancy_scores(model, groups, importance, images())
-    monkeypatch.setattr(redundancy, "GIGABYTES", 1e-9)
+    monkeypatch.setattr(activations, "GIGABYTES", 1e-9)
     parts = redundancy_scores(model, groups, importance, images())
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
