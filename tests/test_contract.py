@@ -1,6 +1,6 @@
 """One contract over a table of models: what every family promises, with every parameter random.
 
-What a slim model can do besides, and how it fails, is in test_slim_models.py.
+What a slim model can do besides, and how it fails, is in models/test_slim_models.py.
 """
 
 from __future__ import annotations

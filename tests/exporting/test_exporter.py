@@ -30,7 +30,7 @@ from slimming.models.layers import TokenSelect, UnevenAttention
 from slimming.training.images import ImageSpec, make_transform
 from variants import SCALES_AS_ASKED
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALL = "uneven heads"
 """The kind of model that is exported to every target."""
 

@@ -30,7 +30,7 @@ from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data, ImageDataset
 
-JOB = Path(__file__).parent / "search_job.py"
+JOB = Path(__file__).resolve().parents[1] / "search_job.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
