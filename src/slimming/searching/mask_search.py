@@ -21,14 +21,13 @@ from slimming.core.groups import Anatomy
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, searched
-from slimming.masks.soft_masks import SCORES, SoftMasks, attach_, attached
+from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import fill_
 from slimming.models.prunable import read_as
-from slimming.planning.scores import Rated, Rating, load_scores, save_scores
+from slimming.planning.scores import Scored, Scores, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
-from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import iterative_scores
 from slimming.scoring.redundancy import redundancy_scores
+from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
@@ -43,7 +42,7 @@ WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResult(Rated):
+class SearchResult(Scored):
     """What a search leaves: the masked model, one score per unit, and how it came about.
 
     Attributes:
@@ -70,9 +69,9 @@ class SearchResult(Rated):
         return self.masks.anatomy
 
     @property
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         """Scores, with the layout and the fold of the search."""
-        return Rating(
+        return Scores(
             anatomy=self.anatomy,
             scores=self.scores,
             layout=self.config.layout,
@@ -205,7 +204,8 @@ def search(
 
 def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
     """One score per unit of the trained model; what the search collected where the one asked for cannot be had."""
-    if config.score in SCORES:
+    chosen = score_called(config.score)
+    if chosen.needs_training or not chosen.needs_images:
         return masks.scores(config.score)
     try:
         model = copy.deepcopy(masks.model).eval()
@@ -217,10 +217,8 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         batches = calibration_batches(data, config.images, seed=config.train.seed)
         if isinstance(task, (ClassificationTask, DistilTask)):
             plain = read_as(model, masks.anatomy)
-            found = fisher_scores(plain, masks.groups, batches, seed=config.train.seed)
-            if config.score == "compensated":
-                found = iterative_scores(plain, masks.groups, found, batches, seed=config.train.seed)
-            return found
+            request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
+            return chosen.function(request)
         found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
             found = redundancy_scores(model, masks.groups, found, [batch.images for batch in batches])
