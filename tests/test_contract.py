@@ -167,7 +167,7 @@ def _blocks(model: nn.Module) -> list[Any]:
 
 
 @variants
-@pytest.mark.parametrize("style", ["equal", "free"])
+@pytest.mark.parametrize("style", ["equal", "free"], ids=str)
 def test_saved_and_loaded_is_bit_equal(variant: Variant, style: str, tmp_path: Path) -> None:
     model = variant.make()
     _, plan = draw(prunable(model).anatomy, style, seed=5)

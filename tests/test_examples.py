@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("encoder_without_labels", ["--steps", "2", "--images", "40"]), ("dense_prediction", ["--steps", "4"])],
+    ids=["encoder", "dense prediction"],
 )
 def test_an_example(name: str, arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "--output", str(tmp_path)]

@@ -224,7 +224,7 @@ def test_an_unwritable_place_is_refused(slim: nn.Module, tmp_path: Path) -> None
         tmp_path.chmod(0o755)
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS], ids=["not permitted", "read only"])
 def test_a_read_only_disk_is_said(code: int, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.mkdtemp", _failing(code))
     with pytest.raises(OutputError, match="cannot be written"):
@@ -239,8 +239,8 @@ def _failing(code: int) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("which", [0, 1, 2, 3])
+@pytest.mark.parametrize("function", ["fsync", "replace"], ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["first", "second", "third", "fourth"])
 def test_a_full_disk_leaves_nothing(
     function: str, which: int, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +271,7 @@ def test_a_full_disk_leaves_nothing(
         ("I/O error: Permission denied (os error 13) at path", r"cannot be written \(Permission denied\)"),
         ("something else", r"cannot be written \(something else\)"),
     ],
+    ids=["full", "full as Rust says it", "not permitted", "anything else"],
 )
 def test_what_the_writer_of_tensors_says_of_the_disk_is_understood(
     said: str, says: str, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,7 +334,7 @@ class _Trap:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "weights.safetensors"], ids=str)
 def test_files_and_pickles_are_refused(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
     path = saved / "weights.safetensors" if name in FILES else saved.parent / name
@@ -425,6 +426,27 @@ def _same_json(one: bytes, other: bytes) -> bool:
         (lambda v: v["layers"]["blocks.0"].update(heads=[]), "do not fit"),
         (lambda v: v["layers"]["blocks.0"].update(positions=[99]), "damaged"),
         (lambda v: v["layers"].update({"blocks.77": v["layers"]["blocks.0"]}), "damaged|do not fit"),
+    ],
+    ids=[
+        "newer format",
+        "other family",
+        "family in a list",
+        "no base",
+        "unknown architecture",
+        "misspelt argument",
+        "impossible argument",
+        "other architecture",
+        "no arguments",
+        "a class",
+        "an address",
+        "a layer less",
+        "no heads",
+        "hidden in words",
+        "hidden of another size",
+        "hidden below 0",
+        "no head",
+        "positions outside",
+        "a layer more",
     ],
 )
 def test_structures_that_cannot_be_built(change: Callable[[dict[str, Any]], Any], says: str, saved: Path) -> None:
@@ -522,7 +544,7 @@ def own(tmp_path: Path) -> tuple[Path, nn.Module]:
     return tmp_path / "own", small
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_model_of_ones_own_is_loaded_into_the_dense_one(
     own: tuple[Path, nn.Module], tmp_path: Path, dtype: torch.dtype
 ) -> None:

@@ -111,7 +111,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(x), torch.tensor([3, 1]))
 
 
-@pytest.mark.parametrize("tokens", ["bias", "multiply"])
+@pytest.mark.parametrize("tokens", ["bias", "multiply"], ids=str)
 def test_taylor_scores_are_the_change_of_the_loss(tokens: str) -> None:
     """collect() must give (factor x d loss / d factor) of the task's loss alone, here by finite differences."""
     model = BY_ID["plain"].make()
@@ -161,7 +161,7 @@ def test_taylor_scores_average_squares_and_restart_exactly() -> None:
     assert distance(masks.scores()["blocks.0.mlp.hidden"], average.sqrt()) < 1e-5
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=["infinite", "no number"])
 def test_taylor_scores_pass_over_gradients_that_are_not_finite(bad: float) -> None:
     """fp16 overflows in its first steps, before its scale is found, and now and then later."""
     model = BY_ID["plain"].make()
@@ -249,7 +249,7 @@ def test_multiplied_tokens_follow_the_authors() -> None:
     assert distance(model(x), reference(x)) <= 1e-6
 
 
-@pytest.mark.parametrize(("tokens", "exact"), [("bias", True), ("multiply", False)])
+@pytest.mark.parametrize(("tokens", "exact"), [("bias", True), ("multiply", False)], ids=["bias", "multiply"])
 def test_only_the_key_bias_is_the_same_as_removal(tokens: str, exact: bool) -> None:
     """The paper's zeroing leaves k = b_k and v = b_v in the softmax; the key bias leaves nothing."""
     model = BY_ID["plain"].make()

@@ -54,8 +54,8 @@ def test_the_models_are_what_their_names_say(made) -> None:
     assert torch.nn.Conv2d in layers("slim CNN")
 
 
-@pytest.mark.parametrize("kind", exported.MAKERS)
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("kind", exported.MAKERS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 8], ids=lambda size: f"batch of {size}")
 def test_the_onnx_file_says_what_the_model_says_in_any_batch(kind: str, batch: int, made) -> None:
     model, files = made[kind]
     file = next(one.file for one in files if one.target == "onnx")
@@ -215,7 +215,7 @@ def example() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("size", [(32, 32), (50, 41), (37, 120), (20, 24)])
+@pytest.mark.parametrize("size", [(32, 32), (50, 41), (37, 120), (20, 24)], ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize(
     "spec",
     [

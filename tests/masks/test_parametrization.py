@@ -40,7 +40,7 @@ def test_what_masks_keep_does_not_grow_with_the_batch() -> None:
     assert more[1] <= 1.05 * more[0]
 
 
-@pytest.mark.parametrize("value_size", [8, 12])
+@pytest.mark.parametrize("value_size", [8, 12], ids=lambda size: f"values of {size}")
 @pytest.mark.parametrize("alive", [1.0, 0.0], ids=["all", "some gone"])
 def test_a_bias_that_learns_has_the_gradients_of_a_mask(value_size: int, alive: float) -> None:
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_a_bias_that_learns_is_an_ordinary_tensor_elsewhere() -> None:
         assert F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 4), attn_mask=bias).shape == (1, 2, 5, 4)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "learning"])
 def test_a_tensor_of_several_masks_has_the_gradients_of_their_product(frozen: bool) -> None:
     torch.manual_seed(2)
     weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64), requires_grad=not frozen)

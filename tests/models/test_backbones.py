@@ -98,7 +98,7 @@ def test_a_backbone_is_cut_and_the_rest_is_left_alone(make: Any, channels: int, 
 
 
 @NOTED
-@pytest.mark.parametrize("make", [cnn, vit, swin])
+@pytest.mark.parametrize("make", [cnn, vit, swin], ids=["cnn", "vit", "swin"])
 def test_a_cut_backbone_needs_no_one_to_be_loaded(make: Any, tmp_path: Path) -> None:
     model = make()
     part = slimming.cut(model, half(model))

@@ -228,7 +228,7 @@ def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
     assert prunable(model).anatomy.structure.base["host"] == "transformers"
 
 
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", TORCH, ids=str)
 def test_models_of_torch_keep_the_contract(name: str) -> None:
     make, kinds, host = TORCH[name]
     model = make().eval()
@@ -334,8 +334,8 @@ def test_a_model_that_takes_more_than_an_image_says_so_and_is_read_in_a_wrapper(
     assert found.kinds["head"] == 3
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "batch second"])
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
 def test_attention_with_some_heads_takes_what_torchs_takes(batch_first: bool, need_weights: bool) -> None:
     torch.manual_seed(0)
     ours: Any = nn.MultiheadAttention(24, 3, batch_first=batch_first).double()
@@ -396,7 +396,7 @@ def test_a_second_model_of_torchvision_is_saved_with_its_own_names_and_normalisa
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", ["DeiT", "Levit"])
+@pytest.mark.parametrize("name", ["DeiT", "Levit"], ids=str)
 def test_both_classifiers_of_a_model_with_a_distillation_head_are_replaced(name: str) -> None:
     sizes = {**VIT, **MLP} if name == "DeiT" else {"image_size": 64}
     config = getattr(transformers, f"{name}Config")(**sizes, num_labels=3)

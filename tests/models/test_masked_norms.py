@@ -51,7 +51,7 @@ def test_the_penalty_is_the_sum_over_all_scales_and_its_gradient_their_sign() ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", NETS, ids=str)
 def test_masked_equals_cut_and_the_smallest_scales_go(name: str) -> None:
     model = small(name).double().eval()
     randomise_(model)

@@ -41,10 +41,12 @@ def slim(variant: str, style: str, seed: int = 2) -> nn.Module:
     return slimming.cut(model, draw(prunable(model).anatomy, style, seed)[1])
 
 
-slim_models = pytest.mark.parametrize(("variant", "style"), SLIM)
+slim_models = pytest.mark.parametrize(
+    ("variant", "style"), SLIM, ids=[f"{variant}: {style}" for variant, style in SLIM]
+)
 
 
-@pytest.mark.parametrize("variant", ["plain", "swiglu"])
+@pytest.mark.parametrize("variant", ["plain", "swiglu"], ids=str)
 def test_a_wrong_index_is_seen(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every single selection of the cut, when one of its places is off by one, breaks the equality."""
     model = BY_ID[variant].make()
@@ -183,7 +185,7 @@ def test_export(variant: str, style: str) -> None:
     assert distance(program.module()(x), model(x)) <= 1e-12
 
 
-@pytest.mark.parametrize(("variant", "style"), [("plain", "qk"), ("deit3 layer scale", "free")])
+@pytest.mark.parametrize(("variant", "style"), [("plain", "qk"), ("deit3 layer scale", "free")], ids=["plain", "deit3"])
 def test_compile(variant: str, style: str) -> None:
     model = slim(variant, style)
     x = image(model)
@@ -207,7 +209,7 @@ def test_masked_models_compile_and_train() -> None:
         assert distance(compiled[name], mask.grad) < 1e-5, name
 
 
-@pytest.mark.parametrize("tokens", ["bias", "multiply"])
+@pytest.mark.parametrize("tokens", ["bias", "multiply"], ids=str)
 def test_masks_are_float32_parameters_of_the_model_under_autocast(tokens: str) -> None:
     model = BY_ID["plain"].make().float().train()
     masks = slimming.attach(model, tokens=tokens)

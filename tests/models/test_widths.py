@@ -67,7 +67,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 }
 """By name: how it is made, and its widths."""
 models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FOLLOWED) if name == "SegFormer" else name for name in MODELS]
+    "name", [pytest.param(name, marks=FOLLOWED) if name == "SegFormer" else name for name in MODELS], ids=str
 )
 
 

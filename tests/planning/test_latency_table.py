@@ -289,7 +289,7 @@ def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monke
         build_latency_table(timm.create_model("test_convnext"), uneven_heads=True)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 5, 6])
+@pytest.mark.parametrize("heads", [1, 2, 5, 6], ids=lambda count: f"{count} heads")
 def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
     size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
     vit = timm.create_model("vit_tiny_patch16_224", **size)

@@ -234,7 +234,9 @@ def test_queries_and_keys_without_masks_go_with_their_head_too() -> None:
     assert made["blocks.2.attn.heads"] == (0,)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: f"{layout.multiple}-{'equal' if layout.equal_heads else 'uneven'}"
+)
 def test_the_smallest_plan_leaves_one_unit_everywhere(layout: Layout) -> None:
     scores = scored({"head_dim", "mlp", "token"}, 1)
     with pytest.raises(BudgetError) as caught:
@@ -280,8 +282,8 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         plan_for({name: torch.ones(192)}, Budget(keep={"token": 0.5}), FREE)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.01, 50, math.nan, math.inf, -math.inf, True, False, "0.5"])
-@pytest.mark.parametrize("field", ["params", "macs", "keep"])
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.01, 50, math.nan, math.inf, -math.inf, True, False, "0.5"], ids=repr)
+@pytest.mark.parametrize("field", ["params", "macs", "keep"], ids=str)
 def test_a_budget_is_a_share(field: str, value: object) -> None:
     with pytest.raises(BudgetError, match="not a share of the dense model; give a number above 0 and at most 1"):
         Budget(**{field: {"mlp": value} if field == "keep" else value})

@@ -26,7 +26,7 @@ def small(name: str, **arguments: Any) -> nn.Module:
 MODELS = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "vit_tiny_r_s16_p8_224"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS, ids=str)
 def test_models_that_work_pass(name: str) -> None:
     model = small(name, **({"img_size": 64, "depth": 6} if "_r_" in name else {}))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -36,7 +36,7 @@ def cnn() -> nn.Module:
 
 
 MODELS = {"vit": vit, "cnn": cnn}
-models = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize("name", MODELS, ids=str)
 
 
 def images(count: int = 2, batch: int = 16) -> list[Tensor]:
@@ -124,7 +124,7 @@ def test_channels_that_follow_from_others_are_not_missed_at_the_borders_either()
 
 
 @models
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(2), ids=lambda seed: f"seed {seed}")
 def test_no_layer_gives_back_its_output_worse_than_without(name: str, seed: int) -> None:
     """Each group by itself, on the images that were seen."""
     model, seen = MODELS[name](), images()

@@ -145,7 +145,11 @@ def test_the_card_has_front_matter_a_table_and_how_to_load(pushed: Path) -> None
         assert line in text
 
 
-@pytest.mark.parametrize(("arguments", "named"), [({"img_size": 32, "num_classes": 3}, True), ({"depth": 3}, False)])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"img_size": 32, "num_classes": 3}, True), ({"depth": 3}, False)],
+    ids=["same weights", "other depth"],
+)
 def test_a_card_names_a_base_model_only_where_its_weights_fit(
     arguments: dict[str, Any], named: bool, tmp_path: Path
 ) -> None:
@@ -348,7 +352,9 @@ def test_a_model_of_the_hub_is_exported(
     assert main(["export", "hf-hub:tiny", "--to", "pt2"]) == 2
 
 
-@pytest.mark.parametrize("name", ["hf-hub:tiny", "hf-hub:a/b/c", "hf-hub:me/../x", "hf-hub:me/tiny@", "hf-hub:"])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:tiny", "hf-hub:a/b/c", "hf-hub:me/../x", "hf-hub:me/tiny@", "hf-hub:"], ids=str
+)
 def test_a_bad_name_is_refused_before_anything_is_asked(name: str, hosted: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="OWNER/NAME"):
         slimming.load(name)
@@ -373,6 +379,7 @@ def response(status: int) -> Any:
         (hub_errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
         (http.ConnectError("no route"), "no route"),
     ],
+    ids=["no repository", "gated", "no revision", "not cached", "offline", "no route"],
 )
 def test_what_the_hub_says_is_told(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*words: Any, **options: Any) -> str:
@@ -416,6 +423,7 @@ def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pyte
             "could not",
         ),
     ],
+    ids=["unknown model", "no model", "no object", "no format", "foreign code"],
 )
 def test_a_bad_directory_is_named(config: Any, error: type[Exception], said: str, tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")

@@ -93,7 +93,7 @@ def test_every_plan_is_trained_and_its_cut_is_the_masked_model(
         assert slimming.plan(shared, slimming.Budget(**plan.budget), solver="nested").kept == plan.kept
 
 
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "as it is"])
 def test_it_starts_where_the_search_ended(fold: bool, data: Data, x: Tensor) -> None:
     result = searched(data, fold=fold)
     before = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
@@ -257,7 +257,7 @@ def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
         assert slimming.cost(first, rest).params == slimming.cost(dense, small).params, style
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet"], ids=str)
 def test_a_cut_of_a_cut_of_a_traced_model(name: str) -> None:
     model = timm.create_model(name).double().eval()
     anatomy, dice = prunable(model).anatomy, random.Random(0)

@@ -132,7 +132,7 @@ def test_it_survives_json_and_changes_nothing_else() -> None:
     assert applied.retrain.lr == config().retrain.lr
 
 
-@pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")], ids=str)
 def test_nonsense_is_refused(hours: float) -> None:
     with pytest.raises(ConfigError, match=r"hours is .*; give the time"):
         config(hours)
@@ -163,7 +163,7 @@ def test_the_pace_of_this_machine() -> None:
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2], ids=lambda count: f"{count} workers")
 def test_reading_that_is_slower_than_training_is_seen(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimming.demo import settings
     from slimming.training.samples import ImageDataset

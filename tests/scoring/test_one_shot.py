@@ -140,7 +140,7 @@ def test_a_round_halves_a_group_at_most() -> None:
     assert [int(scores.argmax()) for scores in ranked.values()] == [7] * 4
 
 
-@pytest.mark.parametrize("kind", ["token", "block", "width"])
+@pytest.mark.parametrize("kind", ["token", "block", "width"], ids=str)
 def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches, asked = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()], []
     groups = [group for group in slimming.describe(model) if group.kind == kind]
@@ -223,7 +223,7 @@ def test_costs_never_exceed_importance_and_keep_what_is_unread() -> None:
             assert not torch.equal(costs[group.name], importance[group.name])
 
 
-@pytest.mark.parametrize("kind", ["vit", "cnn"])
+@pytest.mark.parametrize("kind", ["vit", "cnn"], ids=str)
 def test_downdates_equal_inverses_made_anew(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shares after some units went are those of a layer that never had them."""
     model = vit() if kind == "vit" else timm.create_model("test_resnet", num_classes=5).double().eval()
@@ -260,7 +260,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # Bases.
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_other_bases_change_no_output(bias: bool) -> None:
     model = vit(qkv_bias=bias)
     other = copy.deepcopy(model)
@@ -341,7 +341,7 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
 # What goes in, and what comes out.
 
 
-@pytest.mark.parametrize("how", [name for name, score in SCORES.items() if score.one_shot])
+@pytest.mark.parametrize("how", [name for name, score in SCORES.items() if score.one_shot], ids=str)
 def test_the_same_for_the_same_seed_and_the_model_as_it_was(how: str, tmp_path: Path) -> None:
     from slimming.demo import settings
 

@@ -90,7 +90,7 @@ def test_the_order_within_a_kind_stays(masks: SoftMasks, losses: list[float], sp
         assert all(new[place] == chunks[place] for place in others)
 
 
-@pytest.mark.parametrize("spread", ["rank", "score"])
+@pytest.mark.parametrize("spread", ["rank", "score"], ids=str)
 def test_chunks_are_worth_what_was_measured(masks: SoftMasks, spread: str) -> None:
     groups = list(masks.groups)
     chunks = all_chunks(groups, masks.scores("mask"), Layout(multiple=1))
