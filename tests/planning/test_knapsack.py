@@ -31,7 +31,7 @@ number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(items, st.tuples(st.integers(0, 60), st.integers(0, 60)), st.booleans())
 def test_no_choice_is_better(rows: list[tuple[int, int, int]], room: tuple[int, int], chained: bool) -> None:
     values, first, second = zip(*rows, strict=True)
@@ -60,7 +60,7 @@ def test_nothing_fits() -> None:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", img_size=96)
+    return timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4)
 
 
 class Scored(Scored):
@@ -101,12 +101,17 @@ def test_exact_plans_hold_and_keep_at_least_what_nested_ones_keep(model: nn.Modu
     assert 0 <= exact.solution["gap"] < 0.01
     assert exact.solution["kept_score"] > 0
     assert scored.share(exact) >= scored.share(nested) - 1e-3
-    assert slimming.plan(scored, budget).solution["solver"] == ("nested" if len(budget.limits) == 1 else "exact")
+    if len(budget.limits) == 1:
+        (metric, limit), *_ = budget.limits.items()
+        short = getattr(slimming.cost(model, nested), metric) < 0.99 * limit * getattr(whole, metric)
+        assert slimming.plan(scored, budget).solution["solver"] == ("exact" if short else "nested")
 
 
 def test_several_limits_are_both_nearly_met(model: nn.Module) -> None:
     whole = slimming.cost(model)
-    found = slimming.cost(model, slimming.plan(Scored(model), Budget(macs=0.5, params=0.6)))
+    plan = slimming.plan(Scored(model), Budget(macs=0.5, params=0.6))
+    assert plan.solution["solver"] == "exact", "the default for several limits"
+    found = slimming.cost(model, plan)
     assert 0.495 <= found.macs / whole.macs <= 0.5
     assert 0.594 <= found.params / whole.params <= 0.6
 
@@ -119,7 +124,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
     scores = {g.name: torch.rand(g.size, generator=dice) * (500 if g.role == "branch" else 1) for g in groups}
     planner = Planner(anatomy, scores, Layout(), partial(costs_of, anatomy))
     short = 0
-    for percent in range(35, 100, 5):
+    for percent in range(35, 100, 10):
         budget = Budget(macs=percent / 100)
         nested, default = (planner.plan(budget, fold=True, solver=name) for name in ("nested", None))
         shares = [slimming.cost(model, made).macs / whole.macs / budget.limits["macs"] for made in (nested, default)]

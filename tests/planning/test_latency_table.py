@@ -214,7 +214,7 @@ TRACED = [
     ("swin_tiny_patch4_window7_224", SWIN, None),
     ("swin_tiny_patch4_window7_224", SWIN, ("head", "mlp", "width")),
     ("test_convnext", {}, ("mlp", "width")),
-    ("levit_128s", {}, ("channel", "head", "mlp", "width")),
+    ("levit_128s", {"depth": (1, 1, 1)}, ("channel", "head", "mlp", "width")),
     ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}, None),
 ]
 
