@@ -193,8 +193,9 @@ class Watch:
 
 def read_tests(folder: Path) -> None:
     """Run the tests on the package as it is; leave in ``folder`` which lines each ran."""
-    import coverage
     import pytest
+
+    import coverage
 
     measured = coverage.Coverage(data_file=str(folder / "lines"), source=[str(PACKAGE)])
     watch = Watch(measured)
@@ -367,8 +368,9 @@ def main() -> None:
 
 def preload() -> None:
     """Import what tests import besides the package, once for all."""
-    for name in ("torch", "torchvision", "timm", "transformers", "scipy.optimize", "hypothesis", "pytest", "yaml",
-                 "torch_pruning", "onnx", "safetensors.torch", "torch.utils.flop_counter", "pyarrow.parquet"):  # fmt: skip
+    hosts = ("torch", "torchvision", "timm", "transformers", "torch_pruning")
+    others = ("scipy.optimize", "hypothesis", "pytest", "yaml", "onnx", "safetensors.torch", "pyarrow.parquet")
+    for name in (*hosts, *others):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     if found := [name for name in sys.modules if name.partition(".")[0] == "slimming"]:

@@ -205,23 +205,22 @@ def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
 
 
 SWIN = {"img_size": 64, "window_size": 2, "depths": (2, 1, 1, 1), "embed_dim": 24}
+EVA = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}
 TRACED = [
-    ("test_resnet", {}, None),
-    ("test_efficientnet", {}, None),
-    ("regnety_002", {}, None),
-    ("densenet121", {"block_config": (2, 2, 2, 2)}, None),
-    ("mobilevit_xxs", {}, None),
-    ("swin_tiny_patch4_window7_224", SWIN, None),
-    ("swin_tiny_patch4_window7_224", SWIN, ("head", "mlp", "width")),
-    ("test_convnext", {}, ("mlp", "width")),
-    ("levit_128s", {"depth": (1, 1, 1)}, ("channel", "head", "mlp", "width")),
-    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 4}, None),
+    pytest.param("test_resnet", {}, None, id="ResNet"),
+    pytest.param("test_efficientnet", {}, None, id="EfficientNet"),
+    pytest.param("regnety_002", {}, None, id="RegNet", marks=pytest.mark.slow),
+    pytest.param("densenet121", {"block_config": (2, 2, 2, 2)}, None, id="DenseNet"),
+    pytest.param("mobilevit_xxs", {}, None, id="MobileViT", marks=pytest.mark.slow),
+    pytest.param("swin_tiny_patch4_window7_224", SWIN, None, id="Swin"),
+    pytest.param("swin_tiny_patch4_window7_224", SWIN, ("head", "mlp", "width"), id="Swin, width"),
+    pytest.param("test_convnext", {}, ("mlp", "width"), id="ConvNeXt, width"),
+    pytest.param("levit_128s", {}, ("channel", "head", "mlp", "width"), id="LeViT, width", marks=pytest.mark.slow),
+    pytest.param("eva02_tiny_patch14_224", EVA, None, id="EVA-02"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "kinds"), TRACED, ids=[f"{name}{' width' * bool(kinds)}" for name, _, kinds in TRACED]
-)
+@pytest.mark.parametrize(("name", "arguments", "kinds"), TRACED, ids=None)
 def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
