@@ -50,6 +50,8 @@ TESTS = (
     "tests/test_contract.py",
 )
 """Where tests of the four folders are; what others find besides is not counted."""
+IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
+"""Plugins of pytest are imported before it, with all else that every mutant needs."""
 MOST = 12.0
 """Seconds of tests that one mutant is given, by their time without it."""
 EQUIVALENT: dict[str, str] = {}
@@ -209,7 +211,7 @@ def read_tests(folder: Path) -> None:
 
 
 def _options() -> list[str]:
-    return ["-o", "addopts=", "-m", "not slow and not gpu and not network", "--rootdir", str(ROOT)]
+    return ["-o", "addopts=", "-m", "not slow and not gpu and not network", "--rootdir", str(ROOT), "-W", IMPORTED]
 
 
 class Lines:

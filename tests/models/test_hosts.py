@@ -200,6 +200,8 @@ SLOW: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+LONG = {"swin v2", "mnasnet0_5", "resnet18", "UperNetForSemanticSegmentation", "Swinv2ForImageClassification"}
+"""Models that take seconds, whose kinds of layers others have too."""
 WIDE = {
     *("ViTForImageClassification", "DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"),
     *("SwinForImageClassification", "Swinv2ForImageClassification", "PvtForImageClassification"),
@@ -215,7 +217,13 @@ PARTLY_FOLLOWED = {"Dinov2 SwiGLU", "BeitForImageClassification"}
 @pytest.mark.parametrize(
     "hosted",
     [
-        pytest.param(hosted, marks=FOLLOWED if (hosted.id or hosted.cls) in PARTLY_FOLLOWED else ())
+        pytest.param(
+            hosted,
+            marks=[
+                *([FOLLOWED] if (hosted.id or hosted.cls) in PARTLY_FOLLOWED else []),
+                *([pytest.mark.slow] if hosted.cls in LONG else []),
+            ],
+        )
         for hosted in TRANSFORMERS
     ],
     ids=lambda hosted: hosted.id or hosted.cls,
@@ -228,7 +236,9 @@ def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
     assert prunable(model).anatomy.structure.base["host"] == "transformers"
 
 
-@pytest.mark.parametrize("name", TORCH, ids=str)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in TORCH], ids=str
+)
 def test_models_of_torch_keep_the_contract(name: str) -> None:
     make, kinds, host = TORCH[name]
     model = make().eval()
@@ -259,33 +269,29 @@ def half(model: nn.Module) -> nn.Module:
 
 FRESH = """
 import sys, torch, slimming
+from pathlib import Path
 from slimming.models.traced.verification import outputs
-model = slimming.load(sys.argv[1])
-torch.save([out.detach() for out in outputs(model, torch.load(sys.argv[2]))], sys.argv[3])
+torch.set_num_threads(1)
+place, *names = Path(sys.argv[1]), *sys.argv[2:]
+image = torch.load(place / "image.pt")
+for name in names:
+    model = slimming.load(place / name)
+    torch.save([out.detach() for out in outputs(model, image)], place / f"{name}.pt")
 """
 
 
-def in_a_new_process(path: Path, image: Tensor) -> list[Tensor]:
-    """What the model saved at ``path`` makes of ``image`` after it is loaded elsewhere."""
-    given, made = path.with_suffix(".in"), path.with_suffix(".out")
-    torch.save(image, given)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, *map(str, (path, given, made))], check=True)
-    return torch.load(made)
-
-
 @needs_transformers
-def test_a_slim_model_of_transformers_loads_in_a_new_process(tmp_path: Path) -> None:
-    model = half(TRANSFORMERS[0].make()).double()
-    slimming.save(model, tmp_path / "slim")
+def test_slim_models_of_other_hosts_load_in_a_new_process(tmp_path: Path) -> None:
+    made = {"transformers": TRANSFORMERS[0].make(), "torchvision": TORCH["squeezenet1_1"][0]().eval()}
+    slims = {name: half(model).double() for name, model in made.items()}
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert distance(in_a_new_process(tmp_path / "slim", image), outputs(model, image)) <= EXACT
-
-
-def test_a_slim_model_of_torchvision_loads_in_a_new_process(tmp_path: Path) -> None:
-    model = half(TORCH["mnasnet0_5"][0]().eval()).double()
-    slimming.save(model, tmp_path / "slim")
-    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    assert distance(in_a_new_process(tmp_path / "slim", image), outputs(model, image)) <= EXACT
+    for name, slim in slims.items():
+        slimming.save(slim, tmp_path / name)
+    torch.save(image, tmp_path / "image.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path), *slims], check=True)
+    for name, slim in slims.items():
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert distance(found, outputs(slim, image)) <= EXACT, name
 
 
 @needs_transformers

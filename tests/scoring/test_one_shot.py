@@ -170,6 +170,7 @@ if "--many" not in sys.argv or torch.distributed.get_rank() == 1:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)

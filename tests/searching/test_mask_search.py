@@ -71,6 +71,7 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_bits(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(start(folder, tmp_path), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -86,6 +87,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(folder: Path, undisturbed: P
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     ours, theirs = finish(folder, tmp_path, processes=2), json.loads((undisturbed / "plans.json").read_text())
     assert ours["kept"] == theirs["kept"]
