@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import slimming
 from slimming.benchmarking.config import BenchConfig
@@ -55,3 +57,26 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", gone)
     with pytest.raises(MissingExtraError, match=r"pip install 'slimming\[onnx\]'"):
         BenchConfig(runtime="onnxruntime")
+
+
+def test_every_size_of_a_class_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch compiles eight of them, and runs the others in eager mode without a word on how fast that is."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        models = {size: prepare(_Sized(size), torch.randn(1, size), "compile") for size in range(1, 13)}
+        assert torch._dynamo.config.recompile_limit == 8
+    assert graphs.frame_count == len(models)
+    with torch.no_grad():
+        for size, model in models.items():
+            model.eval()(torch.randn(1, size))
+    assert graphs.frame_count == len(models)
+
+
+class _Sized(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)

@@ -28,7 +28,7 @@ from torch import nn
 import slimming
 from slimming.checkpoints.checkpoint import read_provenance, untied, write_tensors
 from slimming.core.budget import Budget
-from slimming.core.files import atomic_directory, atomic_json, seal
+from slimming.core.files import atomic_directory, atomic_json, atomic_write_text, seal
 from slimming.core.layout import Layout
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
@@ -55,8 +55,21 @@ def test_a_checkpoint_is_three_files_with_provenance(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == FILES
     assert sorted(path.name for path in saved.parent.iterdir()) == ["slim"]
     assert read_provenance(saved) == {"format": 1, "base": "vit_tiny", "metrics": {"top1": 0.5}}
-    assert saved.stat().st_mode & 0o777 == 0o755
-    assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
+def test_what_is_written_keeps_to_the_umask(umask: int, slim: nn.Module, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        slimming.save(slim, tmp_path / "new" / "slim")
+        atomic_write_text(tmp_path / "new" / "text", "whole")
+    finally:
+        os.umask(before)
+    places = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert len(places) == 6
+    for place in places:
+        assert place.stat().st_mode & 0o777 == (0o777 if place.is_dir() else 0o666) & ~umask, place
 
 
 def test_a_dense_model_is_saved_too(tmp_path: Path) -> None:
@@ -226,7 +239,7 @@ def test_an_unwritable_place_is_refused(slim: nn.Module, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS], ids=["not permitted", "read only"])
 def test_a_read_only_disk_is_said(code: int, slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.mkdtemp", _failing(code))
+    monkeypatch.setattr(os, "mkdir", _failing(code))
     with pytest.raises(OutputError, match="cannot be written"):
         slimming.save(slim, tmp_path / "slim")
     assert list(tmp_path.iterdir()) == []

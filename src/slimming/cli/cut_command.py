@@ -191,7 +191,7 @@ def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> N
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     from slimming.cli.settings import build
-    from slimming.core.budget import METRICS, Budget
+    from slimming.core.budget import Budget
     from slimming.errors import ConfigError
 
     if not arguments.budgets:
@@ -209,6 +209,7 @@ def _say_layout_costs(
     from dataclasses import replace
 
     from slimming.cli.output import say
+    from slimming.core.budget import METRICS
     from slimming.core.layout import FREE, Layout
     from slimming.planning.budgeting import plans
 

@@ -201,7 +201,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """
         how = how or ("taylor" if bool(self.collected["steps"] > 0) else "contribution")
         if how not in MASK_SCORES:
-            raise ConfigError(f"There is no score {how!r}; scores of masks are {', '.join(MASK_SCORES)}.")
+            raise ConfigError(f"There is no score {how!r}; scores are {', '.join(MASK_SCORES)}.")
         return MASK_SCORES[how](self)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task, both_heads
+from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, MatchLoss, Task, both_heads
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -111,7 +111,7 @@ def search(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    task: Task | None = None,
+    loss: Loss | None = None,
 ) -> SearchResult:
     """Train ``model`` together with soft masks, in place, and score every unit (ViT-Slim, section 3).
 
@@ -122,7 +122,7 @@ def search(
         directory: where the state and the log of the training go, so that a killed search can go on.
         resume: go on from the state in ``directory`` if there is one.
         evaluate: called now and then with the masked model; what it returns goes to the log.
-        task: the loss, where it is not the cross-entropy of the labels.
+        loss: of your own, in place of the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -153,7 +153,7 @@ def search(
             rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
     masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
     masks.penalty_sum = config.penalty_sum
-    inner = task or ClassificationTask(config.train.label_smoothing)
+    inner = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
@@ -184,7 +184,7 @@ def search(
     if config.sensitivity and len({group.kind for group in groups}) > 1:
         try:
             measured = _sensitivity(masks, scores, config, data, inner)
-        except Exception as error:  # a loader that cannot be read again, memory, a task of one's own: keep the search
+        except Exception as error:  # a loader that cannot be read again, memory, a loss of one's own: keep the search
             warnings.warn(
                 f"What cutting each kind does could not be measured ({type(error).__name__}: {error}); kinds are "
                 "weighed against each other by their scores. search.sensitivity: 0 leaves the measurement out.",
@@ -215,7 +215,7 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
             own.fold_()
         own.detach_()
         batches = calibration_batches(data, config.images, seed=config.train.seed)
-        if isinstance(task, (ClassificationTask, DistilTask)):
+        if _trains_outputs(task):
             plain = read_as(model, masks.anatomy)
             request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
             return chosen.function(request)
@@ -234,6 +234,11 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         return masks.scores("taylor")
 
 
+def _trains_outputs(task: Task) -> bool:
+    """Whether the loss is of the model's own outputs, whose Fisher scores then say what a unit matters."""
+    return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
+
+
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
 ) -> Sensitivity:
@@ -245,7 +250,9 @@ def _sensitivity(
     # Autocast keeps copies of weights until it ends: it must not outlive one trial.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
-        judge = _divergence(model, batches) if type(task) is ClassificationTask else _task_loss(task, device, batches)
+        judge = (
+            _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
+        )
 
     def loss(trial: nn.Module) -> float:
         with precise():
