@@ -63,7 +63,7 @@ def redundancy_scores(
         covariances = _covariances(model, names, images)
         for group in part:
             layers = [
-                _Layer(covariances[name], one.index)
+                ReadLayer(covariances[name], one.index)
                 for one in found[group.name]
                 if (name := one.tensor.rpartition(".")[0]) in covariances
             ]
@@ -112,11 +112,11 @@ def _covariances(
     return result
 
 
-class _Layer:
+class ReadLayer:
     """How well each unit of a group is predicted from all else that one layer reads.
 
     Args:
-        statistics: see `_covariances`.
+        statistics: covariance (C, C) with its ridge, second moments (C,), and the ridge, of what the layer reads.
         index: the places of each unit among the layer's inputs.
     """
 
@@ -157,7 +157,7 @@ class _Layer:
         moved = (torch.cumsum(~gone, 0) - 1).clamp_min(0)
         self._row = moved[self._row]  # those of inputs that are gone are never asked for again
 
-    def only(self, units: Tensor) -> _Layer:
+    def only(self, units: Tensor) -> ReadLayer:
         """The same layer for a few units, whose removal among themselves costs little."""
         result = copy.copy(self)
         rows = self._rows(units)
@@ -173,7 +173,7 @@ class _Layer:
         return self._row[inputs[inputs < len(self._row)]]
 
 
-def _costs(importance: Tensor, layers: Sequence[_Layer]) -> Tensor:
+def _costs(importance: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """What each unit costs at its turn, never less than those before it; shape (size,)."""
     base = importance.double()
     left = torch.arange(len(base))
@@ -200,6 +200,6 @@ def _costs(importance: Tensor, layers: Sequence[_Layer]) -> Tensor:
     return result.float()
 
 
-def _now(base: Tensor, units: Tensor, layers: Sequence[_Layer]) -> Tensor:
+def _now(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """What each of ``units`` would cost next, shape (units,)."""
     return base[units] * torch.stack([layer.unpredicted(units) for layer in layers]).mean(0)
