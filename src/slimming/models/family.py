@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Piece
+from slimming.core.groups import Anatomy, Group, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 
@@ -26,13 +26,13 @@ FACTORS = ".parametrizations."
 Kept = Mapping[str, tuple[int, ...]]
 
 
-class Timed(NamedTuple):
-    """A module to time in place of a piece.
+class TimedModule(NamedTuple):
+    """A module whose time is measured in place of a layer's.
 
     Attributes:
         module: takes one tensor.
-        shape: of that tensor, without the batch.
-        copies: how many of the piece run in it.
+        shape: shape of that tensor without the batch dimension.
+        copies: number of copies of the layer that run in one call.
     """
 
     module: nn.Module
@@ -79,18 +79,18 @@ class Family(abc.ABC):
         """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
         return False
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
-        """A module that does what ``piece`` does at ``sizes``, for timing.
+    def timed_module(
+        self, model: nn.Module, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> TimedModule:
+        """A module that does what ``layer`` does at ``sizes``, for timing.
 
         Args:
             model: the dense model.
-            piece: one of its pieces.
+            layer: one of its timed layers.
             sizes: axis -> size.
             uneven_heads: heads of an attention differ in size, as they do where a plan is free to choose.
         """
-        raise UnsupportedModelError(f"Family {self.name} has no pieces to time.")
+        raise UnsupportedModelError(f"Family {self.name} has no timed layers to time.")
 
     @abc.abstractmethod
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:

@@ -14,16 +14,16 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Piece
+from slimming.core.groups import Anatomy, Group, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, Timed, of_one_name, take
+from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, of_one_name, take
 from slimming.models.timm_vit.groups import block_groups, tokens_why_not
 from slimming.models.timm_vit.operations import operations
 from slimming.models.timm_vit.rebuild import build, constructor, input_channels, rebased
 from slimming.models.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.models.timm_vit.sizes import BlockSizes, block_sizes
-from slimming.models.timm_vit.timed_layers import piece_module, pieces
+from slimming.models.timm_vit.timed_layers import timed_layers, timed_module
 from slimming.models.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
 
 
@@ -63,7 +63,7 @@ class TimmViT(Family):
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
             structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
-            pieces=pieces(vit, blocks, {group.name for group in groups}),
+            timed_layers=timed_layers(vit, blocks, {group.name for group in groups}),
             uncovered=(*uncovered, *shared),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
@@ -81,10 +81,10 @@ class TimmViT(Family):
         plain = bool(anatomy.operations[0].live)
         return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
-        return piece_module(_vit(model), piece, sizes, uneven_heads=uneven_heads)
+    def timed_module(
+        self, model: nn.Module, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> TimedModule:
+        return timed_module(_vit(model), layer, sizes, uneven_heads=uneven_heads)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimming.core.formulas import Dim
-from slimming.core.groups import Piece
-from slimming.models.family import Timed
+from slimming.core.groups import TimedLayer
+from slimming.models.family import TimedModule
 from slimming.models.layers import TokenSelect
 from slimming.models.timm_vit.operations import alive_of, dim_of, qk_of, tokens_of
 from slimming.models.timm_vit.resize import resize_block_
@@ -21,7 +21,7 @@ from slimming.models.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.models.timm_vit.width import WIDTH, resize_width_
 
 
-def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[Piece, ...]:
+def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[TimedLayer, ...]:
     """Every step, with what its time depends on.
 
     Args:
@@ -35,7 +35,7 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
     images = "x".join(map(str, (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)))
     patch = "x".join(map(str, vit.patch_embed.patch_size))
     found = [
-        Piece(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
+        TimedLayer(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
     ]
     incoming = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
     for sizes in blocks:
@@ -45,11 +45,13 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
         order = "norm behind" if norm_follows(block) else "norm in front"
         scaled = "" if isinstance(getattr(block, "ls1", None), (nn.Identity, type(None))) else ", layer scale"
         if tokens != incoming:
-            found.append(Piece(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming))
+            found.append(
+                TimedLayer(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming)
+            )
         if sizes.heads:
             own = "" if isinstance(block.attn.q_norm, nn.Identity) else ", QK norm"
             found.append(
-                Piece(
+                TimedLayer(
                     name=f"{sizes.name}.attn",
                     kind="attention",
                     like=f"{len(sizes.heads)} heads, {order}{scaled}{own}",
@@ -61,7 +63,7 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
         if sizes.hidden:
             mlp = block.mlp
             found.append(
-                Piece(
+                TimedLayer(
                     name=f"{sizes.name}.mlp",
                     kind="mlp",
                     like=f"{type(mlp).__name__} {type(mlp.act).__name__}, {order}{scaled}",
@@ -71,7 +73,7 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
             )
         incoming = tokens
     head = f"{vit.num_classes} classes, pooling {vit.global_pool or 'none'}"
-    found.append(Piece(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
+    found.append(TimedLayer(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
     return tuple(found)
 
 
@@ -81,38 +83,38 @@ def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
 
 
 @torch.no_grad()
-def piece_module(
-    vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-) -> Timed:
-    """A module that does what ``piece`` does at ``sizes``.
+def timed_module(
+    vit: VisionTransformer, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
+) -> TimedModule:
+    """A module that does what ``layer`` does at ``sizes``.
 
     Blocks get as many copies as stand between two uses of one block in a model, so that their weights are not found
     in a cache where the model's would not be.
     """
     depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
-    own = vit.get_submodule(piece.name) if piece.kind in ("attention", "mlp") else None
-    kept = nn.Sequential() if own is None else nn.Sequential(copy.deepcopy(_block_of(vit, piece)))
+    own = vit.get_submodule(layer.name) if layer.kind in ("attention", "mlp") else None
+    kept = nn.Sequential() if own is None else nn.Sequential(copy.deepcopy(_block_of(vit, layer)))
     lean = copy.deepcopy(vit, {id(vit.blocks): kept})
-    if piece.kind == "patch_embed":
+    if layer.kind == "patch_embed":
         resize_width_(lean, sizes["width"])
-        return Timed(_Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size))
+        return TimedModule(_Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size))
     shape = (sizes["tokens"], sizes["width"])
-    if piece.kind == "select":
+    if layer.kind == "select":
         incoming = vit.num_prefix_tokens + vit.patch_embed.num_patches
         select = TokenSelect(range(sizes["tokens"]), incoming).to(vit.patch_embed.proj.weight.device)
-        return Timed(select, (incoming, sizes["width"]))
-    if piece.kind == "head":
+        return TimedModule(select, (incoming, sizes["width"]))
+    if layer.kind == "head":
         resize_width_(lean, sizes["width"])
-        return Timed(_Head(lean), shape)
+        return TimedModule(_Head(lean), shape)
     wanted = BlockSizes(name="blocks.0", heads=(), scale=1.0, hidden=sizes.get("hidden", 0), positions=(0,))
-    if piece.kind == "attention":
-        count = int(piece.like.partition(" ")[0])
+    if layer.kind == "attention":
+        count = int(layer.like.partition(" ")[0])
         each = sizes["qkv"] // (3 * count)
         heads = _spread(each, count, own.qkv.out_features // (3 * count)) if uneven_heads else [each] * count
         wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=each**-0.5)
     resize_block_(lean, wanted)
     resize_width_(lean, sizes["width"])
-    return Timed(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
+    return TimedModule(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
 
 
 def _spread(mean: int, count: int, full: int) -> list[int]:
@@ -125,8 +127,8 @@ def _spread(mean: int, count: int, full: int) -> list[int]:
     return sorted(mean + offset for offset in (*half, *middle, *(-offset for offset in half)))
 
 
-def _block_of(vit: VisionTransformer, piece: Piece) -> nn.Module:
-    return vit.get_submodule(piece.name.rpartition(".")[0])
+def _block_of(vit: VisionTransformer, layer: TimedLayer) -> nn.Module:
+    return vit.get_submodule(layer.name.rpartition(".")[0])
 
 
 class _Stem(nn.Module):

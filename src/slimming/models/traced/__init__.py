@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Piece
+from slimming.core.groups import Anatomy, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, Timed
+from slimming.models.family import STRUCTURE, Family, Kept, TimedModule
 from slimming.models.traced import rebuild
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import layers_after, resize_module_, select, settle_
-from slimming.models.traced.timed_layers import Call, calls, piece_module
+from slimming.models.traced.timed_layers import Call, calls, timed_module
 
 PART = "part"
 """Key of a layer's entry that holds the structure of a submodule that was cut on its own."""
@@ -61,12 +61,12 @@ class Traced(Family):
             uncovered=reading.uncovered,
             input_shape=shape,
             sizes=reading.sizes,
-            pieces=reading.pieces,
+            timed_layers=reading.timed_layers,
         )
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
+    def timed_module(
+        self, model: nn.Module, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
+    ) -> TimedModule:
         if uneven_heads:
             raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
         if self._timed is None or self._timed[0]() is not model:  # a table asks hundreds of times
@@ -74,8 +74,8 @@ class Traced(Family):
             example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
             self._timed = weakref.ref(model), anatomy, calls(model, example, attention_sites(anatomy.groups))
         _, anatomy, found = self._timed
-        call = found[int(piece.name.rpartition("#")[2])]
-        return piece_module(model, call, piece, sizes, anatomy.sizes, {g.name: g.size for g in anatomy.groups})
+        call = found[int(layer.name.rpartition("#")[2])]
+        return timed_module(model, call, layer, sizes, anatomy.sizes, {g.name: g.size for g in anatomy.groups})
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         stored = model.__dict__.get(STRUCTURE)

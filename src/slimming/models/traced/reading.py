@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.formulas import Dim, Operation
-from slimming.core.groups import Group, LayerSizes, Piece
+from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, fill_, of_one_name
 from slimming.models.traced.channels import CONV, Ends, channel_groups
@@ -21,7 +21,7 @@ from slimming.models.traced.mlp import Hidden, hidden_group
 from slimming.models.traced.operations import operations
 from slimming.models.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.models.traced.tables import heads_of, hidden_of
-from slimming.models.traced.timed_layers import calls, pieces
+from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.verification import outputs, proven, randomise_
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
@@ -41,7 +41,7 @@ class Reading:
     operations: tuple[Operation, ...]
     sizes: Mapping[str, LayerSizes]
     uncovered: tuple[str, ...]
-    pieces: tuple[Piece, ...]
+    timed_layers: tuple[TimedLayer, ...]
 
 
 def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
@@ -85,7 +85,7 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         operations=operations(trial, example, good, _each_head(trial)),
         sizes=sizes,
         uncovered=tuple(uncovered),
-        pieces=pieces(trial, calls(trial, example, attention_sites(good)), good, sizes),
+        timed_layers=timed_layers(trial, calls(trial, example, attention_sites(good)), good, sizes),
     )
 
 

@@ -1,7 +1,7 @@
 """The steps of a traced model whose time is looked up in a latency table, and how to make each alone.
 
-A piece is a call of an attention module whose heads can go, or of a single layer. What lies between them (additions,
-windows, reshapes) is one piece more, which has no module: it takes what the whole model took beyond the sum of the
+A layer is a call of an attention module whose heads can go, or of a single layer. What lies between them (additions,
+windows, reshapes) is one layer more, which has no module: it takes what the whole model took beyond the sum of the
 others, and grows with the elements that the layers give.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from slimming.core.formulas import Dim
-from slimming.core.groups import REST, Group, LayerSizes, Piece
-from slimming.models.family import Timed
+from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
 from slimming.models.traced.verification import outputs
@@ -80,9 +80,9 @@ def calls(model: nn.Module, example: Tensor, whole: Collection[str]) -> list[Cal
     return found
 
 
-def pieces(
+def timed_layers(
     model: nn.Module, found: Sequence[Call], groups: Sequence[Group], layers: Mapping[str, LayerSizes]
-) -> tuple[Piece, ...]:
+) -> tuple[TimedLayer, ...]:
     """Every step, with the rest.
 
     Args:
@@ -93,7 +93,7 @@ def pieces(
     """
     full = {group.name: group.size for group in groups}
     heads = {group.site: group for group in groups if group.kind == "head"}
-    result: list[Piece] = []
+    result: list[TimedLayer] = []
     elements = Dim()
     before: Dim | None = None
     for number, call in enumerate(found):
@@ -106,11 +106,11 @@ def pieces(
             axes, before = _axes(module, layers.get(call.name), before, full, call.x.shape)
             like = f"{type(module).__name__}({module.extra_repr()}) on {shape}"
         kind = "attention" if call.name in heads else "layer"
-        result.append(Piece(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
+        result.append(TimedLayer(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
         wide = 1 if before is None else before.value(full)
         elements += _times(Dim(fixed=1) if before is None else before, call.elements // wide)
     if result:
-        result.append(Piece(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
+        result.append(TimedLayer(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
     return tuple(result)
 
 
@@ -141,42 +141,42 @@ def _axes(
     return axes, dims[0] if dims and dims[0].groups else None
 
 
-def piece_module(
+def timed_module(
     model: nn.Module,
     call: Call,
-    piece: Piece,
+    layer: TimedLayer,
     sizes: Mapping[str, int],
     layers: Mapping[str, LayerSizes],
     full: Mapping[str, int],
-) -> Timed:
-    """A module that does what ``piece`` does at ``sizes``.
+) -> TimedModule:
+    """A module that does what ``layer`` does at ``sizes``.
 
     Args:
         model: in evaluation mode, where it is to be timed.
-        call: the piece's call on this model.
-        piece: of `pieces`.
+        call: the layer's call on this model.
+        layer: of `timed_layers`.
         sizes: one per axis.
         layers: which modules the groups change.
         full: units of each group.
     """
-    axes = dict(piece.axes)
+    axes = dict(layer.axes)
     small = copy.deepcopy(model.get_submodule(call.name))
-    for path, layer in layers.items():
+    for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
-            resize_module_(module, entry_of(layer, lambda dim: _value(dim, axes, sizes, full)))
+            resize_module_(module, entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, full)))
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     tensor.data.fill_(0.02)  # what fresh memory holds may be slow to multiply
     shape = list(call.x.shape)
-    if (piece.kind == "layer" and axes) or "width" in axes:
+    if (layer.kind == "layer" and axes) or "width" in axes:
         place, size = _input(small, shape, {name: dim.value(full) for name, dim in axes.items()}, sizes)
         shape[place] = size
     own = sum(tensor.nbytes for tensor in small.parameters())
     whole = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
     copies = [copy.deepcopy(small) for _ in range(min(COPIES, max(1, whole // own)) if own else 1)]
     called = _Called(copies, call).requires_grad_(False)
-    return Timed(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
+    return TimedModule(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
 
 
 class _Called(nn.Module):
