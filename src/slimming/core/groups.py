@@ -143,13 +143,13 @@ class LayerSizes:
     Attributes:
         tensors: name of a parameter or buffer -> its dimensions.
         attributes: name of an attribute that holds a size -> its value.
-        unbound: whether the module's forward works out its head size from the embedding width, and so needs
+        free_heads: whether the module's forward works out its head size from the embedding width, and so needs
             that expression replaced once heads are gone.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim] = field(default_factory=dict)
-    unbound: bool = False
+    free_heads: bool = False
 
 
 REST = "rest"

@@ -26,18 +26,18 @@ COUNTS = ("num_heads", "self.groups")
 """What hosts divide the width by."""
 WIDTHS = ("C", "D", "dim", "embed_dim", "num_channels")
 """What hosts call the embedding width in a forward."""
-_MARK = "slimming_unbound"
+_MARK = "slimming_free_heads"
 
 
 @cache
-def unbound_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+def free_heads_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """A class like ``cls`` whose forward takes any number of heads; None if its source does not show how."""
     if cls is nn.MultiheadAttention:
         return SomeHeadsAttention
     body: dict[str, Any] = {}
     for name, function in inspect.getmembers(cls, inspect.isfunction):
         if not name.startswith("__") and not function.__module__.startswith("torch.") and not function.__closure__:
-            made = _unbound(function) or function
+            made = _with_free_heads(function) or function
             made = _with_helpers(made)
             if made is not function:
                 body[name] = made
@@ -46,13 +46,13 @@ def unbound_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True})
 
 
-def _unbound(function: FunctionType) -> FunctionType | None:
+def _with_free_heads(function: FunctionType) -> FunctionType | None:
     """``function`` with head sizes left to reshapes; None if it works out none."""
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return None
-    change = _Unbind()
+    change = _InferHeadSize()
     tree = change.visit(ast.parse(source))
     if not change.heads:
         return None
@@ -69,12 +69,12 @@ def _unbound(function: FunctionType) -> FunctionType | None:
 
 
 def _with_helpers(function: FunctionType) -> FunctionType:
-    """``function`` with what it calls of its own file for some number of heads unbound as well."""
+    """``function`` with what it calls of its own file for some number of heads free_heads as well."""
     helpers: dict[str, FunctionType] = {}
     for name in function.__code__.co_names:
         found = function.__globals__.get(name)
         if isinstance(found, FunctionType) and "num_heads" in found.__code__.co_varnames and not found.__closure__:
-            made = _unbound(found)
+            made = _with_free_heads(found)
             if made is not None:
                 helpers[name] = made
     if not helpers:
@@ -86,12 +86,12 @@ def _with_helpers(function: FunctionType) -> FunctionType:
     return made
 
 
-def is_unbound(module: nn.Module) -> bool:
-    """Whether the module's class was made by `unbound_class`."""
+def has_free_heads(module: nn.Module) -> bool:
+    """Whether the module's class was made by `free_heads_class`."""
     return isinstance(module, SomeHeadsAttention) or bool(vars(type(module)).get(_MARK, False))
 
 
-class _Unbind(ast.NodeTransformer):
+class _InferHeadSize(ast.NodeTransformer):
     """Replace head sizes and widths in reshapes by -1."""
 
     def __init__(self) -> None:

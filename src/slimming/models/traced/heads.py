@@ -62,7 +62,7 @@ class Heads:
         each: paths of layers that run once per head, with the same weights.
         count: path of the attribute that counts the heads, or their number if no attribute does.
         sizes: paths of attributes that are a multiple of the number of heads.
-        unbound: whether the forward works out the head size from the embedding width.
+        free_heads: whether the forward works out the head size from the embedding width.
         why_not: why the heads stay whole, or None.
     """
 
@@ -77,7 +77,7 @@ class Heads:
     each: tuple[str, ...] = ()
     count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
-    unbound: bool = False
+    free_heads: bool = False
     why_not: str | None = None
 
     @property

@@ -15,7 +15,7 @@ from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, fill_, of_one_name
 from slimming.models.traced.channels import CONV, Ends, channel_groups
-from slimming.models.traced.free_heads import is_unbound, unbound_class
+from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes, Heads, columns, head_group, rows
 from slimming.models.traced.mlp import Hidden, hidden_group
 from slimming.models.traced.operations import operations
@@ -53,7 +53,7 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     trial = _trial(model)
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     asleep = _asleep(trial, example)
-    groups, attributes, unbound, claimed, uncovered = _heads(trial)
+    groups, attributes, free_heads, claimed, uncovered = _heads(trial)
     hidden, more_attributes, more_claimed, more_uncovered = _hidden(trial)
     for module, values in more_attributes.items():
         attributes[module] = {**attributes.get(module, {}), **values}
@@ -73,12 +73,12 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     trial.requires_grad_(False)
     for module in trial.modules():
         clear_caches_(module)  # the trace left tensors with a graph there, which cannot be copied
-    good, failed = proven(trial, found, example, lambda m, g, k: _cut_copy(m, g, k, attributes, unbound))
+    good, failed = proven(trial, found, example, lambda m, g, k: _cut_copy(m, g, k, attributes, free_heads))
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not good:
         raise UnsupportedModelError(f"Nothing in this {type(model).__name__} can be cut: {'; '.join(uncovered)}.")
     good.sort(key=_in_order(trial))
-    sizes = layer_sizes(trial, good, attributes, unbound)
+    sizes = layer_sizes(trial, good, attributes, free_heads)
     trial.eval()
     return Reading(
         groups=tuple(good),
@@ -156,7 +156,7 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
     """The heads of every attention module that the tables know."""
     groups: list[Group] = []
     attributes: Attributes = {}
-    unbound: set[str] = set()
+    free_heads: set[str] = set()
     claimed: dict[str, str] = {}
     uncovered: list[str] = []
     for name, module in model.named_modules():
@@ -170,16 +170,16 @@ def _heads(model: nn.Module) -> tuple[list[Group], Attributes, set[str], dict[st
             continue
         claimed[_path(name, spec.inside)] = _BY_HEADS
         found = head_group(name, module, spec)
-        if spec.unbound and not is_unbound(module) and unbound_class(type(module)) is None:
+        if spec.free_heads and not has_free_heads(module) and free_heads_class(type(module)) is None:
             found = "its forward ties the number of heads to the embedding width"
-        elif spec.unbound:
-            unbound.add(name)
+        elif spec.free_heads:
+            free_heads.add(name)
         if isinstance(found, str):
             uncovered.append(f"{name} heads: {found}")
             continue
         groups.append(found[0])
         attributes |= found[1]
-    return groups, attributes, unbound, claimed, uncovered
+    return groups, attributes, free_heads, claimed, uncovered
 
 
 def _hidden(model: nn.Module) -> tuple[list[Group], Attributes, dict[str, str], list[str]]:
@@ -270,9 +270,9 @@ def _cut_copy(
     groups: Sequence[Group],
     kept: Kept,
     attributes: Attributes,
-    unbound: set[str],
+    free_heads: set[str],
 ) -> nn.Module:
-    sizes = layer_sizes(model, groups, attributes, unbound)
+    sizes = layer_sizes(model, groups, attributes, free_heads)
     small = copy.deepcopy(model)
     for name, entry in layers_after(sizes, groups, kept).items():
         resize_module_(small.get_submodule(name), entry)

@@ -13,10 +13,10 @@ from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
 from slimming.models.family import Kept, take
 from slimming.models.traced.channels import BATCH_NORM, CONV
-from slimming.models.traced.free_heads import is_unbound, unbound_class
+from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
-TENSORS, UNBOUND = "tensors", "unbound"
+TENSORS, FREE_HEADS = "tensors", "free_heads"
 """Keys of a layer's entry in the structure beside its attributes: tensor shapes, and the changed forward."""
 
 
@@ -95,7 +95,7 @@ def _grouped(module: Any, rows: Dim) -> dict[str, Dim]:
 
 
 def layer_sizes(
-    model: nn.Module, groups: Sequence[Group], heads: Attributes, unbound: set[str]
+    model: nn.Module, groups: Sequence[Group], heads: Attributes, free_heads: set[str]
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that ``groups`` change.
 
@@ -103,7 +103,7 @@ def layer_sizes(
         model: the model.
         groups: its groups.
         heads: attributes of attention modules that count their heads.
-        unbound: attention modules whose forward ties the heads to the embedding width.
+        free_heads: attention modules whose forward ties the heads to the embedding width.
     """
     present = {group.name for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -119,12 +119,12 @@ def layer_sizes(
         used = {name: dim for name, dim in values.items() if {group for group, _ in dim.groups} <= present}
         if used:
             attributes[module] = {**attributes.get(module, {}), **used}
-    tied = [name for name in unbound if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
+    tied = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
     for module in {**tensors, **attributes, **dict.fromkeys(tied)}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
-            unbound=module in unbound,
+            free_heads=module in free_heads,
         )
     return result
 
@@ -137,7 +137,7 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that ties its heads to the embedding width is changed with either.
-    changed |= {n for n, one in sizes.items() if one.unbound and any(c.startswith(f"{n}.") for c in changed)}
+    changed |= {n for n, one in sizes.items() if one.free_heads and any(c.startswith(f"{n}.") for c in changed)}
     return {name: entry for name, entry in entries.items() if name in changed}
 
 
@@ -146,8 +146,8 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:
     entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
         entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
-    if layer.unbound:
-        entry[UNBOUND] = True
+    if layer.free_heads:
+        entry[FREE_HEADS] = True
     return entry
 
 
@@ -164,10 +164,10 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             # A buffer outside the state dict is the same for every head, or the proof of its group fails.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
     for name, value in entry.items():
-        if name not in (TENSORS, UNBOUND):
+        if name not in (TENSORS, FREE_HEADS):
             _set_size(module, name, value)
-    if entry.get(UNBOUND) and not is_unbound(module):
-        made = unbound_class(type(module))
+    if entry.get(FREE_HEADS) and not has_free_heads(module):
+        made = free_heads_class(type(module))
         if made is None:
             raise CheckpointError(f"The forward of {type(module).__name__} is not as expected in this version.")
         module.__class__ = made
@@ -184,7 +184,7 @@ def clear_caches_(module: nn.Module) -> None:
 def settle_(model: nn.Module) -> None:
     """Keep torch's fused encoder, which packs padded sequences once for all layers, away from changed layers."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(is_unbound(layer) for layer in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(has_free_heads(layer) for layer in module.modules()):
             module.use_nested_tensor = False
 
 

@@ -14,7 +14,7 @@ def _multihead(module: Any) -> Heads:
     inputs = {**(apart if module.in_proj_weight is None else packed), "in_proj_bias": 3}
     odd = module.bias_k is not None or module.add_zero_attn
     why = "it adds a key and a value of its own to all heads" if odd else None
-    return Heads(inputs=inputs, output="out_proj", unbound=True, why_not=why)
+    return Heads(inputs=inputs, output="out_proj", free_heads=True, why_not=why)
 
 
 _SWIN = {"inputs": {"qkv": 3}, "per_head": {"relative_position_bias_table": 1}}
@@ -27,11 +27,11 @@ TORCHVISION: dict[str, Row] = {
         output="merge",
         per_head={"relative_position_bias_table": 1},
         count="n_heads",
-        unbound=True,
+        free_heads=True,
     ),
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": Heads(**_SWIN, unbound=True),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": Heads(**_SWIN, free_heads=True),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": Heads(
-        inputs={"qkv": 3, "cpb_mlp.2": 1}, apart=("cpb_mlp.2",), per_head={"logit_scale": 0}, unbound=True
+        inputs={"qkv": 3, "cpb_mlp.2": 1}, apart=("cpb_mlp.2",), per_head={"logit_scale": 0}, free_heads=True
     ),
 }
 """Full class name -> where its heads are."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from slimming.models.traced.free_heads import is_unbound, unbound_class
+from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Heads, Row
 
 COUNTS = ("num_attention_heads", "num_heads", "n_heads")
@@ -48,7 +48,7 @@ def _laid_out(module: nn.Module, layout: Heads) -> Heads:
         per_head={f"{prefix}{path}": 1 for path in _BIASES},
         count=f"{prefix}{counts[0]}" if counts else rows // size if size else 1,
         sizes=(f"{prefix}all_head_size",),
-        unbound=is_unbound(module) or unbound_class(type(module)) is not None,
+        free_heads=has_free_heads(module) or free_heads_class(type(module)) is not None,
     )
     shared = getattr(owner, "num_key_value_heads", None)
     if type(shared) is int and counts and shared != getattr(owner, counts[0]):
