@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimming.core.groups import Group
 
 
-class KeptNorm:
+class MaskedNorm:
     """Forward hook of a LayerNorm: its output as if only ``index`` were there, 0 elsewhere."""
 
     def __init__(self, index: Tensor) -> None:
@@ -32,13 +32,13 @@ def feature_dim(norm: nn.Module) -> int:
     return 1 if images else -1
 
 
-def keep_in_norms(model: nn.Module, group: Group, units: Sequence[int]) -> list[Callable[[], None]]:
+def mask_norms(model: nn.Module, group: Group, units: Sequence[int]) -> list[Callable[[], None]]:
     """Let the LayerNorms of ``group`` see ``units`` alone; gives functions that undo it."""
     undo: list[Callable[[], None]] = []
     for one in group.slices:
         owner, _, name = one.tensor.rpartition(".")
         if owner in group.norms and name == "weight":
-            hook = KeptNorm(torch.tensor(sorted(place for unit in units for place in one.index[unit])))
+            hook = MaskedNorm(torch.tensor(sorted(place for unit in units for place in one.index[unit])))
             # In front of other hooks, which change what the norm gives.
             undo.append(model.get_submodule(owner).register_forward_hook(hook, prepend=True).remove)
     return undo

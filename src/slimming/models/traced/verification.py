@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.groups import Group
-from slimming.models.masked_norms import keep_in_norms
+from slimming.models.masked_norms import mask_norms
 
 LIMIT = 1e-9
 """Largest relative difference in float64."""
@@ -101,7 +101,7 @@ def masked_output(
     saved: dict[str, Tensor] = {}
     undo: list[Callable[[], None]] = []
     for group in groups:
-        undo += keep_in_norms(model, group, kept[group.name])
+        undo += mask_norms(model, group, kept[group.name])
         gone = sorted(set(range(group.size)) - set(kept[group.name]))
         for one in group.slices:
             if one.side == "consumes" and gone:
