@@ -25,7 +25,7 @@ from torch import nn
 import slimming
 from slimming.checkpoints import hub
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
-from slimming.models import family_of
+from slimming.models.families import family_of
 from slimming.models.hosts import name_classes
 from slimming.runs.setup import open_start
 from slimming.training.images import ImageSpec, make_transform

@@ -20,7 +20,7 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable, searched
-from slimming.models import family_of
+from slimming.models.families import family_of
 from slimming.models.family import TimedModule
 from slimming.planning import latency_table
 from slimming.planning.latency_table import LatencyTable, build_latency_table

@@ -22,9 +22,9 @@ from slimming.core.files import FORMAT, atomic_directory, atomic_file, atomic_js
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.masks.soft_masks import attached
-from slimming.models import build as build
-from slimming.models import family_called
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
+from slimming.models.families import build as build
+from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import fill_
 from slimming.models.prunable import read

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimming.core.files import read_json
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
-from slimming.models import build_filled
+from slimming.models.families import build_filled
 from slimming.models.family import ORIGIN
 from slimming.models.hosts import TRANSFORMERS, classes_of, make
 from slimming.models.prunable import read

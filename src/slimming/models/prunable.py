@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from slimming.core.groups import Anatomy
-from slimming.models import family_called, family_of
+from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
 
 

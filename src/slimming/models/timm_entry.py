@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from slimming.core.files import read_sealed
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models import build_filled
 from slimming.models.directories import structure_in, timm_config, unprefixed
+from slimming.models.families import build_filled
 from slimming.models.family import STRUCTURE
 from slimming.models.hosts import classes_of, reset_classes_
 from slimming.models.prunable import read

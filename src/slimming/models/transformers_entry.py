@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from slimming.errors import CheckpointError
-from slimming.models import build, build_filled
 from slimming.models.directories import MODEL_TYPE, structure_in, unprefixed
+from slimming.models.families import build, build_filled
 from slimming.models.hosts import classes_of, reset_classes_
 
 

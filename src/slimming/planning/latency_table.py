@@ -28,7 +28,7 @@ from slimming.core.formulas import evaluate
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.models import family_of
+from slimming.models.families import family_of
 from slimming.models.family import Family, TimedModule
 
 STEPS: Mapping[str, Sequence[float]] = {
