@@ -20,7 +20,6 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable, searched
-from slimming.models.families import family_of
 from slimming.models.family import TimedModule
 from slimming.planning import latency_table
 from slimming.planning.latency_table import LatencyTable, build_latency_table
@@ -180,23 +179,24 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
 
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
-    clock = latency_table.Clock(family, model, anatomy, batch_size=2, runtime="eager")
+    whole = TimedModule(model, prunable(model).anatomy.input_shape)
+    clock = latency_table.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")
     found = clock.times(TimedModule(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
     assert clock.reference(0.01) > 0
 
 
-def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
+def test_every_timed_layer_computes_what_the_model_does(model: nn.Module) -> None:
+    anatomy = prunable(model).anatomy
+    timed = prunable(model).family.timed_modules(model, anatomy)
     full = {group.name: group.size for group in anatomy.groups}
     x = torch.randn(1, 3, 64, 64)
     stages: dict[str, Any] = {"x": x}
     with torch.no_grad():
         for layer in anatomy.timed_layers:
             sizes = {name: dim.value(full) for name, dim in layer.axes}
-            module, shape, copies = family.timed_module(model, layer, sizes)
+            module, shape, copies = timed(layer, sizes)
             if layer.kind == "select":
                 continue
             assert tuple(stages["x"].shape[1:]) == shape
@@ -222,7 +222,7 @@ TRACED = [
 @pytest.mark.parametrize(
     ("name", "arguments", "kinds"), TRACED, ids=[f"{name}{' width' * bool(kinds)}" for name, _, kinds in TRACED]
 )
-def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
+def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency_table, "Clock", CountingClock)
@@ -290,14 +290,15 @@ def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monke
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5, 6])
-def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
+def test_timed_layers_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
     size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
     vit = timm.create_model("vit_tiny_patch16_224", **size)
-    anatomy, family = prunable(vit).anatomy, family_of(vit)
+    anatomy = prunable(vit).anatomy
+    timed = prunable(vit).family.timed_modules(vit, anatomy, uneven_heads=True)
     layer = next(each for each in anatomy.timed_layers if each.kind == "attention")
     for each in (8, 16, 32, 48, 64):
         sizes = {"tokens": 17, "width": 64 * heads, "qkv": 3 * heads * each}
-        attention: Any = family.timed_module(vit, layer, sizes, uneven_heads=True).module[0].attn  # pyright: ignore
+        attention: Any = timed(layer, sizes).module[0].attn  # pyright: ignore
         assert attention.qkv.out_features == sizes["qkv"]
         found = {qk for qk, _ in getattr(attention, "heads", [(each, each)])}
         assert (len(found) > 1) == (heads > 1 and 8 < each < 64), (each, found)

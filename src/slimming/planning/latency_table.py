@@ -28,8 +28,8 @@ from slimming.core.formulas import evaluate
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.models.families import family_of
-from slimming.models.family import Family, TimedModule
+from slimming.models.family import TimedModule, TimedModules
+from slimming.models.prunable import read
 
 STEPS: Mapping[str, Sequence[float]] = {
     "tokens": (0.05, 0.25, 0.5, 0.75, 1.0),
@@ -268,21 +268,22 @@ def build_latency_table(
     check_runtime(runtime)
     kinds = {name for name, kind in KINDS.items() if not kind.on_request} if kinds is None else kinds
     check_kinds(kinds, ConfigError)
-    family = family_of(model)
-    model = copy.deepcopy(model).eval()
-    anatomy = family.read(model)
+    prunable = read(copy.deepcopy(model).eval())
+    model, anatomy = prunable.model, prunable.anatomy
     _check_timed_layers(anatomy)
+    even = prunable.family.timed_modules(model, anatomy)
+    timed = prunable.family.timed_modules(model, anatomy, uneven_heads=True) if uneven_heads else even
     moving = {group.name for group in anatomy.groups if group.kind in kinds}
     table = LatencyTable(setting=_setting(model, anatomy, batch_size, runtime, uneven_heads))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
     have = {_name(point) for point in table.points}
     left = [(layer, sizes) for layer, sizes in _plan(anatomy, moving) if _name(_point(layer, sizes)) not in have]
-    clock = Clock(family, model, anatomy, batch_size, runtime)
+    clock = Clock(even(*_largest(anatomy)), next(model.parameters()), batch_size, runtime)
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
     table = replace(table, reference_ms=block)
     for number, (layer, sizes) in enumerate(left, start=1):
-        times = clock.times(family.timed_module(model, layer, sizes, uneven_heads=uneven_heads), seconds, block)
+        times = clock.times(timed(layer, sizes), seconds, block)
         table = replace(table, points=(*table.points, {**_point(layer, sizes), **times}))
         if say is not None:
             at = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -292,7 +293,7 @@ def build_latency_table(
     if left or table.calibration is None:
         whole = clock.times(TimedModule(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
         table = _calibrated(table, anatomy, whole)
-        table = replace(table, multiples=_multiples(clock, family, model, anatomy, 5 * seconds, block))
+        table = replace(table, multiples=_multiples(clock, even, anatomy, 5 * seconds, block))
     if path is not None:
         table.save(path)
     return table
@@ -305,9 +306,7 @@ def _largest(anatomy: Anatomy) -> tuple[TimedLayer, dict[str, int]]:
     return max((each for each in every if each[0].kind != REST), key=lambda each: math.prod(each[1].values()))
 
 
-def _multiples(
-    clock: Clock, family: Family, model: nn.Module, anatomy: Anatomy, seconds: float, block: float
-) -> dict[int, float]:
+def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: float, block: float) -> dict[int, float]:
     """How much longer the largest layer takes at about half its size where the size is an odd multiple of 1 … 32."""
     layer, sizes = _largest(anatomy)
     moving = {name: dim for name, dim in layer.axes if dim.groups}
@@ -317,7 +316,7 @@ def _multiples(
     half = sizes[axis] // (2 * WHOLE) * WHOLE
 
     def at(size: int) -> float:
-        return clock.times(family.timed_module(model, layer, {**sizes, axis: size}), seconds, block)["ms"]
+        return clock.times(timed(layer, {**sizes, axis: size}), seconds, block)["ms"]
 
     low, high = at(half), at(half + WHOLE)
     between = {each: low + (high - low) * each / WHOLE for each in MULTIPLES}
@@ -340,13 +339,18 @@ def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyT
 
 
 class Clock:
-    """Times modules, each in turns with one block of the dense model."""
+    """Times modules, each in turns with one block of the dense model.
 
-    def __init__(self, family: Family, model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str) -> None:
-        self.like = next(model.parameters())
-        self.batch_size, self.runtime = batch_size, runtime
-        block = family.timed_module(model, *_largest(anatomy))
-        dtype, device = self.like.dtype, self.like.device
+    Args:
+        block: the block.
+        like: a tensor of the model, on the device and in the dtype that are timed.
+        batch_size: images per pass.
+        runtime: see `build_latency_table`.
+    """
+
+    def __init__(self, block: TimedModule, like: torch.Tensor, batch_size: int, runtime: str) -> None:
+        self.like, self.batch_size, self.runtime = like, batch_size, runtime
+        dtype, device = like.dtype, like.device
         self.block = _OwnInput(block.module, torch.randn(batch_size, *block.shape, dtype=dtype, device=device))
 
     def reference(self, seconds: float) -> float:

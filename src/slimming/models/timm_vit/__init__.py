@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, TimedLayer
+from slimming.core.groups import Anatomy, Group
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, of_one_name, take
+from slimming.models.family import STRUCTURE, Family, Kept, TimedModules, take, untied_groups
 from slimming.models.timm_vit.groups import block_groups, tokens_why_not
 from slimming.models.timm_vit.operations import operations
-from slimming.models.timm_vit.rebuild import build, constructor, input_channels, rebased
+from slimming.models.timm_vit.rebuild import build, find_base, input_channels, rebased
 from slimming.models.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.models.timm_vit.sizes import BlockSizes, block_sizes
 from slimming.models.timm_vit.timed_layers import timed_layers, timed_module
@@ -58,19 +59,15 @@ class TimmViT(Family):
             groups.append(width_group(vit, blocks))
         else:
             uncovered.append(f"embedding width: {why_not}")
-        groups, shared = of_one_name(vit, groups)
+        groups, shared = untied_groups(vit, groups)
         return Anatomy(
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
-            structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
+            structure=Structure(family=self.name, base=_base(vit), layers=_layers(blocks, vit.embed_dim)),
             timed_layers=timed_layers(vit, blocks, {group.name for group in groups}),
             uncovered=(*uncovered, *shared),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
-
-    def base(self, model: nn.Module) -> dict[str, Any]:
-        stored = model.__dict__.get(STRUCTURE)
-        return constructor(_vit(model)) if stored is None else rebased(stored.base, _vit(model))
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return build(base)
@@ -81,10 +78,8 @@ class TimmViT(Family):
         plain = bool(anatomy.operations[0].live)
         return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
 
-    def timed_module(
-        self, model: nn.Module, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> TimedModule:
-        return timed_module(_vit(model), layer, sizes, uneven_heads=uneven_heads)
+    def timed_modules(self, model: nn.Module, anatomy: Anatomy, *, uneven_heads: bool = False) -> TimedModules:
+        return partial(timed_module, _vit(model), uneven_heads=uneven_heads)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)
@@ -116,6 +111,11 @@ def _vit(model: nn.Module) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(f"{type(model).__name__} is not a timm VisionTransformer.")
     return model
+
+
+def _base(vit: VisionTransformer) -> dict[str, Any]:
+    stored = vit.__dict__.get(STRUCTURE)
+    return find_base(vit) if stored is None else rebased(stored.base, vit)
 
 
 def _blocks(anatomy: Anatomy) -> list[BlockSizes]:

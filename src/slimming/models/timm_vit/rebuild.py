@@ -21,7 +21,7 @@ UNFILLED = {"weight_init": "skip"}
 """Drawing random weights is most of the time that timm takes to make a model, and on the meta device in vain."""
 
 
-def constructor(vit: VisionTransformer) -> dict[str, Any]:
+def find_base(vit: VisionTransformer) -> dict[str, Any]:
     """The base of ``vit``: class, architecture, the arguments that differ from its defaults, and input settings.
 
     Raises:

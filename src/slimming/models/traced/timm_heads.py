@@ -1,4 +1,4 @@
-"""Where timm's attention modules keep their heads."""
+"""Table of timm's attention classes: which layers, tensors and attributes depend on their heads."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BIASES: dict[str, dict[str, Any]] = {
     },
     "RelPosMlp": {"inputs": {"rel_pos.mlp.fc2": 1}, "sizes": ("rel_pos.num_heads", "rel_pos.bias_shape[2]")},
 }
-"""What each kind of relative position bias has per head."""
+"""Class of a relative position bias -> fields of the row that depend on its heads."""
 
 
-def _unless(whole: Callable[[Any], str | None], row: Heads) -> Row:
-    """``row``, unless ``whole`` says why the heads of a module stay."""
-    return lambda module: replace(row, why_not=whole(module))
+def _unless(why_not: Callable[[Any], str | None], row: Heads) -> Row:
+    """``row``, unless ``why_not`` returns a reason why the heads of a module cannot be removed."""
+    return lambda module: replace(row, why_not=why_not(module))
 
 
 def _norm(module: Any) -> str | None:
@@ -32,7 +32,7 @@ def _norm(module: Any) -> str | None:
 
 
 def _relative(row: Heads, module: Any) -> Heads:
-    """``row`` with the heads of the relative position bias that the module owns."""
+    """``row`` with the tensors of the module's relative position bias."""
     if module.rel_pos is None:
         return row
     kind = type(module.rel_pos).__name__
@@ -59,14 +59,14 @@ def _maxxvit(module: Any) -> Heads:
 
 def _gcvit(module: Any) -> Heads:
     if module.use_global:
-        return Heads(inputs={"qkv": 2}, why_not="its queries come from outside, with all heads")
+        return Heads(inputs={"qkv": 2}, why_not="its queries are an input with all heads")
     return _relative(Heads(inputs=_QKV, free_heads=True), module)
 
 
 def _mvit(module: Any) -> Heads:
     if module.unshared:
-        return Heads(inputs=_QKV, why_not="its pooling has weights for all heads together")
-    return Heads(inputs=_QKV, each=("pool_q", "pool_k", "pool_v"), sizes=("dim_out",))
+        return Heads(inputs=_QKV, why_not="its pooling has one weight for all heads")
+    return Heads(inputs=_QKV, per_head_layers=("pool_q", "pool_k", "pool_v"), sizes=("dim_out",))
 
 
 def _lite(module: Any) -> Heads:
@@ -110,7 +110,7 @@ _ROWS: dict[str, Row] = {
     "layers.attention.Attention": _unless(_norm, Heads(inputs={**_QKV, "gate": 1}, sizes=("attn_dim",))),
     "layers.attention.AttentionRope": _unless(
         _norm,
-        # With fewer keys than queries, a unit is a key with all its queries.
+        # Grouped queries: a unit is a key head with all its query heads.
         Heads(
             inputs={**_QKV, **_PROJECTED, "gate": 1},
             count="num_kv_heads",
@@ -127,7 +127,7 @@ _ROWS: dict[str, Row] = {
     "models.cait.ClassAttn": Heads(inputs=_APART, free_heads=True),
     "models.cait.TalkingHeadAttn": Heads(inputs=_QKV, mixers=("proj_l", "proj_w"), free_heads=True),
     "models.coat.FactorAttnConvRelPosEnc": Heads(
-        inputs=_QKV, why_not="blocks share convolutions over all heads as their positions"
+        inputs=_QKV, why_not="blocks share convolutions over all heads as position encodings"
     ),
     "models.convit.GPSA": Heads(inputs={"qk": 2, "v": 1, "pos_proj": 1}, per_head={"gating_param": 0}, free_heads=True),
     "models.convit.MHSA": _FREE_HEADS,
@@ -150,8 +150,8 @@ _ROWS: dict[str, Row] = {
     ),
     "models.eva.EvaAttention": _unless(_norm, Heads(inputs={**_BIASED, **_PROJECTED, "gate": 1}, free_heads=True)),
     "models.fastvit.Attention": _FREE_HEADS,
-    # Closed: its gates and contexts are split so often that torch-pruning does not come to an end.
-    "models.focalnet.FocalModulation": Heads(inputs={}, why_not="focal modulation has none"),
+    # Opaque, because torch-pruning does not terminate on its many splits into gates and contexts.
+    "models.focalnet.FocalModulation": Heads(inputs={}, why_not="focal modulation has no heads"),
     "models.gcvit.WindowAttentionGlobal": _gcvit,
     "models.gemma4_vit.Gemma4Attention": Heads(
         inputs=_PROJECTED, output="o_proj", count="num_kv_heads", sizes=("num_heads",)
@@ -176,10 +176,10 @@ _ROWS: dict[str, Row] = {
         inputs=_QKV, per_head={"relative_position_bias_table": 1}, sizes=("attn_dim",)
     ),
     "models.swin_transformer_v2.WindowAttention": Heads(
-        inputs={**_BIASED, "cpb_mlp.2": 1}, apart=("cpb_mlp.2",), per_head={"logit_scale": 0}, free_heads=True
+        inputs={**_BIASED, "cpb_mlp.2": 1}, other_inputs=("cpb_mlp.2",), per_head={"logit_scale": 0}, free_heads=True
     ),
     "models.swin_transformer_v2_cr.WindowMultiHeadAttention": Heads(
-        inputs={**_QKV, "meta_mlp.fc2": 1}, apart=("meta_mlp.fc2",), per_head={"logit_scale": 0}, free_heads=True
+        inputs={**_QKV, "meta_mlp.fc2": 1}, other_inputs=("meta_mlp.fc2",), per_head={"logit_scale": 0}, free_heads=True
     ),
     "models.tiny_vit.Attention": Heads(inputs={"qkv": 1}, **_KEYED),
     "models.tnt.Attention": Heads(inputs={"qk": 2, "v": 1}),
@@ -197,4 +197,4 @@ _ROWS: dict[str, Row] = {
 }
 
 TIMM: dict[str, Row] = {f"timm.{name}": row for name, row in _ROWS.items()}
-"""Full class name -> where its heads are."""
+"""Qualified class name -> row."""
