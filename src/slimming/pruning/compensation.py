@@ -25,7 +25,7 @@ from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
-from slimming.models.activations import WIDEST, add_up, inputs_of, own_share, precise, reads_all, ridge
+from slimming.models.activations import MAX_DIM, add_up, inputs_of, own_share, precise, reads_all, ridge
 from slimming.models.family import Kept
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
@@ -121,7 +121,7 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
                 gone[module].update(place for unit in units for place in one.index[unit])
     found = {}
     for name, module in model.named_modules():
-        if name in gone and reads_all(module) and len(gone[name]) < module.get_parameter("weight").shape[1] <= WIDEST:
+        if name in gone and reads_all(module) and len(gone[name]) < module.get_parameter("weight").shape[1] <= MAX_DIM:
             found[name] = sorted(gone[name])
     return found
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.models.activations import WIDEST, add_up, inputs_of, own_share, precise, reads_all, ridge
+from slimming.models.activations import MAX_DIM, add_up, inputs_of, own_share, precise, reads_all, ridge
 
 STEPS = 40
 """In so many steps the units of a group go."""
@@ -70,7 +70,7 @@ def _readers(model: nn.Module, group: Group) -> list[Slices]:
         for one in group.slices
         if one.side == "consumes" and one.dim == 1 and one.tensor.endswith(".weight") and all(one.index)
         and reads_all(layer := model.get_submodule(one.tensor.rpartition(".")[0]))
-        and layer.get_parameter("weight").shape[1] <= WIDEST
+        and layer.get_parameter("weight").shape[1] <= MAX_DIM
     ]  # fmt: skip
     return every[:: -(-len(every) // READERS)] if every else []
 
