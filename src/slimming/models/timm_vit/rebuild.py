@@ -87,7 +87,7 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
 
 
 def input_channels(vit: VisionTransformer) -> int:
-    """Channels of the images that ``vit`` takes: those of its first convolution, which in a hybrid is in the backbone."""
+    """Channels of the images that ``vit`` takes: the inputs of its first convolution, in hybrids of the backbone."""
     return next(module.in_channels for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
 
 
