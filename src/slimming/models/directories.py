@@ -34,10 +34,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or does not hold a JSON object.
     """
-    found = read_json(path / CONFIG)
-    if not isinstance(found, dict):
+    content = read_json(path / CONFIG)
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path / CONFIG} does not hold a JSON object. Take an intact copy.")
-    return found
+    return content
 
 
 def structure_in(config: Mapping[str, Any]) -> Structure | None:

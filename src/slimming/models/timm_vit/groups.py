@@ -100,44 +100,41 @@ def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[s
     if isinstance(attention, Attention) and not isinstance(attention.norm, nn.Identity):
         uncovered.append(f"{site}: a norm over all heads follows the attention, so heads and dimensions cannot be cut")
         return []
+    can_cut_qk = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
+    if not can_cut_qk:
+        uncovered.append(f"{site} QK: queries and keys are normalised over the head dimension, so QK cannot be cut")
+    qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
+    return [*_head_dim_groups(sizes, qkv, can_cut_qk), _head_group(sizes, qkv)]
+
+
+def _head_dim_groups(sizes: BlockSizes, qkv: list[str], can_cut_qk: bool) -> list[Group]:
+    """QK, V and both coupled.
+
+    Args:
+        sizes: sizes of the block.
+        qkv: names of the parameters of the joint projection.
+        can_cut_qk: whether QK dimensions can be cut.
+    """
+    site, total = f"{sizes.name}.attn", sizes.qk_total
     qk_parts = tuple(qk for qk, _ in sizes.heads)
     v_parts = tuple(v for _, v in sizes.heads)
-    total = sizes.qk_total
-    qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
-    proj = f"{site}.proj.weight"
-
-    def value_slices(rows: Index, columns: Index) -> tuple[Slices, ...]:
-        produced = tuple(Slices(tensor=name, dim=0, index=rows, side="produces") for name in qkv)
-        return (*produced, Slices(tensor=proj, dim=1, index=columns, side="consumes"))
-
     queries, keys = _single(total, 0), _single(total, total)
     columns = _single(sizes.v_total, 0)
-    v_slices = value_slices(_single(sizes.v_total, 2 * total), columns)
     qk_slices = tuple(
         Slices(tensor=name, dim=0, index=index, side=side)
         for index, side in ((queries, "query"), (keys, "key"))
         for name in qkv
     )
-    heads_qk, heads_v = _runs(qk_parts), _runs(v_parts)
-    head_rows = tuple(
-        (*qk, *(total + index for index in qk), *(2 * total + index for index in v))
-        for qk, v in zip(heads_qk, heads_v, strict=True)
-    )
-    can_cut_qk = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
-    if not can_cut_qk:
-        uncovered.append(f"{site} QK: queries and keys are normalised over the head dimension, so QK cannot be cut")
-    scale_v = Scale(tensor=proj, dim=1, index=columns)
+    v_slices = _value_slices(site, qkv, _single(sizes.v_total, 2 * total), columns)
+    qk_scales = tuple(Scale(tensor=name, dim=0, index=queries) for name in qkv)
+    coupled_scales = tuple(Scale(tensor=name, dim=0, index=_single(total, 0, total)) for name in qkv)
+    v_scale = Scale(tensor=f"{site}.proj.weight", dim=1, index=columns)
     roles = {
-        "qk": (can_cut_qk, qk_parts, qk_slices, tuple(Scale(tensor=name, dim=0, index=queries) for name in qkv)),
-        "v": (True, v_parts, v_slices, (scale_v,)),
-        "qkv": (
-            can_cut_qk and qk_parts == v_parts,
-            qk_parts,
-            qk_slices + v_slices,
-            (*(Scale(tensor=name, dim=0, index=_single(total, 0, total)) for name in qkv), scale_v),
-        ),
+        "qk": (can_cut_qk, qk_parts, qk_slices, qk_scales),
+        "v": (True, v_parts, v_slices, (v_scale,)),
+        "qkv": (can_cut_qk and qk_parts == v_parts, qk_parts, qk_slices + v_slices, (*coupled_scales, v_scale)),
     }
-    groups = [
+    return [
         Group(
             name=f"{site}.{role}",
             kind="head_dim",
@@ -148,19 +145,33 @@ def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[s
             slices=slices,
             scales=scales,
         )
-        for role, (possible, parts, slices, scales) in roles.items()
-        if possible
+        for role, (can_cut, parts, slices, scales) in roles.items()
+        if can_cut
     ]
-    head = Group(
+
+
+def _head_group(sizes: BlockSizes, qkv: list[str]) -> Group:
+    site, total = f"{sizes.name}.attn", sizes.qk_total
+    heads_qk, heads_v = _runs(tuple(qk for qk, _ in sizes.heads)), _runs(tuple(v for _, v in sizes.heads))
+    rows = tuple(
+        (*qk, *(total + index for index in qk), *(2 * total + index for index in v))
+        for qk, v in zip(heads_qk, heads_v, strict=True)
+    )
+    return Group(
         name=f"{site}.heads",
         kind="head",
         size=len(sizes.heads),
         site=site,
         role="head",
-        slices=value_slices(head_rows, heads_v),
-        scales=(Scale(tensor=proj, dim=1, index=heads_v),),
+        slices=_value_slices(site, qkv, rows, heads_v),
+        scales=(Scale(tensor=f"{site}.proj.weight", dim=1, index=heads_v),),
     )
-    return [*groups, head]
+
+
+def _value_slices(site: str, qkv: list[str], rows: Index, columns: Index) -> tuple[Slices, ...]:
+    """``rows`` of the joint projection and ``columns`` of the output projection."""
+    produced = tuple(Slices(tensor=name, dim=0, index=rows, side="produces") for name in qkv)
+    return (*produced, Slices(tensor=f"{site}.proj.weight", dim=1, index=columns, side="consumes"))
 
 
 def _mlp_groups(sizes: BlockSizes, mlp: nn.Module, uncovered: list[str]) -> list[Group]:

@@ -34,7 +34,7 @@ def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[s
     width = dim_of(WIDTH, vit.embed_dim, groups)
     images = "x".join(map(str, (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)))
     patch = "x".join(map(str, vit.patch_embed.patch_size))
-    found = [
+    layers = [
         TimedLayer(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
     ]
     incoming = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
@@ -45,12 +45,12 @@ def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[s
         order = "post-norm" if norm_follows(block) else "pre-norm"
         scaled = "" if isinstance(getattr(block, "ls1", None), (nn.Identity, type(None))) else ", layer scale"
         if tokens != incoming:
-            found.append(
+            layers.append(
                 TimedLayer(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming)
             )
         if sizes.heads:
             normed = "" if isinstance(block.attn.q_norm, nn.Identity) else ", QK norm"
-            found.append(
+            layers.append(
                 TimedLayer(
                     name=f"{sizes.name}.attn",
                     kind="attention",
@@ -62,7 +62,7 @@ def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[s
             )
         if sizes.hidden:
             mlp = block.mlp
-            found.append(
+            layers.append(
                 TimedLayer(
                     name=f"{sizes.name}.mlp",
                     kind="mlp",
@@ -73,8 +73,8 @@ def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[s
             )
         incoming = tokens
     head = f"{vit.num_classes} classes, pooling {vit.global_pool or 'none'}"
-    found.append(TimedLayer(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
-    return tuple(found)
+    layers.append(TimedLayer(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
+    return tuple(layers)
 
 
 def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:

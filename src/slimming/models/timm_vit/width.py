@@ -97,13 +97,13 @@ def _norms(vit: VisionTransformer) -> dict[str, Any]:
         "norm_pre",
         *(f"blocks.{key}.{name}" for key, _ in vit.blocks.named_children() for name in ("norm1", "norm2")),
     ]
-    found: dict[str, Any] = {}
+    norms: dict[str, Any] = {}
     for path in [*paths, "norm", "fc_norm"]:
         owner, _, name = path.rpartition(".")
         norm = vit.get_submodule(owner)._modules.get(name)
         if norm is not None and not isinstance(norm, nn.Identity):
-            found[path] = norm
-    return found
+            norms[path] = norm
+    return norms
 
 
 def _classifiers(vit: VisionTransformer) -> list[str]:

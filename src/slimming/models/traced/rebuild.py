@@ -49,12 +49,12 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
     why = "it is not a model that timm, transformers or torchvision makes by name"
     for base in candidates:
         try:
-            made = _quiet_build(base)
+            built = _quiet_build(base)
         except CheckpointError:
             continue
         if change_ is not None:
-            change_(made)
-        why = difference(model, made)
+            change_(built)
+        why = difference(model, built)
         if why is None:
             return base
     return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
@@ -128,8 +128,8 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:
-    found = getattr(model, "pretrained_cfg", None)
-    return found if isinstance(found, dict) else {}
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -56,7 +56,7 @@ def read_heads(model: nn.Module) -> TableReading:
         reading.claimed[_join(name, row.inside)] = _BY_HEADS
         found = head_group(name, module, row)
         if row.free_heads and not has_free_heads(module) and free_heads_class(type(module)) is None:
-            found = "its forward ties the number of heads to the embedding width"
+            found = "its forward infers the head size from the embedding width, and slimming cannot rewrite it"
         elif row.free_heads:
             reading.free_heads.add(name)
         if isinstance(found, str):

@@ -90,7 +90,7 @@ def _low(module: Any) -> str | None:
 def _parallel(module: Any) -> Heads:
     hidden, width = module.in_split[0], module.in_split[-1]
     output = "attn_out_proj" if module.out_proj is None else f"out_proj[:{width}]"
-    sizes = tuple(f"in_split[{place}]" for place in (1, 2, 3))
+    sizes = tuple(f"in_split[{index}]" for index in (1, 2, 3))
     return Heads(inputs={f"in_proj[{hidden}:]": 3}, output=output, sizes=sizes, free_heads=True)
 
 
