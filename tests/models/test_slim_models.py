@@ -171,7 +171,7 @@ def _cut_tokens_plan(model: nn.Module) -> Plan:
 def test_a_cut_grid_refuses_other_sequences() -> None:
     model = BY_ID["dynamic size"].make()
     small = slimming.cut(model, draw(prunable(model).anatomy, "token")[1])
-    with pytest.raises(UnsupportedModelError, match="sequences of 17 tokens, this image makes 26"):
+    with pytest.raises(UnsupportedModelError, match="sequences of 17 tokens, but this image has 26"):
         small(torch.zeros(1, 3, 40, 40, dtype=torch.float64))
     whole = slimming.cut(model, draw(prunable(model).anatomy, "mlp")[1])
     assert whole(torch.zeros(1, 3, 40, 40, dtype=torch.float64)).shape == (1, 1000)

@@ -1,4 +1,4 @@
-"""Latency tables: built of real pieces, but held against times that are made up, since no timing decides a test."""
+"""Latency tables, built from the layers of real models but with invented times, since no timing decides a test."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable, searched
-from slimming.models import family_of
-from slimming.models.family import Timed
+from slimming.models.family import TimedModule
 from slimming.planning import latency_table
 from slimming.planning.latency_table import LatencyTable, build_latency_table
 
@@ -29,7 +28,7 @@ SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_di
 
 
 def cost_of(kind: str, sizes: Mapping[str, int]) -> float:
-    """A made-up time of a piece in ms: linear in each size, so that interpolation is exact."""
+    """A made-up time of a layer in ms: linear in each size, so that interpolation is exact."""
     rates = {"tokens": 0.01, "width": 0.02, "qkv": 0.03, "hidden": 0.015}
     product = 1.0
     for name, size in sizes.items():
@@ -113,7 +112,7 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
     class Aligned(CountingClock):
         """MLPs take a fifth longer at sizes that are no multiple of 16."""
 
-        def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+        def times(self, timed: TimedModule, seconds: float, reference_ms: float) -> dict[str, Any]:
             found = super().times(timed, seconds, reference_ms)
             hidden = [module.out_features for name, module in timed.module.named_modules() if name.endswith("mlp.fc1")]
             slow = 1.2 if any(size % 16 for size in hidden) else 1.0
@@ -180,24 +179,25 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
 
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
-    clock = latency_table.Clock(family, model, anatomy, batch_size=2, runtime="eager")
-    found = clock.times(Timed(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
+    whole = TimedModule(model, prunable(model).anatomy.input_shape)
+    clock = latency_table.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")
+    found = clock.times(TimedModule(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
     assert clock.reference(0.01) > 0
 
 
-def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
+def test_every_timed_layer_computes_what_the_model_does(model: nn.Module) -> None:
+    anatomy = prunable(model).anatomy
+    timed = prunable(model).family.timed_modules(model, anatomy)
     full = {group.name: group.size for group in anatomy.groups}
     x = torch.randn(1, 3, 64, 64)
     stages: dict[str, Any] = {"x": x}
     with torch.no_grad():
-        for piece in anatomy.pieces:
-            sizes = {name: dim.value(full) for name, dim in piece.axes}
-            module, shape, copies = family.piece_module(model, piece, sizes)
-            if piece.kind == "select":
+        for layer in anatomy.timed_layers:
+            sizes = {name: dim.value(full) for name, dim in layer.axes}
+            module, shape, copies = timed(layer, sizes)
+            if layer.kind == "select":
                 continue
             assert tuple(stages["x"].shape[1:]) == shape
             stages["x"] = (module[0] if copies > 1 else module)(stages["x"])  # pyright: ignore
@@ -221,7 +221,7 @@ TRACED = [
 
 
 @pytest.mark.parametrize(("name", "arguments", "kinds"), TRACED, ids=None)
-def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
+def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency_table, "Clock", CountingClock)
@@ -236,7 +236,7 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
         for number, mask in enumerate(masks.values()):
             mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
     plan = slimming.plan(masks, Budget(latency=0.6), score="mask", latency=built)
-    counted = CountingClock().times(Timed(slimming.cut(model, plan), anatomy.input_shape), 0, 1)["ms"]
+    counted = CountingClock().times(TimedModule(slimming.cut(model, plan), anatomy.input_shape), 0, 1)["ms"]
     whole = built.predict(anatomy, {group.name: group.size for group in anatomy.groups})
     assert built.calibration == pytest.approx(1.0, abs=1e-5)
     assert predicted(built, model, plan) == pytest.approx(counted, rel=0.01)
@@ -289,14 +289,15 @@ def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monke
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5, 6], ids=lambda count: f"{count} heads")
-def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
+def test_timed_layers_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
     size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
     vit = timm.create_model("vit_tiny_patch16_224", **size)
-    anatomy, family = prunable(vit).anatomy, family_of(vit)
-    piece = next(each for each in anatomy.pieces if each.kind == "attention")
+    anatomy = prunable(vit).anatomy
+    timed = prunable(vit).family.timed_modules(vit, anatomy, uneven_heads=True)
+    layer = next(each for each in anatomy.timed_layers if each.kind == "attention")
     for each in (8, 16, 32, 48, 64):
         sizes = {"tokens": 17, "width": 64 * heads, "qkv": 3 * heads * each}
-        attention: Any = family.piece_module(vit, piece, sizes, uneven_heads=True).module[0].attn  # pyright: ignore
+        attention: Any = timed(layer, sizes).module[0].attn  # pyright: ignore
         assert attention.qkv.out_features == sizes["qkv"]
         found = {qk for qk, _ in getattr(attention, "heads", [(each, each)])}
         assert (len(found) > 1) == (heads > 1 and 8 < each < 64), (each, found)

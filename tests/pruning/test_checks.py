@@ -134,7 +134,7 @@ def test_what_stays_is_named_where_attention_has_no_heads() -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert [group.kind for group in slimming.describe(model)] == ["mlp", "mlp"]
-    assert "layers.0.blocks.0.modulation heads: focal modulation has none" in str(found)
+    assert "layers.0.blocks.0.modulation heads: focal modulation has no heads" in str(found)
 
 
 class Tied(nn.Module):

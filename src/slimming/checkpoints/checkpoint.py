@@ -22,11 +22,11 @@ from slimming.core.files import FORMAT, atomic_directory, atomic_file, atomic_js
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
 from slimming.masks.soft_masks import attached
-from slimming.models import build as build
-from slimming.models import family_called
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
+from slimming.models.families import build as build
+from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import read
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
@@ -103,7 +103,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     model = build(structure) if dense is None else _refit(dense, structure, path)
     state = unprefixed(read_tensors(weights), model)
     try:
-        fill_(model, state)
+        assign_state_(model, state)
     except RuntimeError as error:
         whose = "its structure" if dense is None else f"the {type(dense).__name__} given as dense"
         raise CheckpointError(f"The weights in {path} do not fit {whose}: {error}") from error

@@ -12,9 +12,9 @@ from torch import nn
 from slimming.checkpoints import checkpoint, hub
 from slimming.errors import CheckpointError, ConfigError
 from slimming.masks.attachment import prunable
-from slimming.models import family_of
 from slimming.models.create import create_untrained
 from slimming.models.directories import CONFIG, open_directory
+from slimming.models.families import family_of
 from slimming.models.hosts import is_hosted
 
 

@@ -143,30 +143,30 @@ class LayerSizes:
     Attributes:
         tensors: name of a parameter or buffer -> its dimensions.
         attributes: name of an attribute that holds a size -> its value.
-        unbound: whether the module's forward works out its head size from the embedding width, and so needs
+        free_heads: whether the module's forward works out its head size from the embedding width, and so needs
             that expression replaced once heads are gone.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim] = field(default_factory=dict)
-    unbound: bool = False
+    free_heads: bool = False
 
 
 REST = "rest"
-"""Kind of the piece that stands for all that is no piece of its own, see `Piece`."""
+"""Kind of the timed layer that stands for everything outside the other ones, see `TimedLayer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A step of the forward pass that takes time, by what its time depends on.
+class TimedLayer:
+    """A step of the forward pass whose time is looked up in a latency table.
 
     Attributes:
-        name: the module, or another name where it is none.
-        kind: what it does, for example ``"attention"``; `REST` for what the whole model takes beyond its pieces.
-        like: what else tells two pieces of one kind apart.
-        axes: sizes that its time depends on, by name.
-        alive: a product that is 0 once the piece is gone.
-        unless_same: the piece does nothing, and is not there, while its tokens are as many as these.
+        name: name of the module, or of the step if it is not a module.
+        kind: what it does, for example ``"attention"``; `REST` for the time of the model beyond its other layers.
+        like: what else distinguishes layers of one kind; layers with equal kind and ``like`` share measurements.
+        axes: name -> size that its time depends on.
+        alive: a product that is 0 once the layer is removed.
+        unless_same: the number of tokens at which the layer does nothing and is left out of the model.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Anatomy:
         uncovered: parts that cannot be cut, each with the reason.
         input_shape: channels, height and width of the image that the model takes.
         sizes: module -> its sizes, for families that resize modules by them.
-        pieces: the forward pass, for latency tables; empty where the family has none.
+        timed_layers: the forward pass, for latency tables; empty if the family cannot time its layers.
     """
 
     groups: tuple[Group, ...]
@@ -197,7 +197,7 @@ class Anatomy:
     uncovered: tuple[str, ...]
     input_shape: tuple[int, int, int]
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
-    pieces: tuple[Piece, ...] = ()
+    timed_layers: tuple[TimedLayer, ...] = ()
 
     @cached_property
     def couplings(self) -> Couplings:

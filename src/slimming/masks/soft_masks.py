@@ -21,7 +21,7 @@ from slimming.errors import ConfigError, PlanError
 from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
 from slimming.masks.tokens import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
 from slimming.models.family import silence_
-from slimming.models.masked_norms import keep_in_norms
+from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel
 
 ATTRIBUTE = "slimming_masks"
@@ -232,7 +232,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
                 mask[stays] = one
             mask[~stays] = 0.0
             if group.norms:
-                self._widen_norms += keep_in_norms(self.model, group, kept[group.name])
+                self._widen_norms += mask_norms(self.model, group, kept[group.name])
 
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
         """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""

@@ -17,7 +17,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
 from slimming.errors import BudgetError, ConfigError, PlanError, nearest
 from slimming.masks.soft_masks import SoftMasks
-from slimming.models import family_called
+from slimming.models.families import family_called
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.planner import Planner
 from slimming.planning.scores import Scored, Scores, load_scores

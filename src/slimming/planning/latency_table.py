@@ -1,8 +1,8 @@
-"""How long a slim model takes, looked up in a table of its pieces that was measured on the device at hand.
+"""How long a slim model takes, looked up in a table of its layers that was measured on the device at hand.
 
 A table holds the time of attention, MLPs or single layers at a grid of sizes, for one device, number of threads, type
-of numbers, batch size and runtime. Between the points of the grid it interpolates. Times of single pieces add up to a
-little more or less than a model's: the table's `calibration` is what the dense model took over what its pieces sum to.
+of numbers, batch size and runtime. Between the points of the grid it interpolates. Times of single layers add up to a
+little more or less than a model's: the table's `calibration` is what the dense model took over what its layers sum to.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from slimming.benchmarking.runtimes import check_runtime, prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
 from slimming.core.files import FORMAT, atomic_json, read_sealed, seal
 from slimming.core.formulas import evaluate
-from slimming.core.groups import REST, Anatomy, Piece, keep_all
+from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.models import family_of
-from slimming.models.family import Family, Timed
+from slimming.models.family import TimedModule, TimedModules
+from slimming.models.prunable import read
 
 STEPS: Mapping[str, Sequence[float]] = {
     "tokens": (0.05, 0.25, 0.5, 0.75, 1.0),
@@ -52,16 +52,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Measured times of a model's pieces; made by `build_latency_table`.
+    """Measured times of a model's layers; made by `build_latency_table`.
 
     Attributes:
         setting: what the times are of: machine, device, threads, dtype, batch_size, runtime, heads.
-        points: one measurement each: ``kind``, ``like`` (what else tells two pieces apart), one entry per axis with
+        points: one measurement each: ``kind``, ``like`` (what else tells two layers apart), one entry per axis with
             its size, ``ms`` (median), ``p25``, ``p75``, ``runs``.
-        calibration: time of the dense model over the sum of its pieces; None before it was measured.
+        calibration: time of the dense model over the sum of its layers; None before it was measured.
         reference_ms: time of one block of the dense model. It is measured in turns with every point, whose time is
             then given for a machine on which the block takes this long: machines grow faster and slower meanwhile.
-        multiples: a power of two -> how many times longer the model's largest piece takes at a size that is an odd
+        multiples: a power of two -> how many times longer the model's largest layer takes at a size that is an odd
             multiple of it than at multiples of 64, which are taken to be fast; empty if it is too small to tell.
     """
 
@@ -86,7 +86,7 @@ class LatencyTable:
         return {}
 
     @cached_property
-    def _by_piece(self) -> dict[tuple[str, str], list[Point]]:
+    def _by_layer(self) -> dict[tuple[str, str], list[Point]]:
         found: dict[tuple[str, str], list[Point]] = {}
         for point in self.points:
             found.setdefault((point["kind"], point["like"]), []).append(point)
@@ -96,30 +96,30 @@ class LatencyTable:
         """Milliseconds of one batch when group ``name`` keeps ``kept[name]`` units (complete).
 
         Raises:
-            PlanError: the table has no times for a piece of this model.
-            UnsupportedModelError: the model has no pieces.
+            PlanError: the table has no times for a layer of this model.
+            UnsupportedModelError: the model has no timed layers.
         """
-        _check_pieces(anatomy)
+        _check_timed_layers(anatomy)
         wanted: dict[tuple[str, str], list[tuple[int, ...]]] = {}
-        for piece in anatomy.pieces:
-            sizes = {name: dim.value(kept) for name, dim in piece.axes}
-            same = piece.unless_same is not None and piece.unless_same.value(kept) == sizes["tokens"]
-            if not same and evaluate((piece.alive,), kept):
-                wanted.setdefault((piece.kind, piece.like), []).append(tuple(sizes.values()))
+        for layer in anatomy.timed_layers:
+            sizes = {name: dim.value(kept) for name, dim in layer.axes}
+            same = layer.unless_same is not None and layer.unless_same.value(kept) == sizes["tokens"]
+            if not same and evaluate((layer.alive,), kept):
+                wanted.setdefault((layer.kind, layer.like), []).append(tuple(sizes.values()))
         total = sum(self._grid(key, anatomy).total(rows) for key, rows in wanted.items())
         return total * (self.calibration or 1.0)
 
     def _grid(self, key: tuple[str, str], anatomy: Anatomy) -> _Grid:
         if key not in self._grids:
-            piece = next(piece for piece in anatomy.pieces if (piece.kind, piece.like) == key)
-            points = self._by_piece.get(key)
+            layer = next(layer for layer in anatomy.timed_layers if (layer.kind, layer.like) == key)
+            points = self._by_layer.get(key)
             if not points:
-                have = sorted(f"{kind} ({like})" for kind, like in self._by_piece)
+                have = sorted(f"{kind} ({like})" for kind, like in self._by_layer)
                 raise PlanError(
                     f"The latency table has no times for {key[0]} ({key[1]}); it has {', '.join(have)}. Build one for "
                     "this model: slimming latency-table build."
                 )
-            self._grids[key] = _Grid([name for name, _ in piece.axes], points)
+            self._grids[key] = _Grid([name for name, _ in layer.axes], points)
         return self._grids[key]
 
     def merged(self, other: LatencyTable) -> LatencyTable:
@@ -190,7 +190,7 @@ class LatencyTable:
 
 
 class _Grid:
-    """Times of one piece over its axes, interpolated linearly between neighbours and never falling with a size."""
+    """Times of one layer over its axes, interpolated linearly between neighbours and never falling with a size."""
 
     def __init__(self, axes: Sequence[str], points: Sequence[Point]) -> None:
         from scipy.interpolate import RegularGridInterpolator
@@ -228,8 +228,8 @@ class _Grid:
         return float(np.maximum(found, 0.0).sum())
 
 
-def _check_pieces(anatomy: Anatomy) -> None:
-    if not anatomy.pieces:
+def _check_timed_layers(anatomy: Anatomy) -> None:
+    if not anatomy.timed_layers:
         raise UnsupportedModelError(
             "There is no latency table of this model: it takes no batch of two images, or it is a Vision Transformer "
             "with layers of its own in front of the patches. Give a budget of macs, and measure with slimming bench."
@@ -247,7 +247,7 @@ def build_latency_table(
     seconds: float = 0.15,
     say: Say | None = None,
 ) -> LatencyTable:
-    """Measure the pieces of ``model`` where it is: its device, its type of numbers, torch's number of threads.
+    """Measure the layers of ``model`` where it is: its device, its type of numbers, torch's number of threads.
 
     Args:
         model: a dense model; its weights do not matter.
@@ -262,62 +262,61 @@ def build_latency_table(
         say: told what is measured, one line at a time.
 
     Raises:
-        UnsupportedModelError: the model has no pieces, or its heads keep one size.
+        UnsupportedModelError: the model has no timed layers, or its heads keep one size.
         ConfigError: there is no such runtime or kind, or the file at ``path`` is of another setting.
     """
     check_runtime(runtime)
     kinds = {name for name, kind in KINDS.items() if not kind.on_request} if kinds is None else kinds
     check_kinds(kinds, ConfigError)
-    family = family_of(model)
-    model = copy.deepcopy(model).eval()
-    anatomy = family.read(model)
-    _check_pieces(anatomy)
+    prunable = read(copy.deepcopy(model).eval())
+    model, anatomy = prunable.model, prunable.anatomy
+    _check_timed_layers(anatomy)
+    even = prunable.family.timed_modules(model, anatomy)
+    timed = prunable.family.timed_modules(model, anatomy, uneven_heads=True) if uneven_heads else even
     moving = {group.name for group in anatomy.groups if group.kind in kinds}
     table = LatencyTable(setting=_setting(model, anatomy, batch_size, runtime, uneven_heads))
     if path is not None and Path(path).exists():
         table = LatencyTable.load(path).merged(table)
     have = {_name(point) for point in table.points}
-    left = [(piece, sizes) for piece, sizes in _plan(anatomy, moving) if _name(_point(piece, sizes)) not in have]
-    clock = Clock(family, model, anatomy, batch_size, runtime)
+    left = [(layer, sizes) for layer, sizes in _plan(anatomy, moving) if _name(_point(layer, sizes)) not in have]
+    clock = Clock(even(*_largest(anatomy)), next(model.parameters()), batch_size, runtime)
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
     table = replace(table, reference_ms=block)
-    for number, (piece, sizes) in enumerate(left, start=1):
-        times = clock.times(family.piece_module(model, piece, sizes, uneven_heads=uneven_heads), seconds, block)
-        table = replace(table, points=(*table.points, {**_point(piece, sizes), **times}))
+    for number, (layer, sizes) in enumerate(left, start=1):
+        times = clock.times(timed(layer, sizes), seconds, block)
+        table = replace(table, points=(*table.points, {**_point(layer, sizes), **times}))
         if say is not None:
             at = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            say(f"{number} of {len(left)}: {piece.kind}, {at}: {times['ms']:.3f} ms")
+            say(f"{number} of {len(left)}: {layer.kind}, {at}: {times['ms']:.3f} ms")
         if path is not None and number % 10 == 0:
             table.save(path)
     if left or table.calibration is None:
-        whole = clock.times(Timed(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
+        whole = clock.times(TimedModule(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
         table = _calibrated(table, anatomy, whole)
-        table = replace(table, multiples=_multiples(clock, family, model, anatomy, 5 * seconds, block))
+        table = replace(table, multiples=_multiples(clock, even, anatomy, 5 * seconds, block))
     if path is not None:
         table.save(path)
     return table
 
 
-def _largest(anatomy: Anatomy) -> tuple[Piece, dict[str, int]]:
-    """The piece with the largest sizes in the dense model, and those sizes."""
+def _largest(anatomy: Anatomy) -> tuple[TimedLayer, dict[str, int]]:
+    """The layer with the largest sizes in the dense model, and those sizes."""
     full = {group.name: group.size for group in anatomy.groups}
-    every = [(piece, {name: dim.value(full) for name, dim in piece.axes}) for piece in anatomy.pieces]
+    every = [(layer, {name: dim.value(full) for name, dim in layer.axes}) for layer in anatomy.timed_layers]
     return max((each for each in every if each[0].kind != REST), key=lambda each: math.prod(each[1].values()))
 
 
-def _multiples(
-    clock: Clock, family: Family, model: nn.Module, anatomy: Anatomy, seconds: float, block: float
-) -> dict[int, float]:
-    """How much longer the largest piece takes at about half its size where the size is an odd multiple of 1 … 32."""
-    piece, sizes = _largest(anatomy)
-    moving = {name: dim for name, dim in piece.axes if dim.groups}
+def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: float, block: float) -> dict[int, float]:
+    """How much longer the largest layer takes at about half its size where the size is an odd multiple of 1 … 32."""
+    layer, sizes = _largest(anatomy)
+    moving = {name: dim for name, dim in layer.axes if dim.groups}
     axis = max(moving, key=lambda name: sizes[name], default=None)
     if axis is None or sizes[axis] < 4 * WHOLE or any(weight > 1 for _, weight in moving[axis].groups):
         return {}
     half = sizes[axis] // (2 * WHOLE) * WHOLE
 
     def at(size: int) -> float:
-        return clock.times(family.piece_module(model, piece, {**sizes, axis: size}), seconds, block)["ms"]
+        return clock.times(timed(layer, {**sizes, axis: size}), seconds, block)["ms"]
 
     low, high = at(half), at(half + WHOLE)
     between = {each: low + (high - low) * each / WHOLE for each in MULTIPLES}
@@ -328,9 +327,9 @@ def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyT
     """``table`` such that the dense model takes ``whole`` milliseconds: by its rest, if it has one, and a factor."""
     full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     points = [point for point in table.points if point["kind"] != REST]
-    for rest in (piece for piece in anatomy.pieces if piece.kind == REST):
+    for rest in (layer for layer in anatomy.timed_layers if layer.kind == REST):
         ((axis, elements),) = rest.axes
-        others = replace(anatomy, pieces=tuple(piece for piece in anatomy.pieces if piece.kind != REST))
+        others = replace(anatomy, timed_layers=tuple(layer for layer in anatomy.timed_layers if layer.kind != REST))
         most = elements.value(full)
         beyond = max(whole - replace(table, calibration=None).predict(others, full), 1e-6)
         for size in (max(1, most // 2), most):  # goes on along this line
@@ -340,13 +339,18 @@ def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyT
 
 
 class Clock:
-    """Times modules, each in turns with one block of the dense model."""
+    """Times modules, each in turns with one block of the dense model.
 
-    def __init__(self, family: Family, model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str) -> None:
-        self.like = next(model.parameters())
-        self.batch_size, self.runtime = batch_size, runtime
-        block = family.piece_module(model, *_largest(anatomy))
-        dtype, device = self.like.dtype, self.like.device
+    Args:
+        block: the block.
+        like: a tensor of the model, on the device and in the dtype that are timed.
+        batch_size: images per pass.
+        runtime: see `build_latency_table`.
+    """
+
+    def __init__(self, block: TimedModule, like: torch.Tensor, batch_size: int, runtime: str) -> None:
+        self.like, self.batch_size, self.runtime = like, batch_size, runtime
+        dtype, device = like.dtype, like.device
         self.block = _OwnInput(block.module, torch.randn(batch_size, *block.shape, dtype=dtype, device=device))
 
     def reference(self, seconds: float) -> float:
@@ -354,13 +358,13 @@ class Clock:
         times = paired_times({"block": self.block}, (1,), 1, runs=100, seconds=seconds, like=self.like)
         return summary(times["block"]).median
 
-    def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+    def times(self, timed: TimedModule, seconds: float, reference_ms: float) -> dict[str, Any]:
         """Median and quartiles of one copy in ``timed``, on a machine whose block takes ``reference_ms``."""
         x = torch.randn(self.batch_size, *timed.shape, dtype=self.like.dtype, device=self.like.device)
-        both = {"piece": prepare(timed.module, x, self.runtime), "block": self.block}
+        both = {"layer": prepare(timed.module, x, self.runtime), "block": self.block}
         times = paired_times(both, timed.shape, self.batch_size, runs=30, seconds=seconds, like=self.like)
         scaled = [
-            own / one * reference_ms / timed.copies for own, one in zip(times["piece"], times["block"], strict=True)
+            own / one * reference_ms / timed.copies for own, one in zip(times["layer"], times["block"], strict=True)
         ]
         found = summary(scaled)
         return {"ms": found.median, "p25": found.p25, "p75": found.p75, "runs": found.runs}
@@ -381,9 +385,9 @@ def _setting(model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str, 
     parameter = next(model.parameters())
     found = machine()
     full = {group.name: group.size for group in anatomy.groups}
-    pieces = [(p.kind, p.like, [(name, dim.value(full)) for name, dim in p.axes]) for p in anatomy.pieces]
+    layers = [(p.kind, p.like, [(name, dim.value(full)) for name, dim in p.axes]) for p in anatomy.timed_layers]
     return {
-        "model": f"{type(model).__name__} {hashlib.sha256(repr(pieces).encode()).hexdigest()[:12]}",
+        "model": f"{type(model).__name__} {hashlib.sha256(repr(layers).encode()).hexdigest()[:12]}",
         "device": found["gpu"] if parameter.is_cuda else found["cpu"],
         "threads": None if parameter.is_cuda else torch.get_num_threads(),
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -394,23 +398,23 @@ def _setting(model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str, 
     }
 
 
-def _plan(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Piece, dict[str, int]]]:
-    """Every point of the grid along what ``groups`` change, once per kind of piece."""
+def _plan(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[TimedLayer, dict[str, int]]]:
+    """Every point of the grid along what ``groups`` change, once per kind of layer."""
     full = {group.name: group.size for group in anatomy.groups}
     seen: set[tuple[str, str]] = set()
-    for piece in anatomy.pieces:
-        if (piece.kind, piece.like) in seen or piece.kind == REST:
+    for layer in anatomy.timed_layers:
+        if (layer.kind, layer.like) in seen or layer.kind == REST:
             continue
-        seen.add((piece.kind, piece.like))
+        seen.add((layer.kind, layer.like))
         axes = []
-        for name, dim in piece.axes:
+        for name, dim in layer.axes:
             most = dim.value(full)
             if not any(group in groups for group, _ in dim.groups):
                 axes.append([most])
                 continue
             moving = most - dim.fixed
             # Heads keep as many dimensions each, a unit all its places; multiples of 8 where that leaves a choice.
-            parts = 3 * _heads(piece) if name == "qkv" else math.lcm(*(weight for _, weight in dim.groups))
+            parts = 3 * _heads(layer) if name == "qkv" else math.lcm(*(weight for _, weight in dim.groups))
             step = 1 if name in ("tokens", "heads") else 8
             while step > 1 and moving // (parts * step) < 4:
                 step //= 2
@@ -418,15 +422,15 @@ def _plan(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Piece, di
             chosen = {min(moving, max(step, math.ceil(moving * share / step) * step)) for share in STEPS[name]}
             axes.append(sorted(dim.fixed + units for units in chosen))
         for sizes in itertools.product(*axes):
-            yield piece, dict(zip((name for name, _ in piece.axes), sizes, strict=True))
+            yield layer, dict(zip((name for name, _ in layer.axes), sizes, strict=True))
 
 
-def _heads(piece: Piece) -> int:
-    return int(piece.like.partition(" ")[0])
+def _heads(layer: TimedLayer) -> int:
+    return int(layer.like.partition(" ")[0])
 
 
-def _point(piece: Piece, sizes: Mapping[str, int]) -> Point:
-    return {"kind": piece.kind, "like": piece.like, **sizes}
+def _point(layer: TimedLayer, sizes: Mapping[str, int]) -> Point:
+    return {"kind": layer.kind, "like": layer.like, **sizes}
 
 
 def _name(point: Point) -> tuple[tuple[str, Any], ...]:

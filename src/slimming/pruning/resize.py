@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import PrunableModel
 
 
@@ -25,4 +25,4 @@ def cut_(prunable: PrunableModel, plan: Plan) -> None:
         return
     state = family.select(anatomy, kept, model.state_dict())
     family.resize_(model, structure)
-    fill_(model, state)
+    assign_state_(model, state)

@@ -15,8 +15,8 @@ from slimming.core.files import FORMAT, atomic_directory, atomic_json, atomic_wr
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models import build_filled
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost_of

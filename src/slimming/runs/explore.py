@@ -19,7 +19,7 @@ from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
 from slimming.errors import BudgetError, CheckpointError, SlimmingError
-from slimming.models import family_called
+from slimming.models.families import family_called
 from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.scores import Scored, Scores, load_scores

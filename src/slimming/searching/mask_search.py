@@ -22,7 +22,7 @@ from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, searched
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import read_as
 from slimming.planning.scores import Scored, Scores, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
@@ -325,7 +325,7 @@ def load_search(directory: str | Path) -> SearchResult:
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
     try:
-        fill_(model, weights)
+        assign_state_(model, weights)
         groups = [rating.anatomy.group(name) for name in values]
         masks = attach_(
             read_as(model, rating.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
