@@ -22,7 +22,7 @@ from slimming.core.layout import Layout
 from slimming.errors import BudgetError, ConfigError
 from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of
-from slimming.planning.candidates import all_chunks
+from slimming.planning.candidates import all_candidates
 from slimming.planning.knapsack import GAP, knapsack, silenced
 from slimming.planning.planner import Planner
 from slimming.planning.scores import Scored, Scores
@@ -131,7 +131,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
 
 
 def test_whole_branches_alone(model: nn.Module) -> None:
-    """Nothing is left for the solver where every chunk is a whole branch: the order's plan is the answer."""
+    """Nothing is left for the solver where every candidate is a whole branch: the order's plan is the answer."""
     image = torch.randn(1, *prunable(model).anatomy.input_shape)
     scored = slimming.score(model, [image], kinds=["block"], how="contribution")
     plan = slimming.plan(scored, Budget(macs=0.88))
@@ -170,10 +170,12 @@ def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     group = next(group for group in prunable(net).anatomy.groups if group.kind == "channel")
     scores = {group.name: torch.arange(1.0, group.size + 1).flip(0)}
-    chunks = all_chunks([group], scores, Layout(multiple=1, scarcity=2.0))
+    candidates = all_candidates([group], scores, Layout(multiple=1, scarcity=2.0))
     expected = [(gone + 1) / (1 - gone / group.size) ** 2 for gone in range(group.size - 1)]
-    assert [chunk.worth for chunk in chunks] == pytest.approx(expected)
-    assert [chunk.units for chunk in chunks] == [((group.name, group.size - 1 - gone),) for gone in range(len(chunks))]
+    assert [candidate.value for candidate in candidates] == pytest.approx(expected)
+    assert [candidate.units for candidate in candidates] == [
+        ((group.name, group.size - 1 - gone),) for gone in range(len(candidates))
+    ]
     with pytest.raises(ConfigError, match=r"layout\.scarcity=-1: give a power of 0"):
         Layout(scarcity=-1)
 

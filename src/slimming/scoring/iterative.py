@@ -78,7 +78,9 @@ def _in_rounds(
         dear = 1 + max(score.max().item() for score in now.values())
         ranked = {name: half_later(score.clamp_min(TINY), stays[name], dear) for name, score in now.items()}
         planner = Planner(anatomy, ranked, FREE, lambda kept: {})
-        plan = planner.plan(Budget(keep={kind: share}), fold=True) if share > planner.least(kind) else None
+        plan = (
+            planner.plan(Budget(keep={kind: share}), fold=True) if share > planner.smallest_keep_ratio(kind) else None
+        )
         going = {}
         for name, left in stays.items():
             going[name] = left.clone()

@@ -72,7 +72,7 @@ def sensitivity(
     for kind in dict.fromkeys(group.kind for group in masks.groups):
         curve: list[tuple[float, float]] = []
         units = sum(group.size for group in masks.of_kind(kind))
-        least = planner.least(kind)
+        least = planner.smallest_keep_ratio(kind)
         for share in [*(share for share in SHARES if share > least), max(least, 1e-9)]:
             plan = planner.plan(Budget(keep={kind: share}), fold=True)
             kept = sum(len(plan.kept[group.name]) for group in masks.of_kind(kind)) / units
