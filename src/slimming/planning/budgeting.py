@@ -20,11 +20,11 @@ from slimming.masks.soft_masks import SoftMasks
 from slimming.models import family_called
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Scored, Scores, load_scores
+from slimming.planning.scores import HasScores, ScoredModel, load_scores
 
 
 def plan(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     budget: Budget,
     *,
     layout: Layout | None = None,
@@ -64,7 +64,7 @@ def plan(
 
 
 def plans(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     budgets: Sequence[Budget],
     *,
     layout: Layout | None = None,
@@ -87,20 +87,20 @@ def plans(
     if solver is not None and solver not in SOLVERS:
         raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
     metrics = {metric for budget in budgets for metric in budget.limits}
-    planner, rating, table = _planner(source, metrics, layout=layout, score=score, latency=latency)
-    fold = rating.fold if fold is None else fold
+    planner, scored, table = _planner(source, metrics, layout=layout, score=score, latency=latency)
+    fold = scored.fold if fold is None else fold
     found = []
     for budget in budgets:
         made = planner.plan(budget, fold=fold, solver=solver)
         if table is not None:
-            counts = {name: len(units) for name, units in complete(rating.anatomy, made).items()}
-            made = replace(made, solution={**made.solution, "latency_ms": table.predict(rating.anatomy, counts)})
+            counts = {name: len(units) for name, units in complete(scored.anatomy, made).items()}
+            made = replace(made, solution={**made.solution, "latency_ms": table.predict(scored.anatomy, counts)})
         found.append(made)
     return found
 
 
 def smallest(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     metric: str,
     *,
     layout: Layout | None = None,
@@ -118,27 +118,27 @@ def smallest(
 
 
 def _planner(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     metrics: Collection[str],
     *,
     layout: Layout | None,
     latency: LatencyTable | str | Path | None,
     score: str | None = None,
-) -> tuple[Planner, Scores, LatencyTable | None]:
+) -> tuple[Planner, ScoredModel, LatencyTable | None]:
     """What plans are made by: for limits of ``metrics``, from what, and the table where one of them is a time."""
     if isinstance(source, SoftMasks):
-        rating = Scores(anatomy=source.anatomy, scores=source.scores(score))
+        scored = ScoredModel(anatomy=source.anatomy, scores=source.scores(score))
     elif score is not None:
         raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
-    elif isinstance(source, Scored):
-        rating = source.rating
+    elif isinstance(source, HasScores):
+        scored = source.scored
     elif isinstance(source, nn.Module):
         raise PlanError("A model alone has no scores: give what slimming.search or slimming.score found, or its masks.")
     else:
-        rating = load_scores(source)
-    layout = layout or rating.layout
+        scored = load_scores(source)
+    layout = layout or scored.layout
     if "memory_bytes" in metrics:
-        _check_memory(rating.anatomy, layout)
+        _check_memory(scored.anatomy, layout)
     table = None if latency is None else _latency_table(latency)
     if table is not None and layout.multiple is None:
         layout = replace(layout, multiple=table.multiple)
@@ -146,8 +146,8 @@ def _planner(
         _check_latency(table, layout)
     else:
         table = None
-    measure = partial(costs_of, rating.anatomy, table=table)
-    return Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity), rating, table
+    measure = partial(costs_of, scored.anatomy, table=table)
+    return Planner(scored.anatomy, scored.scores, layout, measure, scored.sensitivity), scored, table
 
 
 def costs_of(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable | None = None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Scores of a model's units, and the files that hold them."""
+"""Scores of the units of a model, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from slimming.planning.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Scores of a model's units, and how plans are made of them unless asked otherwise.
+class ScoredModel:
+    """The scores of a model's units, with the default options of plans that are made from them.
 
     Attributes:
         anatomy: the model.
@@ -40,16 +40,16 @@ class Scores:
     sensitivity: Sensitivity | None = None
 
 
-class Scored(abc.ABC):
+class HasScores(abc.ABC):
     """Something that plans can be made from, such as a search result."""
 
     @property
     @abc.abstractmethod
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         """Its scores."""
 
 
-def save_scores(path: str | Path, rating: Scores) -> None:
+def save_scores(path: str | Path, scored: ScoredModel) -> None:
     """Write scores with the structure of the model they are of, so that plans can be made without the model.
 
     Raises:
@@ -57,21 +57,21 @@ def save_scores(path: str | Path, rating: Scores) -> None:
     """
     entry = {
         "format": FORMAT,
-        "structure": rating.anatomy.structure.to_dict(),
-        "scores_sha256": _digest(rating.scores),
-        "layout": asdict(rating.layout),
-        "fold": rating.fold,
-        "sensitivity": None if rating.sensitivity is None else rating.sensitivity.to_dict(),
+        "structure": scored.anatomy.structure.to_dict(),
+        "scores_sha256": _digest(scored.scores),
+        "layout": asdict(scored.layout),
+        "fold": scored.fold,
+        "sensitivity": None if scored.sensitivity is None else scored.sensitivity.to_dict(),
     }
     metadata = {"slimming": json.dumps(seal(entry))}
-    atomic_write_bytes(Path(path), checkpoint.dump_tensors(rating.scores, metadata))
+    atomic_write_bytes(Path(path), checkpoint.dump_tensors(scored.scores, metadata))
 
 
 def _digest(scores: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
 
 
-def load_scores(path: str | Path) -> Scores:
+def load_scores(path: str | Path) -> ScoredModel:
     """Read what `save_scores` wrote.
 
     Raises:
@@ -91,4 +91,4 @@ def load_scores(path: str | Path) -> Scores:
         raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     anatomy = read(model).anatomy
-    return Scores(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)
+    return ScoredModel(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

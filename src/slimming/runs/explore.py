@@ -22,7 +22,7 @@ from slimming.errors import BudgetError, CheckpointError, SlimmingError
 from slimming.models import family_called
 from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
-from slimming.planning.scores import Scored, Scores, load_scores
+from slimming.planning.scores import HasScores, ScoredModel, load_scores
 from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
 from slimming.report.model import Picture, Results, Row, parse, parse_layers, parse_pictures, parse_widths
 from slimming.report.nodes import Node
@@ -61,7 +61,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
     settings = results.settings if results is not None else _settings(place)
     table_file = str(latency) if latency is not None else settings.get("latency_table")
     table = LatencyTable.load(table_file) if table_file else None
-    prices = _Prices(source.rating, table)
+    prices = _Prices(source.scored, table)
     solver = None if settings.get("retraining", EACH) == EACH else "nested"  # as the budgets of a run are planned
     steps = {metric: tuple(_steps(source, metric, table, prices, solver)) for metric in METRICS[: 3 if table else 2]}
     model = results.model if results is not None else settings.get("model", {})
@@ -74,18 +74,18 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         measured=_measured(place, results, prices) if results is not None else (),
         recipe=_recipe(str(directory), found, settings, table_file, solver),
         latency=_device(table),
-        pictures=results.images if results is not None else _pictures(source.rating, settings.get("data")),
+        pictures=results.images if results is not None else _pictures(source.scored, settings.get("data")),
     )
 
 
 @dataclass(frozen=True)
-class _Saved(Scored):
-    """Scores of a file, read once."""
+class _Saved(HasScores):
+    """The content of a scores file."""
 
-    saved: Scores
+    saved: ScoredModel
 
     @property
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         return self.saved
 
 
@@ -93,20 +93,20 @@ class _Saved(Scored):
 class _Prices:
     """What plans of one model cost."""
 
-    rating: Scores
+    scored: ScoredModel
     table: LatencyTable | None
 
     @cached_property
     def dense(self) -> Costs:
         """The costs of the whole model."""
-        return self._of(keep_all(self.rating.anatomy.groups))
+        return self._of(keep_all(self.scored.anatomy.groups))
 
     def of(self, plan: Plan) -> Costs:
         """The costs of what ``plan`` leaves."""
-        return self._of(complete(self.rating.anatomy, plan))
+        return self._of(complete(self.scored.anatomy, plan))
 
     def _of(self, kept: Mapping[str, tuple[int, ...]]) -> Costs:
-        anatomy = self.rating.anatomy
+        anatomy = self.scored.anatomy
         counts = {name: len(units) for name, units in kept.items()}
         found = total(anatomy, counts)
         has_memory = family_called(anatomy.structure.family).has_memory_formula(anatomy, kept)
@@ -146,7 +146,7 @@ def _steps(
     # A hair above what is left when all goes, as the cost of that is rounded.
     wanted: list[dict[str, Any]] = [{metric: share} for share in shares(min(1.0, least + 1e-6))]
     budgets = [Budget(**limits) for limits in wanted]
-    anatomy = source.rating.anatomy
+    anatomy = source.scored.anatomy
     for budget, plan in zip(budgets, plans(source, budgets, solver=solver, latency=table), strict=True):
         layers = layers_of(anatomy, plan)
         yield Step(
@@ -192,11 +192,11 @@ def _settings(place: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _pictures(rating: Scores, data: Any) -> tuple[Picture, ...]:
+def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
     """A few validation images; none where the data is not to be had here."""
     try:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}
-        opened = open_data(DataConfig(**given), checkpoint.build(rating.anatomy.structure))
+        opened = open_data(DataConfig(**given), checkpoint.build(scored.anatomy.structure))
         return parse_pictures([Node(entry, "images") for entry in examples(opened)])
     except (SlimmingError, TypeError, ValueError, OSError):
         return ()

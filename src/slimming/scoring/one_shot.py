@@ -13,7 +13,7 @@ from slimming.errors import DataError, PlanError
 from slimming.masks.attachment import independent, prunable, searched
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
-from slimming.planning.scores import Scored, Scores
+from slimming.planning.scores import HasScores, ScoredModel
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
@@ -23,7 +23,7 @@ NO_LABEL = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneShot(Scored):
+class OneShot(HasScores):
     """What `score` found: a model to cut, one score per unit, and the images that it took.
 
     Attributes:
@@ -46,9 +46,9 @@ class OneShot(Scored):
         return self.prunable.model
 
     @property
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         """The scores, for `slimming.plan`."""
-        return Scores(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
+        return ScoredModel(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
 def score(

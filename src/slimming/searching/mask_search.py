@@ -24,7 +24,7 @@ from slimming.masks.attachment import independent, joint, prunable, searched
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import fill_
 from slimming.models.prunable import read_as
-from slimming.planning.scores import Scored, Scores, load_scores, save_scores
+from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.registry import Request, score_called
@@ -42,7 +42,7 @@ WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResult(Scored):
+class SearchResult(HasScores):
     """What a search leaves: the masked model, one score per unit, and how it came about.
 
     Attributes:
@@ -69,9 +69,9 @@ class SearchResult(Scored):
         return self.masks.anatomy
 
     @property
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         """Scores, with the layout and the fold of the search."""
-        return Scores(
+        return ScoredModel(
             anatomy=self.anatomy,
             scores=self.scores,
             layout=self.config.layout,
@@ -92,7 +92,7 @@ class SearchResult(Scored):
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
         for name, content in tensors.items():
             checkpoint.write_tensors(directory / name, checkpoint.untied(content))
-        save_scores(directory / SCORES_FILE, self.rating)
+        save_scores(directory / SCORES_FILE, self.scored)
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
@@ -318,16 +318,16 @@ def load_search(directory: str | Path) -> SearchResult:
             raise CheckpointError(
                 f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
             )
-    rating = load_scores(directory / SCORES_FILE)
+    scored = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
-    model = checkpoint.build(rating.anatomy.structure)
+    model = checkpoint.build(scored.anatomy.structure)
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
     try:
         fill_(model, weights)
-        groups = [rating.anatomy.group(name) for name in values]
+        groups = [scored.anatomy.group(name) for name in values]
         masks = attach_(
-            read_as(model, rating.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
+            read_as(model, scored.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
         )
         for name, value in values.items():
             masks[name].data.copy_(value)
@@ -337,8 +337,8 @@ def load_search(directory: str | Path) -> SearchResult:
     return SearchResult(
         model=model.eval(),
         masks=masks,
-        scores=rating.scores,
+        scores=scored.scores,
         config=config,
-        sensitivity=rating.sensitivity,
+        sensitivity=scored.sensitivity,
         metrics=record["metrics"],
     )
