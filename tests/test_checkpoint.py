@@ -474,7 +474,9 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
     scores = masks.scores()
     curves = {"mlp": ((0.5, 0.01), (0.2, 0.4)), "token": ((0.5, 0.3),)}
     measured = Sensitivity(curves=curves, spread="score", joint={"rank": ((0.7, 0.1),), "score": ((0.7, 0.05),)})
-    scored = ScoredModel(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured)
+    scored = ScoredModel(
+        anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured
+    )
     save_scores(tmp_path / "scores.safetensors", scored)
     read = load_scores(tmp_path / "scores.safetensors")
     assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, scored.layout, False, measured)

@@ -19,7 +19,7 @@ from slimming.core.completion import complete
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.masks.attachment import prunable, searched
+from slimming.masks.attachment import prunable, select_kinds
 from slimming.models import family_of
 from slimming.models.family import Timed
 from slimming.planning import latency_table
@@ -232,7 +232,7 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     built = build_latency_table(model, kinds=kinds)
     anatomy = prunable(model).anatomy
     twin = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
-    masks = slimming.attach(twin, searched(slimming.describe(twin), kinds))
+    masks = slimming.attach(twin, select_kinds(slimming.describe(twin), kinds))
     with torch.no_grad():
         for number, mask in enumerate(masks.values()):
             mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))

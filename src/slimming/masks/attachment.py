@@ -85,12 +85,12 @@ def attach(
     torch.Size([192])
     """
     found = prunable(model)
-    groups = searched(independent(found.anatomy.groups)) if groups is None else groups
+    groups = select_kinds(independent(found.anatomy.groups)) if groups is None else groups
     penalty = {name: kind.penalty for name, kind in KINDS.items()} if penalty is None else penalty
     return attach_(found, groups, tokens=tokens, penalty=penalty, norms=norms)
 
 
-def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
+def select_kinds(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
     """Those of ``groups`` that get a mask.
 
     Args:

@@ -22,7 +22,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
-from slimming.masks.attachment import attach, prunable, searched
+from slimming.masks.attachment import attach, prunable, select_kinds
 from slimming.models.prunable import PrunableModel
 from slimming.models.traced.verification import outputs, randomise_
 from slimming.planning.budgeting import plan
@@ -172,7 +172,7 @@ class Trial:
         """Cut, and hold outputs and the image's gradient against those of the masked model."""
         randomise_(self.model, self.seed)
         every = [group for group in self.anatomy.groups if group.role != "qkv"]
-        groups: list[Group] = searched(every) + [group for group in every if KINDS[group.kind].on_request]
+        groups: list[Group] = select_kinds(every) + [group for group in every if KINDS[group.kind].on_request]
         masked = copy.deepcopy(self.model)
         masks = attach(masked, groups)
         with torch.no_grad():

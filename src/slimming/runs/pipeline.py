@@ -22,7 +22,7 @@ from slimming.core.files import atomic_json, read_json
 from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
-from slimming.masks.attachment import independent, joint, prunable, searched
+from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import attach_
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
@@ -122,7 +122,7 @@ def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
     if config.distil is not None:
         check_modules(dense.model, "model", (*config.distil.features, *config.distil.relations))
     own = joint(dense.anatomy.groups) if config.search.coupled else independent(dense.anatomy.groups)
-    groups = searched(own, config.search.kinds)
+    groups = select_kinds(own, config.search.kinds)
     if config.retraining == TOGETHER:
         check_tokens(config.distil, [group for group in groups if group.kind == "token"])
     masks = attach_(dense.copy(), groups, tokens=config.search.tokens, penalty=config.search.penalty)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimming.core.layout import Layout
 from slimming.errors import DataError, PlanError
-from slimming.masks.attachment import independent, prunable, searched
+from slimming.masks.attachment import independent, prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
 from slimming.planning.scores import HasScores, ScoredModel
@@ -104,7 +104,7 @@ def score(
     pictures = [batch.images for batch in batches]
     if rotate:
         rotate_(own, pictures)
-    groups = searched(independent(own.anatomy.groups), kinds)
+    groups = select_kinds(independent(own.anatomy.groups), kinds)
     scores = chosen.function(Request(prunable=own, groups=groups, batches=batches, seed=seed))
     return OneShot(prunable=own, scores=scores, how=how, images=pictures, layout=layout or Layout())
 

@@ -20,7 +20,7 @@ class SearchConfig:
 
     Attributes:
         kinds: kinds of unit that get a mask; None takes all that the model has, see
-            `slimming.masks.attachment.searched`.
+            `slimming.masks.attachment.select_kinds`.
         coupled: one mask for QK and V together, as in the paper.
         tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
         norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups

@@ -20,7 +20,7 @@ from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, se
 from slimming.core.groups import Anatomy
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
-from slimming.masks.attachment import independent, joint, prunable, searched
+from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import fill_
 from slimming.models.prunable import read_as
@@ -144,7 +144,7 @@ def search(
     config = config or SearchConfig()
     found = prunable(model)
     own = joint(found.anatomy.groups) if config.coupled else independent(found.anatomy.groups)
-    groups = searched(own, config.kinds)
+    groups = select_kinds(own, config.kinds)
     once = isinstance(data.train, Iterator)  # its images are for the training
     if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
         # A search that goes on takes its weights from its state, which were turned at its start.
