@@ -82,11 +82,11 @@ def train_progressive(
     """
     if not plans:
         raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
-    order = largest_first(result.model, plans)
+    order = order_by_macs(result.model, plans)
     done: list[tuple[Plan, nn.Module]] = []
     found: dict[int, nn.Module] = {}
     for place in order:
-        small = cut_on(result.model, plans[place], done, images=images)
+        small = cut_from_last(result.model, plans[place], done, images=images)
         history = train(
             small,
             data,
@@ -103,16 +103,16 @@ def train_progressive(
     return [found[place] for place in range(len(plans))]
 
 
-def largest_first(model: nn.Module, plans: Sequence[Plan]) -> list[int]:
+def order_by_macs(model: nn.Module, plans: Sequence[Plan]) -> list[int]:
     """The places of ``plans`` by what they cost in MACs, the most first."""
     macs = [cost(model, plan).macs for plan in plans]
     return sorted(range(len(plans)), key=lambda place: macs[place], reverse=True)
 
 
-def cut_on(
+def cut_from_last(
     model: nn.Module, plan: Plan, done: Sequence[tuple[Plan, nn.Module]], *, images: Sequence[Tensor] = ()
 ) -> nn.Module:
-    """Cut ``plan`` out of the last of the models in ``done`` that has all it needs (`onward`), or else of ``model``.
+    """Cut ``plan`` from the last model in ``done`` that has all units of the plan (`rebase_plan`), else from ``model``.
 
     Args:
         model: what ``plan`` and the plans in ``done`` were made for.
@@ -126,7 +126,7 @@ def cut_on(
     complete(prunable(model).anatomy, plan)
     for larger, small in reversed(done):
         try:
-            rest = onward(model, larger, plan, small)
+            rest = rebase_plan(model, larger, plan, small)
         except PlanError:
             continue
         return cut(small, rest, images=images)
@@ -137,7 +137,7 @@ def _contains(larger: Kept, smaller: Kept) -> bool:
     return all(set(units) <= set(larger[name]) for name, units in smaller.items())
 
 
-def onward(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan:
+def rebase_plan(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan:
     """Make of ``plan`` for ``model`` the plan for ``small``, which is ``model`` cut by ``larger``.
 
     Cutting ``small`` by it gives what cutting ``model`` by ``plan`` gives, but for what was trained in between.

@@ -102,7 +102,7 @@ def train_slimmable(
     check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
-        InTurn(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
+        SandwichTask(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
         data,
         config,
         directory=Path(directory) if directory is not None else None,
@@ -112,7 +112,7 @@ def train_slimmable(
     )
     if history.averaged is not None:
         masks = _masks_of(history.averaged)
-    open_(masks)
+    unmask_(masks)
     # What a search that ends with such masks would have had; a saved result is read by it.
     asked = dataclasses.replace(result.config, fold=False, norms=False, tokens="bias")
     return dataclasses.replace(
@@ -169,7 +169,7 @@ def check_tokens(distil: DistilConfig | None, lost: Sequence[Group]) -> None:
         )
 
 
-class InTurn:
+class SandwichTask:
     """A task that takes the largest plan, the smallest one, and one between them in turn.
 
     Args:
@@ -205,7 +205,7 @@ class InTurn:
 
     def stop(self) -> None:
         """See `Task.stop`; every unit takes part again."""
-        open_(self.masks)
+        unmask_(self.masks)
         self.task.stop()
 
     def digest(self) -> str:
@@ -231,14 +231,14 @@ class InTurn:
         self.calls = state["calls"]
 
 
-def open_(masks: SoftMasks) -> None:
+def unmask_(masks: SoftMasks) -> None:
     """Let every unit take part, with a factor of 1."""
     sizes = {group.name: group.size for group in masks.groups}
     masks.apply_(Plan(kept=keep_all(masks.groups), sizes=sizes, fold=False))
 
 
 @torch.no_grad()
-def settle_norms_(model: nn.Module, images: Sequence[Tensor]) -> None:
+def recalibrate_batch_norms_(model: nn.Module, images: Sequence[Tensor]) -> None:
     """Take the running statistics of BatchNorms anew, over ``images`` (Yu and Huang, ICCV 2019, section 3.3).
 
     Args:
