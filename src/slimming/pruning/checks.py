@@ -103,10 +103,10 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
     >>> found.ok, round(found.covered_macs, 2)
     (True, 1.0)
     """
-    return examine(model, keep=keep, seed=seed)[0]
+    return check_with_trial(model, keep=keep, seed=seed)[0]
 
 
-def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Check, Trial | None]:
+def check_with_trial(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Check, Trial | None]:
     """Do what `check` does, and give the trial too, with the slim model; None where the model was not read."""
     began = time.perf_counter()
     try:
