@@ -112,9 +112,9 @@ def test_hours(slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.M
     assert shown.code == 0, shown.err
     assert "0.01 h at 1 images/s: scores in one shot, retrain 50 steps for each budget" in shown.out
     found = results(output)
-    assert found["allotment"]["retrain_steps"] == 50
-    assert found["allotment"]["search_steps"] == 0
-    assert json.loads((output / "allotment.json").read_text()) == found["allotment"]
+    assert found["time_allocation"]["retrain_steps"] == 50
+    assert found["time_allocation"]["search_steps"] == 0
+    assert json.loads((output / "time_allocation.json").read_text()) == found["time_allocation"]
     assert found["settings"]["hours"] == 0.01
     state = torch.load(output / "macs-0.50" / "state.pt", weights_only=True)
     assert state["step"] == state["settings"]["total"] == 50
@@ -125,7 +125,7 @@ def test_hours(slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "nothing to do" in slimming("run", config, "--output", output, "--hours", "0.01").out
     (output / "results.json").unlink()
     assert slimming("run", config, "--output", output, "--hours", "0.01").code == 0
-    assert results(output)["allotment"] == found["allotment"]
+    assert results(output)["time_allocation"] == found["time_allocation"]
 
 
 def test_hours_that_make_no_sense(slimming: Call, site: Path, tmp_path: Path) -> None:

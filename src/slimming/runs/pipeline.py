@@ -32,8 +32,8 @@ from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
 from slimming.runs.explore import explore
 from slimming.runs.results import dense_entry, measure_all, plain, results_of
 from slimming.runs.setup import open_data, open_start
-from slimming.runs.stages import Judge, Say, Work, slim_all
-from slimming.runs.time_budget import Allotment, allot, measure_pace
+from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
+from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
 from slimming.searching.mask_search import RECORD, SearchResult, load_search, search
 from slimming.training.batches import calibration_images, steps_per_epoch
@@ -48,7 +48,7 @@ from slimming.training.tasks import check_modules
 SETTINGS = "settings.json"
 
 
-def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[str, Any]:
+def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Do the whole chain in ``directory``, going on where an earlier call stopped, and write its report.
 
     Under ``accelerate launch`` or ``torchrun`` every process takes part; the first one writes the files.
@@ -56,7 +56,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     Args:
         config: the run.
         directory: where everything goes.
-        say: told each stage, one line at a time.
+        log: receives one line per stage.
 
     Returns:
         The content of ``results.json``; nothing on processes other than the first.
@@ -70,39 +70,41 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     directory, began = Path(directory), time.monotonic()
     world = processes()
     if not world.is_main_process:
-        say = _silent
+        log = _discard
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
     for note in notes:
-        say(note)
+        log(note)
     whole = prunable(dense)
     shares = check_budgets(whole, config)
     check_training("search.train", config.search.train, data, directory)
     check_training("retrain", config.retrain, data, directory)
-    asked, allotment = config, _allotment(dense, data, config, shares, directory, began)
-    if allotment is not None:
-        say(allotment.line(asked))
-        config = allotment.applied(asked)
+    asked, allocation = config, _time_allocation(dense, data, config, shares, directory, began)
+    if allocation is not None:
+        log(allocation.line(asked))
+        config = allocation.applied(asked)
     at_once = min(256, config.search.train.at_once, config.retrain.at_once)
-    judge = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
-    top1 = _dense_metrics(dense, judge, directory, say)
+    evaluate_model = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
+    top1 = _dense_metrics(dense, evaluate_model, directory, log)
     check_settings(asked, directory, write=world.is_main_process)
-    one_shot = _one_shot(dense, config, directory, judge, say)
-    result, seconds = _search(dense, data, config, directory / "search", judge, say)
-    work = Work(config=config, dense=whole, data=data, result=result, root=directory, judge=judge, say=say)
-    slims, rows = slim_all(work)
+    one_shot = _one_shot(dense, config, directory, evaluate_model, log)
+    result, seconds = _search(dense, data, config, directory / "search", evaluate_model, log)
+    context = RunContext(
+        config=config, dense=whole, data=data, result=result, root=directory, evaluate=evaluate_model, log=log
+    )
+    slims, rows = prune_and_retrain_all(context)
     if not world.is_main_process:
         return {}
-    say("measuring latency, dense and slim in turns")
+    log("measuring latency, dense and slim in turns")
     models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
     timed = measure_all(models, whole.anatomy.input_shape, config.bench)
     rows = [{**row, **one_shot.get(row["name"], {}), **timed[row["name"]]} for row in rows]
     dense_row = dense_entry(dense, top1, timed["dense"])
     results = results_of(asked, whole, data, dense_row, rows, result, seconds)
-    if allotment is not None:
-        results["allotment"] = dataclasses.asdict(allotment)
+    if allocation is not None:
+        results["time_allocation"] = dataclasses.asdict(allocation)
     atomic_json(directory / "results.json", results)
-    say("report: plans of the search at every hundredth")
+    log("report: plans of the search at every hundredth")
     write_report(directory, explored=explore(directory))
     write_table(parse(results), directory / "table.md")
     return results
@@ -115,7 +117,7 @@ def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
         The share of the MACs that each budget leaves, about.
 
     Raises:
-        BudgetError: one cannot be reached; the message says the smallest that can.
+        BudgetError: one cannot be reached; the message names the smallest that can.
         ConfigError: ``distil`` names modules that the model has not, or that one retraining for all budgets cannot
             compare.
     """
@@ -168,9 +170,9 @@ def check_training(where: str, config: TrainConfig, data: Data, directory: Path)
         raise type(error)(f"{where}: {error}") from error
 
 
-def _allotment(
+def _time_allocation(
     dense: nn.Module, data: Data, config: RunConfig, shares: Sequence[float], directory: Path, began: float
-) -> Allotment | None:
+) -> TimeAllocation | None:
     """What the hours are enough for, as an earlier call found it, or measured now; None where none were given.
 
     Raises:
@@ -178,7 +180,7 @@ def _allotment(
     """
     if config.hours is None:
         return None
-    target = directory / "allotment.json"
+    target = directory / "time_allocation.json"
     if not target.exists():
         epochs = [steps_per_epoch(data.train, train.batch_size) for train in (config.search.train, config.retrain)]
         if epochs[0] is None or epochs[1] is None:
@@ -186,62 +188,62 @@ def _allotment(
         pace = measure_pace(dense, data, config.retrain)
         val = len(data.val) if isinstance(data.val, ImageDataset) else getattr(data.val, "length", None) or 0
         spent = time.monotonic() - began
-        chosen = allot(config, pace, shares, epochs=(epochs[0], epochs[1]), val_images=val, spent_seconds=spent)
+        chosen = allocate(config, pace, shares, epochs=(epochs[0], epochs[1]), val_images=val, spent_seconds=spent)
         applied = chosen.applied(config)
         check_training("search.train", applied.search.train, data, directory)
         check_training("retrain", applied.retrain, data, directory)
         if processes().is_main_process:
             atomic_json(target, dataclasses.asdict(chosen))
         processes().wait_for_everyone()
-    return Allotment(**read_json(target))
+    return TimeAllocation(**read_json(target))
 
 
-def _dense_metrics(dense: nn.Module, judge: Judge, directory: Path, say: Say) -> float:
+def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
     target = directory / "dense" / "metrics.json"
     if not target.exists():
-        say("evaluating the dense model")
-        atomic_json(target, judge(dense))
+        log("evaluating the dense model")
+        atomic_json(target, evaluate_model(dense))
     return float(read_json(target)["top1"])
 
 
 def _one_shot(
-    dense: nn.Module, config: RunConfig, directory: Path, judge: Judge, say: Say
+    dense: nn.Module, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> dict[str, dict[str, float]]:
     """What is left of the dense model at each budget without search and training: budget -> what its row says of it."""
     if not config.one_shot:
         return {}
     target = directory / "one_shot.json"
     if target.exists():
-        say("one shot: done before")
+        log("one shot: done before")
         return read_json(target)
     began, seed = time.monotonic(), config.search.train.seed
     still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
     images = calibration_images(still, config.one_shot, seed=seed)
     kinds = config.search.kinds
     scored = score(dense, images, kinds=kinds, layout=config.search.layout, seed=seed)
-    say(f"one shot: {config.one_shot} images without labels scored in {time.monotonic() - began:.0f} s")
+    log(f"one shot: {config.one_shot} images without labels scored in {time.monotonic() - began:.0f} s")
     found = {}
     for budget in config.budgets:
         small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
-        found[budget.name] = {"top1_one_shot": judge(small)["top1"]}
-        say(f"{budget.name}: one shot, top-1 {found[budget.name]['top1_one_shot']:.4f} without training")
+        found[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
+        log(f"{budget.name}: one shot, top-1 {found[budget.name]['top1_one_shot']:.4f} without training")
     if processes().is_main_process:
         atomic_json(target, found)
     return found
 
 
 def _search(
-    dense: nn.Module, data: Data, config: RunConfig, directory: Path, judge: Judge, say: Say
+    dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> tuple[SearchResult, float]:
     if (directory / RECORD).exists():
-        say("search: done before")
+        log("search: done before")
         result = load_search(directory)
         result.model.to(processes().device)
         return result, float(read_json(directory / "seconds.json")["seconds"])
-    say("search: weights and masks train together")
+    log("search: weights and masks train together")
     began = time.monotonic()
     model = copy.deepcopy(dense)
-    result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
+    result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
     seconds = time.monotonic() - began
     if processes().is_main_process:
         atomic_json(directory / "seconds.json", {"seconds": seconds})
@@ -249,5 +251,5 @@ def _search(
     return result, seconds
 
 
-def _silent(line: str) -> None:
-    """Say nothing: the first process speaks for all."""
+def _discard(line: str) -> None:
+    """Log nothing: the first process speaks for all."""

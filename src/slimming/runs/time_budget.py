@@ -56,7 +56,7 @@ class Pace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allotment:
+class TimeAllocation:
     """What the hours were found to be enough for.
 
     Attributes:
@@ -101,7 +101,7 @@ class Allotment:
         return dataclasses.replace(config, hours=None, search=search, retrain=retrain, bench=bench)
 
 
-def allot(
+def allocate(
     config: RunConfig,
     pace: Pace,
     shares: Sequence[float],
@@ -109,7 +109,7 @@ def allot(
     epochs: tuple[int, int],
     val_images: int,
     spent_seconds: float = 0.0,
-) -> Allotment:
+) -> TimeAllocation:
     """Divide ``config.hours`` among the stages; the same for the same arguments.
 
     First comes what has to be done whatever the hours: scores, cuts, evaluations, measuring. A quarter of the rest at
@@ -156,7 +156,7 @@ def allot(
         retrain_steps = int((free - seconds["search"]) / step)
         planned = retrain_steps = min(most, max(LEAST_RETRAIN, retrain_steps))
     seconds["retrain"] = planned * step
-    return Allotment(
+    return TimeAllocation(
         hours=config.hours,
         images_per_second=1 / pace.work(1),
         search_steps=search_steps,
