@@ -1,11 +1,13 @@
-"""Settings of a benchmark."""
+"""The settings of a benchmark and the names of the runtimes. Imports no PyTorch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slimming.benchmarking.runtimes import check_runtime
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, MissingExtraError, nearest
+
+RUNTIMES = ("eager", "compile", "onnxruntime")
+"""Ways to run a model: PyTorch, `torch.compile`, ONNX Runtime; see `slimming.benchmarking.runtimes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +37,20 @@ class BenchConfig:
                 "bench.runs must be at least 1, bench.batch_sizes one number or more of at least 1, and bench.seconds "
                 "above 0."
             )
+
+
+def check_runtime(name: str) -> None:
+    """Raise ConfigError if there is no runtime called ``name``, MissingExtraError if its library is not installed."""
+    if name not in RUNTIMES:
+        raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
+    if name == "onnxruntime":
+        check_onnx()
+
+
+def check_onnx() -> None:
+    """Raise MissingExtraError if what writes and runs ONNX is not installed."""
+    try:
+        import onnxruntime  # pyright: ignore # noqa: F401
+        import onnxscript  # pyright: ignore # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error

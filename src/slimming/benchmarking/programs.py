@@ -13,20 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from slimming.errors import ConfigError, UnsupportedModelError
 
 OPSET = 20
 """The first opset with GELU as one operation; onnxruntime and onnxruntime-web run it since 1.17."""
 INPUT, OUTPUT = "image", "logits"
-
-
-def check_onnx() -> None:
-    """Raise MissingExtraError if what writes and runs ONNX is not installed."""
-    try:
-        import onnxruntime  # pyright: ignore # noqa: F401
-        import onnxscript  # pyright: ignore # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error
 
 
 def to_program(model: nn.Module, x: Tensor, *, any_batch: bool) -> Any:

@@ -9,19 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.benchmarking.programs import check_onnx, open_onnx, write_onnx
+from slimming.benchmarking.config import check_runtime
+from slimming.benchmarking.programs import open_onnx, write_onnx
 from slimming.core.modules import in_evaluation
-from slimming.errors import ConfigError, nearest
-
-RUNTIMES = ("eager", "compile", "onnxruntime")
-
-
-def check_runtime(name: str) -> None:
-    """Raise ConfigError if there is no runtime called ``name``, MissingExtraError if its library is not installed."""
-    if name not in RUNTIMES:
-        raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
-    if name == "onnxruntime":
-        check_onnx()
 
 
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
@@ -30,7 +20,7 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
     Args:
         model: any module; it is not changed.
         x: an input of the batch size, type and device that it will get.
-        runtime: one of `RUNTIMES`.
+        runtime: one of `slimming.benchmarking.config.RUNTIMES`.
 
     Raises:
         ConfigError: there is no such runtime, or it cannot run where ``x`` is.

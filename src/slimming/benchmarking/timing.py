@@ -55,7 +55,7 @@ def paired_times(
     """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i.
 
     The input is of the type and on the device of ``like``, by default of the model's first parameter; ``runtime`` is
-    one of `slimming.benchmarking.runtimes.RUNTIMES`.
+    one of `slimming.benchmarking.config.RUNTIMES`.
     """
     inputs = {}
     for name, model in models.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ def check_json(value: Any, name: str) -> None:
     elif not (value is None or isinstance(value, (str, int, float))):
         kind = type(value).__name__
         raise ConfigError(f"{name} is of type {kind}, which JSON cannot hold. Give a number, a text or a list of them.")
+
+
+def json_values(value: Any) -> Any:
+    """Return a dataclass, or nested values, as JSON values: dataclasses become dicts, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    return [json_values(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def new_directory(path: Path) -> Path:

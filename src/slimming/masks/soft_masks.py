@@ -18,8 +18,9 @@ from slimming.core.completion import resolve_plan
 from slimming.core.groups import SIDES, Anatomy, Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
+from slimming.masks.options import BIAS, MULTIPLY
 from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
-from slimming.masks.tokens import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
+from slimming.masks.tokens import RAW_INIT, attach_token_gates, token_factor
 from slimming.models.masked_norms import keep_in_norms
 from slimming.models.prunable import PrunableModel
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, TokenSite
+from slimming.masks.options import BIAS, MULTIPLY
 
-BIAS = "bias"
-MULTIPLY = "multiply"
 RAW_INIT = 3.0
 """Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimming.benchmarking.runtimes import check_runtime, prepare
+from slimming.benchmarking.config import check_runtime
+from slimming.benchmarking.runtimes import prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
 from slimming.core.files import FORMAT, atomic_json, read_sealed, seal
 from slimming.core.formulas import evaluate

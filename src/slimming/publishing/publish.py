@@ -11,7 +11,15 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
-from slimming.core.files import FORMAT, atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, seal
+from slimming.core.files import (
+    FORMAT,
+    atomic_directory,
+    atomic_json,
+    atomic_write_bytes,
+    atomic_write_text,
+    json_values,
+    seal,
+)
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
@@ -22,7 +30,7 @@ from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report.picture import draw, panels
-from slimming.runs.results import grid_of, plain, versions
+from slimming.runs.results import grid_of, versions
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 PROCESSOR = "CLIPImageProcessor"
@@ -136,7 +144,7 @@ def _write(
 def host_config(prunable: PrunableModel) -> dict[str, Any]:
     """The config.json of ``model`` for timm (where it is timm's) and transformers alike; both read the structure."""
     model, anatomy = prunable.model, prunable.anatomy
-    settings = plain(timm_config(model))
+    settings = json_values(timm_config(model))
     structure = anatomy.structure.to_dict()
     channels, *size = anatomy.input_shape
     classes = classes_of(model)

@@ -22,7 +22,8 @@ from slimming.models.family import Kept
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost
 from slimming.pruning.cutting import cut
-from slimming.retraining.retrain import DistilConfig, train
+from slimming.retraining.config import DistilConfig
+from slimming.retraining.retrain import train
 from slimming.scoring.one_shot import OneShot
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig

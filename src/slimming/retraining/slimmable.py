@@ -25,7 +25,8 @@ from slimming.errors import ConfigError
 from slimming.masks.attachment import attach
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.pruning.costs import cost
-from slimming.retraining.retrain import DistilConfig, task_of
+from slimming.retraining.config import DistilConfig
+from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
 from slimming.training.images import mix

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from slimming.benchmarking.config import BenchConfig
 from slimming.core.budget import Budget
 from slimming.errors import ConfigError, nearest
-from slimming.retraining.retrain import DistilConfig
-from slimming.runs.setup import ModelConfig
+from slimming.retraining.config import DistilConfig
 from slimming.searching.config import SearchConfig
 from slimming.training.config import DataConfig, TrainConfig
 
@@ -18,6 +18,24 @@ EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
 """Settings that may change between two calls in one directory: what is done already does not depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense start.
+
+    Attributes:
+        name: a timm model name; ``hf-hub:owner/name``, a model of slimming, timm or transformers on the hub;
+            ``transformers:owner/name`` or ``transformers:DIRECTORY``; ``torchvision:name``; or a directory that
+            `slimming.save`, timm or transformers wrote.
+        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes the host's
+            pretrained ones.
+        arguments: further arguments of the host's constructor, such as timm's ``img_size``.
+    """
+
+    name: str
+    checkpoint: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

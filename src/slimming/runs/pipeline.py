@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from slimming.core.completion import complete
-from slimming.core.files import atomic_json, read_json
+from slimming.core.files import atomic_json, json_values, read_json
 from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
@@ -30,7 +30,7 @@ from slimming.pruning.cutting import cut
 from slimming.retraining.slimmable import check_tokens
 from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
 from slimming.runs.explore import explore
-from slimming.runs.results import dense_entry, measure_all, plain, results_of
+from slimming.runs.results import dense_entry, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
@@ -143,7 +143,7 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     Raises:
         ConfigError: it was not.
     """
-    path, now = directory / SETTINGS, plain(config)
+    path, now = directory / SETTINGS, json_values(config)
     if path.exists():
         check_same_settings(directory, read_json(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
     if write:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimming.benchmarking.config import BenchConfig
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.core.budget import Budget
-from slimming.core.files import FORMAT
+from slimming.core.files import FORMAT, json_values
 from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.kinds import KINDS
 from slimming.core.pruning_plan import Plan
@@ -154,7 +154,7 @@ def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[s
     return {
         "base": result.anatomy.structure.base,
         "data": dataclasses.asdict(config.data),
-        "settings": plain(config),
+        "settings": json_values(config),
         "plan": plan.to_dict(),
         "scores_sha256": digest.hexdigest(),
         "metrics": dict(metrics),
@@ -194,7 +194,7 @@ def results_of(
         },
         "machine": machine(),
         "versions": versions(),
-        "settings": plain(config),
+        "settings": json_values(config),
         "dense": dense_row,
         "rows": rows,
         "search": {
@@ -211,14 +211,6 @@ def _measured(sensitivity: Sensitivity | None) -> dict[str, Any]:
     """What cutting each kind alone does; empty if it was not measured."""
     curves = {} if sensitivity is None else sensitivity.curves
     return {kind: [{"kept": kept, "loss": loss} for kept, loss in curve] for kind, curve in curves.items()}
-
-
-def plain(config: Any) -> Any:
-    """A dataclass as JSON values: tuples become lists, missing budgets are left out."""
-    value = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _now() -> str:

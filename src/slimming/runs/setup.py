@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +15,13 @@ from slimming.masks.attachment import prunable
 from slimming.models.create import create_dense
 from slimming.models.directories import CONFIG, open_directory
 from slimming.models.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
+from slimming.runs.config import ModelConfig
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
 from slimming.training.data import open_data as open_images
 from slimming.training.data import open_pictures
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The dense start.
-
-    Attributes:
-        name: a timm model name; ``hf-hub:owner/name``, a model of slimming, timm or transformers on the hub;
-            ``transformers:owner/name`` or ``transformers:DIRECTORY``; ``torchvision:name``; or a directory that
-            `slimming.save`, timm or transformers wrote.
-        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes the host's
-            pretrained ones.
-        arguments: further arguments of the host's constructor, such as timm's ``img_size``.
-    """
-
-    name: str
-    checkpoint: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.Module, list[str]]:

@@ -1,19 +1,24 @@
-"""The scores that units can be ranked by: the one registry that functions, settings, commands and docs read."""
+"""The registry of scores, from which settings, commands, error messages and the docs take their names.
+
+Importing it does not import PyTorch, so that settings are checked and ``--help`` is shown quickly: the functions that
+compute scores are imported when they are called.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from slimming.core.groups import Group
 from slimming.errors import ConfigError, nearest
-from slimming.masks.soft_masks import MASK_SCORES, SoftMasks, attach_
-from slimming.models.prunable import PrunableModel
-from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import iterative_scores
-from slimming.training.batches import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimming.core.groups import Group
+    from slimming.masks.soft_masks import SoftMasks
+    from slimming.models.prunable import PrunableModel
+    from slimming.training.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +65,43 @@ class Score:
 
 
 def _fisher(request: Request) -> dict[str, Tensor]:
+    from slimming.scoring.fisher import fisher_scores
+
     return fisher_scores(request.prunable, request.groups, request.batches, seed=request.seed)
 
 
 def _compensated(request: Request) -> dict[str, Tensor]:
+    from slimming.scoring.iterative import iterative_scores
+
     alone = _fisher(request)
     return iterative_scores(request.prunable, request.groups, alone, request.batches, seed=request.seed)
 
 
 def _taylor(request: Request) -> dict[str, Tensor]:
+    from slimming.masks.soft_masks import taylor_scores
+    from slimming.scoring.fisher import fisher_scores
+
     if request.masks is not None:
-        return MASK_SCORES["taylor"](request.masks)
+        return taylor_scores(request.masks)
     return fisher_scores(request.prunable, request.groups, request.batches, drawn=False, seed=request.seed)
 
 
 def _contribution(request: Request) -> dict[str, Tensor]:
-    return MASK_SCORES["contribution"](_masks(request))
+    from slimming.masks.soft_masks import contribution_scores
+
+    return contribution_scores(_masks(request))
 
 
 def _mask(request: Request) -> dict[str, Tensor]:
-    return MASK_SCORES["mask"](_masks(request))
+    from slimming.masks.soft_masks import mask_values
+
+    return mask_values(_masks(request))
 
 
 def _masks(request: Request) -> SoftMasks:
     """The masks of the search, or masks of 1 on a copy of the model."""
+    from slimming.masks.soft_masks import attach_
+
     return request.masks or attach_(request.prunable.copy(), request.groups, penalty={})
 
 

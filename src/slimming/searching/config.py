@@ -9,7 +9,7 @@ from typing import Any
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
 from slimming.errors import ConfigError, nearest
-from slimming.masks.tokens import BIAS, MULTIPLY
+from slimming.masks.options import BIAS, MULTIPLY
 from slimming.scoring.registry import SCORES, score_called
 from slimming.training.config import TrainConfig
 
