@@ -12,17 +12,17 @@ RUNTIMES = ("eager", "compile", "onnxruntime")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """How time is measured.
+    """How latency is measured.
 
     Attributes:
         batch_sizes: images per forward pass.
-        runs: timed rounds at the most; dense and slim models take turns within each.
-        seconds: about how long to measure each model at each batch size.
-        runtime: what runs the models: ``"eager"``, ``"compile"`` (`torch.compile`) or ``"onnxruntime"``.
+        runs: largest number of timed rounds; within a round, all models are measured one after the other.
+        seconds: approximate time to measure each model at each batch size.
+        runtime: ``"eager"``, ``"compile"`` (`torch.compile`) or ``"onnxruntime"``.
 
     Raises:
-        ConfigError: a number below 1, or there is no such runtime.
-        MissingExtraError: what runs it is not installed.
+        ConfigError: a number is out of range, or there is no such runtime.
+        MissingExtraError: the runtime is not installed.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
@@ -40,7 +40,12 @@ class BenchConfig:
 
 
 def check_runtime(name: str) -> None:
-    """Raise ConfigError if there is no runtime called ``name``, MissingExtraError if its library is not installed."""
+    """Check that there is a runtime called ``name`` and that its library is installed.
+
+    Raises:
+        ConfigError: there is no such runtime.
+        MissingExtraError: its library is not installed.
+    """
     if name not in RUNTIMES:
         raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
     if name == "onnxruntime":
@@ -48,7 +53,11 @@ def check_runtime(name: str) -> None:
 
 
 def check_onnx() -> None:
-    """Raise MissingExtraError if what writes and runs ONNX is not installed."""
+    """Check that the libraries that write and run ONNX are installed.
+
+    Raises:
+        MissingExtraError: one is not.
+    """
     try:
         import onnxruntime  # pyright: ignore # noqa: F401
         import onnxscript  # pyright: ignore # noqa: F401

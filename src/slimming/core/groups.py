@@ -49,7 +49,7 @@ class Slices:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A tensor scaled by a group's soft mask: indices ``index[u]`` along ``dim`` are multiplied by the mask of ``u``."""
+    """A tensor scaled by a group's soft mask: ``index[u]`` along ``dim`` is multiplied by the mask of unit u."""
 
     tensor: str
     dim: int
