@@ -1,6 +1,6 @@
-"""Where token masks act: hooks on the attention modules, the pooling and, for the paper's variant, the norms.
+"""Apply token masks by hooks on the attention modules, the pooling and, for the variant of the paper, the norms.
 
-Shape suffixes: B batch, H heads, N tokens (prefix included), D embedding width, X size of a head.
+Shape suffixes: B batch, H heads, N tokens (including the prefix), D embedding width, X size of a head.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from slimming.core.groups import Group, TokenSite
 from slimming.masks.options import BIAS, MULTIPLY
 
 RAW_INIT = 3.0
-"""Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
+"""Initial value of token masks in the variant of the paper: tanh(3) is almost 1 (code of the authors)."""
 
 NEVER = -1e4
-"""A key bias that no kernel tells from -inf, and that gives no NaN where it is multiplied by 0."""
+"""A key bias that acts like -inf in every kernel, and gives no NaN when multiplied by 0."""
 
 Source = tuple[nn.Parameter, Tensor | None]
-"""A mask and the places of the wanted positions in it (None: all of them, in order)."""
+"""A mask, and the indices of the required positions in it (None: all positions, in order)."""
 
 
 def token_factor(mask: Tensor, tokens: str) -> Tensor:
-    """The factor of each token: its mask from 0 up, or tanh of it for the paper's variant."""
+    """Return the factor of each token: its mask clamped to at least 0, or its tanh for the variant of the paper."""
     return torch.tanh(mask) if tokens == MULTIPLY else mask.clamp_min(0)
 
 
 class _Gate:
-    """What all gates share: the product of the masks on the way to here."""
+    """Base of the hooks: the product of the token masks of this block and all blocks before it."""
 
     def __init__(self, sources: list[Source], prefix: int) -> None:
         self.sources = sources
         self.prefix = prefix
 
     def _stacked(self) -> Tensor:
-        """Factors of every mask so far, shape (masks, positions)."""
+        """Factors of the masks, shape (masks, positions)."""
         picked = [mask if places is None else mask[places.to(mask.device)] for mask, places in self.sources]
         return torch.stack(picked).clamp_min(0)
 
     def product(self) -> Tensor:
-        """Product over the masks, shape (positions,)."""
+        """Return the product of the masks, shape (positions,)."""
         return self._stacked().prod(0)
 
     def bias(self) -> Tensor:
-        """Logarithm of the product with a zero per prefix token, shape (N,); -inf where a factor is 0."""
+        """Return the log of the product, preceded by 0 for the prefix tokens, shape (N,); -inf for a factor of 0."""
         stacked = self._stacked()
         alive = stacked > 0
-        # The inner where keeps log away from 0, whose infinite slope would turn into NaN.
+        # The inner where avoids log(0), whose infinite derivative would become NaN.
         total = torch.where(alive, stacked, 1.0).log().sum(0)
         total = torch.where(alive.all(0), total, -torch.inf)
         return torch.cat([total.new_zeros(self.prefix), total])
@@ -154,7 +154,7 @@ def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
 
 
 class MeanPoolWeight(_Gate):
-    """Forward hook of the module in front of average pooling: turns the mean into the weighted mean."""
+    """Forward hook of the module before average pooling: turns the mean over tokens into a weighted mean."""
 
     def __init__(self, sources: list[Source], prefix: int, pool_prefix: bool) -> None:
         super().__init__(sources, prefix)
@@ -170,7 +170,7 @@ class MeanPoolWeight(_Gate):
 
 
 class Multiply(_Gate):
-    """Forward hook of a norm: the paper's variant, which multiplies its output by tanh of this block's mask."""
+    """Forward hook of a norm: multiplies its output by tanh of the mask of this block, as in the paper."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output_BND: Tensor) -> Tensor:
         mask, _ = self.sources[-1]
@@ -181,16 +181,16 @@ class Multiply(_Gate):
 def attach_token_gates(
     model: nn.Module, sites: Sequence[Group], masks: Mapping[str, nn.Parameter], tokens: str
 ) -> list[Callable[[], None]]:
-    """Register each token mask on its block and the hooks that apply it, from its block to the pooling.
+    """Register each token mask as a parameter of its block, and the hooks that apply it from there to the pooling.
 
     Args:
         model: the model.
-        sites: every token group of the model, from shallow to deep.
-        masks: masks of some of them, by group name.
+        sites: all token groups of the model, from shallow to deep.
+        masks: masks of some of these groups by name.
         tokens: ``"bias"`` or ``"multiply"``.
 
     Returns:
-        Functions that take everything away again.
+        Functions that remove the parameters and hooks.
     """
     removers: list[Callable[[], None]] = []
     seen: list[tuple[TokenSite, nn.Parameter]] = []
@@ -208,7 +208,7 @@ def attach_token_gates(
             gate = Multiply(sources, site.prefix)
             removers += [model.get_submodule(name).register_forward_hook(gate).remove for name in site.norms]
         elif tokens == BIAS and sources:
-            # A block without a mask of its own still sees the tokens that left before it.
+            # A block without a mask still needs the masks of the blocks before it.
             hook = KeyBias(sources, site.prefix)
             attention = model.get_submodule(site.attention)
             removers.append(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -218,7 +218,7 @@ def attach_token_gates(
 
 
 def _gate_pool(model: nn.Module, last: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
-    """Gate the pooling by the product of all masks; nothing to do where the class token is read."""
+    """Apply the product of all masks in the pooling; models that use the class token have none."""
     removers: list[Callable[[], None]] = []
     if last.mean_pool is not None:
         weight = MeanPoolWeight(sources, last.prefix, last.pool_prefix)
