@@ -247,7 +247,7 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
 
 
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs a table of the device"):
+    with pytest.raises(ConfigError, match="needs a latency table of the device"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask")
     with pytest.raises(BudgetError, match=r"heads of one size.*--uneven-heads"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask", latency=table, layout=Layout(equal_heads=False))

@@ -260,7 +260,7 @@ def test_a_rated_source_brings_its_layout_and_fold() -> None:
     assert not made.fold
     assert all(len(units) % 2 == 0 for units in made.kept.values())
     assert plan(source, Budget(macs=0.8), fold=True).fold
-    with pytest.raises(ConfigError, match="A score is chosen where there are masks"):
+    with pytest.raises(ConfigError, match="score applies to attached masks"):
         plan(source, Budget(macs=0.8), score="mask")
 
 

@@ -1,4 +1,4 @@
-"""Which items to keep under several limits: a knapsack by linear and mixed-integer programming."""
+"""Knapsack with several limits and precedence constraints, by linear and mixed-integer programming."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from slimming.errors import BudgetError
 Array = npt.NDArray[Any]
 
 SECONDS = 20.0
-"""Time limit of one solve; what was found until then is used, with its gap."""
+"""Time limit of one solve in seconds; the best choice found until then is used, with its gap."""
 GAP = 5e-4
-"""Share of the value within which a solve may end."""
+"""Relative gap at which a solve ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Solution:
     """A choice of items.
 
     Attributes:
-        kept: for each item, whether it stays.
-        value: total value of what stays.
-        bound: no choice is worth more than this.
+        kept: for each item, whether it is kept.
+        value: total value of the kept items.
+        bound: upper bound on the total value of any choice.
     """
 
     kept: tuple[bool, ...]
@@ -44,19 +44,19 @@ def knapsack(
     room: Mapping[str, float],
     before: Sequence[tuple[int, int]],
 ) -> Solution | None:
-    """Keep the items of the largest total value that fit into every limit.
+    """Return the choice of items with the largest total value within every limit.
 
-    The linear relaxation has few items in parts; where leaving those out and filling up comes within `GAP` of its
-    value, that is the answer, and otherwise HiGHS branches (`scipy.optimize.milp`).
+    The solution of the linear relaxation keeps only few items partially. If leaving these out and filling the remaining
+    room comes within `GAP` of its value, this is the result; otherwise HiGHS branches (`scipy.optimize.milp`).
 
     Args:
-        values: of each item, at least 0.
-        prices: per limit, what each item takes of it, at least 0.
-        room: per limit, how much there is.
-        before: pairs (first, then): if ``first`` stays, ``then`` stays.
+        values: value of each item, at least 0.
+        prices: limit -> price of each item, at least 0.
+        room: limit -> largest total price.
+        before: pairs (first, then): if ``first`` is kept, ``then`` must be kept.
 
     Returns:
-        The best choice, or None if none fits.
+        The best choice, or None if no choice is within the limits.
 
     Raises:
         BudgetError: the solver failed.
@@ -85,7 +85,7 @@ def _solve(worth: Array, price: Array, limit: Array, before: Sequence[tuple[int,
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
-    # Scaled, so that the solver's tolerances mean the same for bytes and for shares.
+    # Scaled, so that the tolerances of the solver do not depend on the unit of a limit.
     scale = np.maximum(np.maximum(limit, price.max(1, initial=0.0)), 1e-30)
     upper: Any = limit / scale
     rules = [LinearConstraint(price / scale[:, None], -np.inf, upper)]
@@ -111,7 +111,7 @@ def _solve(worth: Array, price: Array, limit: Array, before: Sequence[tuple[int,
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Drop what goes to the process's standard output: HiGHS prints there, whatever its options say."""
+    """Discard the standard output of the process: HiGHS prints to it regardless of its options."""
     sys.stdout.flush()
     try:
         out = os.dup(1)
@@ -130,7 +130,7 @@ def silenced() -> Iterator[None]:
 
 
 def _filled(kept: Array, worth: Array, price: Array, limit: Array, before: Sequence[tuple[int, int]]) -> Array:
-    """``kept``, with what else fits, the most worth for its price first."""
+    """``kept`` with further items that fit, in descending order of value per price."""
     kept = kept.copy()
     needs: dict[int, list[int]] = {}
     for first, then in before:

@@ -1,4 +1,4 @@
-"""Scores of the units of a model, and the files that hold them."""
+"""The scores of a model's units, and the files in which they are saved."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class ScoredModel:
     """The scores of a model's units, with the default options of plans that are made from them.
 
     Attributes:
-        anatomy: the model.
+        anatomy: anatomy of the model.
         scores: group name -> score of each unit, shape (size,).
-        layout: which sizes the layers get.
+        layout: sizes that plans may give to the layers.
         fold: see `Plan`.
-        sensitivity: what cutting each kind does, see `slimming.scoring.sensitivity`; None if it was not measured.
+        sensitivity: increase of the loss when units of each kind are removed, see `slimming.scoring.sensitivity`; None
+            if it was not measured.
     """
 
     anatomy: Anatomy
@@ -41,19 +42,19 @@ class ScoredModel:
 
 
 class HasScores(abc.ABC):
-    """Something that plans can be made from, such as a search result."""
+    """An object from which plans can be made, such as a search result."""
 
     @property
     @abc.abstractmethod
     def scored(self) -> ScoredModel:
-        """Its scores."""
+        """The scores from which plans are made."""
 
 
 def save_scores(path: str | Path, scored: ScoredModel) -> None:
-    """Write scores with the structure of the model they are of, so that plans can be made without the model.
+    """Write scores together with the structure of their model, so that plans can be made without the model.
 
     Raises:
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: ``path`` is not writable, or the disk is full.
     """
     entry = {
         "format": FORMAT,
@@ -88,7 +89,7 @@ def load_scores(path: str | Path) -> ScoredModel:
             f"{path} is not a scores file of slimming. Give one that slimming search wrote."
         ) from error
     if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
-        raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
+        raise CheckpointError(f"{path} was changed after it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     anatomy = read(model).anatomy
     return ScoredModel(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

@@ -1,12 +1,13 @@
-"""Closed-form compensation at the cut: what goes is predicted from what stays and folded into the layers that read it.
+"""Compensate for removed units in closed form: refit the layers that read them by least squares.
 
-A layer that reads units gives W x + b in the dense model. In the slim one it sees fewer inputs x', which the layers in
-front have changed as well. Over some images the difference D between x and x' (all of x where a unit goes) is predicted
-from x' by least squares, D ≈ A x' + c. Then W' + W A and b + W c give what the dense layer gave, as nearly as can be.
-The layers are done from the first to the last, a few at a time, so that later ones make up for what earlier ones could
-not. It needs no labels and no training. A plan that takes nothing changes nothing.
+A layer computes W x + b in the dense model. In the slim model it has fewer inputs x', which also differ from x because
+of the pruned layers before it. On 128 to 512 calibration images, the difference D between x and x' (all of x for
+removed units) is predicted from x' by least squares: D ≈ A x' + c. The layer then gets the weight W' + W A and the bias
+b + W c, with W' the columns of W for x'. The layers are processed from first to last, a few at a time, so that later
+layers correct the remaining error of earlier ones. No labels and no training are needed. A plan that removes nothing
+changes nothing.
 
-The same idea for single layers is in ThiNet (ICCV 2017, section 3.2.3) and, by covariances, in SparseGPT (ICML 2023).
+For single layers, this is done in ThiNet (ICCV 2017, section 3.2.3) and, from covariances, in SparseGPT (ICML 2023).
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ TOGETHER, GIGABYTES = 4, 1.0
 
 
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
-    """`slimming.pruning.cutting.cut_` with compensation.
+    """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
-    Tokens, features of the embedding and whole branches go first, uncompensated: what is left is then what counts as
-    dense.
+    Tokens, features of the embedding and whole branches are removed first, without compensation; the result is the
+    dense model for the compensation of the other units.
 
     Args:
-        prunable: the model, without masks.
-        plan: which units stay.
+        prunable: a model without masks.
+        plan: the units to keep.
         images: batches of shape (B, C, H, W).
 
     Raises:
-        PlanError: the plan was made for another model, or leaves a group without a unit.
+        PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
         NonFiniteLossError: the images or the weights are not finite.
     """
     complete(prunable.anatomy, plan)
@@ -60,20 +61,18 @@ def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tenso
 
 
 def _restricted(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan for some of its groups."""
+    """The plan restricted to the groups ``names``."""
     kept = {name: units for name, units in plan.kept.items() if name in names}
     return replace(plan, kept=kept, sizes={name: plan.sizes[name] for name in kept})
 
 
 @torch.no_grad()
 def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
-    """Change the layers of ``model`` that read units that go, such that cutting them changes as little as can be.
-
-    Everything that reads a unit that goes does so with weight 0 then.
+    """Refit the layers that read removed units, in place, and set the weights with which they read these to 0.
 
     Args:
-        prunable: a plain, dense model; it stays in the mode that it is in.
-        kept: the units that stay, see `slimming.core.completion.complete`.
+        prunable: a dense model without masks; its mode is not changed.
+        kept: kept units of every group, see `slimming.core.completion.complete`.
         images: batches of shape (B, C, H, W).
     """
     model, anatomy = prunable.model, prunable.anatomy
@@ -90,7 +89,7 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
-    """Set to 0 what reads units that go, but for the layers in ``spared``; QK that nothing reads, where it is made."""
+    """Set the weights that read removed units to 0, except in the layers ``spared``; for QK, those of the keys."""
     tensors = dict(model.named_parameters())
     for group, units in _gone(anatomy, kept):
         outside = [one for one in group.slices if one.side in ("consumes", "key")]
@@ -102,17 +101,17 @@ def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection
 
 
 def _gone(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:
-    """The groups that lose units between a layer that makes them and one that reads them, with those units."""
+    """The groups that lose units between a layer that produces and one that reads them, with the removed units."""
     for group in anatomy.groups:
         units = sorted(set(range(group.size)).difference(kept.get(group.name, range(group.size))))
-        # Norms lie between features of the embedding and their readers; an attention or MLP that goes has no reader;
-        # QK and V are groups of their own beside the coupled one.
+        # Features of the embedding are read through norms, and blocks are read by no layer. The units of a coupled
+        # group are those of its QK and V groups.
         if units and not group.norms and group.role not in ("branch", "qkv"):
             yield group, units
 
 
 def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[int]]:
-    """The layers that read units that go, in the order of the model: name -> places of their inputs that go."""
+    """Return the layers that read removed units, in the order of the model: name -> indices of the removed inputs."""
     gone: defaultdict[str, set[int]] = defaultdict(set)
     for group, units in _gone(anatomy, kept):
         for one in group.slices:
@@ -132,7 +131,7 @@ def _others(gone: Sequence[int], module: nn.Module) -> list[int]:
 
 
 def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """``names`` in runs that are done together."""
+    """``names`` in consecutive parts that are processed in one pass over the images."""
     part: list[str] = []
     size = 0.0
     for name in names:
@@ -146,12 +145,12 @@ def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
 
 
 class _Moments:
-    """Sums over images and positions: of x' and of D, and of their products with x'.
+    """Sums over images and positions of x', of D, and of their products with x'.
 
     Args:
-        inputs: how many the layer has.
-        stays: places of those that stay.
-        device: where the layer is.
+        inputs: number of inputs of the layer.
+        stays: indices of the inputs that are kept.
+        device: device of the layer.
     """
 
     def __init__(self, inputs: int, stays: Sequence[int], device: torch.device) -> None:
@@ -161,7 +160,7 @@ class _Moments:
         self.sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
 
     def add(self, dense_NC: Tensor, slim_NC: Tensor) -> None:
-        """Count rows in."""
+        """Add rows to the sums."""
         x = precise(slim_NC[:, self._stays])
         d = dense_NC.to(x.dtype, copy=True)
         d[:, self._stays] -= x
@@ -171,7 +170,7 @@ class _Moments:
             self.sums[name] += value
 
     def means(self) -> dict[str, Tensor] | None:
-        """Count, and the means of the sums, over the images of all processes; None where the layer did not run."""
+        """Return the count and the means over the images of all processes; None if the layer did not run."""
         add_up(*self.sums.values())
         count = self.sums["count"]
         return {n: s if n == "count" else s / count for n, s in self.sums.items()} if count > 0 else None
@@ -180,7 +179,7 @@ class _Moments:
 def _gathered(
     dense: nn.Module, slim: nn.Module, stays: Mapping[str, Sequence[int]], images: Sequence[Tensor]
 ) -> dict[str, _Moments]:
-    """Run the images through both models and take the moments of what the layers in ``stays`` read."""
+    """Run the images through both models and sum up the moments of the inputs of the layers in ``stays``."""
     like = next(slim.parameters())
     found = {}
     for name, places in stays.items():
@@ -199,7 +198,7 @@ def _gathered(
 
 
 def _fold_(module: Any, moments: _Moments, stays: Sequence[int], gone: Sequence[int]) -> None:
-    """Give the columns that stay, and the bias, what the difference can be predicted to add."""
+    """Add the predicted contribution of the difference to the kept columns and the bias."""
     weight, bias = module.weight, module.bias
     means = moments.means()
     if means is None:
@@ -208,9 +207,10 @@ def _fold_(module: Any, moments: _Moments, stays: Sequence[int], gone: Sequence[
     count, x, d, xx, dx = (means[name] for name in ("count", "x", "d", "xx", "dx"))
     if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
         raise NonFiniteLossError(
-            "What the layers read while compensating is not finite. Check the images and the weights of the model."
+            "The inputs of the layers are not finite in the compensation. Check the images and the weights of the "
+            "model."
         )
-    if bias is not None:  # without one to take the constant, the prediction goes through the origin
+    if bias is not None:  # without a bias, the prediction has no constant term
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()
     old = weight.double()
