@@ -560,7 +560,7 @@ def test_a_dense_model_that_is_missing_or_does_not_fit_is_named(own: tuple[Path,
     path, small = own
     with pytest.raises(CheckpointError, match=r"dense=model"):
         slimming.load(path)
-    with pytest.raises(CheckpointError, match=r"was cut from a .*Own, the model given as dense is a .*ReLU"):
+    with pytest.raises(CheckpointError, match=r"was cut from a .*Own, but the model given as dense is a .*ReLU"):
         slimming.load(path, dense=nn.ReLU())
     with pytest.raises(CheckpointError, match="has masks or was cut; create it anew"):
         slimming.load(path, dense=small)

@@ -399,7 +399,7 @@ def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pyte
         slimming.load("hf-hub:me/tiny")
     (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(CheckpointError, match=r"no weights as model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         slimming.load("hf-hub:me/tiny")
 
 

@@ -180,7 +180,7 @@ def test_what_it_refuses(result: slimming.SearchResult, plans: list[Plan], data:
     with pytest.raises(ConfigError, match="Give the plans"):
         slimming.train_slimmable(result, data, [])
     distil = slimming.DistilConfig(relations=("blocks.1",))
-    with pytest.raises(ConfigError, match=r"Tokens may go \(blocks.*only masks"):
+    with pytest.raises(ConfigError, match=r"Plans may remove tokens \(blocks.*only masked"):
         slimming.train_slimmable(
             result, data, plans, slimming.TrainConfig(steps=1, batch_size=8), tiny(), distil=distil
         )
@@ -292,7 +292,7 @@ def test_a_wrong_unit_is_seen() -> None:
 
 def test_rebase_plan_refuses_what_is_gone(result: slimming.SearchResult, plans: list[Plan]) -> None:
     large, small = plans[SHARES.index(0.8)], plans[SHARES.index(0.3)]
-    with pytest.raises(PlanError, match="keeps units that the model was cut of"):
+    with pytest.raises(PlanError, match="keeps units that were already removed"):
         rebase_plan(result.model, small, large, slimming.cut(result.model, small))
 
 

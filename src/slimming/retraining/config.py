@@ -12,19 +12,19 @@ class DistilConfig:
     """How a model learns from a teacher.
 
     Attributes:
-        alpha: share of the teacher in the loss, 0 (labels only) to 1.
-        temperature: softens both distributions.
-        features: modules that teacher and student share whose outputs are matched too, such as ``"blocks.5"``.
-        feature_weight: weight of that match.
-        pool: what of the outputs is matched: the ``"first"`` token or the ``"mean"`` over tokens.
-        relations: modules whose outputs (B, N, D) are matched by how their tokens relate to one another, such as
-            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); their widths D may differ.
-        relation_weight: weight of that match.
-        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 that divides D keeps
-            queries, keys and values of a ``qkv`` apart.
+        alpha: weight of the teacher in the loss, 0 (labels only) to 1.
+        temperature: temperature of both distributions.
+        features: modules of teacher and student whose outputs are matched too, such as ``"blocks.5"``.
+        feature_weight: weight of the feature loss.
+        pool: part of the outputs that is matched: the ``"first"`` token or the ``"mean"`` over tokens.
+        relations: modules whose outputs (B, N, D) are matched by the relations between their tokens, such as
+            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); the widths D may differ.
+        relation_weight: weight of the relation loss.
+        relation_heads: number of parts into which D is split, each with separate relations; a multiple of 3 that
+            divides D separates queries, keys and values of a ``qkv`` layer.
 
     Raises:
-        ConfigError: ``alpha``, ``temperature``, ``pool`` or ``relation_heads`` cannot be.
+        ConfigError: ``alpha``, ``temperature``, ``pool`` or ``relation_heads`` is out of range.
     """
 
     alpha: float = 0.8

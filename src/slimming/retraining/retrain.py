@@ -1,4 +1,4 @@
-"""Training a model, dense or slim, on labels or distilled from a teacher."""
+"""Train a dense or slim model on labels, by distillation from a teacher, or with a custom loss."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def train(
     loss: Loss | None = None,
     title: str = "training",
 ) -> History:
-    """Train ``model`` in place; with a teacher, mostly from its logits (Hinton et al. 2015).
+    """Train ``model`` in place; with a teacher, by distillation from its logits (Hinton et al. 2015).
 
     Args:
         model: a dense or slim model.
-        data: training and validation images, see `slimming.open_data`; or loaders of your own.
+        data: training and validation images, see `slimming.open_data`; or your own data loaders.
         config: the settings.
-        teacher: the dense model, usually.
-        distil: how to learn from the teacher.
-        directory: where the state and the log go, so that a killed training can go on.
-        resume: go on from the state in ``directory`` if there is one.
-        evaluate: called now and then with the model; what it returns goes to the log.
-        loss: of your own, in place of the labels and the teacher, see `slimming.training.tasks.Loss`.
+        teacher: model to distil from, usually the dense model.
+        distil: settings of the distillation.
+        directory: directory for the state and the log, from which an interrupted training can be resumed.
+        resume: resume from the state in ``directory`` if there is one.
+        evaluate: called with the model every ``config.eval_every`` epochs; the result is written to the log.
+        loss: custom loss that replaces labels and teacher, see `slimming.training.tasks.Loss`.
         title: name of the progress bar.
 
     Raises:
@@ -67,15 +67,15 @@ def train(
 def task_of(
     model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, loss: Loss | None
 ) -> Task:
-    """What `train` trains ``model`` for: the labels, the teacher, or the loss that was given.
+    """Return the task of `train`: classification, distillation, or the custom loss.
 
     Raises:
-        ConfigError: there are a loss and a teacher, or settings for a teacher that is not there.
+        ConfigError: both a loss and a teacher are given, or ``distil`` without a teacher.
     """
     if loss is not None and (teacher is not None or distil is not None):
-        raise ConfigError("Give a loss of your own, or a teacher; the loss would not use the teacher.")
+        raise ConfigError("Give either your own loss or a teacher: the loss would not use the teacher.")
     if teacher is None and distil is not None:
-        raise ConfigError("distil says how to learn from a teacher, and there is none: give the teacher, or no distil.")
+        raise ConfigError("distil needs a teacher: give the teacher, or leave distil out.")
     if loss is not None:
         return LossTask(loss)
     if teacher is None:
@@ -90,26 +90,29 @@ def task_of(
 
 
 def common_tokens(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The places of the teacher's tokens that the student has, for those of the named modules where it lost some."""
+    """Return, for the named modules in which the student lacks tokens, the indices of its tokens in the teacher."""
     if not names:
         return {}
-    found = {}
-    sites = [{g.token.block: g.token for g in _groups(model) if g.token is not None} for model in (student, teacher)]
+    indices = {}
+    student_sites, teacher_sites = (
+        {group.token.block: group.token for group in _groups(model) if group.token is not None}
+        for model in (student, teacher)
+    )
     for name in names:
-        block = next((block for block in sites[0] if f"{name}.".startswith(f"{block}.")), None)
-        if block is None or block not in sites[1]:
+        block = next((block for block in student_sites if f"{name}.".startswith(f"{block}.")), None)
+        if block is None or block not in teacher_sites:
             continue
-        mine, theirs = sites[0][block], sites[1][block]
-        if mine.positions != theirs.positions:
-            place_of = {position: mine.prefix + place for place, position in enumerate(theirs.positions)}
-            # A position that the teacher lacks cannot be compared; the task says so when it sees the shapes.
-            shared = [place_of[position] for position in mine.positions if position in place_of]
-            found[name] = torch.tensor([*range(mine.prefix), *shared])
-    return found
+        site, teacher_positions = student_sites[block], teacher_sites[block].positions
+        if site.positions != teacher_positions:
+            index_of = {position: site.prefix + index for index, position in enumerate(teacher_positions)}
+            # Positions that the teacher lacks cannot be compared; the task raises when the shapes differ.
+            shared = [index_of[position] for position in site.positions if position in index_of]
+            indices[name] = torch.tensor([*range(site.prefix), *shared])
+    return indices
 
 
 def _groups(model: nn.Module) -> tuple[Group, ...]:
     try:
         return prunable(model).anatomy.groups
-    except UnsupportedModelError:  # a model of one's own, which lost no tokens
+    except UnsupportedModelError:  # a model that slimming cannot prune has all its tokens
         return ()
