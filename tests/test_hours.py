@@ -143,7 +143,7 @@ def test_hours_with_nothing_to_decide_are_refused() -> None:
         "search": slimming.SearchConfig(train=slimming.TrainConfig(steps=5)),
         "retrain": slimming.TrainConfig(steps=5),
     }
-    with pytest.raises(ConfigError, match="hours has nothing to decide"):
+    with pytest.raises(ConfigError, match="hours has no effect"):
         config(**fixed)
     assert config(**{**fixed, "hours": None}).hours is None
 
@@ -179,4 +179,4 @@ def test_reading_that_is_slower_than_training_is_seen(workers: int, monkeypatch:
 
     monkeypatch.setattr(ImageDataset, "sample", slow)
     found = measure_pace(model, data, slimming.TrainConfig(batch_size=4, workers=workers))
-    assert found.work(1) >= 0.8 * 0.1 / max(1, workers)
+    assert found.training_seconds(1) >= 0.8 * 0.1 / max(1, workers)

@@ -96,7 +96,7 @@ def test_run_adds_a_budget_and_keeps_the_rest(slimming: Call, site: Path, copied
     words = ("run", copied / "config.yaml", "--output", copied, "--budget", "macs=0.7", "--budget", "macs=0.8")
     shown = slimming(*words)
     assert shown.code == 0, shown.err
-    assert "search: done before" in shown.out
+    assert "search: already done" in shown.out
     assert "macs-0.80" in shown.out
     assert (copied / "search" / "search.json").stat().st_mtime_ns == searched
 

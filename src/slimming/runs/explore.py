@@ -1,4 +1,4 @@
-"""The plans that a report lets its reader choose from: one search, read off at every hundredth of the dense model."""
+"""Plan a finished search at many budgets, for the interactive explorer of its report."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from slimming.searching.mask_search import SCORES_FILE, search_directory
 from slimming.training.config import DataConfig
 
 METRICS = ("macs", "params", "latency")
-"""What the reader may limit; time only with a latency table."""
+"""Metrics that the reader of the report can limit; latency only with a latency table."""
 FINENESS = (0.02, 0.01, 0.005, 0.002, 0.001)
-"""Steps between budgets to choose from."""
+"""Possible steps between two budgets, from which the coarsest with `FEWEST` budgets is taken."""
 FEWEST = 50
-"""So many budgets there are at least, if steps of a thousandth give as many."""
+"""Smallest number of budgets, if the finest step allows it."""
 
 
 def explore(directory: str | Path, *, latency: str | Path | None = None) -> Explored:
     """Plan a search at many budgets, for the explorer of its report.
 
     Args:
-        directory: what ``slimming run`` or ``slimming search`` wrote.
-        latency: file of a latency table, by default the one of the run.
+        directory: a directory that ``slimming run`` or ``slimming search`` wrote.
+        latency: file of a latency table; by default the table of the run.
 
     Raises:
         CheckpointError: there is no finished search, or a file is damaged.
-        ConfigError: the latency table is of another layout or missing.
-        PlanError: it is of another model.
+        ConfigError: the latency table is missing.
+        PlanError: the latency table is of another model.
     """
     place = Path(directory)
     found = search_directory(place)
@@ -91,18 +91,18 @@ class _Saved(HasScores):
 
 @dataclass(frozen=True)
 class _Prices:
-    """What plans of one model cost."""
+    """Costs of the plans of one model."""
 
     scored: ScoredModel
     table: LatencyTable | None
 
     @cached_property
     def dense(self) -> Costs:
-        """The costs of the whole model."""
+        """The costs of the dense model."""
         return self._of(keep_all(self.scored.anatomy.groups))
 
     def of(self, plan: Plan) -> Costs:
-        """The costs of what ``plan`` leaves."""
+        """Return the costs of the model under ``plan``."""
         return self._of(complete(self.scored.anatomy, plan))
 
     def _of(self, kept: Mapping[str, tuple[int, ...]]) -> Costs:
@@ -119,7 +119,7 @@ class _Prices:
 
 
 def shares(least: float) -> list[float]:
-    """Budgets from ``least`` to all, ascending, at the coarsest fineness that gives enough of them.
+    """Return budgets from ``least`` to 1 in ascending order, with the coarsest step that gives at least `FEWEST`.
 
     >>> shares(0.3)[:2], len(shares(0.3)), len(shares(0.97))
     ([0.3, 0.31], 71, 31)
@@ -140,10 +140,10 @@ def _steps(
     try:
         least = smallest(source, metric, latency=table)
     except BudgetError:
-        if metric == "latency":  # a table of other heads than the layout's
+        if metric == "latency":  # the latency table was measured with another layout of heads
             return
         raise
-    # A hair above what is left when all goes, as the cost of that is rounded.
+    # Slightly above the smallest share, which is rounded.
     wanted: list[dict[str, Any]] = [{metric: share} for share in shares(min(1.0, least + 1e-6))]
     budgets = [Budget(**limits) for limits in wanted]
     anatomy = source.scored.anatomy
@@ -165,7 +165,7 @@ def _measured(place: Path, results: Results, prices: _Prices) -> tuple[Measured,
 
 
 def _point(place: Path, row: Row, prices: _Prices) -> Measured:
-    """A budget of the run. Its predicted time needs its plan, which may be gone."""
+    """The measured point of one budget of the run; without a predicted latency if its plan was deleted."""
     time = None
     if prices.table is not None and (place / row.name / "plan.json").is_file():
         time = prices.of(Plan.load(place / row.name / "plan.json")).latency_ms
@@ -183,7 +183,7 @@ def _point(place: Path, row: Row, prices: _Prices) -> Measured:
 
 
 def _settings(place: Path) -> dict[str, Any]:
-    """The settings of a search without a run around it, if they are there."""
+    """The settings of ``slimming search``, or an empty dict."""
     path = place / "config.yaml"
     try:
         found = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
@@ -193,7 +193,7 @@ def _settings(place: Path) -> dict[str, Any]:
 
 
 def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
-    """A few validation images; none where the data is not to be had here."""
+    """A few validation images; none if the data cannot be opened on this machine."""
     try:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}
         opened = open_data(DataConfig(**given), checkpoint.build(scored.anatomy.structure))
@@ -211,7 +211,7 @@ def _device(table: LatencyTable | None) -> str:
 
 
 def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | None, solver: str | None) -> Recipe:
-    """The command and the program that make one of the plans."""
+    """The command and the Python program that cut the model to one of the plans."""
     data, note = _images(settings)
     count = int(settings.get("compensate", 256) or 0)
     output = f"{place.rstrip('/')}-" if Path(place).name not in ("", "..") else "slim-"
@@ -239,12 +239,12 @@ def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | 
 
 
 def _images(settings: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Where images for the compensation are, if a command can say it, and what to know otherwise."""
+    """The source of the images for the compensation if a command can name it, and a note if it cannot."""
     data = settings.get("data")
     if not isinstance(data, Mapping) or not data.get("source") or settings.get("compensate") == 0:
         return None, ""
     plain = DataConfig(source=str(data["source"]))
     asked = ("val", "split_fraction", "image_key", "label_key", "stream", "mean", "std")
     if any(data.get(name) not in (None, getattr(plain, name)) for name in asked):
-        return None, "Add --data IMAGES to let what stays make up for what goes."
+        return None, "Add --data IMAGES to compensate for the removed units."
     return plain.source, ""

@@ -1,7 +1,6 @@
-"""The whole chain from one configuration: search, cut to each budget, retrain, measure, report.
+"""Run the whole pipeline: search, cut to each budget, retrain, measure, report.
 
-Every stage leaves a file when it is done and is skipped when that file is there, so that a chain that was
-stopped anywhere goes on where it stopped.
+A finished stage writes a file, and is skipped if this file exists, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -49,20 +48,20 @@ SETTINGS = "settings.json"
 
 
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
-    """Do the whole chain in ``directory``, going on where an earlier call stopped, and write its report.
+    """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
-    Under ``accelerate launch`` or ``torchrun`` every process takes part; the first one writes the files.
+    Under ``accelerate launch`` or ``torchrun`` every process must call it; the main process writes the files.
 
     Args:
-        config: the run.
-        directory: where everything goes.
+        config: settings of the run.
+        directory: directory for all results.
         log: receives one line per stage.
 
     Returns:
-        The content of ``results.json``; nothing on processes other than the first.
+        The content of ``results.json``; an empty dict on processes other than the main one.
 
     Raises:
-        SlimmingError: one of its kinds, for whatever is wrong with the configuration or the world.
+        SlimmingError: a subclass for each cause, such as ConfigError, DataError or BudgetError.
     """
     from slimming.report import write_report, write_table
     from slimming.report.model import parse
@@ -111,15 +110,15 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
 
 
 def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
-    """Check before a search that plans for all budgets can be made; which sizes can be had needs no scores.
+    """Check before the search that all budgets can be reached, which does not depend on the scores.
 
     Returns:
-        The share of the MACs that each budget leaves, about.
+        The approximate share of the dense model's MACs that each budget keeps.
 
     Raises:
-        BudgetError: one cannot be reached; the message names the smallest that can.
-        ConfigError: ``distil`` names modules that the model has not, or that one retraining for all budgets cannot
-            compare.
+        BudgetError: a budget cannot be reached; the message names the smallest that can.
+        ConfigError: ``distil`` names modules that the model does not have, or that cannot be compared when one training
+            serves all budgets.
     """
     if config.distil is not None:
         check_modules(dense.model, "model", (*config.distil.features, *config.distil.relations))
@@ -138,10 +137,10 @@ def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
 
 
 def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
-    """Check that what an earlier call left in ``directory`` was made with the same settings, or write them down.
+    """Check that earlier work in ``directory`` has the same settings, and write them if ``write`` is True.
 
     Raises:
-        ConfigError: it was not.
+        ConfigError: it has other settings.
     """
     path, now = directory / SETTINGS, json_values(config)
     if path.exists():
@@ -151,18 +150,25 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
-    """Check what of a training's settings can only be checked with the data and the libraries at hand.
+    """Check the settings of a training that depend on the data and the installed libraries.
+
+    Args:
+        where: name of the section of settings, for messages.
+        config: settings of the training.
+        data: the images.
+        directory: directory of the trackers.
 
     Raises:
-        ConfigError: no such optimizer or tracker, a batch larger than the data, or a warm-up without an end.
-        MissingExtraError: the tracker is not installed.
+        ConfigError: there is no such optimizer or tracker, the batch is larger than the data, or the warm-up is as long
+            as the training.
+        MissingExtraError: a tracker is not installed.
     """
     try:
         check_trackers(config.trackers, directory)
         make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config)
         per_epoch = steps_per_epoch(data.train, config.batch_size)
         if per_epoch is None and config.steps is None:
-            raise ConfigError("this data does not know how many images it has; set steps in place of epochs.")
+            raise ConfigError("the number of images in this data is not known; set steps instead of epochs.")
         total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
         if total and round(config.warmup_epochs * (per_epoch or total)) >= total:
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
@@ -173,10 +179,10 @@ def check_training(where: str, config: TrainConfig, data: Data, directory: Path)
 def _time_allocation(
     dense: nn.Module, data: Data, config: RunConfig, shares: Sequence[float], directory: Path, began: float
 ) -> TimeAllocation | None:
-    """What the hours are enough for, as an earlier call found it, or measured now; None where none were given.
+    """Return the time allocation, measured now or saved by an earlier call; None if ``config.hours`` is None.
 
     Raises:
-        ConfigError: nobody knows how many training images there are, or a warm-up is longer than its training.
+        ConfigError: the number of training images is not known, or a warm-up is longer than its training.
     """
     if config.hours is None:
         return None
@@ -184,7 +190,7 @@ def _time_allocation(
     if not target.exists():
         epochs = [steps_per_epoch(data.train, train.batch_size) for train in (config.search.train, config.retrain)]
         if epochs[0] is None or epochs[1] is None:
-            raise ConfigError("hours needs data that knows how many images it has; set steps in place of it.")
+            raise ConfigError("hours needs data with a known number of images; set steps instead.")
         pace = measure_pace(dense, data, config.retrain)
         val = len(data.val) if isinstance(data.val, ImageDataset) else getattr(data.val, "length", None) or 0
         spent = time.monotonic() - began
@@ -209,12 +215,12 @@ def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, 
 def _one_shot(
     dense: nn.Module, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> dict[str, dict[str, float]]:
-    """What is left of the dense model at each budget without search and training: budget -> what its row says of it."""
+    """Cut every budget in one shot and evaluate it; return budget -> entries of its table row."""
     if not config.one_shot:
         return {}
     target = directory / "one_shot.json"
     if target.exists():
-        log("one shot: done before")
+        log("one shot: already done")
         return read_json(target)
     began, seed = time.monotonic(), config.search.train.seed
     still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
@@ -236,7 +242,7 @@ def _search(
     dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> tuple[SearchResult, float]:
     if (directory / RECORD).exists():
-        log("search: done before")
+        log("search: already done")
         result = load_search(directory)
         result.model.to(processes().device)
         return result, float(read_json(directory / "seconds.json")["seconds"])

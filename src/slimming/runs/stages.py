@@ -1,6 +1,6 @@
-"""From one search to one retrained model per budget: each on its own, all together, or one after the other.
+"""Cut and retrain the model of every budget: each separately, all together, or progressively.
 
-Every stage leaves a file when it is done and is skipped when that file is there.
+A finished stage writes a file, and is skipped if this file exists.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from slimming.training.samples import Data
 Log = Callable[[str], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 SERVED = "served.json"
-"""In the directory of a training for all budgets: the names of those that it was for, and how long it took."""
+"""File in the directory of a training for all budgets: the names of these budgets, and the seconds that it took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What every budget has in common.
+    """What the stages of all budgets share.
 
     Attributes:
-        config: the run.
-        dense: the teacher, and what sizes are compared with.
+        config: settings of the run.
+        dense: the dense model, which is the teacher.
         data: the images.
-        result: the search.
+        result: result of the search.
         root: directory of the run.
-        evaluate: evaluates a model on the validation images.
+        evaluate: returns the metrics of a model on the validation images.
         log: receives one line per stage.
     """
 
@@ -59,18 +59,18 @@ class RunContext:
     log: Log
 
     def images(self, at_least: int = 0) -> list[Tensor]:
-        """Training images without labels, for the cut."""
+        """Return training images without labels, for the compensation."""
         train, count = self.config.search.train, max(self.config.compensate, at_least)
         return calibration_images(self.data, count, batch_size=train.batch_size, seed=train.seed) if count else []
 
     @property
     def teacher(self) -> nn.Module | None:
-        """What retraining learns from."""
+        """The teacher of the retraining, or None."""
         return self.dense.model if self.config.distil is not None else None
 
 
 def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """Cut and retrain every budget of the run: the models by name, and their lines of the table, without times."""
+    """Cut and retrain the models of all budgets; return the models by name, and their table rows without latencies."""
     budgets = {budget.name: budget for budget in context.config.budgets}
     plans = {name: _plan(context, budget) for name, budget in budgets.items()}
     names = list(budgets)
@@ -80,7 +80,7 @@ def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], li
     else:
         shared = None
     if context.config.retraining == PROGRESSIVE:
-        names = [names[place] for place in order_by_macs(context.result.model, list(plans.values()))]
+        names = [names[index] for index in order_by_macs(context.result.model, list(plans.values()))]
     done: list[tuple[Plan, nn.Module]] = []
     models: dict[str, nn.Module] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -98,19 +98,20 @@ def _prune_and_retrain(
     before: list[tuple[Plan, nn.Module]],
     shared: tuple[SearchResult, float] | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Cut to one budget, retrain, evaluate; everything is in files afterwards.
+    """Cut, retrain and evaluate the model of one budget, and save the results.
 
     Args:
-        context: what every budget has in common.
-        budget: the limits.
+        context: what all budgets share.
+        budget: the budget.
         chosen: its plan.
-        before: plans and retrained models to cut on from.
-        shared: weights that are trained already, and this budget's part of the seconds that took; None retrains here.
+        before: plans and retrained models of larger budgets, from which the model is cut if possible.
+        shared: result of the training for all budgets, and the share of this budget in its seconds; None retrains the
+            model separately.
     """
     directory = context.root / budget.name
     row_file = directory / "row.json"
     if row_file.exists():
-        context.log(f"{budget.name}: done before")
+        context.log(f"{budget.name}: already done")
         return checkpoint.load(directory / "slim").to(processes().device), read_json(row_file)
     began, config, result = time.monotonic(), context.config, context.result
     images = context.images()
@@ -135,7 +136,7 @@ def _prune_and_retrain(
 
 
 def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Module, dict[str, float], float]:
-    """Train a cut model on its own: the model to use, its evaluation, and the seconds that it took."""
+    """Retrain one cut model; return the model to use, its metrics, and the seconds that the training took."""
     began = time.monotonic()
     history = train(
         small,
@@ -153,11 +154,11 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 
 
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
-    """Train the weights that all budgets share, or read them: the result, and each budget's part of the seconds."""
+    """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
     directory, world = context.root / TOGETHER, processes()
     if (directory / SERVED).exists():
         served = read_json(directory / SERVED)
-        context.log(f"{TOGETHER}: trained before, for {', '.join(served['budgets'])}")
+        context.log(f"{TOGETHER}: already trained for {', '.join(served['budgets'])}")
         result = load_search(directory)
         result.model.to(world.device)
         return result, served["seconds"] / len(served["budgets"])
@@ -182,13 +183,13 @@ def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[Se
 
 
 def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
-    """Save a checkpoint from the first process, unless an earlier call has done it."""
+    """Save a checkpoint on the main process, unless it exists."""
     if processes().is_main_process and not directory.exists():
         checkpoint.save(model, directory, record)
 
 
 def _plan(context: RunContext, budget: Budget) -> Plan:
-    """Make the plan, or read it; plans that share weights or follow from one another come from one order."""
+    """Make the plan, or load it. Plans whose models share weights or are cut from one another are nested."""
     target = context.root / budget.name / "plan.json"
     solver = None if context.config.retraining == EACH else "nested"
     if processes().is_main_process and not target.exists():
