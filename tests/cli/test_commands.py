@@ -384,7 +384,7 @@ def test_a_run_without_training_is_one_shot(slimming: Call, site: Path, tmp_path
     assert "is complete" in slimming(*run, tmp_path / "run", "--retrain.steps", "0").out
     wrong = slimming(*run, tmp_path / "no", "--search.score", "taylor")
     assert wrong.code == 2
-    assert "score 'taylor' is collected in training" in wrong.err
+    assert "score 'taylor' is collected during training" in wrong.err
 
 
 def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_path: Path) -> None:

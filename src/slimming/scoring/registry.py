@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a score is computed from.
+    """The inputs from which a score is computed.
 
     Attributes:
-        prunable: the model without masks, in evaluation mode; it stays as it is.
-        groups: some of its groups.
+        prunable: the model without masks in evaluation mode; it is not changed.
+        groups: groups of the model.
         batches: calibration images, the same on every process.
-        masks: the masks of a search, with what it collected; None in one shot.
-        seed: of the labels drawn.
+        masks: the masks of a search with the scores that they collected; None for one-shot scores.
+        seed: seed of the drawn labels.
     """
 
     prunable: PrunableModel
@@ -45,14 +45,14 @@ class Score:
     """One score.
 
     Attributes:
-        function: gives group name -> score of each unit, shape (size,), float32 on the CPU.
-        description: what the number is, and its source.
+        function: returns group name -> score of each unit, shape (size,), float32 on the CPU.
+        description: definition and source of the score.
         one_shot: whether `slimming.score` offers it.
-        needs_labels: whether `slimming.score` needs the true labels of its images.
-        needs_training: whether a search collects it while weights and masks train, so that one without a training step
-            does not have it.
-        needs_images: whether it takes calibration images (in a search: after the training).
-        kinds: the kinds it ranks by more than the mask alone; None: all.
+        needs_labels: whether `slimming.score` needs labels for it.
+        needs_training: whether a search collects it during training, so that a search without training steps does not
+            have it.
+        needs_images: whether it is computed on calibration images (in a search: after the training).
+        kinds: the kinds for which it uses more than the mask; None: all.
     """
 
     function: Callable[[Request], dict[str, Tensor]]
@@ -109,8 +109,8 @@ SCORES: Mapping[str, Score] = {
     "compensated": Score(
         function=_compensated,
         description=(
-            "the Fisher score of each unit at the moment it is removed, after others of its kind were removed and "
-            "compensation has made up for what it can (ZipLM, NeurIPS 2023; Molchanov et al., ICLR 2017)"
+            "the Fisher score of each unit at the moment of its removal, after other units of its kind were removed "
+            "and compensated (ZipLM, NeurIPS 2023; Molchanov et al., ICLR 2017)"
         ),
     ),
     "fisher": Score(
@@ -143,14 +143,18 @@ SCORES: Mapping[str, Score] = {
         needs_images=False,
     ),
 }
-"""Every score by name, the default first."""
+"""The scores by name, the default first."""
 
 
 def score_called(name: str, *, one_shot: bool = False) -> Score:
-    """The score called ``name``.
+    """Return the score called ``name``.
+
+    Args:
+        name: name of the score.
+        one_shot: whether to look only among the scores of `slimming.score`.
 
     Raises:
-        ConfigError: there is none, or not in one shot; the message names those there are.
+        ConfigError: there is no such score; the message names the known ones.
     """
     known = [other for other, score in SCORES.items() if score.one_shot or not one_shot]
     if name not in known:

@@ -1,9 +1,10 @@
-"""Other bases for the inside of attention heads: the function stays, and few dimensions hold most of it.
+"""Rotate attention heads: change the bases inside the heads, so that few dimensions carry most of the function.
 
-Queries and keys may be multiplied by any matrix and its inverse, and so may values and the columns that read them. Of
-all bases, one orders the dimensions by how much they add: for queries and keys, the logits are cut best at every number
-of dimensions; for values, the output is. It is that of balanced truncation (Moore, IEEE TAC 1981): the singular vectors
-of the product of the two factors' square roots.
+The function of a head does not change if queries and keys are multiplied by any invertible matrix and its inverse
+transpose, and likewise values and the columns that read them. One basis orders the dimensions by their contribution:
+truncation to any number of dimensions then approximates the attention logits best for queries and keys, and the output
+for values. It is the basis of balanced truncation (Moore, IEEE TAC 1981): the singular vectors of the product of the
+square roots of the second moments of the two factors.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from slimming.models.activations import add_up, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
 
 _LEAST, _NOTHING = 1e-6, 1e-30
-"""Second moments along any direction count as at least this share of their mean, which is at least the other: their
-roots can be inverted then, also where the sums have the errors of single precision."""
+"""Eigenvalues of second moments are clamped to this share of their mean, and the mean to the other number, so that
+their square roots can be inverted even with the errors of single precision."""
 
 
 @torch.no_grad()
 def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
-    """Give every attention head whose dimensions can be cut the basis in which they are best cut.
+    """Change, in place, the basis of every attention head whose dimensions can be pruned.
 
-    Outputs change by rounding alone. Models without such heads stay as they are.
+    The outputs change only by rounding. Models without such heads are not changed.
 
     Args:
-        prunable: a plain model in evaluation mode.
+        prunable: a model without masks in evaluation mode.
         images: batches of shape (B, C, H, W), the same on every process.
     """
     model = prunable.model
@@ -40,7 +41,7 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
             roles[group.site][group.role] = group
     queries = [own["qk"] for own in roles.values() if "qk" in own]
     values = [own["v"] for own in roles.values() if "v" in own]
-    # Other bases change nothing outside of the heads: all statistics can be taken before.
+    # The rotations change nothing outside the heads, so that all statistics can be computed before.
     moments = _moments(model, queries, values, images)
     for group in queries:
         q, k = (_slices(group, side) for side in ("query", "key"))
@@ -76,7 +77,7 @@ def _places(one: Slices, units: range, device: torch.device) -> Tensor:
 
 
 def _multiply_(model: nn.Module, slices: Sequence[Slices], units: range, by: Tensor) -> None:
-    """Multiply rows of weights and biases, as one vector space, by a matrix (units, units)."""
+    """Multiply the rows of ``units`` in weights and biases by a matrix (units, units)."""
     for one in slices:
         tensor = model.get_parameter(one.tensor)
         rows = _places(one, units, tensor.device)
@@ -84,11 +85,11 @@ def _multiply_(model: nn.Module, slices: Sequence[Slices], units: range, by: Ten
 
 
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices for two factors x, y of a sum x·y that leave it as it is and order its terms by what they add.
+    """Matrices for x and y that preserve the product x·y and order its terms by their contribution.
 
     Args:
         first: second moments of x, (n, n).
-        second: of y, (n, n).
+        second: second moments of y, (n, n).
     """
     a, b = (_root(moments) for moments in (first, second))
     u, s, v = torch.linalg.svd(a.T @ b)
@@ -104,7 +105,7 @@ def _root(moments: Tensor) -> Tensor:
 def _moments(
     model: nn.Module, queries: Sequence[Group], values: Sequence[Group], images: Sequence[Tensor]
 ) -> dict[str, list[list[Tensor]]]:
-    """Per group and head: the second moments of queries and of keys, or the covariance of attended values."""
+    """For each group and head, the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
     made = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
     read = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
@@ -143,7 +144,7 @@ def _moments(
         add_up(*(total for head in heads for total in head))
         if name in means:
             add_up(means[name])
-    for group in values:  # the mean of what is attended is a constant, which a bias can hold
+    for group in values:  # the mean of the attended values is a constant, which a bias can represent
         *x, count = means[group.name].split([*group.limits.parts, 1])
         for mean, (total,) in zip(x, sums[group.name], strict=True):
             total -= torch.outer(mean, mean) / count.clamp_min(1)
@@ -155,7 +156,7 @@ def _add_qk(sums: Sequence[Sequence[Tensor]], group: Group, out_BND: Tensor) -> 
     q, k = (
         out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
     )
-    k = k - k.mean(1, keepdim=True)  # what all keys share, softmax takes out
+    k = k - k.mean(1, keepdim=True)  # softmax does not depend on what all keys have in common
     for units, (of_q, of_k) in zip(_heads(group), sums, strict=True):
         for total, x in ((of_q, q), (of_k, k)):
             rows = x[..., units.start : units.stop].flatten(0, -2)

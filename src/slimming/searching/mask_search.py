@@ -1,4 +1,4 @@
-"""The search: weights and masks train together once; every budget is read off its result."""
+"""Search for the units to keep: train weights and soft masks together once, then score every unit."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult(HasScores):
-    """What a search leaves: the masked model, one score per unit, and how it came about.
+    """The result of a search, from which plans for any budget can be made.
 
     Attributes:
         model: the trained model with its masks attached.
-        masks: those masks.
+        masks: the masks.
         scores: group name -> score of each unit.
-        config: the settings.
-        sensitivity: what cutting each kind does, see `slimming.scoring.sensitivity`; None if it was not measured.
-        metrics: the last evaluation of the masked model.
-        history: the log of the training.
+        config: settings of the search.
+        sensitivity: increase of the loss when units of each kind are removed, see `slimming.scoring.sensitivity`; None
+            if it was not measured.
+        metrics: last evaluation of the masked model.
+        history: history of the training; None if the result was loaded from files.
     """
 
     model: nn.Module
@@ -65,12 +66,12 @@ class SearchResult(HasScores):
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the family read in the model."""
+        """Anatomy of the model."""
         return self.masks.anatomy
 
     @property
     def scored(self) -> ScoredModel:
-        """Scores, with the layout and the fold of the search."""
+        """The scores, with the layout and ``fold`` of the search."""
         return ScoredModel(
             anatomy=self.anatomy,
             scores=self.scores,
@@ -80,11 +81,11 @@ class SearchResult(HasScores):
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write weights, masks, scores and settings into ``directory``, each file whole or not at all.
+        """Write weights, masks, scores and settings into ``directory``, each file atomically.
 
         Raises:
-            ConfigError: the metrics or the settings hold what JSON cannot, such as NaN.
-            OutputError: the place is not writable, or the disk is full.
+            ConfigError: the metrics or the settings contain values that JSON cannot hold, such as NaN.
+            OutputError: the directory is not writable, or the disk is full.
         """
         directory, metrics, config = Path(directory), dict(self.metrics), dataclasses.asdict(self.config)
         check_json(metrics, "metrics")
@@ -116,13 +117,14 @@ def search(
     """Train ``model`` together with soft masks, in place, and score every unit (ViT-Slim, section 3).
 
     Args:
-        model: a pretrained model without masks. Afterwards its weights are trained and its masks attached.
-        data: training and validation images, see `slimming.open_data`; or loaders of your own.
-        config: the settings; by default `preset` ``"default"``.
-        directory: where the state and the log of the training go, so that a killed search can go on.
-        resume: go on from the state in ``directory`` if there is one.
-        evaluate: called now and then with the masked model; what it returns goes to the log.
-        loss: of your own, in place of the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
+        model: a pretrained model without masks; it is trained in place and its masks stay attached.
+        data: training and validation images, see `slimming.open_data`; or your own data loaders.
+        config: settings; by default `preset` ``"default"``.
+        directory: directory for the state and the log, from which an interrupted search can be resumed.
+        resume: resume from the state in ``directory`` if there is one.
+        evaluate: called with the masked model every ``config.train.eval_every`` epochs; the result is written to the
+            log.
+        loss: custom loss that replaces the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -186,8 +188,8 @@ def search(
             measured = _sensitivity(masks, scores, config, data, inner)
         except Exception as error:  # a loader that cannot be read again, memory, a loss of one's own: keep the search
             warnings.warn(
-                f"What cutting each kind does could not be measured ({type(error).__name__}: {error}); kinds are "
-                "weighed against each other by their scores. search.sensitivity: 0 leaves the measurement out.",
+                f"The sensitivity of each kind could not be measured ({type(error).__name__}: {error}); kinds are "
+                "weighed against each other by their scores. search.sensitivity: 0 skips the measurement.",
                 stacklevel=2,
             )
     scores, measured = _agree(scores, measured)
@@ -203,7 +205,7 @@ def search(
 
 
 def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
-    """One score per unit of the trained model; what the search collected where the one asked for cannot be had."""
+    """One score per unit of the trained model; if the configured score cannot be computed, the collected one."""
     chosen = score_called(config.score)
     if chosen.needs_training or not chosen.needs_images:
         return masks.scores(config.score)
@@ -227,27 +229,27 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         if config.train.steps == 0:
             raise
         warnings.warn(
-            f"Score {config.score!r} could not be taken ({type(error).__name__}: {error}); units are ranked by what "
-            "the search collected. search.score: taylor asks for that.",
+            f"Score {config.score!r} could not be computed ({type(error).__name__}: {error}); units are ranked by the "
+            "Taylor scores that the search collected. search.score: taylor selects these.",
             stacklevel=2,
         )
         return masks.scores("taylor")
 
 
 def _trains_outputs(task: Task) -> bool:
-    """Whether the loss is of the model's own outputs, whose Fisher scores then say what a unit matters."""
+    """Whether the loss compares the outputs of the model, so that their Fisher scores measure the effect of a unit."""
     return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
 
 
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
 ) -> Sensitivity:
-    """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
+    """Sensitivity on the first training images, of the outputs of a classifier or of the loss of another task."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
     found = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
     batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
-    # Autocast keeps copies of weights until it ends: it must not outlive one trial.
+    # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
         judge = (
@@ -262,10 +264,10 @@ def _sensitivity(
 
 
 def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
-    """Mean divergence of a classifier from ``model`` over the images.
+    """Return a function that computes the mean KL divergence of a classifier from ``model`` over the images.
 
-    It is exactly 0 where nothing changes, so that few images do, and a model that knows its training images by heart
-    still shows what it loses.
+    It is exactly 0 for the unchanged model, so that few images suffice, and it is informative even if the model fits
+    its training images perfectly.
     """
 
     def log_shares(classifier: nn.Module) -> Tensor:
@@ -278,7 +280,7 @@ def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> C
 def _task_loss(
     task: Task, device: torch.device, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> Callable[[nn.Module], float]:
-    """Mean loss of a model over the images."""
+    """Return a function that computes the mean loss of a model over the images."""
 
     def loss(trial: nn.Module) -> float:
         task.start(trial, device)
@@ -292,7 +294,7 @@ def _task_loss(
 
 
 def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
-    """What the first process found on every process, so that all make the same plan."""
+    """The scores and sensitivity of the first process, on every process, so that all make the same plan."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
@@ -301,12 +303,12 @@ def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dic
 
 
 def search_directory(directory: Path) -> Path | None:
-    """The search in ``directory``: itself, or that of a whole run; None if there is none."""
+    """Return the directory of the search: ``directory``, or its subdirectory in a run; None if there is no search."""
     return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
 def load_search(directory: str | Path) -> SearchResult:
-    """Read what `SearchResult.save` wrote: the masked model and its scores, in evaluation mode.
+    """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a newer format.
@@ -316,7 +318,7 @@ def load_search(directory: str | Path) -> SearchResult:
     for name, digest in record["files_sha256"].items():
         if checkpoint.sha256(directory / name) != digest:
             raise CheckpointError(
-                f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
             )
     scored = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
