@@ -21,7 +21,7 @@ from slimming.core.files import atomic_json, json_values, read_json
 from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
-from slimming.masks.attachment import independent, joint, prunable, select_kinds
+from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attach_
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
@@ -34,7 +34,7 @@ from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
-from slimming.searching.mask_search import RECORD, SearchResult, load_search, search
+from slimming.searching.mask_search import RECORD, SearchResult, groups_to_search, load_search, search
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.evaluation import evaluate
@@ -122,8 +122,7 @@ def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
     """
     if config.distil is not None:
         check_modules(dense.model, "model", (*config.distil.features, *config.distil.relations))
-    own = joint(dense.anatomy.groups) if config.search.coupled else independent(dense.anatomy.groups)
-    groups = select_kinds(own, config.search.kinds)
+    groups = groups_to_search(dense.anatomy, config.search)
     if config.retraining == TOGETHER:
         check_tokens(config.distil, [group for group in groups if group.kind == "token"])
     masks = attach_(dense.copy(), groups, tokens=config.search.tokens, penalty=config.search.penalty)

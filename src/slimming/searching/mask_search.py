@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
 from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, seal
-from slimming.core.groups import Anatomy
+from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
@@ -144,25 +144,15 @@ def search(
     """
     check_trainable(model)
     config = config or SearchConfig()
-    found = prunable(model)
-    own = joint(found.anatomy.groups) if config.coupled else independent(found.anatomy.groups)
-    groups = select_kinds(own, config.kinds)
-    once = isinstance(data.train, Iterator)  # its images are for the training
-    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
-        # A search that goes on takes its weights from its state, which were turned at its start.
-        model.to(processes().device)
-        with in_evaluation(model):
-            rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
-    masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
-    masks.penalty_sum = config.penalty_sum
-    inner = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+    masks = _attach_masks(model, data, config)
+    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
     history = fit(
         model,
         AddPenalty(
-            inner,
+            task,
             lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
             masks.collect,
             masks.collected,
@@ -181,18 +171,8 @@ def search(
         assert averaged is not None
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
-    scores = _scores(masks, config, data, inner)
-    measured: Sensitivity | None = None
-    if config.sensitivity and len({group.kind for group in groups}) > 1:
-        try:
-            measured = _sensitivity(masks, scores, config, data, inner)
-        except Exception as error:  # a loader that cannot be read again, memory, a loss of one's own: keep the search
-            warnings.warn(
-                f"The sensitivity of each kind could not be measured ({type(error).__name__}: {error}); kinds are "
-                "weighed against each other by their scores. search.sensitivity: 0 skips the measurement.",
-                stacklevel=2,
-            )
-    scores, measured = _agree(scores, measured)
+    scores = _scores(masks, config, data, task)
+    scores, measured = _agree(scores, _try_sensitivity(masks, scores, config, data, task))
     return SearchResult(
         model=model,
         masks=masks,
@@ -204,6 +184,31 @@ def search(
     )
 
 
+def groups_to_search(anatomy: Anatomy, config: SearchConfig) -> list[Group]:
+    """Return the groups that get a mask in a search.
+
+    Raises:
+        ConfigError: the model has no group of a kind that ``config`` names.
+    """
+    groups = joint(anatomy.groups) if config.coupled else independent(anatomy.groups)
+    return select_kinds(groups, config.kinds)
+
+
+def _attach_masks(model: nn.Module, data: Data, config: SearchConfig) -> SoftMasks:
+    """Rotate the attention heads of the model, if the settings ask for it, and attach its masks."""
+    read_model = prunable(model)
+    groups = groups_to_search(read_model.anatomy, config)
+    once = isinstance(data.train, Iterator)  # its images are needed for the training
+    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
+        # A resumed search replaces these weights by those of its state, which were rotated at the start.
+        model.to(processes().device)
+        with in_evaluation(model):
+            rotate_(read_model, calibration_images(data, config.images, seed=config.train.seed))
+    masks = attach_(read_model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
+    masks.penalty_sum = config.penalty_sum
+    return masks
+
+
 def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
     """One score per unit of the trained model; if the configured score cannot be computed, the collected one."""
     chosen = score_called(config.score)
@@ -211,21 +216,21 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         return masks.scores(config.score)
     try:
         model = copy.deepcopy(masks.model).eval()
-        own = attached(model)
-        assert own is not None
+        copied_masks = attached(model)
+        assert copied_masks is not None
         if config.fold:
-            own.fold_()
-        own.detach_()
+            copied_masks.fold_()
+        copied_masks.detach_()
         batches = calibration_batches(data, config.images, seed=config.train.seed)
         if _trains_outputs(task):
             plain = read_as(model, masks.anatomy)
             request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
             return chosen.function(request)
-        found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
+        scores = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
-            found = redundancy_scores(model, masks.groups, found, [batch.images for batch in batches])
-        return found
-    except Exception as error:  # a loader that cannot be read again, memory, a model that takes more: keep the search
+            scores = redundancy_scores(model, masks.groups, scores, [batch.images for batch in batches])
+        return scores
+    except Exception as error:  # data that cannot be read again, memory, a custom model: keep the trained search
         if config.train.steps == 0:
             raise
         warnings.warn(
@@ -241,24 +246,41 @@ def _trains_outputs(task: Task) -> bool:
     return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
 
 
+def _try_sensitivity(
+    masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
+) -> Sensitivity | None:
+    """The sensitivity of each kind; None if it is not asked for, has no use, or cannot be measured (with a warning)."""
+    if not config.sensitivity or len({group.kind for group in masks.groups}) < 2:
+        return None
+    try:
+        return _sensitivity(masks, scores, config, data, task)
+    except Exception as error:  # data that cannot be read again, memory, a custom loss: keep the trained search
+        warnings.warn(
+            f"The sensitivity of each kind could not be measured ({type(error).__name__}: {error}); kinds are "
+            "weighed against each other by their scores. search.sensitivity: 0 skips the measurement.",
+            stacklevel=3,
+        )
+        return None
+
+
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
 ) -> Sensitivity:
     """Sensitivity on the first training images, of the outputs of a classifier or of the loss of another task."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    found = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
-    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
+    first = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
+    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in first]
     # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
-        judge = (
+        measure = (
             _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
         )
 
     def loss(trial: nn.Module) -> float:
         with precise():
-            return judge(trial)
+            return measure(trial)
 
     return sensitivity(masks, scores, config.layout, loss)
 
@@ -270,11 +292,11 @@ def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> C
     its training images perfectly.
     """
 
-    def log_shares(classifier: nn.Module) -> Tensor:
+    def log_probabilities(classifier: nn.Module) -> Tensor:
         return torch.cat([both_heads(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
 
-    whole = log_shares(model)
-    return lambda trial: F.kl_div(log_shares(trial), whole, reduction="batchmean", log_target=True).item()
+    reference = log_probabilities(model)
+    return lambda trial: F.kl_div(log_probabilities(trial), reference, reduction="batchmean", log_target=True).item()
 
 
 def _task_loss(
