@@ -14,9 +14,10 @@ from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.retraining.config import DistilConfig
 from slimming.training.config import TrainConfig
+from slimming.training.distillation import DistilTask
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, DistilTask, Loss, LossTask, Task
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
 def train(
