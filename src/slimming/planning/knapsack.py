@@ -113,9 +113,9 @@ def _solve(worth: Array, price: Array, limit: Array, before: Sequence[tuple[int,
 def silenced() -> Iterator[None]:
     """Discard the standard output of the process: HiGHS prints to it regardless of its options.
 
-    Up to SciPy 1.17, a bare ``printf`` in its branching sometimes reports that a relaxation is solved again, even
-    with ``disp`` off. Using HiGHS without SciPy does not help: highspy 1.12 has the same ``printf``, and 1.16 prints a banner
-    when a solver is created.
+    Up to SciPy 1.17, a bare ``printf`` in its branching sometimes reports that a relaxation is solved again, even with
+    ``disp`` off. Using HiGHS without SciPy does not help: highspy 1.12 has the same ``printf``, and 1.16 prints a
+    banner when a solver is created.
     """
     sys.stdout.flush()
     try:
