@@ -67,18 +67,18 @@ class KeyBias(_Gate):
             given = torch.zeros(given.shape, dtype=bias.dtype, device=given.device).masked_fill(~given, -torch.inf)
         joined = bias if given is None else bias + given
         if given is None:
-            joined = joined.as_subclass(Learning)
+            joined = joined.as_subclass(KeyBiasMask)
         if len(positional) > 1:
             positional[1] = joined
             return tuple(positional), kwargs
         return args, {**kwargs, "attn_mask": joined}
 
 
-class Learning(Tensor):
-    """An attention mask (1, 1, 1, N) with one number per key, which hosts hand on to the attention kernel.
+class KeyBiasMask(Tensor):
+    """An attention mask (1, 1, 1, N) with one bias per key, which models pass on to the attention kernel.
 
-    The fused kernel of CPUs gives no gradient of a mask, and is left for one that keeps the attention weights of all
-    heads, (B, heads, N, N). With this mask it stays. Those of GPUs give one.
+    On CPUs the fused kernel gives no gradient of a mask, so PyTorch would use a kernel that stores the attention
+    weights of all heads, (B, H, N, N). With this class the fused kernel is used. The kernels of GPUs give a gradient.
     """
 
     @classmethod
@@ -99,24 +99,24 @@ def _attend(
     is_causal: bool = False,
     **others: Any,
 ) -> Tensor:
-    """Attention with a key bias (1, 1, 1, N), on CPUs by PyTorch's private operators where the bias learns.
+    """Attention with a key bias (1, 1, 1, N); on CPUs, a bias with a gradient uses private operators of PyTorch.
 
-    They are worth it for memory more than for time. Without them a search step of DeiT-S holds 1.17 times as much at
-    224 pixels and 1.54 times as much at 384, and takes 1.03 and 1.05 times as long. `_KeyBiased` alone calls them.
+    These save more memory than time: without them, a search step of DeiT-S needs 1.17 times the memory at 224 pixels
+    and 1.54 times at 384, and takes 1.03 and 1.05 times as long. Only `_KeyBiased` calls them.
     """
-    learns = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
-    alike = query.shape == value.shape and query.dtype == key.dtype == value.dtype
-    if not (learns and alike) or dropout_p or is_causal or others.get("enable_gqa"):
+    needs_gradient = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
+    same_shape = query.shape == value.shape and query.dtype == key.dtype == value.dtype
+    if not (needs_gradient and same_shape) or dropout_p or is_causal or others.get("enable_gqa"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
     out: Any = _KeyBiased.apply(query, key, value, attn_mask.to(query.dtype), others.get("scale"))
     return out
 
 
 class _KeyBiased(torch.autograd.Function):
-    """Fused attention on a CPU whose key bias has a gradient.
+    """Fused attention on a CPU with a gradient of the key bias.
 
-    The kernel's backward pass sees the bias as one more dimension, 1 in the queries and the bias in the keys, of which
-    it gives the gradient like that of all others.
+    In the backward pass, the bias is given to the kernel as an additional head dimension, which is 1 in the queries and
+    the bias in the keys. The gradient of the bias is then part of the gradient of the keys.
     """
 
     @staticmethod

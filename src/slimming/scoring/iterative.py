@@ -71,37 +71,39 @@ def _in_rounds(
 ) -> dict[str, Tensor]:
     """Costs of the units of one kind: the score in the round of removal, at least the largest of the rounds before."""
     kind, anatomy = groups[0].kind, prunable.anatomy
-    costs, now = {name: torch.zeros_like(score) for name, score in alone.items()}, alone
-    stays = {name: torch.ones_like(score, dtype=torch.bool) for name, score in alone.items()}
+    costs, current = {name: torch.zeros_like(score) for name, score in alone.items()}, alone
+    remaining = {name: torch.ones_like(score, dtype=torch.bool) for name, score in alone.items()}
     floor = 0.0
     for number, share in enumerate((*SHARES, 0.0)):
-        dear = 1 + max(score.max().item() for score in now.values())
-        ranked = {name: half_later(score.clamp_min(TINY), stays[name], dear) for name, score in now.items()}
+        offset = 1 + max(score.max().item() for score in current.values())
+        ranked = {
+            name: raise_upper_half(score.clamp_min(TINY), remaining[name], offset) for name, score in current.items()
+        }
         planner = Planner(anatomy, ranked, FREE, lambda kept: {})
         plan = (
             planner.plan(Budget(keep={kind: share}), fold=True) if share > planner.smallest_keep_ratio(kind) else None
         )
-        going = {}
-        for name, left in stays.items():
-            going[name] = left.clone()
+        removed = {}
+        for name, units_left in remaining.items():
+            removed[name] = units_left.clone()
             if plan is not None:
-                going[name][list(plan.kept[name])] = False
-            costs[name][going[name]] = now[name][going[name]].clamp_min(floor)
-        floor = max((costs[name][gone].max().item() for name, gone in going.items() if gone.any()), default=floor)
+                removed[name][list(plan.kept[name])] = False
+            costs[name][removed[name]] = current[name][removed[name]].clamp_min(floor)
+        floor = max((costs[name][units].max().item() for name, units in removed.items() if units.any()), default=floor)
         if plan is None:
             return costs
-        stays = {name: left & ~going[name] for name, left in stays.items()}
-        now = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
+        remaining = {name: units_left & ~removed[name] for name, units_left in remaining.items()}
+        current = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
     return costs
 
 
-def half_later(scores: Tensor, stays: Tensor, dear: float) -> Tensor:
+def raise_upper_half(scores: Tensor, remaining: Tensor, offset: float) -> Tensor:
     """Return scores by which no group loses more than half of its remaining units while other groups can lose some.
 
-    The upper half of the remaining scores is raised by ``dear``; removed units get 0.
+    The upper half of the remaining scores is raised by ``offset``; removed units get 0.
     """
-    left = int(stays.sum())
-    last = torch.where(stays, scores, -torch.inf).topk(left // 2).indices
-    result = torch.where(stays, scores, 0.0)
-    result[last] += dear
+    count = int(remaining.sum())
+    upper = torch.where(remaining, scores, -torch.inf).topk(count // 2).indices
+    result = torch.where(remaining, scores, 0.0)
+    result[upper] += offset
     return result

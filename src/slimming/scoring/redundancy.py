@@ -52,20 +52,22 @@ def redundancy_scores(
         the embedding and whole branches, these are the importance.
     """
     result = {group.name: importance[group.name] for group in groups}
-    found = {group.name: _readers(model, group) for group in groups}
+    readers = {group.name: _readers(model, group) for group in groups}
 
     def gigabytes(group: Group) -> float:
-        return sum(8 * model.get_parameter(one.tensor).shape[1] ** 2 for one in found[group.name]) / 2**30
+        return sum(8 * model.get_parameter(slices.tensor).shape[1] ** 2 for slices in readers[group.name]) / 2**30
 
-    for part in in_parts((group for group in groups if found[group.name]), gigabytes):
+    for part in in_parts((group for group in groups if readers[group.name]), gigabytes):
         # A list: the order of a set of strings differs between processes.
-        names = list(dict.fromkeys(one.tensor.rpartition(".")[0] for group in part for one in found[group.name]))
+        names = list(
+            dict.fromkeys(slices.tensor.rpartition(".")[0] for group in part for slices in readers[group.name])
+        )
         covariances = _covariances(model, names, images)
         for group in part:
             layers = [
-                ReadLayer(covariances[name], one.index)
-                for one in found[group.name]
-                if (name := one.tensor.rpartition(".")[0]) in covariances
+                ReadLayer(covariances[name], slices.index)
+                for slices in readers[group.name]
+                if (name := slices.tensor.rpartition(".")[0]) in covariances
             ]
             if layers:
                 result[group.name] = _costs(importance[group.name], layers)
@@ -76,8 +78,8 @@ def _readers(model: nn.Module, group: Group) -> list[Slices]:
     """The slices by which layers read the units of ``group``, at most about `READERS` of them."""
     if not feeds_layers(group):
         return []
-    every = [one for one in layers_reading(model, group) if all(one.index)]
-    return every[:: -(-len(every) // READERS)] if every else []
+    reading = [slices for slices in layers_reading(model, group) if all(slices.index)]
+    return reading[:: -(-len(reading) // READERS)] if reading else []
 
 
 def _covariances(
@@ -148,23 +150,23 @@ class ReadLayer:
 
     def remove(self, units: Tensor) -> None:
         """Remove units, so that they no longer predict others."""
-        gone = torch.zeros(len(self._inverse), dtype=torch.bool, device=self._inverse.device)
-        gone[self._rows(units)] = True
-        stays, goes = (~gone).nonzero()[:, 0], gone.nonzero()[:, 0]
-        across = self._inverse[goes][:, stays]
-        known = torch.linalg.solve(self._inverse[goes][:, goes], across)
-        self._inverse = self._inverse[stays][:, stays] - across.T @ known
-        moved = (torch.cumsum(~gone, 0) - 1).clamp_min(0)
-        self._row = moved[self._row]  # those of inputs that are gone are never asked for again
+        removed = torch.zeros(len(self._inverse), dtype=torch.bool, device=self._inverse.device)
+        removed[self._rows(units)] = True
+        kept, dropped = (~removed).nonzero()[:, 0], removed.nonzero()[:, 0]
+        cross = self._inverse[dropped][:, kept]
+        known = torch.linalg.solve(self._inverse[dropped][:, dropped], cross)
+        self._inverse = self._inverse[kept][:, kept] - cross.T @ known
+        moved = (torch.cumsum(~removed, 0) - 1).clamp_min(0)
+        self._row = moved[self._row]  # rows of removed inputs are not used again
 
-    def only(self, units: Tensor) -> ReadLayer:
+    def restricted_to(self, units: Tensor) -> ReadLayer:
         """Return the layer restricted to a few units, in which removing one of these takes little time."""
         result = copy.copy(self)
         rows = self._rows(units)
         result._inverse = self._inverse[rows][:, rows]
-        found = torch.zeros(len(self._inverse), dtype=torch.int64, device=rows.device)
-        found[rows] = torch.arange(len(rows), device=rows.device)
-        result._row = found[self._row]
+        new_row = torch.zeros(len(self._inverse), dtype=torch.int64, device=rows.device)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
+        result._row = new_row[self._row]
         return result
 
     def _rows(self, units: Tensor) -> Tensor:
@@ -176,30 +178,30 @@ class ReadLayer:
 def _costs(importance: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """Cost of each unit at the moment of its removal, made strictly increasing in this order; shape (size,)."""
     base = importance.double()
-    left = torch.arange(len(base))
+    remaining = torch.arange(len(base))
     result = torch.zeros_like(base)
-    at_once = -(-len(base) // STEPS)
+    per_step = -(-len(base) // STEPS)
     highest = 0.0
-    while len(left):
+    while len(remaining):
         # The next units are among those with the lowest costs now. Their mutual effects need only a small submatrix.
-        some = left[_now(base, left, layers).argsort()[: 2 * at_once]]
-        few = [layer.only(some) for layer in layers]
-        gone: list[int] = []
-        while len(some) and len(gone) < at_once:
-            costs = _now(base, some, few)
-            place = int(costs.argmin())
-            highest = max(highest * (1 + 1e-6), float(costs[place]))  # larger for the later of equal units
-            gone.append(int(some[place]))
-            result[gone[-1]] = highest
-            some = torch.cat([some[:place], some[place + 1 :]])
-            for layer in few if len(some) else ():
-                layer.remove(torch.tensor(gone[-1:]))
-        left = left[torch.isin(left, torch.tensor(gone), invert=True)]
-        for layer in layers if len(left) else ():
-            layer.remove(torch.tensor(gone))
+        cheapest = remaining[_current_costs(base, remaining, layers).argsort()[: 2 * per_step]]
+        submatrices = [layer.restricted_to(cheapest) for layer in layers]
+        removed: list[int] = []
+        while len(cheapest) and len(removed) < per_step:
+            costs = _current_costs(base, cheapest, submatrices)
+            lowest = int(costs.argmin())
+            highest = max(highest * (1 + 1e-6), float(costs[lowest]))  # larger for the later of equal units
+            removed.append(int(cheapest[lowest]))
+            result[removed[-1]] = highest
+            cheapest = torch.cat([cheapest[:lowest], cheapest[lowest + 1 :]])
+            for layer in submatrices if len(cheapest) else ():
+                layer.remove(torch.tensor(removed[-1:]))
+        remaining = remaining[torch.isin(remaining, torch.tensor(removed), invert=True)]
+        for layer in layers if len(remaining) else ():
+            layer.remove(torch.tensor(removed))
     return result.float()
 
 
-def _now(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
+def _current_costs(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """Cost of each of ``units`` if it were removed next, shape (units,)."""
     return base[units] * torch.stack([layer.unpredicted(units) for layer in layers]).mean(0)

@@ -93,8 +93,8 @@ def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     a, b = (_root(moments) for moments in (first, second))
     u, s, v = torch.linalg.svd(a.T @ b)
-    least = torch.rsqrt(s)[:, None]
-    return least * (v @ b.T), least * (u.T @ a.T)
+    inverse_root = torch.rsqrt(s)[:, None]
+    return inverse_root * (v @ b.T), inverse_root * (u.T @ a.T)
 
 
 def _root(moments: Tensor) -> Tensor:
@@ -107,52 +107,52 @@ def _moments(
 ) -> dict[str, list[list[Tensor]]]:
     """For each group and head, the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
-    made = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
-    read = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
-    found = {
+    query_layers = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
+    value_readers = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
+    moments_of = {
         group.name: [[Moments(n, like.device) for _ in range(factors)] for n in group.limits.parts]
-        for some, factors in ((queries, 2), (values, 1))
-        for group in some
+        for of_kind, factors in ((queries, 2), (values, 1))
+        for group in of_kind
     }
-    outputs: dict[str, list[Tensor]] = {name: [] for name in made}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in query_layers}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs[name].append(output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in made]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in query_layers]
     try:
-        with inputs_of(model, read) as inputs:
+        with inputs_of(model, value_readers) as inputs:
             for batch in own_share(images):
                 model(batch.to(like.device, like.dtype))
-                for name, group in made.items():
+                for name, group in query_layers.items():
                     for out in outputs.pop(name):
-                        _add_qk(found[group.name], group, precise(out))
+                        _add_qk(moments_of[group.name], group, precise(out))
                     outputs[name] = []
-                for name, group in read.items():
+                for name, group in value_readers.items():
                     for rows in map(precise, inputs[name]):
                         x = rows[:, _places(_slices(group, "consumes")[0], range(group.size), rows.device)]
-                        for units, (moments,) in zip(_heads(group), found[group.name], strict=True):
+                        for units, (moments,) in zip(_heads(group), moments_of[group.name], strict=True):
                             moments.add(x[:, units.start : units.stop])
                     inputs[name].clear()
     finally:
         for handle in handles:
             handle.remove()
-    for moments in (moments for heads in found.values() for head in heads for moments in head):
+    for moments in (moments for heads in moments_of.values() for head in heads for moments in head):
         moments.add_up()
-    sums = {group.name: [[moments.xx for moments in head] for head in found[group.name]] for group in queries}
+    sums = {group.name: [[moments.xx for moments in head] for head in moments_of[group.name]] for group in queries}
     for group in values:  # the mean of the attended values is a constant, which a bias can represent
         sums[group.name] = [
-            [of_v.xx - torch.outer(of_v.x, of_v.x) / of_v.count.clamp_min(1)] for (of_v,) in found[group.name]
+            [of_v.xx - torch.outer(of_v.x, of_v.x) / of_v.count.clamp_min(1)] for (of_v,) in moments_of[group.name]
         ]
     return sums
 
 
-def _add_qk(found: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
+def _add_qk(moments_of: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
     """Add the second moments of the queries and keys in a projection's output."""
     q, k = (
         out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
     )
     k = k - k.mean(1, keepdim=True)  # softmax does not depend on what all keys have in common
-    for units, (of_q, of_k) in zip(_heads(group), found, strict=True):
+    for units, (of_q, of_k) in zip(_heads(group), moments_of, strict=True):
         for moments, x in ((of_q, q), (of_k, k)):
             moments.add(x[..., units.start : units.stop].flatten(0, -2))
