@@ -266,7 +266,7 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="is damaged"):
         LatencyTable.load(tmp_path / "broken.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no latency table"):
+    with pytest.raises(CheckpointError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "other.json")
 
 
@@ -309,7 +309,7 @@ def test_a_table_is_of_one_model(tmp_path: Path) -> None:
     first, other = (timm.create_model("test_vit", **small, num_heads=heads) for heads in (1, 2))
     table = build_latency_table(first, kinds=["mlp"], path=path, seconds=0.001)
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in a file of their own"):
+    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in separate files"):
         build_latency_table(other, kinds=["mlp"], path=path, seconds=0.001)
     assert path.read_bytes() == before
     half = len(table.points) // 2
