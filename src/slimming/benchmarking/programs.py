@@ -55,11 +55,11 @@ def write_onnx(
     """
     program = program if program is not None else to_program(model, x, any_batch=any_batch)
     with _exporting(model, "exported to ONNX"):
-        found = torch.onnx.export(
+        exported = torch.onnx.export(
             program, (), dynamo=True, verbose=False, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT]
         )
-        assert found is not None
-        found.save(file, external_data=False)
+        assert exported is not None
+        exported.save(file, external_data=False)
 
 
 def open_onnx(file: Path, provider: str = "CPUExecutionProvider") -> Any:

@@ -94,12 +94,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
             f"{path} is a file; slimming loads directories that slimming.save wrote. A pickle is never loaded; "
             "for plain weights of a dense model use the dense start (model: NAME, checkpoint: FILE)."
         )
-    found = _structure_in(path)
-    if found is None:
+    saved = _structure_in(path)
+    if saved is None:
         if dense is not None:
             raise CheckpointError(f"{path} was saved by timm or transformers; dense has no effect. Leave it out.")
         return open_directory(path).to(device).eval()
-    structure, weights = found
+    structure, weights = saved
     model = build(structure) if dense is None else _refit(dense, structure, path)
     state = unprefixed(read_tensors(weights), model)
     try:

@@ -61,12 +61,12 @@ def fetch(name: str, *, weights: bool = True) -> Path:
 
     repository, revision = split(name)
     try:
-        found = huggingface_hub.snapshot_download(
+        path = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=[*SETTINGS, *(WEIGHTS if weights else ())]
         )
     except _failures() as error:
         raise CheckpointError(_download_failure(repository, revision, error)) from error
-    directory = Path(found)
+    directory = Path(path)
     if not (directory / "config.json").exists() and not (directory / "structure.json").exists():
         raise CheckpointError(f"{name} has no config.json: it is not a model of slimming, timm or transformers.")
     if weights and not any(directory.glob("*.safetensors")):

@@ -75,12 +75,12 @@ def check_same_settings(
     Raises:
         ConfigError: settings differ; the message names them with both values.
     """
-    found = differing(before, now, free=free, free_sections=free_sections)
-    if not found:
+    differences = differing(before, now, free=free, free_sections=free_sections)
+    if not differences:
         return
-    parts = [f"{name} {_short(old)} (now {_short(new)})" for name, (old, new) in list(found.items())[:SHOWN]]
-    if len(found) > SHOWN:
-        parts.append(f"{len(found) - SHOWN} more")
+    parts = [f"{name} {_short(old)} (now {_short(new)})" for name, (old, new) in list(differences.items())[:SHOWN]]
+    if len(differences) > SHOWN:
+        parts.append(f"{len(differences) - SHOWN} more")
     raise ConfigError(
         f"{directory} was started with {', '.join(parts)}; go on with the same settings"
         f"{f' ({again})' if again else ''}, or give another directory."

@@ -28,13 +28,13 @@ def weight_norms(model: nn.Module, group: Group, device: torch.device) -> Tensor
 
 def batch_norms(model: nn.Module, group: Group) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the scales of the BatchNorms of a group, each with the indices of its units, shape (size, indices)."""
-    found = []
+    scales = []
     for slices in group.slices:
         module_name, _, name = slices.tensor.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":
-            found.append((module.weight, torch.tensor(slices.index, device=module.weight.device)))
-    return found
+            scales.append((module.weight, torch.tensor(slices.index, device=module.weight.device)))
+    return scales
 
 
 def is_buffer(model: nn.Module, tensor: str) -> bool:

@@ -225,15 +225,15 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         self._undo_(self._widen_norms)
         for group in self.groups:
             mask = self[group.name]
-            stays = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
-            stays[list(kept[group.name])] = True
+            is_kept = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
+            is_kept[list(kept[group.name])] = True
             if group.name in self._norms:
-                self._silence_(group, [unit for unit in range(group.size) if not stays[unit]])
+                self._silence_(group, [unit for unit in range(group.size) if not is_kept[unit]])
                 continue
-            one = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
+            unmasked = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
             if group.token is not None or not plan.fold:
-                mask[stays] = one
-            mask[~stays] = 0.0
+                mask[is_kept] = unmasked
+            mask[~is_kept] = 0.0
             if group.norms:
                 self._widen_norms += keep_in_norms(self.model, group, kept[group.name])
 
@@ -347,10 +347,10 @@ def attach_(
     device = next(model.parameters()).device
     for group in groups:
         masks.collected[group.name] = torch.zeros(group.size, device=device)
-        found = batch_norms(model, group) if norms else []
-        if found:
-            masks._norms[group.name] = found
-            masks._parameters[group.name] = found[0][0]
+        scales = batch_norms(model, group) if norms else []
+        if scales:
+            masks._norms[group.name] = scales
+            masks._parameters[group.name] = scales[0][0]
             continue
         init = RAW_INIT if group.token is not None and tokens == MULTIPLY else 1.0
         masks._parameters[group.name] = nn.Parameter(torch.full((group.size,), init, device=device))

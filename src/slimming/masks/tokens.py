@@ -133,7 +133,7 @@ class _KeyBiased(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, out, total = ctx.saved_tensors
         column = bias.view(1, 1, -1).clamp_min(NEVER) / ctx.scale
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads_wide = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _wider(grads[0], 0.0),
             _wider(query, 1.0),
             _wider(key, column),
@@ -144,8 +144,8 @@ class _KeyBiased(torch.autograd.Function):
             False,
             scale=ctx.scale,
         )
-        along_bias = found[1][..., -1].sum((0, 1)).view_as(bias) / ctx.scale
-        return *(each[..., :-1] for each in found), along_bias, None
+        bias_grad = grads_wide[1][..., -1].sum((0, 1)).view_as(bias) / ctx.scale
+        return *(grad[..., :-1] for grad in grads_wide), bias_grad, None
 
 
 def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:

@@ -86,23 +86,23 @@ def train_progressive(
         raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
     order = order_by_macs(result.model, plans)
     done: list[tuple[Plan, nn.Module]] = []
-    found: dict[int, nn.Module] = {}
-    for place in order:
-        small = cut_from_last(result.model, plans[place], done, images=images)
+    trained: dict[int, nn.Module] = {}
+    for index in order:
+        small = cut_from_last(result.model, plans[index], done, images=images)
         history = train(
             small,
             data,
             config,
             teacher,
             distil=distil,
-            directory=Path(directory) / str(place) if directory is not None else None,
+            directory=Path(directory) / str(index) if directory is not None else None,
             resume=resume,
             evaluate=evaluate,
             loss=loss,
         )
-        found[place] = small if history.averaged is None else history.averaged
-        done.append((plans[place], found[place]))
-    return [found[place] for place in range(len(plans))]
+        trained[index] = small if history.averaged is None else history.averaged
+        done.append((plans[index], trained[index]))
+    return [trained[index] for index in range(len(plans))]
 
 
 def order_by_macs(model: nn.Module, plans: Sequence[Plan]) -> list[int]:

@@ -108,12 +108,12 @@ class _Prices:
     def _of(self, kept: Mapping[str, tuple[int, ...]]) -> Costs:
         anatomy = self.scored.anatomy
         counts = {name: len(units) for name, units in kept.items()}
-        found = total(anatomy, counts)
+        cost = total(anatomy, counts)
         has_memory = family_called(anatomy.structure.family).has_memory_formula(anatomy, kept)
         return Costs(
-            params=found.params,
-            macs=found.macs,
-            memory_bytes=found.memory_bytes if has_memory else None,
+            params=cost.params,
+            macs=cost.macs,
+            memory_bytes=cost.memory_bytes if has_memory else None,
             latency_ms=None if self.table is None else self.table.predict(anatomy, counts),
         )
 
@@ -124,14 +124,14 @@ def shares(least: float) -> list[float]:
     >>> shares(0.3)[:2], len(shares(0.3)), len(shares(0.97))
     ([0.3, 0.31], 71, 31)
     """
-    found: list[float] = []
+    budgets: list[float] = []
     for step in FINENESS:
         whole = round(1 / step)
         first = next(number for number in range(1, whole + 1) if number * step >= least - 1e-9)
-        found = [round(number * step, 3) for number in range(first, whole + 1)]
-        if len(found) >= FEWEST:
+        budgets = [round(number * step, 3) for number in range(first, whole + 1)]
+        if len(budgets) >= FEWEST:
             break
-    return found
+    return budgets
 
 
 def _steps(
@@ -186,10 +186,10 @@ def _settings(place: Path) -> dict[str, Any]:
     """The settings of ``slimming search``, or an empty dict."""
     path = place / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+        values = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Take an intact copy.") from error
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
@@ -205,9 +205,9 @@ def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
 def _device(table: LatencyTable | None) -> str:
     if table is None:
         return ""
-    found = table.setting
-    threads = f", {found['threads']} threads" if found.get("threads") else ""
-    return f"batch {found.get('batch_size')}, {found.get('runtime')}, {found.get('device')}{threads}"
+    setting = table.setting
+    threads = f", {setting['threads']} threads" if setting.get("threads") else ""
+    return f"batch {setting.get('batch_size')}, {setting.get('runtime')}, {setting.get('device')}{threads}"
 
 
 def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | None, solver: str | None) -> Recipe:

@@ -227,14 +227,14 @@ def _one_shot(
     kinds = config.search.kinds
     scored = score(dense, images, kinds=kinds, layout=config.search.layout, seed=seed)
     log(f"one shot: {config.one_shot} images without labels scored in {time.monotonic() - began:.0f} s")
-    found = {}
+    entries = {}
     for budget in config.budgets:
         small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
-        found[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
-        log(f"{budget.name}: one shot, top-1 {found[budget.name]['top1_one_shot']:.4f} without training")
+        entries[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
+        log(f"{budget.name}: one shot, top-1 {entries[budget.name]['top1_one_shot']:.4f} without training")
     if processes().is_main_process:
-        atomic_json(target, found)
-    return found
+        atomic_json(target, entries)
+    return entries
 
 
 def _search(

@@ -222,8 +222,8 @@ def _length(images: Any) -> int | None:
 
 
 def _costs(model: nn.Module) -> dict[str, int]:
-    found = cost(model)
-    return {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+    total_cost = cost(model)
+    return {"params": total_cost.params, "macs": total_cost.macs, "memory_bytes": total_cost.memory_bytes}
 
 
 def _histograms(result: SearchResult) -> dict[str, Any]:

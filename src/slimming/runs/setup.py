@@ -115,8 +115,8 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
         DataError: there are no images.
     """
     config = dataclasses.replace(config, augment="none")
-    found = open_pictures(config, image_spec(config, model))
-    data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
+    pictures = open_pictures(config, image_spec(config, model))
+    data = Data(pictures, [], ()) if pictures is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 
 

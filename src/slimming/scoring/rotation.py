@@ -39,8 +39,8 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     for group in prunable.anatomy.groups:
         if group.role in ("qk", "v"):
             roles[group.site][group.role] = group
-    queries = [own["qk"] for own in roles.values() if "qk" in own]
-    values = [own["v"] for own in roles.values() if "v" in own]
+    queries = [of_site["qk"] for of_site in roles.values() if "qk" in of_site]
+    values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
     # The rotations change nothing outside the heads, so that all statistics can be computed before.
     moments = _moments(model, queries, values, images)
     for group in queries:
@@ -61,7 +61,7 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
 
 
 def _slices(group: Group, side: str) -> list[Slices]:
-    return [one for one in group.slices if one.side == side]
+    return [slices for slices in group.slices if slices.side == side]
 
 
 def _heads(group: Group) -> Iterator[range]:
@@ -72,15 +72,15 @@ def _heads(group: Group) -> Iterator[range]:
         start += size
 
 
-def _places(one: Slices, units: range, device: torch.device) -> Tensor:
-    return torch.tensor([one.index[unit][0] for unit in units], device=device)
+def _places(entry: Slices, units: range, device: torch.device) -> Tensor:
+    return torch.tensor([entry.index[unit][0] for unit in units], device=device)
 
 
 def _multiply_(model: nn.Module, slices: Sequence[Slices], units: range, by: Tensor) -> None:
     """Multiply the rows of ``units`` in weights and biases by a matrix (units, units)."""
-    for one in slices:
-        tensor = model.get_parameter(one.tensor)
-        rows = _places(one, units, tensor.device)
+    for entry in slices:
+        tensor = model.get_parameter(entry.tensor)
+        rows = _places(entry, units, tensor.device)
         tensor[rows] = (by @ tensor[rows].double()).to(tensor.dtype)
 
 
