@@ -18,9 +18,18 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
-from slimming.core.files import FORMAT, atomic_directory, atomic_file, atomic_json, check_json, read_sealed, seal
+from slimming.core.files import (
+    FORMAT,
+    atomic_directory,
+    atomic_file,
+    atomic_json,
+    check_free,
+    check_json,
+    read_sealed,
+    seal,
+)
 from slimming.core.structure import Structure
-from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
+from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
 from slimming.models import build as build
 from slimming.models import family_called
@@ -62,8 +71,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     check_provenance(record)
     structure = read(model).anatomy.structure
     weights = untied(model.state_dict())
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")
+    check_free(path)
     with atomic_directory(path) as partial:
         write_tensors(partial / WEIGHTS, weights)
         atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))

@@ -133,18 +133,27 @@ def json_values(value: Any) -> Any:
     return [json_values(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+def check_free(path: Path) -> None:
+    """Check that ``path`` does not exist or is an empty directory.
+
+    Raises:
+        OutputError: it is a file, or a directory that is not empty.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give a directory that is empty or does not exist yet.")
+    if path.exists() and any(path.iterdir()):
+        raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
+
+
 def new_directory(path: Path) -> Path:
     """Create ``path`` as an empty, writable directory and return it.
 
     Raises:
         OutputError: it is a file, is not empty, or cannot be written.
     """
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; give a directory that is empty or does not exist yet.")
     try:
+        check_free(path)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

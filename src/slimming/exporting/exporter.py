@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
-from slimming.core.files import atomic_directory, atomic_json
-from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
+from slimming.core.files import atomic_directory, atomic_json, check_free
+from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
 from slimming.exporting.targets import Job, Run, Target, choose
 from slimming.masks.attachment import prunable
@@ -120,8 +120,7 @@ def export(
             "0.1."
         )
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} is not empty; give another directory, or empty this one first.")
+    check_free(directory)
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)

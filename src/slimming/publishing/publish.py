@@ -17,10 +17,11 @@ from slimming.core.files import (
     atomic_json,
     atomic_write_bytes,
     atomic_write_text,
+    check_free,
     json_values,
     seal,
 )
-from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
+from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models import build_filled
@@ -109,8 +110,7 @@ def _write(
             f"This {type(model).__name__} cannot be created by name ({structure.base.get('why')}), and so cannot be "
             "loaded from the hub. Share the directory of slimming.save, and load it with dense=model."
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} is not empty; give another directory, or remove this one first.")
+    check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
     record = _without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
