@@ -100,25 +100,25 @@ class RunConfig:
         if self.hours is not None:
             if not 0 < self.hours < math.inf:
                 raise ConfigError(f"hours is {self.hours:g}; give the time that the run may take, such as 0.5.")
-            if not (self.search_is_open or self.retrain_is_open):
+            if not (self.search_length_is_default or self.retrain_length_is_default):
                 raise ConfigError(
                     "hours has no effect: the steps or epochs of both search.train and retrain are set. Drop hours, or "
                     "the steps and epochs of one of them."
                 )
 
     @property
-    def search_is_open(self) -> bool:
-        """Whether the length of the search is at its default, so that ``hours`` determines it."""
+    def search_length_is_default(self) -> bool:
+        """Whether ``hours`` determines the length of the search."""
         return _length(self.search.train) == _length(SearchConfig().train)
 
     @property
-    def retrain_is_open(self) -> bool:
-        """Whether the length of the retraining is at its default, so that ``hours`` determines it."""
+    def retrain_length_is_default(self) -> bool:
+        """Whether ``hours`` determines the length of the retraining."""
         return _length(self.retrain) == _length(RETRAIN)
 
     @property
-    def bench_is_open(self) -> bool:
-        """Whether the measuring time is at its default, so that ``hours`` determines it."""
+    def bench_seconds_is_default(self) -> bool:
+        """Whether ``hours`` determines the measuring time."""
         return self.bench.seconds == BenchConfig().seconds
 
 

@@ -26,6 +26,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
 from slimming.planning.sensitivity import Sensitivity
 from slimming.pruning.costs import cost
+from slimming.runs.config import RunConfig
 from slimming.searching.mask_search import SearchResult
 from slimming.training.samples import Data, ImageDataset
 
@@ -146,7 +147,7 @@ def grid_of(anatomy: Anatomy) -> list[int]:
     return [rows, count // rows]
 
 
-def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
+def provenance(config: RunConfig, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
     """Return the provenance of a slim model, for its checkpoint."""
     digest = hashlib.sha256()
     for name in sorted(result.scores):
@@ -164,7 +165,7 @@ def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[s
 
 
 def results_of(
-    config: Any,
+    config: RunConfig,
     dense: PrunableModel,
     data: Data,
     dense_row: dict[str, Any],

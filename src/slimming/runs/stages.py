@@ -75,8 +75,8 @@ def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], li
     plans = {name: _plan(context, budget) for name, budget in budgets.items()}
     names = list(budgets)
     if context.config.retraining == TOGETHER:
-        open_rows = [name for name in names if not (context.root / name / "row.json").exists()]
-        shared = _shared_training(context, plans) if open_rows else None
+        unfinished = [name for name in names if not (context.root / name / "row.json").exists()]
+        shared = _shared_training(context, plans) if unfinished else None
     else:
         shared = None
     if context.config.retraining == PROGRESSIVE:

@@ -128,46 +128,46 @@ def allocate(
     """
     assert config.hours is not None
     total = 3600 * config.hours
-    places = (1 + len(shares)) * len(config.bench.batch_sizes)
+    measurements = (1 + len(shares)) * len(config.bench.batch_sizes)
     bench = config.bench.seconds
-    if config.bench_is_open:
-        bench = min(bench, max(0.2, 0.05 * total / places))
-    seconds = {"before": spent_seconds, "bench": places * bench, **_fixed(config, pace, shares, val_images)}
+    if config.bench_seconds_is_default:
+        bench = min(bench, max(0.2, 0.05 * total / measurements))
+    seconds = {"before": spent_seconds, "bench": measurements * bench, **_fixed(config, pace, shares, val_images)}
     free = (1 - SPARE) * total - sum(seconds.values())
 
     search = config.search.train
-    step = pace.training_seconds(search.batch_size) + pace.evaluation_seconds(val_images) * _evaluations(
-        search, epochs[0]
-    )
-    search_steps = None
-    planned = _steps(search, epochs[0])
-    if config.search_is_open:
-        least = min(epochs[0], max(LEAST_SEARCH, -(-epochs[0] // 10)))
+    evaluation = pace.evaluation_seconds(val_images) * _evaluations(search, epochs[0])
+    search_step = pace.training_seconds(search.batch_size) + evaluation
+    retrain_step = _retrain_step(config, pace, shares, epochs[1], val_images)
+    retrain_steps = _steps(config.retrain, epochs[1])
+    search_steps = _steps(search, epochs[0])
+    if config.search_length_is_default:
         # If the length of the retraining is set, the search gets all remaining time.
-        fixed = 0.0 if config.retrain_is_open else _retrain_step(config, pace, shares, epochs[1], val_images)
-        room = (free - fixed * _steps(config.retrain, epochs[1])) * (SEARCHING if config.retrain_is_open else 1.0)
-        planned = search_steps = min(epochs[0], max(0, int(room / step)))
-        if search_steps < least:
-            planned = search_steps = least if SCORES[config.search.score].needs_training else 0
-    seconds["search"] = planned * step
-
-    step = _retrain_step(config, pace, shares, epochs[1], val_images)
-    retrain_steps = None
-    planned = _steps(config.retrain, epochs[1])
-    if config.retrain_is_open:
-        most = round(MOST_EPOCHS * epochs[1])
-        retrain_steps = int((free - seconds["search"]) / step)
-        planned = retrain_steps = min(most, max(LEAST_RETRAIN, retrain_steps))
-    seconds["retrain"] = planned * step
+        room = SEARCHING * free if config.retrain_length_is_default else free - retrain_step * retrain_steps
+        search_steps = _search_steps(config, epochs[0], room / search_step)
+    seconds["search"] = search_steps * search_step
+    if config.retrain_length_is_default:
+        affordable = int((free - seconds["search"]) / retrain_step)
+        retrain_steps = min(round(MOST_EPOCHS * epochs[1]), max(LEAST_RETRAIN, affordable))
+    seconds["retrain"] = retrain_steps * retrain_step
     return TimeAllocation(
         hours=config.hours,
         images_per_second=1 / pace.training_seconds(1),
-        search_steps=search_steps,
-        retrain_steps=retrain_steps,
+        search_steps=search_steps if config.search_length_is_default else None,
+        retrain_steps=retrain_steps if config.retrain_length_is_default else None,
         bench_seconds=bench,
         expected_hours=sum(seconds.values()) / 3600,
         seconds=seconds,
     )
+
+
+def _search_steps(config: RunConfig, epoch: int, affordable: float) -> int:
+    """Steps of a search for which the time is enough: at most one epoch, or 0 for one-shot scores."""
+    steps = min(epoch, max(0, int(affordable)))
+    least = min(epoch, max(LEAST_SEARCH, -(-epoch // 10)))
+    if steps >= least:
+        return steps
+    return least if SCORES[config.search.score].needs_training else 0
 
 
 def _fixed(config: RunConfig, pace: Pace, shares: Sequence[float], val_images: int) -> dict[str, float]:
@@ -186,9 +186,8 @@ def _retrain_step(config: RunConfig, pace: Pace, shares: Sequence[float], epoch:
     distilled = config.distil is not None
     trained = [1.0] if config.retraining == TOGETHER else shares
     step = sum(pace.training_seconds(config.retrain.batch_size, share, distilled=distilled) for share in trained)
-    return step + sum(pace.evaluation_seconds(val_images, share) for share in trained) * _evaluations(
-        config.retrain, epoch
-    )
+    evaluation = sum(pace.evaluation_seconds(val_images, share) for share in trained)
+    return step + evaluation * _evaluations(config.retrain, epoch)
 
 
 def _evaluations(config: TrainConfig, epoch: int) -> float:
