@@ -182,5 +182,5 @@ def test_wrappers_are_named() -> None:
         slimming.describe(nn.DataParallel(model))
     with pytest.raises(UnsupportedModelError, match="OptimizedModule around a model: give its attribute _orig_mod"):
         slimming.describe(torch.compile(model))
-    with pytest.raises(PlanError, match="A model alone has no scores"):
+    with pytest.raises(PlanError, match="A model has no scores"):
         slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore

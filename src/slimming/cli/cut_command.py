@@ -105,8 +105,9 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
     from slimming.planning.budgeting import plans
+    from slimming.runs.config import ModelConfig
     from slimming.runs.results import versions
-    from slimming.runs.setup import ModelConfig, check_input, open_model
+    from slimming.runs.setup import check_input, open_model
     from slimming.scoring.one_shot import score
 
     if arguments.plan:
@@ -133,10 +134,11 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
 def _searched(arguments: argparse.Namespace) -> Cut:
     """Plan from a search, or take a plan that is given."""
     from slimming.cli.models import load_checkpoint
+    from slimming.core.files import json_values
     from slimming.core.pruning_plan import Plan
     from slimming.errors import CheckpointError, ConfigError
     from slimming.planning.budgeting import plans
-    from slimming.runs.results import plain, versions
+    from slimming.runs.results import versions
     from slimming.searching.mask_search import load_search, search_directory
 
     source = Path(arguments.source)
@@ -162,7 +164,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
             )
         result = load_search(found)
         layout = _layout(arguments, result.config.layout)
-        record = {"source": str(source), "search": plain(result.config), "versions": versions()}
+        record = {"source": str(source), "search": json_values(result.config), "versions": versions()}
         made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
         _say_layout_costs(result, budgets, layout, made, arguments)
         model, named = result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}

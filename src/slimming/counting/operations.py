@@ -1,4 +1,4 @@
-"""Count multiply-adds with PyTorch's `FlopCounterMode`, and raise on a product that it has no formula for."""
+"""Count multiply-adds with PyTorch's `FlopCounterMode`, and raise on matrix products that it has no formula for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimming.errors import ConfigError
 
 PRODUCTS = ("attention", "conv", "einsum", "gru", "lstm", "matmul", "rnn")
-"""Parts of the names of operations that multiply matrices, as all do whose names end in "mm"."""
+"""Operations that have one of these in their name multiply matrices, as do those whose names end in "mm"."""
 
 
 def _scaled_dot_product(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -36,14 +36,14 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.dot: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
-    # Before PyTorch 2.15 the first has no formula, and those of the others want as many heads of keys as of queries.
+    # Before PyTorch 2.15 the first has no formula, and those of the others need equal numbers of query and key heads.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_flash_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_efficient_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_cudnn_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _scaled_dot_product,
 }
-"""What PyTorch's counter lacks: floating-point operations, two per multiply-add, from the shapes of the arguments."""
+"""Formulas that PyTorch's counter lacks: shapes of the arguments -> floating-point operations, two per multiply-add."""
 
 
 class MacCounter(TorchDispatchMode):
@@ -52,10 +52,10 @@ class MacCounter(TorchDispatchMode):
     A multiply-add counts as one. Element-wise operations, norms and softmax count as none.
 
     Args:
-        note: called after each operation with multiply-adds, with its arguments and their number.
+        note: called after each operation that has multiply-adds, with its arguments and their number.
 
     Raises:
-        ConfigError: in the model's forward: an operation looks like a matrix product, but there is no formula for it.
+        ConfigError: raised from the model's forward if an operation looks like a matrix product but has no formula.
     """
 
     def __init__(self, note: Callable[[Sequence[Any], int], None] = lambda args, macs: None) -> None:
@@ -65,7 +65,7 @@ class MacCounter(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Multiply-adds since it was entered last."""
+        """Multiply-adds since the counter was last entered."""
         return self._flops.get_total_flops() // 2
 
     def __enter__(self) -> MacCounter:
@@ -86,15 +86,15 @@ class MacCounter(TorchDispatchMode):
             self._note(args, macs)
         elif operation not in self._flops.flop_registry and (name.endswith("mm") or any(p in name for p in PRODUCTS)):
             raise ConfigError(
-                f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Put the "
-                "layer that does it into other operations, such as torch.matmul."
+                f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Write the "
+                "layer that calls it with other operations, such as torch.matmul."
             )
         return out
 
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Have torch's own attention do its products one by one: the dispatcher sees nothing inside its fused layers."""
+    """Disable the fast path of `torch.nn.MultiheadAttention`, whose products the dispatcher does not see."""
     was = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

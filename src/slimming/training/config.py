@@ -9,6 +9,8 @@ from slimming.errors import ConfigError, nearest
 
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
+POOLS = ("first", "mean")
+"""What of a module's outputs (B, N, D) distillation compares: the first token, or the mean over tokens."""
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
 # Settings that change how a run is watched or how fast it goes, not what it computes.
 FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
@@ -152,6 +154,22 @@ class DataConfig:
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
             raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+
+
+def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:
+    """Check settings of `DistilTask`.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; it must be above 0.")
+    if pool not in POOLS:
+        raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
+    if relation_heads < 1:
+        raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:
