@@ -15,6 +15,7 @@ from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
 from slimming.masks.attachment import prunable
+from slimming.models import activations
 from slimming.pruning import compensation
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -201,7 +202,7 @@ def test_few_images_dead_units_and_little_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compensation, "TOGETHER", 1)
     one_by_one = slimming.cut(model, plan, images=images())
     monkeypatch.setattr(compensation, "TOGETHER", 4)
-    monkeypatch.setattr(compensation, "GIGABYTES", 1e-9)
+    monkeypatch.setattr(activations, "GIGABYTES", 1e-9)
     assert torch.equal(slimming.cut(model, plan, images=images())(x), one_by_one(x))
 
 

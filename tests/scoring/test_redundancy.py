@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimming.masks.attachment import prunable
-from slimming.scoring import redundancy
+from slimming.models import activations
 from slimming.scoring.redundancy import ReadLayer, redundancy_scores
 
 from .small import images, vit
@@ -83,6 +83,6 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group for group in prunable(model).anatomy.groups if group.role in ("mlp", "v")]
     importance = {group.name: torch.ones(group.size) for group in groups}
     whole = redundancy_scores(model, groups, importance, images())
-    monkeypatch.setattr(redundancy, "GIGABYTES", 1e-9)
+    monkeypatch.setattr(activations, "GIGABYTES", 1e-9)
     parts = redundancy_scores(model, groups, importance, images())
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
