@@ -99,9 +99,10 @@ class Bench:
         )
         if asked.get("frozen"):
             model.requires_grad_(False)
-        task = DistilTask(copy.deepcopy(self.dense)) if asked.get("distilled") else None
+        teacher = DistilTask(copy.deepcopy(self.dense).eval()) if asked.get("distilled") else None
+        loss = None if teacher is None else lambda model, batch: teacher.loss(model, *batch)
         place = self.settings.work / f"{name.replace(' ', '-').replace('/', '')}-{seed}"
-        return slimming.search(model, self.data, config, directory=place, resume=True, task=task)
+        return slimming.search(model, self.data, config, directory=place, resume=True, loss=loss)
 
     def penalty(self, asked: float | str) -> dict[str, float]:
         """Weights per kind: the default's times a factor, or what a unit costs in MACs, with the same sum."""

@@ -49,14 +49,14 @@ def main() -> None:
     train = slimming.TrainConfig(steps=settings.steps, batch_size=32, lr=3e-4, workers=1)
     search = slimming.SearchConfig(train=train)
 
-    matching = slimming.MatchTask(dense, slimming.calibration_images(plain))
-    result = slimming.search(copy.deepcopy(dense), data, search, task=matching)
+    matching = slimming.MatchLoss(dense, slimming.calibration_images(plain))
+    result = slimming.search(copy.deepcopy(dense), data, search, loss=matching)
     rows = [{"model": "dense", "macs": 1.0, "neighbours": neighbours(dense, plain)}]
     whole = slimming.cost(dense)
     for share in BUDGETS:
         small = slimming.cut(result.model, slimming.plan(result, slimming.Budget(macs=share)))
         before = neighbours(small, plain)
-        slimming.train(small, data, train, task=matching)
+        slimming.train(small, data, train, loss=matching)
         macs = slimming.cost(small).macs / whole.macs
         rows.append({"model": f"{share:.0%}", "macs": macs, "cut": before, "neighbours": neighbours(small, plain)})
     write(rows, settings)

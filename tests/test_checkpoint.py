@@ -32,7 +32,7 @@ from slimming.core.files import atomic_directory, atomic_json, seal
 from slimming.core.layout import Layout
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
-from slimming.planning.scores import Rating, load_scores, save_scores
+from slimming.planning.scores import Scores, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from variants import VARIANTS, draw, image
 
@@ -461,13 +461,13 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
     scores = masks.scores()
     curves = {"mlp": ((0.5, 0.01), (0.2, 0.4)), "token": ((0.5, 0.3),)}
     measured = Sensitivity(curves=curves, spread="score", joint={"rank": ((0.7, 0.1),), "score": ((0.7, 0.05),)})
-    rating = Rating(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured)
+    rating = Scores(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured)
     save_scores(tmp_path / "scores.safetensors", rating)
     read = load_scores(tmp_path / "scores.safetensors")
     assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, rating.layout, False, measured)
     assert read.scores.keys() == scores.keys()
     assert all(torch.equal(read.scores[name], score) for name, score in scores.items())
-    save_scores(tmp_path / "scores.safetensors", Rating(anatomy=masks.anatomy, scores=scores))
+    save_scores(tmp_path / "scores.safetensors", Scores(anatomy=masks.anatomy, scores=scores))
     budget = Budget(macs=0.7)
     assert slimming.plan(str(tmp_path / "scores.safetensors"), budget) == slimming.plan(masks, budget)
 
@@ -475,7 +475,7 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
 def test_files_that_are_no_scores(saved: Path, tmp_path: Path) -> None:
     masks = slimming.attach(VARIANTS[0].make())
     path = tmp_path / "scores.safetensors"
-    save_scores(path, Rating(anatomy=masks.anatomy, scores=masks.scores()))
+    save_scores(path, Scores(anatomy=masks.anatomy, scores=masks.scores()))
     whole = path.read_bytes()
     budget = Budget(macs=0.7)
     (tmp_path / "pickle").write_bytes(pickle.dumps(_Trap()))

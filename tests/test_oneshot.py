@@ -23,8 +23,9 @@ from slimming.models.layers import UnevenAttention
 from slimming.scoring import iterative, redundancy
 from slimming.scoring.fisher import fisher_scores
 from slimming.scoring.iterative import half_later, iterative_scores
-from slimming.scoring.one_shot import ONE_SHOT_SCORES, OneShot
+from slimming.scoring.one_shot import OneShot
 from slimming.scoring.redundancy import redundancy_scores
+from slimming.scoring.registry import SCORES
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch
 
@@ -340,7 +341,7 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
 # What goes in, and what comes out.
 
 
-@pytest.mark.parametrize("how", ONE_SHOT_SCORES)
+@pytest.mark.parametrize("how", [name for name, score in SCORES.items() if score.one_shot])
 def test_the_same_for_the_same_seed_and_the_model_as_it_was(how: str, tmp_path: Path) -> None:
     from slimming.demo import settings
 

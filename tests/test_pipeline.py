@@ -15,7 +15,7 @@ import slimming
 from slimming.benchmarking.programs import write_onnx
 from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.runs.config import RunConfig
-from slimming.runs.pipeline import _same_settings, check_budgets
+from slimming.runs.pipeline import check_budgets, check_settings
 from slimming.runs.setup import check_input
 
 
@@ -29,23 +29,24 @@ def config(**options: Any) -> RunConfig:
 
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     first = config()
-    _same_settings(first, tmp_path, write=False)
+    check_settings(first, tmp_path, write=False)
     assert not list(tmp_path.iterdir())
-    _same_settings(first, tmp_path, write=True)
+    check_settings(first, tmp_path, write=True)
     free = {"budgets": (slimming.Budget(macs=0.3),), "bench": slimming.BenchConfig(runs=3), "note": "again"}
     watched = {"retrain": dataclasses.replace(first.retrain, workers=1)}
     for change in (free, watched):
-        _same_settings(dataclasses.replace(first, **change), tmp_path, write=True)
+        check_settings(dataclasses.replace(first, **change), tmp_path, write=True)
     deciding: tuple[dict[str, Any], ...] = (
         {"retrain": dataclasses.replace(first.retrain, steps=4000)},
         {"search": dataclasses.replace(first.search, layout=slimming.Layout(multiple=4))},
         {"distil": None},
         {"compensate": 0},
+        {"model": slimming.ModelConfig(name="test_vit2")},
     )
     for change in deciding:
         (name,) = change
-        with pytest.raises(ConfigError, match=rf"was started with {name} .*give another directory"):
-            _same_settings(dataclasses.replace(first, **change), tmp_path, write=True)
+        with pytest.raises(ConfigError, match=rf"was started with {name}\b.* \(now .*give another directory"):
+            check_settings(dataclasses.replace(first, **change), tmp_path, write=True)
 
 
 def test_modules_to_distil_are_looked_for_before_the_search() -> None:

@@ -28,7 +28,7 @@ from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of, plan
 from slimming.planning.candidates import Chunk, in_chain, sequence
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Rated, Rating
+from slimming.planning.scores import Scored, Scores
 from variants import SMALL, VARIANTS, draw
 
 KIND_SETS = (
@@ -245,13 +245,13 @@ def test_the_smallest_plan_leaves_one_unit_everywhere(layout: Layout) -> None:
     assert len(made.kept["blocks.2.tokens"]) == 1
 
 
-class _Scores(Rated):
+class _Scores(Scored):
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         self.scores = scores
 
     @property
-    def rating(self) -> Rating:
-        return Rating(anatomy=anatomy(), scores=self.scores, layout=Layout(multiple=2), fold=False)
+    def rating(self) -> Scores:
+        return Scores(anatomy=anatomy(), scores=self.scores, layout=Layout(multiple=2), fold=False)
 
 
 def test_a_rated_source_brings_its_layout_and_fold() -> None:

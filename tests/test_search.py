@@ -228,22 +228,15 @@ def test_a_search_gives_heads_other_bases_first(data: Data) -> None:
     assert slimming.plan(coupled, slimming.Budget(macs=0.5)).kept
 
 
-def test_a_task_of_ones_own_scores_by_its_own_slopes(data: Data) -> None:
-    class Own:
-        def start(self, model: nn.Module, device: torch.device) -> None: ...
+def test_a_loss_of_ones_own_scores_by_its_own_derivatives(data: Data) -> None:
+    def own(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model(batch[0]).square().mean()
 
-        def stop(self) -> None: ...
-
-        def before_step(self) -> None: ...
-
-        def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": model(images).square().mean()}
-
-    result = slimming.search(make(), data, dataclasses.replace(config(), score="fisher"), task=Own())
+    result = slimming.search(make(), data, dataclasses.replace(config(), score="fisher"), loss=own)
     collected = result.masks.scores("taylor")
     for name, score in result.scores.items():
         torch.testing.assert_close(score, collected[name].square() / 2)
-    less = slimming.search(make(), data, config(), task=Own())
+    less = slimming.search(make(), data, config(), loss=own)
     assert any(bool((less.scores[name] < 0.99 * score).any()) for name, score in result.scores.items())
 
 

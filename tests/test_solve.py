@@ -25,7 +25,7 @@ from slimming.planning.budgeting import costs_of
 from slimming.planning.candidates import all_chunks
 from slimming.planning.knapsack import GAP, knapsack, silenced
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Rated, Rating
+from slimming.planning.scores import Scored, Scores
 
 number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
@@ -63,16 +63,16 @@ def model() -> nn.Module:
     return timm.create_model("deit_tiny_patch16_224", img_size=96)
 
 
-class Scored(Rated):
+class Scored(Scored):
     def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
         dice = torch.Generator().manual_seed(0)
         anatomy = prunable(model).anatomy
         groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "token")]
         self.scores = {g.name: torch.rand(g.size, generator=dice) for g in groups}
-        self.found = Rating(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
+        self.found = Scores(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
 
     @property
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         return self.found
 
     def share(self, plan: slimming.Plan) -> float:

@@ -42,6 +42,6 @@ from .training.batches import calibration_images as calibration_images
 from .training.config import DataConfig as DataConfig
 from .training.config import TrainConfig as TrainConfig
 from .training.evaluation import evaluate as evaluate
-from .training.tasks import MatchTask as MatchTask
+from .training.tasks import MatchLoss as MatchLoss
 
 __version__: str

@@ -70,11 +70,13 @@ class Interrupted(SlimmingError):
     """Training was stopped by the user, after its state was saved."""
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
+def nearest(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``name``, or an empty string.
 
-    >>> nearest("batchsize", ["batch_size", "lr"])
-    " Did you mean 'batch_size'?"
+    ``prefix`` is written before the candidate, and not compared.
+
+    >>> nearest("batchsize", ["batch_size", "lr"], "train.")
+    " Did you mean 'train.batch_size'?"
     """
     found = difflib.get_close_matches(name, list(candidates), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    return f" Did you mean {prefix + found[0]!r}?" if found else ""

@@ -41,33 +41,33 @@ def output(tmp_path: Path) -> Iterator[Path]:
     assert not place.parent.exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model.name", "vit_tiny_patch16_225"], ["no model 'vit_tiny_patch16_225'", "Did you mean"]),
-        (["--search.preset", "papr"], ["no preset 'papr'", "Did you mean 'paper'?"]),
-        (["--search.kinds", "mlp,tokn"], ["no kind 'tokn'", "Did you mean 'token'?"]),
-        (["--data.source", "nowhere"], ["no data at nowhere"]),
-        (["--data.source", "hf:"], ["hf:"]),
-        (["--budget", "macs=0"], ["macs=0.0 is not a share"]),
-        (["--budget", "macs=1.5"], ["macs=1.5 is not a share"]),
-        (["--budget", "macs=-0.5"], ["macs=-0.5 is not a share"]),
-        (["--budget", "mcs=0.5"], ["no setting budgets[0].mcs"]),
-        (["--budget", "macs=0.01"], ["cannot be reached", "the smallest reachable is macs 0."]),
-        (["--budget", "keep.mlp=0.001"], ["cannot be reached", "the smallest reachable is 0."]),
-        (["--model.arguments", "img_size=4"], ["is of another model", "image size"]),
-        (["--model.arguments", "img_size=-8"], ["img_size"]),
-        (["--model.arguments", "img_size=32"], ["is of another model", "image size"]),
-        (["--model.arguments", "img_siz=32"], ["img_siz"]),
-        (["--model.checkpoint", "nowhere.pth"], ["nowhere.pth is not a file"]),
-        (["--retrain.epoch", "1"], ["no option --retrain.epoch", "Did you mean '--retrain.epochs'?"]),
-        (["--retrain.epochs", "ten"], ["retrain.epochs is 'ten'; it must be a number"]),
-        (["--retrain.trackers", "wandbb"], ["no tracker 'wandbb'"]),
-        (["--retrain.optimizer", "adamwq"], ["adamwq"]),
-        (["--search.train.warmup_epochs", "1.9"], ["search.train: warmup_epochs 1.9 is all of the 2 steps"]),
-        (["--retrain.batch_size", "9"], ["retrain: batch_size 9 is more than the 8 training images"]),
-    ],
-)
+SETTINGS: list[tuple[list[str], list[str]]] = [
+    (["--model.name", "vit_tiny_patch16_225"], ["no model 'vit_tiny_patch16_225'", "Did you mean"]),
+    (["--search.preset", "papr"], ["no preset 'papr'", "Did you mean 'paper'?"]),
+    (["--search.kinds", "mlp,tokn"], ["no kind 'tokn'", "Did you mean 'token'?"]),
+    (["--data.source", "nowhere"], ["no data at nowhere"]),
+    (["--data.source", "hf:"], ["hf:"]),
+    (["--budget", "macs=0"], ["macs=0.0 is not a share"]),
+    (["--budget", "macs=1.5"], ["macs=1.5 is not a share"]),
+    (["--budget", "macs=-0.5"], ["macs=-0.5 is not a share"]),
+    (["--budget", "mcs=0.5"], ["no setting budgets[0].mcs"]),
+    (["--budget", "macs=0.01"], ["cannot be reached", "the smallest reachable is macs 0."]),
+    (["--budget", "keep.mlp=0.001"], ["cannot be reached", "the smallest reachable is 0."]),
+    (["--model.arguments", "img_size=4"], ["is of another model", "image size"]),
+    (["--model.arguments", "img_size=-8"], ["img_size"]),
+    (["--model.arguments", "img_size=32"], ["is of another model", "image size"]),
+    (["--model.arguments", "img_siz=32"], ["img_siz"]),
+    (["--model.checkpoint", "nowhere.pth"], ["nowhere.pth is not a file"]),
+    (["--retrain.epoch", "1"], ["no option --retrain.epoch", "Did you mean '--retrain.epochs'?"]),
+    (["--retrain.epochs", "ten"], ["retrain.epochs is 'ten'; it must be a number"]),
+    (["--retrain.trackers", "wandbb"], ["no tracker 'wandbb'"]),
+    (["--retrain.optimizer", "adamwq"], ["adamwq"]),
+    (["--search.train.warmup_epochs", "1.9"], ["search.train: warmup_epochs 1.9 is all of the 2 steps"]),
+    (["--retrain.batch_size", "9"], ["retrain: batch_size 9 is more than the 8 training images"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), SETTINGS, ids=[" ".join(flags) for flags, _ in SETTINGS])
 def test_settings_that_cannot_be(slimming: Call, site: Path, output: Path, flags: list[str], words: list[str]) -> None:
     """Found before anything is written, whichever stage would meet them first."""
     refused(slimming("run", site / "config.yaml", "--output", output, *flags), *words)
@@ -108,18 +108,18 @@ def broken_data(root: Path, how: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("one class", ["one class only"]),
-        ("empty class", ["zebra holds no images"]),
-        ("out of range", ["label 2", "out of range"]),
-        ("negative", ["label -1", "out of range"]),
-        ("other classes", ["different classes", "dark", "bright"]),
-        ("no validation", ["no validation part", "split_fraction"]),
-        ("no images", ["holds no class folders"]),
-    ],
-)
+DATA = {
+    "one class": ["one class only"],
+    "empty class": ["zebra holds no images"],
+    "out of range": ["label 2", "out of range"],
+    "negative": ["label -1", "out of range"],
+    "other classes": ["different classes", "dark", "bright"],
+    "no validation": ["no validation part", "split_fraction"],
+    "no images": ["holds no class folders"],
+}
+
+
+@pytest.mark.parametrize(("how", "words"), DATA.items(), ids=DATA)
 def test_data_that_cannot_be(
     slimming: Call, site: Path, output: Path, tmp_path: Path, how: str, words: list[str]
 ) -> None:

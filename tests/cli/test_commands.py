@@ -22,6 +22,7 @@ from slimming import demo
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
 from slimming.planning import latency_table
+from slimming.searching.config import PRESETS
 from slimming.training import loop
 
 from .conftest import ARGUMENTS, TRAIN, Call, settings, write_config
@@ -49,6 +50,23 @@ def test_help(slimming: Call) -> None:
         assert shown.code == 0
         assert f"\n  slimming {name} " in shown.out or f"\n  slimming {name}\n" in shown.out
         assert max(map(len, shown.out.splitlines())) <= 120
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Of the commands whose settings are in light modules; without the package's own file, which says what it loads."""
+    heavy = {"run", "search", "train", "bench"}
+    program = f"""
+import sys, types
+package = sys.modules["slimming"] = types.ModuleType("slimming")
+package.__path__ = {library.__path__!r}
+from slimming.cli import main
+assert main(["--help"]) == 0
+for name in {sorted(COMMANDS.keys() - heavy)!r}:
+    assert main([name, "--help"]) == 0
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_m_slimming() -> None:
@@ -90,7 +108,7 @@ def test_run_adds_a_budget_and_keeps_the_rest(slimming: Call, site: Path, copied
 def test_run_refuses_other_settings(slimming: Call, site: Path, finished: Path) -> None:
     refused = slimming("run", site / "config.yaml", "--output", finished, "--search.train.lr", "0.5")
     assert refused.code == 2
-    assert "search.train.lr 0.0001, now it is 0.5" in refused.err
+    assert "search.train.lr 0.0001 (now 0.5)" in refused.err
     refused = slimming("search", site / "config.yaml", "--output", finished)
     assert refused.code == 2
     assert "not of a `slimming search`" in refused.err
@@ -421,3 +439,41 @@ def test_latency_table_and_a_cut_by_time(
     missing = slimming("cut", finished, "--budget", "latency=0.9", "--output", tmp_path / "no")
     assert missing.code == 2
     assert "slimming latency-table build" in missing.err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("command", ["run", "search"])
+def test_the_printed_config_is_the_one_that_a_run_writes(
+    slimming: Call, site: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    words = ("--search.preset", name, "--search.penalty", "head=0.5", "--search.train.lr", "1e-5")
+    printed = slimming(command, site / "config.yaml", *words, "--output", tmp_path / "o", "--print-config")
+    assert printed.code == 0, printed.err
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "printed.yaml").write_text(printed.out, "utf-8")
+    values = yaml.safe_load(printed.out)
+    assert values["search"]["preset"] == name
+    assert (values["search"]["train"]["lr"], values["search"]["penalty"]["head"]) == (1e-5, 0.5)
+    assert slimming(command, tmp_path / "printed.yaml", "--print-config").out == yaml_of(printed.out)
+
+
+def yaml_of(printed: str) -> str:
+    """What was printed, without the notes above it."""
+    return "".join(line for line in printed.splitlines(keepends=True) if not line.startswith("#"))
+
+
+def test_a_training_goes_on_from_its_printed_config(slimming: Call, site: Path, tmp_path: Path) -> None:
+    words = ("train", "--model.name", "vit_tiny_patch16_224", "--data.source", site / "images", "--train.steps", "1",
+             "--train.batch_size", "4", "--model.checkpoint", site / "dense.safetensors")  # fmt: skip
+    words += ("--model.arguments", ",".join(f"{key}={value}" for key, value in ARGUMENTS.items()))
+    path = tmp_path / "printed.yaml"
+    path.write_text(slimming(*words, "--print-config").out, "utf-8")
+    assert slimming(*words, "--output", tmp_path / "o").code == 0
+    assert yaml_of((tmp_path / "o" / "config.yaml").read_text("utf-8")) == path.read_text("utf-8")
+    assert "trained already" in slimming("train", path, "--output", tmp_path / "o").out
+
+
+def test_a_config_with_a_mistake_is_not_printed(slimming: Call) -> None:
+    shown = slimming("train", "--model.name", "vit", "--print-config")
+    assert (shown.code, shown.out) == (2, "")
+    assert "data.source is missing" in shown.err

@@ -16,7 +16,7 @@ from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, MatchTask, relation_error
+from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, LossTask, MatchLoss, relation_error
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
@@ -144,14 +144,27 @@ def test_a_distilled_run_does_not_change_the_teacher(tmp_path: Path) -> None:
 def test_matching_does_not_depend_on_how_a_batch_is_split() -> None:
     teacher, student = make_model(1, num_classes=0).eval(), make_model(2, num_classes=0).eval()
     shown = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    task = MatchTask(teacher, [shown[:4], shown[4:]])
-    whole = task.loss(student, shown, LABELS)["loss"]
-    parts = [task.loss(student, part, LABELS)["loss"] for part in shown.split(1)]
+    matching = MatchLoss(teacher, [shown[:4], shown[4:]])
+    whole = matching(student, (shown, LABELS))
+    parts = [matching(student, (part, LABELS)) for part in shown.split(1)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     mean = teacher(shown).mean(0).detach()
-    torch.testing.assert_close(task.loss(Fixed(mean.expand(6, -1)), shown, LABELS)["loss"].item(), 1.0)
+    torch.testing.assert_close(matching(Fixed(mean.expand(6, -1)), (shown, LABELS)).item(), 1.0)
     with pytest.raises(ConfigError, match="two or more that differ"):
-        MatchTask(teacher, [shown[:1]])
+        MatchLoss(teacher, [shown[:1]])
+
+
+def test_a_loss_of_ones_own_is_one_function(tmp_path: Path) -> None:
+    def own(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = model(batch[0]).square().mean()
+        return {"loss": 2 * found, "half": found}
+
+    history = fit(make_model(1), LossTask(own), open_tiny(write_data(tmp_path)), tiny_config(steps=2), title=None)
+    assert all(line["loss"] == pytest.approx(2 * line["half"]) for line in history.log if "half" in line)
+    assert any("half" in line for line in history.log)
+    for wrong in (lambda model, batch: batch[0], lambda model, batch: {"half": batch[0].mean()}):
+        with pytest.raises(ConfigError, match="an entry 'loss'"):
+            LossTask(wrong).loss(make_model(1), images(), LABELS)
 
 
 def test_mixup() -> None:

@@ -17,30 +17,29 @@ the time).
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_flags
-    from slimming.cli.jobs import BenchJob
+    from slimming.benchmarking.config import BenchConfig
+    from slimming.cli.flags import add_common, add_flags
 
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directories or names, dense first")
-    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_flags(parser, BenchJob)
+    add_common(parser, "--device", "--threads", "--json")
+    add_flags(parser, BenchConfig, "bench")
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
 
+    from slimming.benchmarking.config import BenchConfig
     from slimming.benchmarking.timing import machine
     from slimming.cli.flags import given
-    from slimming.cli.jobs import BenchJob, from_values
     from slimming.cli.models import choose_device, open_named, use_threads
+    from slimming.cli.settings import build
     from slimming.errors import ConfigError
     from slimming.masks.attachment import prunable
     from slimming.pruning.costs import cost
     from slimming.runs.results import measure_all
 
-    config = from_values(BenchJob, given(arguments, BenchJob)).bench
+    config = build(BenchConfig, given(arguments, BenchConfig, "bench"), "bench")
     device = choose_device(arguments.device)
     if len(set(arguments.models)) < len(arguments.models):
         raise ConfigError("A model is given twice; take one of them out.")

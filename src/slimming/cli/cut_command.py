@@ -35,37 +35,30 @@ unit matters. With --plan it may be any checkpoint.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_budget
+    from slimming.cli.flags import add_common, add_flags
+    from slimming.core.layout import Layout
 
     parser.add_argument(
         "source", metavar="SOURCE", help="directory of a search or run, or a checkpoint; with --one-shot, any model"
     )
-    add_budget(parser)
+    add_common(parser, "--budget")
     parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
                         "as in data.source; labels are not used. What goes is then predicted from what stays and "
                         "folded into it (default: only with --one-shot)")  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
-    parser.add_argument("--model.checkpoint", dest="checkpoint", metavar="FILE",
-                        help="local weights for --one-shot, where SOURCE is a name")  # fmt: skip
-    parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
-                        help="arguments of the host's constructor for --one-shot, such as timm's img_size")  # fmt: skip
+    parser.add_argument("--model.checkpoint", metavar="FILE",
+                        help="with --one-shot: local weights, where SOURCE is a name")  # fmt: skip
+    add_common(parser, "--model.arguments")
     parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"
     )
-    parser.add_argument("--layout.equal_heads", dest="equal_heads", metavar="true|false",
-                        help="one size for all heads of a layer (default: as searched)")  # fmt: skip
-    parser.add_argument("--layout.equal_qkv", dest="equal_qkv", metavar="true|false",
-                        help="one size for QK and V of a head (default: as searched)")  # fmt: skip
-    parser.add_argument("--layout.multiple", dest="multiple", metavar="N",
-                        help="sizes are multiples of this (default: as searched)")  # fmt: skip
-    parser.add_argument("--layout.scarcity", dest="scarcity", metavar="X",
-                        help="how much channels count as they get few (default: as searched)")  # fmt: skip
     parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, for budgets of "
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
                         help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
+    add_flags(parser, Layout, "layout", "as searched")
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -108,7 +101,6 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score a model that was not searched, and plan."""
-    from slimming.cli.flags import model_arguments
     from slimming.cli.output import say
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
@@ -122,8 +114,10 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     if arguments.data is None:
         raise ConfigError("--one-shot needs images: give --data with a folder of them.")
     budgets = _budgets(arguments)
-    options = model_arguments(arguments.model_arguments)
-    config = ModelConfig(name=arguments.source, checkpoint=arguments.checkpoint, arguments=options)
+    given = vars(arguments)
+    config = ModelConfig(
+        name=arguments.source, checkpoint=given["model.checkpoint"], arguments=given["model.arguments"]
+    )
     model, notes = open_model(config)
     for note in notes:
         say(note)
@@ -154,7 +148,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
     if arguments.data is None:
         _refuse(arguments, "without --data", ("--images",))
     if arguments.plan:
-        if arguments.budget:
+        if arguments.budgets:
             raise ConfigError("Give --budget (once or more), or --plan.")
         given = Plan.load(arguments.plan)
         model = load_search(found).model if found is not None else load_checkpoint(arguments.source)
@@ -191,20 +185,18 @@ def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> N
     from slimming.errors import ConfigError
 
     for flag in flags:
-        name = "model_arguments" if flag == "--model.arguments" else flag.lstrip("-").rpartition(".")[2]
-        if getattr(arguments, name.replace("-", "_")) is not None:
+        if getattr(arguments, flag.lstrip("-").replace("-", "_"), None) not in (None, {}):
             raise ConfigError(f"{flag} has no effect {when}; drop it.")
 
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
-    from slimming.cli.flags import parse_pairs
     from slimming.cli.settings import build
     from slimming.core.budget import Budget
     from slimming.errors import ConfigError
 
-    if not arguments.budget:
+    if not arguments.budgets:
         raise ConfigError("Give --budget (once or more), or --plan.")
-    budgets = [build(Budget, parse_pairs(text, "--budget")) for text in arguments.budget]
+    budgets = [build(Budget, values) for values in arguments.budgets]
     if len({budget.name for budget in budgets}) < len(budgets):
         raise ConfigError("A budget is given twice; take one of them out.")
     return budgets
@@ -217,6 +209,7 @@ def _say_layout_costs(
     from dataclasses import replace
 
     from slimming.cli.output import say
+    from slimming.core.budget import METRICS
     from slimming.core.layout import FREE, Layout
     from slimming.planning.budgeting import plans
 
@@ -224,7 +217,7 @@ def _say_layout_costs(
         if not budget.limits:
             continue
         # Memory and time have no formula for heads of several sizes.
-        whole = budget.memory_bytes is not None or any("latency" in metric for metric in budget.limits)
+        whole = budget.memory_bytes is not None or any(METRICS[metric].timed for metric in budget.limits)
         free = replace(Layout(multiple=1) if whole else FREE, scarcity=layout.scarcity)
         if free == layout:
             continue
@@ -236,15 +229,8 @@ def _say_layout_costs(
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
-    from slimming.cli.flags import parse_flag
+    from slimming.cli.flags import given
     from slimming.cli.settings import build
     from slimming.core.layout import Layout
 
-    given = {
-        "equal_heads": (bool, arguments.equal_heads),
-        "equal_qkv": (bool, arguments.equal_qkv),
-        "multiple": (int, arguments.multiple),
-        "scarcity": (float, arguments.scarcity),
-    }
-    values = {name: parse_flag(hint, text, name) for name, (hint, text) in given.items() if text is not None}
-    return build(Layout, values, "layout", base)
+    return build(Layout, given(arguments, Layout, "layout"), "layout", base)

@@ -76,7 +76,13 @@ def _run(words: Sequence[str]) -> int:
         arguments = make_parser(name).parse_args(words[1:])
     except SystemExit as done:  # --help was printed
         return int(done.code or 0)
-    command(name).execute(arguments)
+    if getattr(arguments, "print_config", False):
+        from slimming.cli.jobs import as_yaml, read_job
+
+        job, notes = read_job(arguments.job, arguments)
+        print("".join(f"# {note}\n" for note in notes) + as_yaml(job), end="")
+    else:
+        command(name).execute(arguments)
     return 0
 
 

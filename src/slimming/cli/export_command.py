@@ -17,6 +17,8 @@ file and in model.json beside it.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from slimming.cli.flags import add_common
+
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote, or "
                         "hf-hub:OWNER/NAME")  # fmt: skip
     parser.add_argument("--to", default="onnx", metavar="TARGET,TARGET", help="kinds of files (default: onnx)")
@@ -29,8 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement", type=float, metavar="X", help="the least share of images with the same first "
                         "class (default: 0.95 for 8 bits)")  # fmt: skip
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="version of ONNX's operations (default: 20)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_common(parser, "--threads", "--json")
 
 
 def execute(arguments: argparse.Namespace) -> None:

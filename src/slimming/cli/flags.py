@@ -6,30 +6,32 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
 from slimming.cli.settings import default_of, unwrap
-from slimming.core.budget import Budget
+from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
 
-BUDGET = "budget"
-"""The flag that is given once per budget; the other settings have dotted names."""
+BUDGETS = "budgets"
+"""The setting that is given by one flag ``--budget`` per budget."""
+PRESET = "search.preset"
+"""The flag that no field stands for: what the other settings of the search start from."""
 
-PRESET = "what the other settings of the search start from: default, or paper (ViT-Slim to the letter)"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One setting that a flag can give: its dotted name, type, default and meaning."""
+class Flag(NamedTuple):
+    """One setting that a flag can give."""
 
     name: str
+    """Its dotted name."""
     hint: Any
+    """Its type; None for a section that is only switched off."""
     default: Any
+    """What it is where no flag gives it."""
     text: str
-    section: str
+    """What it means."""
 
 
 def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Flag]:
@@ -37,18 +39,16 @@ def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Fl
     texts, hints = attribute_texts(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = f"{section}.{field.name}" if section else field.name
-        default = getattr(base, field.name) if base is not None else default_of(field)
+        default = default_of(field) if base is None else getattr(base, field.name)
         hint, optional = unwrap(hints[field.name])
-        if dataclasses.is_dataclass(hint):
-            if optional:
-                yield Flag(name=name, hint=None, default=default, text=texts.get(field.name, ""), section=name)
-            below = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
-            assert isinstance(hint, type)
-            yield from flags_of(hint, name, below)
-        elif get_args(hint)[:1] != (Budget,):
-            yield Flag(
-                name=name, hint=hints[field.name], default=default, text=texts.get(field.name, ""), section=section
-            )
+        if not dataclasses.is_dataclass(hint):
+            if name != BUDGETS:
+                yield Flag(name, hints[field.name], default, texts.get(field.name, ""))
+            continue
+        if optional:
+            yield Flag(name, None, default, texts.get(field.name, ""))
+        assert isinstance(hint, type)
+        yield from flags_of(hint, name, default if isinstance(default, hint) else None)
 
 
 def attribute_texts(cls: type[Any]) -> dict[str, str]:
@@ -69,46 +69,74 @@ def _for_flags(text: str) -> str:
     return text
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[Any], *, budgets: bool = False) -> None:
-    """Give ``parser`` one flag per setting of ``cls``, grouped by section, and ``--budget`` where it has budgets."""
-    if budgets:
-        add_budget(parser)
-    groups: dict[str, argparse._ArgumentGroup] = {"": parser.add_argument_group("settings")}
-    for flag in flags_of(cls):
-        if flag.section not in groups:
-            groups[flag.section] = parser.add_argument_group(f"settings of {flag.section}")
-        group = groups[flag.section]
-        if flag.name == "search.kinds":
-            _setting(group, "search.preset", "NAME", PRESET)
-        _setting(group, flag.name, _metavar(flag.hint), _help(flag))
+def add_flags(parser: argparse.ArgumentParser, cls: type[Any], section: str = "", otherwise: str = "") -> None:
+    """Give ``parser`` one flag per setting of ``cls``, grouped by section, and ``--budget`` where it has budgets.
+
+    Args:
+        parser: the parser of a command.
+        cls: the dataclass.
+        section: dotted name of ``cls`` itself.
+        otherwise: what is taken where a flag is not given; empty: the defaults of ``cls``.
+    """
+    if any(field.name == BUDGETS for field in dataclasses.fields(cls)):
+        add_common(parser, "--budget")
+    title = f"settings of {section}" if section else "settings"
+    groups: dict[str, argparse._ArgumentGroup] = {section: parser.add_argument_group(title)}
+    for flag in flags_of(cls, section):
+        of = flag.name if flag.hint is None else flag.name.rpartition(".")[0]
+        if of not in groups:
+            groups[of] = parser.add_argument_group(f"settings of {of}")
+            if of == "search":
+                from slimming.searching.config import PRESETS
+
+                text = f"what the other settings of the search start from: {', '.join(PRESETS)}; without it, default"
+                _add(groups[of], PRESET, str, text)
+        _add(groups[of], flag.name, flag.hint, f"{flag.text.rstrip('.')}{_default(flag, otherwise)}")
 
 
-def _setting(group: argparse._ArgumentGroup, name: str, metavar: str, text: str) -> None:
-    group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text)
-
-
-def add_budget(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the flag ``--budget``."""
-    parser.add_argument(
-        "--budget",
-        dest=BUDGET,
-        action="append",
-        default=[],
-        metavar="LIMITS",
-        help="macs=0.5, params=0.5, or keep ratios: keep.mlp=0.7,keep.head_dim=0.7; once for each slim model",
+def _add(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> None:
+    group.add_argument(
+        f"--{name}",
+        type=partial(parse_flag, hint, where=f"--{name}"),
+        default=argparse.SUPPRESS,
+        metavar=_metavar(hint),
+        help=text.replace("%", "%%"),
     )
 
 
-def given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
-    """The settings of ``cls`` that flags gave, as nested values."""
-    hints = {flag.name: flag.hint for flag in flags_of(cls)} | {"search.preset": str}
+def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Give ``parser`` options that several commands have."""
+    common: dict[str, dict[str, Any]] = {
+        "--device": {"metavar": "NAME", "help": "such as cpu or cuda:0 (default: a GPU where there is one)"},
+        "--threads": {"type": int, "metavar": "N", "help": "CPU threads (default: as torch chooses)"},
+        "--json": {"action": "store_true", "help": "print JSON"},
+        "--model.arguments": {
+            "type": partial(parse_flag, dict[str, Any], where="--model.arguments"),
+            "default": {},
+            "metavar": "A=1,B=2",
+            "help": "arguments of the host's constructor, such as timm's img_size",
+        },
+        "--budget": {
+            "type": partial(parse_pairs, where="--budget"),
+            "dest": BUDGETS,
+            "action": "append",
+            "default": [],
+            "metavar": "LIMITS",
+            "help": "macs=0.5, params=0.5, or keep ratios: keep.mlp=0.7,keep.head_dim=0.7; once for each slim model",
+        },
+    }
+    for name in names:
+        parser.add_argument(name, **common[name])
+
+
+def given(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
+    """The settings of ``cls``, called ``section``, that flags gave, as nested values."""
+    names = {PRESET, *(flag.name for flag in flags_of(cls, section))}
     values: dict[str, Any] = {}
-    for name, text in vars(arguments).items():
-        if name in hints and text is not None:
-            _put(values, name, parse_flag(hints[name], text, f"--{name}"), f"--{name}")
-    if getattr(arguments, BUDGET, []):
-        values["budgets"] = [parse_pairs(text, "--budget") for text in arguments.budget]
-    return values
+    for name, value in vars(arguments).items():
+        if name in names or (name == BUDGETS and value):
+            _put(values, name, value, f"--{name}")
+    return values.get(section, {}) if section else values
 
 
 _OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]{}]*[\]}])")
@@ -121,26 +149,20 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
     >>> parse_flag(tuple[int, ...], "1,32", "--bench.batch_sizes")
     [1, 32]
     """
-    if hint is None:
-        if text.lower() not in ("null", "none"):
-            raise ConfigError(f"{where} takes null only; its settings have flags of their own.")
-        return None
+    off = text.lower() in ("null", "none")
+    if hint is None and not off:
+        raise ConfigError(f"{where} takes null only; its settings have flags of their own.")
     hint, optional = unwrap(hint)
-    if optional and text.lower() in ("null", "none"):
+    if off and (optional or hint is None):
         return None
     origin = get_origin(hint)
     if hint is str:
         return text
     if origin is tuple and not text.startswith("["):
         return [parse_flag(get_args(hint)[0], part, where) for part in text.split(",") if part]
-    if origin is not None and origin is not tuple and not text.startswith("{"):
+    if origin not in (None, tuple) and not text.startswith("{"):
         return parse_pairs(text, where)
     return _yaml(text, where)
-
-
-def model_arguments(text: str | None) -> dict[str, Any]:
-    """What ``--model.arguments`` gives; nothing where it was not given."""
-    return {} if text is None else parse_flag(dict[str, Any], text, "--model.arguments")
 
 
 def parse_pairs(text: str, where: str) -> dict[str, Any]:
@@ -169,7 +191,7 @@ def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             above = ".".join(path[: place + 1])
-            raise ConfigError(f"{where}: {above} is given as {_shown(values)}, so {name} has no effect; drop one.")
+            raise ConfigError(f"{where}: {above} is given as {shown(values)}, so {name} has no effect; drop one.")
     if last in values:
         raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
@@ -184,30 +206,29 @@ def _yaml(text: str, where: str) -> Any:
 
 def _metavar(hint: Any) -> str:
     hint, _ = unwrap(hint)
-    origin = get_origin(hint)
-    if hint is None:
-        return "null"
-    if origin is tuple:
-        return "A,B"
-    if origin is not None and issubclass(origin, Mapping):
-        return "A=1,B=2"
-    return {str: "TEXT", int: "N", float: "X", bool: "true|false"}[hint]
+    single = {None: "null", str: "TEXT", int: "N", float: "X", bool: "true|false"}
+    return single.get(hint) or ("A,B" if get_origin(hint) is tuple else "A=1,B=2")
 
 
-def _help(flag: Flag) -> str:
-    text = flag.text.rstrip(".")
+def _default(flag: Flag, otherwise: str) -> str:
+    if otherwise:
+        return f" (default: {otherwise})"
     if flag.default is dataclasses.MISSING:
-        text += " (needed)"
-    elif not dataclasses.is_dataclass(flag.default) and flag.default not in ("", {}, (), None):
-        text += f" (default {_shown(flag.default)})"
-    return text.replace("%", "%%")
+        return " (needed)"
+    without = flag.hint is None or flag.default in ("", {}, (), None)
+    return "" if without else f" (default {shown(flag.default)})"
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
+def shown(value: Any) -> str:
+    """A value as a flag takes it; budgets as one flag each takes them.
+
+    >>> shown((1, 32)), shown({"keep": {"mlp": 0.5}}), shown(None), shown(True)
+    ('1,32', 'keep.mlp=0.5', 'null', 'true')
+    """
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={entry:g}" for key, entry in value.items())
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        return ",".join(f"{name}={shown(entry)}" for name, entry in flatten(value).items()) or "{}"
+    if isinstance(value, (list, tuple)):
+        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(map(shown, value)) or "[]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

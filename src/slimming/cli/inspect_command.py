@@ -21,13 +21,10 @@ checkpoint directory; weights are not downloaded. Nothing is trained.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from slimming.cli.flags import add_common
+
     parser.add_argument("model", metavar="MODEL", help="name of a model, or checkpoint directory")
-    parser.add_argument(
-        "--model.arguments",
-        dest="model_arguments",
-        metavar="A=1,B=2",
-        help="arguments of the host's constructor, such as timm's img_size",
-    )
+    add_common(parser, "--model.arguments")
     parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
     parser.add_argument("--json", action="store_true", help="print JSON, every group included")
 
@@ -36,13 +33,12 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     import json
 
-    from slimming.cli.flags import model_arguments
     from slimming.cli.models import open_named
     from slimming.masks.attachment import describe, prunable
     from slimming.pruning.costs import cost
     from slimming.runs.setup import check_input
 
-    model = open_named(arguments.model, model_arguments(arguments.model_arguments), device="meta")
+    model = open_named(arguments.model, vars(arguments)["model.arguments"], device="meta")
     check_input(model)
     anatomy, groups, found = prunable(model).anatomy, describe(model), cost(model)
     if arguments.json:

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slimming.benchmarking.config import BenchConfig
-from slimming.cli.flags import given
+import yaml
+
+from slimming.cli.flags import add_flags, flags_of, given, shown
 from slimming.cli.settings import build, merge, read_yaml
-from slimming.core.budget import Budget
+from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
 from slimming.retraining.retrain import DistilConfig
 from slimming.runs.config import RunConfig
+from slimming.runs.results import plain
 from slimming.runs.setup import ModelConfig
-from slimming.searching.config import SearchConfig, preset
+from slimming.searching.config import PRESETS, SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 
 J = TypeVar("J")
@@ -75,18 +77,18 @@ class EvalJob:
     data: DataConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchJob:
-    """What ``slimming bench`` takes beside its models.
-
-    Attributes:
-        bench: how time is measured.
-    """
-
-    bench: BenchConfig = field(default_factory=BenchConfig)
-
-
 JOBS: tuple[type[Any], ...] = (RunConfig, SearchJob, TrainJob, EvalJob)
+
+
+def add_job(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+    """Give ``parser`` what every command that trains has: the file, ``--output`` and a flag per setting of ``cls``."""
+    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
+    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting as YAML, to save as a config file, and stop"
+    )
+    parser.set_defaults(job=cls)
+    add_flags(parser, cls)
 
 
 def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]:
@@ -100,85 +102,54 @@ def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]
     values: dict[str, Any] = {}
     notes: list[str] = []
     if arguments.config is not None:
-        path = Path(arguments.config)
-        values = read_yaml(path)
-        known = _names(cls)
-        others = [key for key in values if key not in known and any(key in _names(job) for job in JOBS)]
-        values = {key: value for key, value in values.items() if key not in others}
-        if others:
-            notes.append(f"not used by this command: {', '.join(others)} in {path}")
+        values = read_yaml(Path(arguments.config))
+        elsewhere = {entry.name for job in JOBS for entry in dataclasses.fields(job)}
+        elsewhere -= {entry.name for entry in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        if others := [key for key in values if key in elsewhere]:
+            notes.append(f"not used by this command: {', '.join(others)} in {arguments.config}")
+            values = {key: value for key, value in values.items() if key not in others}
     return from_values(cls, merge(values, given(arguments, cls))), notes
 
 
 def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
     """Make a job from nested values; ``search.preset`` names what the search starts from."""
     search = values.get("search")
-    bases = {}
     if isinstance(search, Mapping) and "preset" in search:
-        bases["search"] = preset(str(search["preset"]))
-        values = {**values, "search": {key: value for key, value in search.items() if key != "preset"}}
-    return build(cls, values, bases=bases)
+        own = {key: value for key, value in search.items() if key != "preset"}
+        values = {**values, "search": build(SearchConfig, own, "search", preset(str(search["preset"])))}
+    return build(cls, values)
 
 
 def document(job: Any) -> dict[str, Any]:
     """A job as plain values from which `from_values` makes the same job again."""
-    values = _plain(job)
+    values = plain(job)
+    if "budgets" in values:
+        values["budgets"] = [budget.to_dict() for budget in job.budgets]
     if "search" in values:
-        # The paper's penalty has no entry for what it does not search; the default's would fill in.
-        base = "paper" if set(values["search"]["penalty"]) == set(preset("paper").penalty) else "default"
+        # A penalty is laid over that of the preset, so the preset must have no kind that this search has not.
+        kinds = {name: set(preset(name).penalty) for name in PRESETS}
+        below = [name for name in PRESETS if kinds[name] <= set(job.search.penalty)]
+        base = max(below, key=lambda name: len(kinds[name]), default="default")
         values["search"] = {"preset": base, **values["search"]}
     return values
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Budget):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested values by dotted name.
-
-    >>> flatten({"a": {"b": 1}, "c": [2]})
-    {'a.b': 1, 'c': [2]}
-    """
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else key
-        result |= flatten(value, name) if isinstance(value, Mapping) and value else {name: value}
-    return result
+def as_yaml(job: Any) -> str:
+    """Every setting of a job, as a config file that makes the same job again."""
+    return yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
 
 
 def differences(job: Any) -> list[str]:
     """One line per section: the settings that differ from the defaults, and those that have none."""
     values = document(job)
-    fewest: dict[str, Any] = {"model": {"name": "-"}, "data": {"source": "-"}}
-    if "budgets" in values:
-        fewest["budgets"] = [{"macs": 1.0}]
+    defaults = {flag.name: flag.default for flag in flags_of(type(job))}
     if "search" in values:
-        fewest["search"] = {"preset": values["search"]["preset"]}
-    if values.get("teacher") is not None:
-        fewest |= {"teacher": "-", "distil": {}}
-    plain = flatten(document(from_values(type(job), fewest)))
+        base = preset(values["search"]["preset"])
+        defaults |= {flag.name: flag.default for flag in flags_of(SearchConfig, "search", base)}
+    plain_defaults = flatten(plain(defaults))
     lines: dict[str, list[str]] = {}
     for name, value in flatten(values).items():
-        if value != plain.get(name, ...) or name in ("model.name", "data.source", "search.preset"):
+        if value != plain_defaults.get(name, ...):
             section, _, key = name.partition(".")
-            lines.setdefault(section, []).append(f"{key}={_shown(value)}" if key else _shown(value))
+            lines.setdefault(section, []).append(f"{key}={shown(value)}" if key else shown(value))
     return [f"{section:<8} {', '.join(entries)}" for section, entries in lines.items()]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_shown(entry)}" for key, entry in value.items()) + "}"
-    return "null" if value is None else str(value)
-
-
-def _names(cls: type[Any]) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(cls)}

@@ -17,17 +17,17 @@ MODEL is a name as in inspect or a checkpoint directory; its weights do not matt
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from slimming.cli.flags import add_common
+
     parser.add_argument("action", choices=("build", "merge"), help="what to do")
     parser.add_argument("inputs", nargs="+", metavar="MODEL|FILE", help="one model to build of, or tables to merge")
     parser.add_argument("--output", metavar="FILE", required=True, help="the table")
-    parser.add_argument("--model.arguments", dest="model_arguments", metavar="A=1,B=2",
-                        help="arguments of the host's constructor, such as timm's img_size")  # fmt: skip
+    add_common(parser, "--model.arguments")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
     parser.add_argument("--kinds", metavar="A,B", help="kinds of units whose number may differ, such as mlp,width "
                         "(default: what a search takes)")  # fmt: skip
     parser.add_argument("--uneven-heads", action="store_true", help="for plans whose heads may differ in size")
-    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    add_common(parser, "--device", "--threads")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
     parser.add_argument(
         "--runtime", default="eager", metavar="NAME", help="eager, compile or onnxruntime (default: eager)"
@@ -36,7 +36,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from slimming.cli.flags import model_arguments
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.cli.output import say
     from slimming.errors import ConfigError, nearest
@@ -59,7 +58,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.dtype not in types:
         raise ConfigError(f"--dtype is {arguments.dtype!r}; give {', '.join(types)}.{nearest(arguments.dtype, types)}")
     use_threads(arguments.threads)
-    options = model_arguments(arguments.model_arguments)
+    options = vars(arguments)["model.arguments"]
     model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
     table = build_latency_table(
         model,

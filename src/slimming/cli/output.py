@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from slimming.cli.jobs import differences, document, flatten, from_values
+from slimming.cli.jobs import as_yaml, differences, document, from_values
 from slimming.cli.settings import read_yaml
-from slimming.core.files import atomic_write_text, explain, new_directory
+from slimming.core.files import atomic_write_text, explain, new_directory, read_json
+from slimming.core.same_settings import check_same_settings, differing
 from slimming.errors import ConfigError, OutputError
 from slimming.runs.config import FREE_SECTIONS
+from slimming.runs.results import plain
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
@@ -88,7 +88,7 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
             same_settings(directory, job, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
+        text += as_yaml(job)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
@@ -111,14 +111,14 @@ def same_settings(directory: Path, job: Any, command: str) -> None:
         raise OutputError(
             f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."
         ) from error
-    earlier, now = flatten(document(before)), flatten(document(job))
-    for name in sorted(earlier.keys() | now.keys()):
-        free = name.partition(".")[0] in FREE_SECTIONS or name.rpartition(".")[2] in FREE_SETTINGS
-        if not free and earlier.get(name) != now.get(name):
-            raise ConfigError(
-                f"{directory} was started with {name} {earlier.get(name)}, now it is {now.get(name)}; go on with "
-                f"the same settings (slimming {command} {path} --output {directory}), or give another directory."
-            )
+    check_same_settings(
+        directory,
+        document(before),
+        document(job),
+        free=FREE_SETTINGS,
+        free_sections=FREE_SECTIONS,
+        again=f"slimming {command} {path} --output {directory}",
+    )
 
 
 def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
@@ -126,14 +126,8 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
-    from slimming.core.files import read_json
-    from slimming.runs.results import plain
-
     results = read_json(target)
-    settings = flatten(json.loads(json.dumps(plain(job))))
-    stored = flatten(results["settings"])
-    names = {name for name in settings.keys() | stored.keys() if name.rpartition(".")[2] not in FREE_SETTINGS}
-    return results if all(settings.get(name, 0) == stored.get(name, 0) for name in names) else None
+    return None if differing(results["settings"], plain(job), free=FREE_SETTINGS) else results
 
 
 @contextmanager

@@ -25,12 +25,10 @@ config.yaml:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_flags
+    from slimming.cli.jobs import add_job
     from slimming.runs.config import RunConfig
 
-    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
-    parser.add_argument("--output", metavar="DIR", help="where everything goes (default runs/ and the file's name)")
-    add_flags(parser, RunConfig, budgets=True)
+    add_job(parser, RunConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:

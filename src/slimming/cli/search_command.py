@@ -15,12 +15,9 @@ Stopped anywhere, the same command goes on where it was.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_flags
-    from slimming.cli.jobs import SearchJob
+    from slimming.cli.jobs import SearchJob, add_job
 
-    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
-    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
-    add_flags(parser, SearchJob)
+    add_job(parser, SearchJob)
 
 
 def execute(arguments: argparse.Namespace) -> None:

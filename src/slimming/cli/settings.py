@@ -1,7 +1,7 @@
-"""Settings from a YAML file, from flags and from Python, all by one definition: the frozen dataclasses.
+"""Frozen dataclasses from nested values, as a YAML file or flags give them.
 
-A misspelt key is answered with the nearest one and a wrong type in one line, and a preset may be the base of a
-section; that is what this small reader is for.
+A misspelt key is answered with the nearest one and a wrong type in one line that names the setting.
+`docs/design.md` compares this reader with jsonargparse and tyro.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import yaml
 from slimming.errors import BudgetError, ConfigError, nearest
 
 T = TypeVar("T")
-Bases = Mapping[str, Any]
-"""Dotted name of a section -> the dataclass whose values it starts from."""
+SCALARS = {str: "text (put it in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
+"""Types of single values, in the words of a message."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,15 +66,14 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: Any = None, bases: Bases | None = None) -> T:
+def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
     """Make a dataclass from nested values.
 
     Args:
         cls: the dataclass.
         values: field -> value; what is not given comes from ``base``, or else from the field's default.
         where: dotted name of the section, for messages.
-        base: an instance of ``cls``.
-        bases: bases of sections further down.
+        base: what to start from.
 
     Raises:
         ConfigError: an unknown or missing key, or a value of the wrong type.
@@ -84,15 +83,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: Any = 
     hints, found = get_type_hints(cls), {}
     for key in values:
         if key not in fields:
-            hint = nearest(f"{dot}{key}", [f"{dot}{name}" for name in fields])
-            raise ConfigError(f"There is no setting {dot}{key}; {where or 'here'} takes {', '.join(fields)}.{hint}")
+            hint = nearest(str(key), fields, dot) or f" {where or 'The file'} takes {', '.join(fields)}."
+            raise ConfigError(f"There is no setting {dot}{key}.{hint}")
     for name, field in fields.items():
-        own = (bases or {}).get(f"{dot}{name}", getattr(base, name, None) if base is not None else default_of(field))
-        if name in values:
-            found[name] = convert(hints[name], values[name], f"{dot}{name}", own, bases)
-        elif own is not dataclasses.MISSING:
-            found[name] = own
-        else:
+        own = default_of(field) if base is None else getattr(base, name)
+        if name in values or (own is dataclasses.MISSING and dataclasses.is_dataclass(hints[name])):
+            own = convert(hints[name], values.get(name, {}), f"{dot}{name}", own)
+        found[name] = own
+        if own is dataclasses.MISSING:
             raise ConfigError(f"{dot}{name} is missing; give it in the config file or as a flag.")
     try:
         return cls(**found)
@@ -114,39 +112,34 @@ def unwrap(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def convert(hint: Any, value: Any, where: str, base: Any = None, bases: Bases | None = None) -> Any:
-    """Check ``value`` against a type and return it as that type.
+def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
+    """``value`` as the type that ``hint`` says; of sections and mappings, ``base`` is what is not given.
 
     Raises:
         ConfigError: it is of another type.
     """
     hint, optional = unwrap(hint)
-    if value is None and optional:
-        return None
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, _mapping(value, where), where, base if dataclasses.is_dataclass(base) else None, bases)
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or (value is None and optional):
+        return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise _wrong(value, where, "a list, such as [a, b]")
         return tuple(convert(args[0], entry, f"{where}[{place}]") for place, entry in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        under = base if isinstance(base, Mapping) else {}
-        return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in merge(under, _mapping(value, where)).items()}
-    return value if hint is Any else _scalar(hint, value, where)
-
-
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        return build(hint, _mapping(value, where), where, base if dataclasses.is_dataclass(base) else None)
+    if hint not in SCALARS:
+        given = merge(base if isinstance(base, Mapping) else {}, _mapping(value, where))
+        return {str(key): convert(args[1], entry, f"{where}.{key}") for key, entry in given.items()}
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML reads 1e-4 as text
         try:
             return float(value)
         except ValueError:
-            raise _wrong(value, where, "a number") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+            pass
     if type(value) is not hint:
-        names = {str: "text (put it in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
-        raise _wrong(value, where, names[hint])
+        raise _wrong(value, where, SCALARS[hint])
     return value
 
 

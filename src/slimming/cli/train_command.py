@@ -16,12 +16,9 @@ DIR/model. Stopped anywhere, the same command goes on where it was.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_flags
-    from slimming.cli.jobs import TrainJob
+    from slimming.cli.jobs import TrainJob, add_job
 
-    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
-    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
-    add_flags(parser, TrainJob)
+    add_job(parser, TrainJob)
 
 
 def execute(arguments: argparse.Namespace) -> None:

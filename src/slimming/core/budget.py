@@ -10,11 +10,41 @@ from typing import Any
 from slimming.core.kinds import check_kinds
 from slimming.errors import BudgetError
 
-METRICS = ("params", "macs", "memory_bytes", "latency", "latency_ms")
-"""What a budget can limit, see `slimming.counting.model_cost.Cost` and `slimming.planning.latency_table`."""
-
 LEAST_ABSOLUTE = 1000
 """Limits from here on are absolute numbers; a limit between 1 and this is taken for a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Something that a budget can limit.
+
+    Attributes:
+        label: what it is called in tables and texts.
+        description: what it counts.
+        share: whether a limit up to 1 is a share of the dense model's.
+        absolute: whether a limit may be an absolute number.
+        timed: whether it is looked up in a latency table.
+    """
+
+    label: str
+    description: str
+    share: bool = True
+    absolute: bool = True
+    timed: bool = False
+
+
+METRICS: Mapping[str, Metric] = {
+    "params": Metric(label="params", description="parameters"),
+    "macs": Metric(label="MACs", description="multiply-adds of one image"),
+    "memory_bytes": Metric(
+        label="memory", description="bytes of the weights and the peak activations of one image, in float32"
+    ),
+    "latency": Metric(
+        label="latency", description="share of the dense model's time of one pass", absolute=False, timed=True
+    ),
+    "latency_ms": Metric(label="latency", description="milliseconds of one pass", share=False, timed=True),
+}
+"""Every metric by name: what `slimming.counting.model_cost.Cost` counts, and what a latency table predicts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +79,7 @@ class Budget:
     def __post_init__(self) -> None:
         limits = self.limits
         for name, value in limits.items():
-            self._check(name, value, absolute=name != "latency")
+            self._check(name, value, absolute=METRICS[name].absolute)
         if self.keep is not None:
             if not self.keep or limits:
                 raise BudgetError(f"A budget takes keep ratios alone (at least one), or {', '.join(METRICS)}.")
@@ -86,7 +116,7 @@ class Budget:
 
     def is_share(self, name: str) -> bool:
         """Whether the limit ``name`` is a share of the dense model."""
-        return name != "latency_ms" and self.limits[name] <= 1
+        return METRICS[name].share and self.limits[name] <= 1
 
     @property
     def name(self) -> str:

@@ -26,7 +26,6 @@ from slimming.models.prunable import PrunableModel
 ATTRIBUTE = "slimming_masks"
 """Attribute of a masked model that holds its `SoftMasks`."""
 
-SCORES = ("taylor", "contribution", "mask")
 _DECAY = 0.99
 
 
@@ -191,52 +190,19 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         plain = {name: tensor for name, tensor in state.items() if id(tensor) not in masks}
         return {_plain_name(name): tensor.detach() for name, tensor in plain.items()}
 
-    @torch.no_grad()
     def scores(self, how: str | None = None) -> dict[str, Tensor]:
         """One score per unit: what cutting it would cost. float32 on the CPU, shape (size,) per group.
 
         Args:
-            how: ``"taylor"``, the average change of the loss that `collect` estimated, one unit at a time;
-                ``"contribution"``, |factor| times the norms of the weights that make and read the unit, over
-                the mean of its kind; ``"mask"``, the signed factor itself, as in the paper. Default: taylor if
-                something was collected, else contribution.
+            how: one of `MASK_SCORES`. Default: ``"taylor"`` if `collect` was called, else ``"contribution"``.
 
         Raises:
             ConfigError: there is no such score, or nothing was collected for taylor.
         """
-        collected = bool(self.collected["steps"] > 0)
-        how = how or ("taylor" if collected else "contribution")
-        if how not in SCORES:
-            raise ConfigError(f"There is no score {how!r}; scores are {', '.join(SCORES)}.")
-        if how == "taylor":
-            if not collected:
-                raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
-            return {name: self.collected[name].sqrt().float().cpu() for name in self}
-        factors = {group.name: self.factor(group).float() for group in self.groups}
-        if how == "contribution":
-            factors = {g.name: factors[g.name].abs() * self._weight_norms(g) for g in self.groups}
-            for kind in {group.kind for group in self.groups}:
-                names = [group.name for group in self.of_kind(kind)]
-                mean = torch.cat([factors[name] for name in names]).mean().clamp_min(1e-12)
-                factors |= {name: factors[name] / mean for name in names}
-        return {name: factor.detach().cpu().clone() for name, factor in factors.items()}
-
-    def _weight_norms(self, group: Group) -> Tensor:
-        """Product over the sides of a unit of the norm of its slices; ones for tokens. Shape (size,)."""
-        squares: dict[str, Tensor] = {}
-        device = self[group.name].device
-        for slices in group.slices:
-            if is_buffer(self.model, slices.tensor):
-                continue
-            tensor = original(self.model, slices.tensor).float()
-            each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
-            owners, places = flat(slices.index, device)
-            total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
-            squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
-        result = torch.ones(group.size, device=device)
-        for side in SIDES:
-            result = result * squares[side].sqrt() if side in squares else result
-        return result
+        how = how or ("taylor" if bool(self.collected["steps"] > 0) else "contribution")
+        if how not in MASK_SCORES:
+            raise ConfigError(f"There is no score {how!r}; scores of masks are {', '.join(MASK_SCORES)}.")
+        return MASK_SCORES[how](self)
 
     @torch.no_grad()
     def apply_(self, plan: Plan) -> None:
@@ -309,6 +275,61 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         for tensor in sorted(tensors):
             module, _, name = tensor.rpartition(".")
             parametrize.remove_parametrizations(self.model.get_submodule(module), name, leave_parametrized=fold)
+
+
+@torch.no_grad()
+def taylor_scores(masks: SoftMasks) -> dict[str, Tensor]:
+    """The average change of the loss that `SoftMasks.collect` estimated, one unit at a time.
+
+    Raises:
+        ConfigError: nothing was collected.
+    """
+    if not bool(masks.collected["steps"] > 0):
+        raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
+    return {name: masks.collected[name].sqrt().float().cpu() for name in masks}
+
+
+@torch.no_grad()
+def contribution_scores(masks: SoftMasks) -> dict[str, Tensor]:
+    """|factor| times the norms of the weights that produce and consume the unit, over the mean of its kind."""
+    found = {g.name: masks.factor(g).float().abs() * weight_norms(masks, g) for g in masks.groups}
+    for kind in {group.kind for group in masks.groups}:
+        names = [group.name for group in masks.of_kind(kind)]
+        mean = torch.cat([found[name] for name in names]).mean().clamp_min(1e-12)
+        found |= {name: found[name] / mean for name in names}
+    return {name: score.cpu() for name, score in found.items()}
+
+
+@torch.no_grad()
+def mask_values(masks: SoftMasks) -> dict[str, Tensor]:
+    """The signed factor itself, as in the paper (ViT-Slim, section 3.3)."""
+    return {group.name: masks.factor(group).float().detach().cpu().clone() for group in masks.groups}
+
+
+MASK_SCORES: Mapping[str, Callable[[SoftMasks], dict[str, Tensor]]] = {
+    "taylor": taylor_scores,
+    "contribution": contribution_scores,
+    "mask": mask_values,
+}
+"""Scores that masks alone have."""
+
+
+def weight_norms(masks: SoftMasks, group: Group) -> Tensor:
+    """Product over the sides of a unit of the norm of its slices; ones for tokens. Shape (size,)."""
+    squares: dict[str, Tensor] = {}
+    device = masks[group.name].device
+    for slices in group.slices:
+        if is_buffer(masks.model, slices.tensor):
+            continue
+        tensor = original(masks.model, slices.tensor).float()
+        each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
+        owners, places = flat(slices.index, device)
+        total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
+        squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
+    result = torch.ones(group.size, device=device)
+    for side in SIDES:
+        result = result * squares[side].sqrt() if side in squares else result
+    return result
 
 
 def attach_(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from slimming.core.budget import Budget
+from slimming.core.budget import METRICS, Budget
 from slimming.core.completion import complete
 from slimming.core.groups import Anatomy, keep_all
 from slimming.core.layout import SOLVERS, Layout
@@ -20,11 +20,11 @@ from slimming.masks.soft_masks import SoftMasks
 from slimming.models import family_called
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Rated, Rating, load_scores
+from slimming.planning.scores import Scored, Scores, load_scores
 
 
 def plan(
-    source: Rated | SoftMasks | str | Path,
+    source: Scored | SoftMasks | str | Path,
     budget: Budget,
     *,
     layout: Layout | None = None,
@@ -64,7 +64,7 @@ def plan(
 
 
 def plans(
-    source: Rated | SoftMasks | str | Path,
+    source: Scored | SoftMasks | str | Path,
     budgets: Sequence[Budget],
     *,
     layout: Layout | None = None,
@@ -100,7 +100,7 @@ def plans(
 
 
 def smallest(
-    source: Rated | SoftMasks | str | Path,
+    source: Scored | SoftMasks | str | Path,
     metric: str,
     *,
     layout: Layout | None = None,
@@ -118,19 +118,19 @@ def smallest(
 
 
 def _planner(
-    source: Rated | SoftMasks | str | Path,
+    source: Scored | SoftMasks | str | Path,
     metrics: Collection[str],
     *,
     layout: Layout | None,
     latency: LatencyTable | str | Path | None,
     score: str | None = None,
-) -> tuple[Planner, Rating, LatencyTable | None]:
+) -> tuple[Planner, Scores, LatencyTable | None]:
     """What plans are made by: for limits of ``metrics``, from what, and the table where one of them is a time."""
     if isinstance(source, SoftMasks):
-        rating = Rating(anatomy=source.anatomy, scores=source.scores(score))
+        rating = Scores(anatomy=source.anatomy, scores=source.scores(score))
     elif score is not None:
         raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
-    elif isinstance(source, Rated):
+    elif isinstance(source, Scored):
         rating = source.rating
     elif isinstance(source, nn.Module):
         raise PlanError("A model alone has no scores: give what slimming.search or slimming.score found, or its masks.")
@@ -142,7 +142,7 @@ def _planner(
     table = None if latency is None else _latency_table(latency)
     if table is not None and layout.multiple is None:
         layout = replace(layout, multiple=table.multiple)
-    if {"latency", "latency_ms"} & set(metrics):
+    if any(METRICS[metric].timed for metric in metrics):
         _check_latency(table, layout)
     else:
         table = None

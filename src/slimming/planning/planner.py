@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimming.core.budget import Budget
+from slimming.core.budget import METRICS, Budget
 from slimming.core.groups import Anatomy, Group, Mask
 from slimming.core.kinds import KINDS
 from slimming.core.layout import Layout
@@ -295,7 +295,7 @@ def _each(
     average over a quarter of the group.
     """
     group = anatomy.group(name)
-    count = max(1, group.size // 4) if any(metric.startswith("latency") for metric in limits) else 1
+    count = max(1, group.size // 4) if any(METRICS[metric].timed for metric in limits) else 1
     before = dict(here)
     if group.token is not None:
         # What leaves here has left in all deeper blocks before.

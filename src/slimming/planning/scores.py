@@ -22,7 +22,7 @@ from slimming.planning.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rating:
+class Scores:
     """Scores of a model's units, and how plans are made of them unless asked otherwise.
 
     Attributes:
@@ -40,16 +40,16 @@ class Rating:
     sensitivity: Sensitivity | None = None
 
 
-class Rated(abc.ABC):
+class Scored(abc.ABC):
     """Something that plans can be made from, such as a search result."""
 
     @property
     @abc.abstractmethod
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         """Its scores."""
 
 
-def save_scores(path: str | Path, rating: Rating) -> None:
+def save_scores(path: str | Path, rating: Scores) -> None:
     """Write scores with the structure of the model they are of, so that plans can be made without the model.
 
     Raises:
@@ -71,7 +71,7 @@ def _digest(scores: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
 
 
-def load_scores(path: str | Path) -> Rating:
+def load_scores(path: str | Path) -> Scores:
     """Read what `save_scores` wrote.
 
     Raises:
@@ -93,4 +93,4 @@ def load_scores(path: str | Path) -> Rating:
         raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     anatomy = read(model).anatomy
-    return Rating(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)
+    return Scores(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

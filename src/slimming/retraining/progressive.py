@@ -27,7 +27,7 @@ from slimming.scoring.one_shot import OneShot
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
 from slimming.training.samples import Data
-from slimming.training.tasks import Task
+from slimming.training.tasks import Loss
 
 
 def train_progressive(
@@ -42,7 +42,7 @@ def train_progressive(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    task: Task | None = None,
+    loss: Loss | None = None,
 ) -> list[nn.Module]:
     """Cut and train the largest plan, cut the next one out of the trained model and train on, down to the smallest.
 
@@ -53,11 +53,11 @@ def train_progressive(
         data: training images, see `slimming.open_data`.
         plans: from that result, in any order; nested ones (solver ``"nested"``) follow from one another.
         config: of the training of each model.
-        teacher: to distil from, as for `slimming.train`; so are ``distil``, ``resume``, ``evaluate`` and ``task``.
+        teacher: to distil from, as for `slimming.train`; so are ``distil``, ``resume``, ``evaluate`` and ``loss``.
         distil: what of the teacher.
         resume: go on from the states in ``directory``.
         evaluate: called now and then with the model; what it returns goes to the log.
-        task: in place of the labels.
+        loss: of your own, in place of the labels.
         images: for `slimming.cut` to compensate with, at every cut.
         directory: each model's state and log go into ``0``, ``1``, … in it, by the place of its plan.
 
@@ -96,7 +96,7 @@ def train_progressive(
             directory=Path(directory) / str(place) if directory is not None else None,
             resume=resume,
             evaluate=evaluate,
-            task=task,
+            loss=loss,
         )
         found[place] = small if history.averaged is None else history.averaged
         done.append((plans[place], found[place]))

@@ -16,7 +16,7 @@ from slimming.masks.attachment import prunable
 from slimming.training.config import TrainConfig
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, DistilTask, Task, check_distillation
+from slimming.training.tasks import ClassificationTask, DistilTask, Loss, LossTask, Task, check_distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def train(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    task: Task | None = None,
+    loss: Loss | None = None,
     title: str = "training",
 ) -> History:
     """Train ``model`` in place; with a teacher, mostly from its logits (Hinton et al. 2015).
@@ -76,7 +76,7 @@ def train(
         directory: where the state and the log go, so that a killed training can go on.
         resume: go on from the state in ``directory`` if there is one.
         evaluate: called now and then with the model; what it returns goes to the log.
-        task: the loss, in place of the labels and the teacher.
+        loss: of your own, in place of the labels and the teacher, see `slimming.training.tasks.Loss`.
         title: name of the progress bar.
 
     Raises:
@@ -92,25 +92,27 @@ def train(
     2
     """
     config = config or TrainConfig()
-    task = task_of(model, config, teacher, distil, task)
+    task = task_of(model, config, teacher, distil, loss)
     target = Path(directory) if directory is not None else None
     return fit(model, task, data, config, directory=target, resume=resume, evaluate=evaluate, title=title)
 
 
 def task_of(
-    model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, task: Task | None
+    model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, loss: Loss | None
 ) -> Task:
-    """What `train` trains ``model`` for: the labels, the teacher, or the task that was given.
+    """What `train` trains ``model`` for: the labels, the teacher, or the loss that was given.
 
     Raises:
-        ConfigError: there are a task and a teacher, or settings for a teacher that is not there.
+        ConfigError: there are a loss and a teacher, or settings for a teacher that is not there.
     """
-    if task is not None and (teacher is not None or distil is not None):
-        raise ConfigError("Give a task of your own, or a teacher; the task would not use the teacher.")
+    if loss is not None and (teacher is not None or distil is not None):
+        raise ConfigError("Give a loss of your own, or a teacher; the loss would not use the teacher.")
     if teacher is None and distil is not None:
         raise ConfigError("distil says how to learn from a teacher, and there is none: give the teacher, or no distil.")
-    if task is not None or teacher is None:
-        return task or ClassificationTask(config.label_smoothing)
+    if loss is not None:
+        return LossTask(loss)
+    if teacher is None:
+        return ClassificationTask(config.label_smoothing)
     distil = distil or DistilConfig()
     return DistilTask(
         teacher,

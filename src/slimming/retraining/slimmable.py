@@ -31,7 +31,7 @@ from slimming.training.config import TrainConfig
 from slimming.training.images import mix
 from slimming.training.loop import fit
 from slimming.training.samples import Data
-from slimming.training.tasks import Task
+from slimming.training.tasks import Loss, Task
 
 
 def train_slimmable(
@@ -45,7 +45,7 @@ def train_slimmable(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    task: Task | None = None,
+    loss: Loss | None = None,
     title: str = "together",
 ) -> SearchResult:
     """Train the searched model so that every plan can be cut out of it and needs no retraining of its own.
@@ -65,7 +65,7 @@ def train_slimmable(
         distil: what of the teacher.
         directory: for the state and the log.
         resume: go on from the state there.
-        task: in place of the labels.
+        loss: of your own, in place of the labels.
         title: of the training, in its log.
         evaluate: called now and then with the model at its smallest plan; what it returns goes to the log.
 
@@ -102,7 +102,7 @@ def train_slimmable(
     check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
-        InTurn(task_of(masks.model, config, teacher, distil, task), masks, ones, config.seed),
+        InTurn(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
         data,
         config,
         directory=Path(directory) if directory is not None else None,

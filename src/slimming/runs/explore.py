@@ -22,7 +22,7 @@ from slimming.errors import BudgetError, CheckpointError, SlimmingError
 from slimming.models import family_called
 from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
-from slimming.planning.scores import Rated, Rating, load_scores
+from slimming.planning.scores import Scored, Scores, load_scores
 from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
 from slimming.report.model import Picture, Results, Row, parse, parse_layers, parse_pictures, parse_widths
 from slimming.report.nodes import Node
@@ -79,13 +79,13 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
 
 
 @dataclass(frozen=True)
-class _Saved(Rated):
+class _Saved(Scored):
     """Scores of a file, read once."""
 
-    saved: Rating
+    saved: Scores
 
     @property
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         return self.saved
 
 
@@ -93,7 +93,7 @@ class _Saved(Rated):
 class _Prices:
     """What plans of one model cost."""
 
-    rating: Rating
+    rating: Scores
     table: LatencyTable | None
 
     @cached_property
@@ -192,7 +192,7 @@ def _settings(place: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _pictures(rating: Rating, data: Any) -> tuple[Picture, ...]:
+def _pictures(rating: Scores, data: Any) -> tuple[Picture, ...]:
     """A few validation images; none where the data is not to be had here."""
     try:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}

@@ -19,6 +19,7 @@ from torch import nn
 
 from slimming.core.completion import complete
 from slimming.core.files import atomic_json, read_json
+from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
 from slimming.masks.attachment import independent, joint, prunable, searched
@@ -85,7 +86,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     at_once = min(256, config.search.train.at_once, config.retrain.at_once)
     judge = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
-    _same_settings(asked, directory, write=world.is_main_process)
+    check_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, judge, say)
     result, seconds = _search(dense, data, config, directory / "search", judge, say)
     work = Work(config=config, dense=whole, data=data, result=result, root=directory, judge=judge, say=say)
@@ -134,28 +135,17 @@ def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
     return shares
 
 
-def _same_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
+def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     """Check that what an earlier call left in ``directory`` was made with the same settings, or write them down.
 
     Raises:
         ConfigError: it was not.
     """
-    path, now = directory / SETTINGS, _deciding(plain(config))
-    before = read_json(path) if path.exists() else now
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ConfigError(
-                f"{directory} was started with {name} {before.get(name)}, now it is {value}; go on with the same "
-                "settings, or give another directory."
-            )
+    path, now = directory / SETTINGS, plain(config)
+    if path.exists():
+        check_same_settings(directory, read_json(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
     if write:
         atomic_json(path, now)
-
-
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of the settings decides what is computed, and not how it is watched or which budgets are asked for."""
-    found = {name: value for name, value in settings.items() if name not in (*FREE_SECTIONS, *FREE_SETTINGS)}
-    return {name: _deciding(value) if isinstance(value, dict) else value for name, value in found.items()}
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 from torch import nn
 
 from slimming.runs.config import TOGETHER, RunConfig
-from slimming.searching.config import ANEW, UNTRAINED
+from slimming.scoring.registry import SCORES
 from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
@@ -145,7 +145,7 @@ def allot(
         room = (free - fixed * _steps(config.retrain, epochs[1])) * (SEARCHING if config.retrain_is_open else 1.0)
         planned = search_steps = min(epochs[0], max(0, int(room / step)))
         if search_steps < least:
-            planned = search_steps = 0 if config.search.score in UNTRAINED else least
+            planned = search_steps = least if SCORES[config.search.score].needs_training else 0
     seconds["search"] = planned * step
 
     step = _retrain_step(config, pace, shares, epochs[1], val_images)
@@ -169,12 +169,13 @@ def allot(
 
 def _fixed(config: RunConfig, pace: Pace, shares: Sequence[float], val_images: int) -> dict[str, float]:
     """Seconds of what is done whatever the length of the trainings."""
-    scored = config.search.images * (config.search.score in ANEW) + config.one_shot
-    score = pace.work(SCORING * scored)
+    score = SCORES[config.search.score]
+    own = config.search.images if score.needs_images and not score.needs_training else 0
+    scoring = pace.work(SCORING * (own + config.one_shot))
     cuts = len(shares) * (1 + bool(config.one_shot))
     cut = pace.work(CUTTING * config.compensate) * cuts
     judge = pace.judge(val_images) + 2 * sum(pace.judge(val_images, share) for share in shares)
-    return {"score": score, "cut": cut, "evaluate": judge}
+    return {"score": scoring, "cut": cut, "evaluate": judge}
 
 
 def _retrain_step(config: RunConfig, pace: Pace, shares: Sequence[float], epoch: int, val_images: int) -> float:

@@ -2,8 +2,8 @@
 
 Scores of single units in the whole model say little about what happens when many go. Hidden units, head dimensions and
 channels can stand in for one another, see `slimming.scoring.redundancy`. Tokens, blocks and embedding features cannot:
-each costs more the fewer are left. Units of these kinds are therefore removed in a few rounds, each ranked by the Fisher
-scores of the model that the rounds before left (Molchanov et al., ICLR 2017, also alternate scoring and pruning).
+each costs more the fewer are left. Units of these kinds are therefore removed in a few rounds, each ranked by the
+Fisher scores of the model that the rounds before left (Molchanov et al., ICLR 2017, alternate scoring and pruning).
 """
 
 from __future__ import annotations

@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.layout import Layout
-from slimming.errors import ConfigError, DataError, PlanError, nearest
+from slimming.errors import DataError, PlanError
 from slimming.masks.attachment import independent, prunable, searched
-from slimming.masks.soft_masks import attach_, attached
+from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
-from slimming.planning.scores import Rated, Rating
-from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import iterative_scores
+from slimming.planning.scores import Scored, Scores
+from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
 from slimming.training.samples import Data
 
-ONE_SHOT_SCORES = ("compensated", "fisher", "taylor", "contribution")
 NO_LABEL = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneShot(Rated):
+class OneShot(Scored):
     """What `score` found: a model to cut, one score per unit, and the images that it took.
 
     Attributes:
@@ -48,9 +46,9 @@ class OneShot(Rated):
         return self.prunable.model
 
     @property
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         """The scores, for `slimming.plan`."""
-        return Rating(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
+        return Scores(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
 def score(
@@ -72,13 +70,8 @@ def score(
     Args:
         model: a dense or slim model without masks, which stays as it is.
         data: its training part is read, see `slimming.open_data`; or batches of images, shape (B, C, H, W).
-        how: ``"fisher"``, half the mean square of the slope of the log-likelihood with labels drawn from what the
-            model itself says, along each unit's factor: to second order, how far its outputs go from those of the
-            whole model (Kullback-Leibler). Without a classifier, the same of its features. ``"compensated"``,
-            what each unit costs at its turn, when others of its kind have gone and compensation has made up for what
-            it can, see `slimming.scoring.iterative`. ``"taylor"``, with the
-            true labels, which ``data`` must have (Molchanov et al., CVPR 2019). ``"contribution"``, the norms of the
-            weights that make and read the unit, without images.
+        how: one of `slimming.scoring.registry.SCORES`: ``"compensated"``, ``"fisher"``, ``"taylor"`` (needs labels) or
+            ``"contribution"`` (of the weights alone). Without a classifier, Fisher scores are those of its features.
         images: how many of the training images.
         kinds: kinds of units to score; None takes those that `slimming.attach` takes.
         rotate: give attention heads other bases first, see `slimming.scoring.rotation`.
@@ -100,26 +93,19 @@ def score(
     >>> slimming.cost(small).macs <= 0.5 * slimming.cost(model).macs
     True
     """
-    if how not in ONE_SHOT_SCORES:
-        scores = ", ".join(ONE_SHOT_SCORES)
-        raise ConfigError(f"There is no score {how!r}; scores are {scores}.{nearest(how, ONE_SHOT_SCORES)}")
+    chosen = score_called(how, one_shot=True)
     if attached(model) is not None:
         raise PlanError("The model has masks; call masks.fold_() or masks.detach_() first, or plan with the masks.")
     batches = _batches(data, images, seed)
-    if how == "taylor" and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
-        raise DataError("Score 'taylor' needs labels: give data that has them, or take score 'compensated'.")
+    if chosen.needs_labels and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
+        raise DataError(f"Score {how!r} needs labels: give data that has them, or take score 'compensated'.")
     own = prunable(model).copy()
     own.model.eval()
     pictures = [batch.images for batch in batches]
     if rotate:
         rotate_(own, pictures)
     groups = searched(independent(own.anatomy.groups), kinds)
-    if how == "contribution":
-        scores = attach_(own.copy(), groups, penalty={}).scores("contribution")
-    else:
-        scores = fisher_scores(own, groups, batches, drawn=how != "taylor", seed=seed)
-    if how == "compensated":
-        scores = iterative_scores(own, groups, scores, batches, seed=seed)
+    scores = chosen.function(Request(prunable=own, groups=groups, batches=batches, seed=seed))
     return OneShot(prunable=own, scores=scores, how=how, images=pictures, layout=layout or Layout())
 
 

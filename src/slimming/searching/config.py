@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
 from slimming.errors import ConfigError, nearest
-from slimming.masks.soft_masks import SCORES
 from slimming.masks.tokens import BIAS, MULTIPLY
+from slimming.scoring.registry import SCORES, score_called
 from slimming.training.config import TrainConfig
-
-ANEW = ("compensated", "fisher")
-"""Scores of the trained model, beside those that the search collects."""
-UNTRAINED = (*ANEW, "contribution")
-"""Scores that a search without a single step has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a search is done. `preset` gives the two named ones.
+    """How a search is done. `preset` gives the named ones.
 
     Attributes:
         kinds: kinds of unit that get a mask; None takes all that the model has, see
@@ -32,9 +27,8 @@ class SearchConfig:
             without one get a soft mask as always.
         penalty: kind -> weight of its l1 penalty.
         penalty_sum: weights multiply sums over units, as in the paper, instead of means.
-        score: what units are ranked by: ``"compensated"`` or ``"fisher"`` of the trained model, see `slimming.score`
-            (with a task of one's own, its slopes take the place of the likelihood's); or what the search saw, see
-            `SoftMasks.scores`.
+        score: what units are ranked by, one of `slimming.scoring.registry.SCORES`. With a loss of one's own, its
+            derivatives take the place of the log-likelihood's.
         rotate: give attention heads the bases in which they are best cut before the training, see
             `slimming.scoring.rotation`; left out where the training images can be iterated over only once.
         images: training images, without their labels, for ``rotate`` and ``score``.
@@ -69,14 +63,11 @@ class SearchConfig:
         check_kinds((*(self.kinds or ()), *self.penalty), ConfigError)
         if self.kinds is not None and not self.kinds:
             raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
-        if self.score not in (known := (*SCORES, *ANEW)):
+        if score_called(self.score).needs_training and self.train.steps == 0:
+            untrained = ", ".join(name for name, score in SCORES.items() if not score.needs_training)
             raise ConfigError(
-                f"There is no score {self.score!r}; scores are {', '.join(known)}.{nearest(self.score, known)}"
-            )
-        if self.train.steps == 0 and self.score not in UNTRAINED:
-            raise ConfigError(
-                f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take score "
-                "compensated, fisher or contribution."
+                f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take one of "
+                f"{untrained}."
             )
         if self.images < 1:
             raise ConfigError(f"search.images is {self.images}; it must be at least 1.")
@@ -88,40 +79,32 @@ class SearchConfig:
             raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
 
 
-def preset(name: str) -> SearchConfig:
-    """The search called ``name``: ``"default"``, or ``"paper"`` for ViT-Slim to the letter (section 4.1).
-
-    Raises:
-        ConfigError: there is no such preset.
-
-    >>> preset("paper").train.batch_size
-    1024
-    """
-    presets = {
-        "default": SearchConfig(),
-        "paper": SearchConfig(
-            coupled=True,
-            tokens=MULTIPLY,
-            penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
-            penalty_sum=True,
-            score="mask",
-            rotate=False,
-            fold=False,
-            layout=FREE,
-            train=TrainConfig(
-                epochs=50.0,
-                batch_size=1024,
-                lr=5e-4,
-                weight_decay=1e-3,
-                schedule="constant",
-                clip_grad=None,
-                label_smoothing=0.1,
-                mixup=0.8,
-                cutmix=1.0,
-            ),
+def _paper() -> SearchConfig:
+    return SearchConfig(
+        coupled=True,
+        tokens=MULTIPLY,
+        penalty={"head_dim": 2e-4, "mlp": 5e-5, "token": 1e-4},
+        penalty_sum=True,
+        score="mask",
+        rotate=False,
+        fold=False,
+        layout=FREE,
+        train=TrainConfig(
+            epochs=50.0,
+            batch_size=1024,
+            lr=5e-4,
+            weight_decay=1e-3,
+            schedule="constant",
+            clip_grad=None,
+            label_smoothing=0.1,
+            mixup=0.8,
+            cutmix=1.0,
         ),
-    }
-    presets["network-slimming"] = SearchConfig(
+    )
+
+
+def _network_slimming() -> SearchConfig:
+    return SearchConfig(
         kinds=("channel",),
         norms=True,
         penalty={"channel": 1e-4},
@@ -141,9 +124,30 @@ def preset(name: str) -> SearchConfig:
             label_smoothing=0.0,
         ),
     )
-    if name not in presets:
-        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(presets)}.{nearest(name, presets)}")
-    return presets[name]
+
+
+PRESETS: Mapping[str, Callable[[], SearchConfig]] = {
+    "default": SearchConfig,
+    "paper": _paper,
+    "network-slimming": _network_slimming,
+}
+"""The named searches, see `preset`."""
+
+
+def preset(name: str) -> SearchConfig:
+    """The search called ``name``: ``"default"``, ``"paper"`` or ``"network-slimming"``.
+
+    ``"paper"`` is ViT-Slim to the letter (section 4.1), ``"network-slimming"`` is Liu et al. 2017.
+
+    Raises:
+        ConfigError: there is no such preset.
+
+    >>> preset("paper").train.batch_size
+    1024
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+    return PRESETS[name]()
 
 
 def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:

@@ -21,14 +21,13 @@ from slimming.core.groups import Anatomy
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, searched
-from slimming.masks.soft_masks import SCORES, SoftMasks, attach_, attached
+from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import fill_
 from slimming.models.prunable import read_as
-from slimming.planning.scores import Rated, Rating, load_scores, save_scores
+from slimming.planning.scores import Scored, Scores, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
-from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import iterative_scores
 from slimming.scoring.redundancy import redundancy_scores
+from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
@@ -37,13 +36,13 @@ from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task, both_heads
+from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, MatchLoss, Task, both_heads
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResult(Rated):
+class SearchResult(Scored):
     """What a search leaves: the masked model, one score per unit, and how it came about.
 
     Attributes:
@@ -70,9 +69,9 @@ class SearchResult(Rated):
         return self.masks.anatomy
 
     @property
-    def rating(self) -> Rating:
+    def rating(self) -> Scores:
         """Scores, with the layout and the fold of the search."""
-        return Rating(
+        return Scores(
             anatomy=self.anatomy,
             scores=self.scores,
             layout=self.config.layout,
@@ -112,7 +111,7 @@ def search(
     directory: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    task: Task | None = None,
+    loss: Loss | None = None,
 ) -> SearchResult:
     """Train ``model`` together with soft masks, in place, and score every unit (ViT-Slim, section 3).
 
@@ -123,7 +122,7 @@ def search(
         directory: where the state and the log of the training go, so that a killed search can go on.
         resume: go on from the state in ``directory`` if there is one.
         evaluate: called now and then with the masked model; what it returns goes to the log.
-        task: the loss, where it is not the cross-entropy of the labels.
+        loss: of your own, in place of the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -154,7 +153,7 @@ def search(
             rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
     masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
     masks.penalty_sum = config.penalty_sum
-    inner = task or ClassificationTask(config.train.label_smoothing)
+    inner = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
@@ -185,7 +184,7 @@ def search(
     if config.sensitivity and len({group.kind for group in groups}) > 1:
         try:
             measured = _sensitivity(masks, scores, config, data, inner)
-        except Exception as error:  # a loader that cannot be read again, memory, a task of one's own: keep the search
+        except Exception as error:  # a loader that cannot be read again, memory, a loss of one's own: keep the search
             warnings.warn(
                 f"What cutting each kind does could not be measured ({type(error).__name__}: {error}); kinds are "
                 "weighed against each other by their scores. search.sensitivity: 0 leaves the measurement out.",
@@ -205,7 +204,8 @@ def search(
 
 def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
     """One score per unit of the trained model; what the search collected where the one asked for cannot be had."""
-    if config.score in SCORES:
+    chosen = score_called(config.score)
+    if chosen.needs_training or not chosen.needs_images:
         return masks.scores(config.score)
     try:
         model = copy.deepcopy(masks.model).eval()
@@ -215,12 +215,10 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
             own.fold_()
         own.detach_()
         batches = calibration_batches(data, config.images, seed=config.train.seed)
-        if isinstance(task, (ClassificationTask, DistilTask)):
+        if _trains_outputs(task):
             plain = read_as(model, masks.anatomy)
-            found = fisher_scores(plain, masks.groups, batches, seed=config.train.seed)
-            if config.score == "compensated":
-                found = iterative_scores(plain, masks.groups, found, batches, seed=config.train.seed)
-            return found
+            request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
+            return chosen.function(request)
         found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
             found = redundancy_scores(model, masks.groups, found, [batch.images for batch in batches])
@@ -236,6 +234,11 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
         return masks.scores("taylor")
 
 
+def _trains_outputs(task: Task) -> bool:
+    """Whether the loss is of the model's own outputs, whose Fisher scores then say what a unit matters."""
+    return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
+
+
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
 ) -> Sensitivity:
@@ -247,7 +250,9 @@ def _sensitivity(
     # Autocast keeps copies of weights until it ends: it must not outlive one trial.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
-        judge = _divergence(model, batches) if type(task) is ClassificationTask else _task_loss(task, device, batches)
+        judge = (
+            _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
+        )
 
     def loss(trial: nn.Module) -> float:
         with precise():

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from slimming.core.files import atomic_file
-from slimming.errors import CheckpointError, ConfigError
+from slimming.core.same_settings import check_same_settings
+from slimming.errors import CheckpointError
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.optimisation import AveragedModel
 from slimming.training.tasks import Task
@@ -37,11 +38,10 @@ class RunState:
         Raises:
             OutputError: the disk is full, or the place is not writable.
         """
-        settings = {**dataclasses.asdict(config), "trackers": list(config.trackers), "total": total}
         content = {
             "format": FORMAT,
             "step": self.step,
-            "settings": settings,
+            "settings": _settings(config, total),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state_dict(),
@@ -63,7 +63,9 @@ class RunState:
         """
         path = directory / STATE_FILE
         content = _read(path)
-        _same_settings(path, content["settings"], config, total)
+        check_same_settings(
+            path.parent, _named(content["settings"]), _named(_settings(config, total)), free=FREE_SETTINGS
+        )
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -94,12 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _same_settings(path: Path, stored: dict[str, Any], config: TrainConfig, total: int) -> None:
-    now = {**dataclasses.asdict(config), "total": total}
-    for name, value in now.items():
-        if name not in FREE_SETTINGS and stored.get(name) != value:
-            what = "the number of steps" if name == "total" else name
-            raise ConfigError(
-                f"The run in {path.parent} was started with {what} {stored.get(name)}, now it is {value}; "
-                "go on with the same settings, or give another directory."
-            )
+def _settings(config: TrainConfig, total: int) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), "trackers": list(config.trackers), "total": total}
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"number of steps" if name == "total" else name: value for name, value in settings.items()}

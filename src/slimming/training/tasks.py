@@ -77,7 +77,7 @@ def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
         return logits
     raise ConfigError(
         f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that gives them, or "
-        "give a task of your own."
+        "give a loss of your own."
     )
 
 
@@ -106,6 +106,52 @@ def _relations(output_BND: Tensor, heads: int) -> Tensor:
     """Logarithms of the relations, (B, heads, N, N)."""
     products = [part @ part.mT / part.shape[-1] ** 0.5 for part in output_BND.tensor_split(heads, dim=-1)]
     return torch.stack(products, 1).log_softmax(-1)
+
+
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
+"""A loss of the user's own: called with the model and a batch ``(images, labels)``, it gives the scalar to minimise, or
+several scalars by name: ``"loss"`` is minimised, the others are logged beside it."""
+
+
+class LossTask:
+    """A loss of the user's own as a task.
+
+    Args:
+        function: see `Loss`.
+    """
+
+    def __init__(self, function: Loss) -> None:
+        self.function = function
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing to prepare."""
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `Task.loss`.
+
+        Raises:
+            ConfigError: the function gives no scalar, or no scalar called ``"loss"``.
+        """
+        found = self.function(model, (images, labels))
+        losses = {"loss": found} if isinstance(found, Tensor) else dict(found)
+        if "loss" not in losses or any(not isinstance(one, Tensor) or one.numel() != 1 for one in losses.values()):
+            raise ConfigError(
+                "The loss function must return a scalar tensor, or a mapping of scalar tensors with an entry 'loss'."
+            )
+        return {name: one.reshape(()) for name, one in losses.items()}
+
+    def before_step(self) -> None:
+        """Nothing to collect."""
+
+    def stop(self) -> None:
+        """Nothing to undo."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
 
 
 class ClassificationTask:
@@ -327,46 +373,43 @@ class DistilTask:
         """Nothing to take over."""
 
 
-class MatchTask(ClassificationTask):
-    """Giving what another model gives, without labels: the mean squared error of the outputs.
+class MatchLoss:
+    """A `Loss` without labels: the mean squared error between the outputs of the model and those of a teacher.
 
-    For encoders, whose output (B, D) or (B, N, D) is an embedding. It is divided by the variance of what the teacher
-    gives for ``images``, so that 1 is about as bad as giving their mean, however batches are split.
+    For encoders, whose output (B, D) or (B, N, D) is an embedding. The error is divided by the variance of the
+    teacher's outputs for ``images``, so that 1 is about as bad as predicting their mean, however batches are split.
 
     Args:
         teacher: put into evaluation mode and never trained.
-        images: some batches (B, C, H, W), such as those of `slimming.load_images`.
+        images: a few batches (B, C, H, W), such as those of `slimming.load_images`.
 
     Raises:
-        ConfigError: the teacher gives the same for all of them.
+        ConfigError: the teacher's outputs are the same for all images.
     """
 
     def __init__(self, teacher: nn.Module, images: Iterable[Tensor]) -> None:
-        super().__init__()
         self.teacher = teacher
         device = next(teacher.parameters()).device
         with in_evaluation(teacher), torch.no_grad():
             wanted = [both_heads(teacher(batch.to(device)))[0].float() for batch in images]
         self.variance = float(torch.cat(wanted).var(0, unbiased=False).mean()) if wanted else 0.0
         if not self.variance > 0:
-            raise ConfigError("The teacher gives the same for all images; give MatchTask two or more that differ.")
+            raise ConfigError("The teacher gives the same output for all images; give two or more that differ.")
+        teacher.eval()
 
-    def start(self, model: nn.Module, device: torch.device) -> None:
-        """Move the teacher to ``device``."""
-        self.teacher.to(device).eval()
-
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See `Task.loss`; the labels are not looked at.
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The error on ``batch``, whose labels are not used.
 
         Raises:
             ConfigError: the two outputs differ in shape.
         """
+        images, _ = batch
         with torch.no_grad():
-            wanted = both_heads(self.teacher(images))[0].float()
+            wanted = both_heads(self.teacher.to(images.device)(images))[0].float()
         found = model(images).float()
         if found.shape != wanted.shape:
             raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")
-        return {"loss": F.mse_loss(found, wanted) / self.variance}
+        return F.mse_loss(found, wanted) / self.variance
 
 
 class AddPenalty:
