@@ -4,8 +4,9 @@
     python docs/fill_tables.py --check    only say which files are out of date
 
 A part lies between ``<!-- KIND:NAME -->`` and ``<!-- /KIND:NAME -->``. Kinds: ``results`` (a table of
-``benchmarks/results/NAME.json`` or ``NAME.md``), ``summary`` (a short table of one of these files), ``config`` (the
-fields of a dataclass of settings) and ``api`` (signature and first sentence of a public name).
+``benchmarks/results/NAME.json`` or ``NAME.md``), ``summary`` (a short table of one of these files), ``registry`` (the
+entries of a registry of the package), ``config`` (the fields of a dataclass of settings) and ``api`` (signature and
+first sentence of a public name).
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from statistics import mean
 from typing import Any
 
 import slimming
+from slimming.core.kinds import KINDS
+from slimming.scoring.registry import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PART = re.compile(r"(<!-- (results|summary|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (results|summary|registry|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
+
+COLOURS = re.compile(r"\x1b?\[\d+m")
+"""Colours of a terminal, which messages of other tools bring along."""
 
 CONFIGS = (
     "RunConfig",
@@ -57,13 +63,14 @@ def filled(text: str) -> str:
 def results_table(name: str) -> str:
     """The table of a committed result, or a line that says that there is none yet."""
     path = RESULTS / f"{name}.json"
-    if path.exists():
-        content = json.loads(path.read_text("utf-8"))
-        if "dense" in content and isinstance(content.get("rows"), list):  # of a run
-            return run_table(content)
-        written = path.with_suffix(".md").read_text("utf-8").strip()
-        return "\n".join(line for line in written.splitlines() if not line.startswith("# ")).strip()
-    return f"*Not measured yet: `benchmarks/results/{name}.json` does not exist.*"
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if "dense" in content and isinstance(content.get("rows"), list):  # of a run
+        return run_table(content)
+    written = path.with_suffix(".md")
+    if written.exists():
+        lines = [line for line in written.read_text("utf-8").splitlines() if not line.startswith("# ")]
+        return COLOURS.sub("", "\n".join(lines)).strip()
+    return f"*Not measured yet: `benchmarks/results/{name}.md` does not exist.*"
 
 
 def run_table(results: Mapping[str, Any]) -> str:
@@ -261,9 +268,41 @@ def _signature(name: str, value: Any) -> str:
     return f"slimming.{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){arrow}"
 
 
+def registry(name: str) -> str:
+    """The names of a registry of the package with their descriptions."""
+    header, rows = REGISTRIES[name]()
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def scores() -> tuple[list[str], list[list[str]]]:
+    """Every score: name, definition, and what it is computed from."""
+    rows = []
+    for name, score in SCORES.items():
+        needs = [
+            "images" if score.needs_images else "",
+            "labels" if score.needs_labels else "",
+            "" if score.one_shot else "a search",
+        ]
+        rows.append([f"`{name}`", score.description, ", ".join(filter(None, needs)) or "weights only"])
+    return ["score", "definition", "needs"], rows
+
+
+def kinds() -> tuple[list[str], list[list[str]]]:
+    """Every kind of unit: name, unit, and whether it has to be asked for."""
+    rows = [
+        [f"`{name}`", kind.description, "on request" if kind.on_request else "by default"]
+        for name, kind in KINDS.items()
+    ]
+    return ["kind", "unit", "pruned"], rows
+
+
+REGISTRIES: Mapping[str, Callable[[], tuple[list[str], list[list[str]]]]] = {"scores": scores, "kinds": kinds}
+
 MAKERS: Mapping[str, Callable[[str], str]] = {
     "results": results_table,
     "summary": summary,
+    "registry": registry,
     "config": config_table,
     "api": api_entry,
 }

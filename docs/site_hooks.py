@@ -54,7 +54,7 @@ MODULES = {
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MATHS = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$")
-MARKER = re.compile(r"^<!-- /?(results|summary|config|api):[\w.]+ -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- /?(results|summary|registry|config|api):[\w.]+ -->$", re.MULTILINE)
 TABLE_LINK = re.compile(r"^Table: .*\n", re.MULTILINE)
 """The line of a note that leads to its table, which stands below it in the site."""
 
@@ -145,7 +145,7 @@ def page_of(path: str) -> str | None:
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     result = re.fullmatch(r"benchmarks/(?:results|notes)/(\w+)\.md", path)
-    if result and (RESULTS / f"{result[1]}.json").exists():
+    if result and result[1] in result_names():
         return HAS_PAGE.get(result[1], f"benchmarks/{result[1]}.md")
     return PAGES.get(path)
 
@@ -169,21 +169,26 @@ def expanded(nav: list[Any], files: Files) -> list[Any]:
 def benchmarks() -> Iterator[tuple[str, str]]:
     """A page for every committed result: what is asked, how it is made, what it shows, the table, all numbers."""
     questions = benchmark_questions()
-    for path in sorted(RESULTS.glob("*.json")):
-        name = path.stem
-        if name in HAS_PAGE or (not path.with_suffix(".md").exists() and name != "demo"):
+    for name in result_names():
+        if name in HAS_PAGE:
             continue
         ORIGINS[f"benchmarks/{name}.md"] = f"benchmarks/notes/{name}.md"
         note = NOTES / f"{name}.md"
         parts = [f"# {name.replace('_', ' ').capitalize()}", questions.get(name, "")]
         if note.exists():
-            parts.append(TABLE_LINK.sub("", note.read_text("utf-8").partition("\n")[2]).strip())
+            parts = [*TABLE_LINK.sub(questions.get(name, "") + "\n", note.read_text("utf-8")).split("\n\n")]
             parts.append("## The table")
         parts.append(fill_tables.results_table(name))
-        if path.with_suffix(".svg").exists():
+        if (RESULTS / f"{name}.svg").exists():
             parts.append(f"![{name}: the picture of the table above](../results/{name}.svg)")
-        parts.append(f"[All numbers, with settings, machine and versions](../results/{name}.json)")
+        if (RESULTS / f"{name}.json").exists():
+            parts.append(f"[All numbers, with settings, machine and versions](../results/{name}.json)")
         yield f"benchmarks/{name}.md", "\n\n".join(part for part in parts if part)
+
+
+def result_names() -> list[str]:
+    """Results with a table; that of the demo is made from its numbers."""
+    return sorted({path.stem for path in RESULTS.glob("*.md")} | {"demo"})
 
 
 def benchmark_questions() -> dict[str, str]:
