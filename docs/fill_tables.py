@@ -133,7 +133,7 @@ def accuracy_summary(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     Means over seeds; retrained for the longest time that was tried.
     """
     methods = ("one-shot", "search", "Torch-Pruning")
-    header = ["model", "MACs left", *(f"cut: {method}" for method in methods)]
+    header = ["model", "dense", "MACs left", *(f"cut: {method}" for method in methods)]
     header += ["retrained for", *(f"retrained: {method}" for method in methods)]
     rows = []
     for model, dense in content["dense"].items():
@@ -142,7 +142,7 @@ def accuracy_summary(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
             cut, retrained = _by_method(content["rows"], model, budget)
             longest = max(retrained["one-shot"], key=float)
             after = {method: values[longest] for method, values in retrained.items() if longest in values}
-            cells = [f"{model} (dense {top1})", f"{float(budget):.0%}", *_three(cut)]
+            cells = [model, top1, f"{float(budget):.0%}", *_three(cut)]
             rows.append([*cells, f"{float(longest):g} epochs", *_three(after)])
     return header, rows
 

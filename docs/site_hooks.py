@@ -103,7 +103,9 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 def formula(found: re.Match[str]) -> str:
     """MathML of a formula, on one line; between double signs it is set apart."""
     display = "block" if found[1] else "inline"
-    return latex2mathml.converter.convert(" ".join((found[1] or found[2]).split()), display).replace("\n", "")
+    maths = latex2mathml.converter.convert(" ".join((found[1] or found[2]).split()), display).replace("\n", "")
+    # Markdown takes <math> at the beginning of a line for a paragraph of its own.
+    return maths if found[1] else f"<span>{maths}</span>"
 
 
 def in_repository(target: str, here: str) -> str | None:
