@@ -123,7 +123,7 @@ def demo_summary(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         cells = [row["name"].replace("macs-0.", "MACs × 0."), f"{row['params'] / 1e6:.2f} M"]
         cells.append(f"{row['macs'] / 1e6:.1f} M")
         cells += [f"{row['speedup'][size]['median']:.2f}×" if slim else "1" for size in sizes]
-        rows.append([*cells, _percent(row["top1_one_shot" if slim else "top1"]), _percent(row["top1"]) if slim else ""])
+        rows.append([*cells, f"{row['top1_one_shot' if slim else 'top1']:.1%}", f"{row['top1']:.1%}" if slim else ""])
     return header, rows
 
 
@@ -134,16 +134,16 @@ def accuracy_summary(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     """
     methods = ("one-shot", "search", "Torch-Pruning")
     header = ["model", "dense", "MACs left", *(f"cut: {method}" for method in methods)]
-    header += ["retrained for", *(f"retrained: {method}" for method in methods)]
+    header += ["epochs", *(f"retrained: {method}" for method in methods)]
     rows = []
     for model, dense in content["dense"].items():
-        top1 = _percent(mean(dense["top1"].values()))
+        top1 = f"{mean(dense['top1'].values()):.1%}"
         for budget in ("0.5", "0.3"):
             cut, retrained = _by_method(content["rows"], model, budget)
             longest = max(retrained["one-shot"], key=float)
             after = {method: values[longest] for method, values in retrained.items() if longest in values}
             cells = [model, top1, f"{float(budget):.0%}", *_three(cut)]
-            rows.append([*cells, f"{float(longest):g} epochs", *_three(after)])
+            rows.append([*cells, f"{float(longest):g}", *_three(after)])
     return header, rows
 
 
@@ -165,7 +165,7 @@ def _by_method(
 
 def _three(top1: Mapping[str, float]) -> list[str]:
     best = max(value for method, value in top1.items() if method.startswith(TORCH_PRUNING))
-    return [_percent(top1["one-shot"]), _percent(top1["search"]), _percent(best)]
+    return [f"{value:.1%}" for value in (top1["one-shot"], top1["search"], best)]
 
 
 SUMMARIES: Mapping[str, Callable[[Mapping[str, Any]], tuple[list[str], list[list[str]]]]] = {

@@ -256,7 +256,7 @@ def test_a_summary_of_accuracies_takes_means_and_the_best_criterion() -> None:
     header, lines = fill_tables().accuracy_summary({"rows": rows, "dense": {"vit": {"top1": {"0": 0.8, "1": 0.9}}}})
     assert [len(line) for line in lines] == [len(header)] * 2
     assert lines[0] == [
-        "vit", "85.0 %", "50%", "81.0 %", "80.0 %", "71.0 %", "3 epochs", "90.0 %", "89.0 %", "80.0 %"
+        "vit", "85.0%", "50%", "81.0%", "80.0%", "71.0%", "3", "90.0%", "89.0%", "80.0%"
     ]  # fmt: skip
 
 
