@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.benchmarking.programs import check_onnx, open_onnx, write_onnx
+from slimming.core.modules import in_evaluation
 from slimming.errors import ConfigError, nearest
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
@@ -40,14 +41,21 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
     if runtime == "eager":
         return model
     if runtime == "compile":
-        # Every model has its own shapes; a graph for any shape would be slower than those that users compile.
-        # One class with many sizes would go back to eager after a few of them, and nobody would know.
-        settings: Any = torch._dynamo.config
-        settings.recompile_limit = max(settings.recompile_limit, 10_000)
-        settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 100_000)
-        compiled: Any = torch.compile(model, dynamic=False)
-        return compiled
+        return _compiled(model, x)
     return _OnnxRuntime(model, x)
+
+
+def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
+    """``model`` compiled for inputs of the shape of ``x``, in evaluation mode without gradients.
+
+    One graph for any shape would be slower than those that users compile. Each size of a class is a graph of its own,
+    and beyond a few of them PyTorch would go back to eager unseen; so the limits are out of the way for this one call.
+    """
+    compiled: Any = torch.compile(model, dynamic=False)
+    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
+    with limits, in_evaluation(model), torch.no_grad():
+        compiled(x)
+    return compiled
 
 
 class _OnnxRuntime(nn.Module):

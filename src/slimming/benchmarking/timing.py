@@ -42,44 +42,6 @@ class Latency:
 
 
 @torch.no_grad()
-def latency(
-    model: nn.Module, input_shape: Sequence[int], batch_size: int, *, runs: int = 20, seconds: float = 2.0
-) -> Latency:
-    """Time forward passes of ``model`` in evaluation mode on its device.
-
-    Args:
-        model: any module.
-        input_shape: channels, height and width.
-        batch_size: images per pass.
-        runs: how many passes at the most.
-        seconds: about how long to measure; at least 5 passes are timed.
-    """
-    return compare({"model": model}, input_shape, batch_size, runs=runs, seconds=seconds)["model"]
-
-
-@torch.no_grad()
-def compare(
-    models: Mapping[str, nn.Module],
-    input_shape: Sequence[int],
-    batch_size: int,
-    *,
-    runs: int = 20,
-    seconds: float = 2.0,
-) -> dict[str, Latency]:
-    """Time several models in turns, so that a drift of the machine meets all of them alike.
-
-    Args:
-        models: name -> module.
-        input_shape: channels, height and width.
-        batch_size: images per pass.
-        runs: how many passes of each model at the most.
-        seconds: about how long to measure each model; at least 5 passes are timed.
-    """
-    times = paired_times(models, input_shape, batch_size, runs=runs, seconds=seconds)
-    return {name: summary(values) for name, values in times.items()}
-
-
-@torch.no_grad()
 def paired_times(
     models: Mapping[str, nn.Module],
     input_shape: Sequence[int],

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
@@ -238,18 +237,20 @@ def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     return dump_safetensors(untied(state), metadata=dict(metadata or {}))
 
 
-def parse_tensors(data: bytes, source: Path) -> dict[str, Tensor]:
-    """Read safetensors bytes.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the texts that a safetensors file holds beside its tensors.
 
     Raises:
-        CheckpointError: they are truncated or not safetensors.
+        CheckpointError: it is missing, truncated or not safetensors.
     """
-    with _damage_named(source):
-        return load_safetensors(data)
+    with _damage_named(path), safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 @contextmanager
 def _damage_named(source: Path) -> Iterator[None]:
+    with _readable(source):
+        source.open("rb").close()
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -269,16 +270,6 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a small file.
-
-    Raises:
-        CheckpointError: it is missing or not readable.
-    """
-    with _readable(path):
-        return path.read_bytes()
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
         found = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=[*SETTINGS, *(WEIGHTS if weights else ())]
         )
-    except Exception as error:  # the library raises its own, the hub's, the network's and the disk's errors
+    except _failures() as error:
         raise CheckpointError(_said(repository, revision, error)) from error
     directory = Path(found)
     if not (directory / "config.json").exists() and not (directory / "structure.json").exists():
@@ -85,16 +85,18 @@ def upload(directory: Path, repository: str, *, private: bool, message: str) -> 
         OutputError: nobody is logged in, the repository may not be written, or the hub cannot be reached.
     """
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     check_name(repository)
     hub = huggingface_hub.HfApi(library_name="slimming")
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         done = hub.upload_folder(repo_id=repository, folder_path=directory, commit_message=message)
-    except Exception as error:  # as above
+    except _failures() as error:
         reason = _line(error)
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+        answer = error.response if isinstance(error, HfHubHTTPError) else None  # None without one, before 1.0
+        forbidden = answer is not None and answer.status_code in (401, 403)
+        if forbidden or isinstance(error, LocalTokenNotFoundError):
             raise OutputError(
                 f"{repository} may not be written ({reason}). Log in with a token that may write to it: hf auth login."
             ) from error
@@ -105,13 +107,23 @@ def upload(directory: Path, repository: str, *, private: bool, message: str) -> 
     return str(done.commit_url)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What the library raises for the hub, the network (a `RuntimeError` where it uses Xet), the disk and bad names."""
+    from huggingface_hub import errors
+
+    # Of httpx, and before huggingface_hub 1.0 of requests.
+    http_error: type[Exception] = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    return http_error, errors.EntryNotFoundError, OSError, ValueError, RuntimeError
+
+
 def _said(repository: str, revision: str | None, error: Exception) -> str:
-    kind = {base.__name__ for base in type(error).__mro__}
-    if "GatedRepoError" in kind:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
         return f"{repository} is gated: accept its terms on the hub, then log in with hf auth login."
-    if "RevisionNotFoundError" in kind:
+    if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}. Leave it out to take the main one."
-    if "RepositoryNotFoundError" in kind:
+    if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no repository {repository} on the hub, or it is private. Check its name; for a private one, log "
             "in with hf auth login."

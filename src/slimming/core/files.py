@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Lend an empty file beside ``path`` to write to: afterwards ``path`` is whole, or what was there is untouched.
 
     When the block ends, what it wrote is flushed to the disk and renamed into place; when it raises, it is removed.
+    The file has the mode that the umask says.
 
     Raises:
         OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
@@ -29,14 +32,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = _beside(path)
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         # Opened only now, since the block may have put another file in its place.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         raise explain(error, path) from error
@@ -49,6 +52,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Lend an empty directory beside ``path`` to fill: afterwards ``path`` is whole, or nothing was made.
 
+    The directory has the mode that the umask says.
+
     Args:
         path: does not exist yet, or is an empty directory.
 
@@ -59,9 +64,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        partial = _beside(path)
+        partial.mkdir()
         yield partial
-        os.chmod(partial, 0o755)
         os.replace(partial, path)
     except OSError as error:
         raise explain(error, path) from error
@@ -73,6 +78,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for parent in missing:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same directory; unlike what `tempfile` makes, what is made there keeps to the umask."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:

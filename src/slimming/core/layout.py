@@ -13,16 +13,15 @@ class Layout:
     """Which sizes a plan may give to the layers; sizes decide how fast the hardware runs.
 
     Attributes:
-        equal_heads: all heads of a layer keep the same number of dimensions, QK and V alike, so that the
-            host's own attention module stays. Otherwise each head keeps what its scores say.
-        equal_qkv: a head's QK and V keep the same number of dimensions, which fused attention kernels ask for; heads
-            of one size always do.
-        multiple: head dimensions (per head) and hidden units stay in multiples of this; null: of what a latency table
-            found fast on its device where a plan is made with one, of 8 elsewhere. It is halved where a layer would
-            otherwise have fewer than four sizes to choose from.
-        scarcity: a channel's score is divided by the share of its group that is still there at its turn, to this power;
-            0: it counts the same however few are left. Scores tell what single channels matter while the others are
-            there, and too little of a layer that loses nearly all of them.
+        equal_heads: all heads of a layer keep the same number of query-key and value dimensions, so that the
+            host's own attention module stays. Otherwise each head has its own size.
+        equal_qkv: query-key and value sizes of a head are equal, which fused attention kernels need; with
+            ``equal_heads`` they always are.
+        multiple: head dimensions (per head), hidden units and channels are kept in multiples of this. None takes the
+            multiple that a latency table found fast if the plan is made with one, else 8. It is halved where a layer
+            would have fewer than four sizes to choose from.
+        scarcity: a channel's score is divided by the share of its group that is still there, to this power. Scores are
+            taken while all channels are there and underestimate a layer that is nearly gone. 0 switches this off.
 
     Raises:
         ConfigError: ``multiple`` is below 1, or ``scarcity`` below 0.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.modules import in_evaluation
-from slimming.counting.operations import multiply_adds, unfused
+from slimming.counting.operations import MacCounter, unfused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    alive, macs = _Alive([*model.parameters(), *model.buffers(), image]), _Macs()
+    alive, macs = _Alive([*model.parameters(), *model.buffers(), image]), MacCounter()
     with in_evaluation(model), unfused(), alive, macs:
         model(image)
     params = sum(p.numel() for p in model.parameters())
@@ -89,17 +89,3 @@ class _Alive(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.total -= self.alive.pop(key, 0)
-
-
-class _Macs(TorchDispatchMode):
-    """Counts multiply-adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.total += multiply_adds(func._overloadpacket.__name__, args, tensors)
-        return result

@@ -78,11 +78,9 @@ def load_scores(path: str | Path) -> Scores:
         CheckpointError: the file is missing, damaged or of a newer format.
     """
     path = Path(path)
-    data = checkpoint.read_bytes(path)
-    scores = checkpoint.parse_tensors(data, path)
+    scores, metadata = checkpoint.read_tensors(path), checkpoint.read_metadata(path)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        entry, intact = unseal(json.loads(header["__metadata__"]["slimming"]))
+        entry, intact = unseal(json.loads(metadata["slimming"]))
         structure, layout = entry["structure"], Layout(**entry["layout"])
         measured = None if entry["sensitivity"] is None else Sensitivity.from_dict(entry["sensitivity"])
     except (KeyError, ValueError, TypeError) as error:

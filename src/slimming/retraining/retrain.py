@@ -26,14 +26,14 @@ class DistilConfig:
     Attributes:
         alpha: share of the teacher in the loss, 0 (labels only) to 1.
         temperature: softens both distributions.
-        features: modules that teacher and student share whose outputs are matched too, such as ``"blocks.5"``.
-        feature_weight: weight of that match.
-        pool: what of the outputs is matched: the ``"first"`` token or the ``"mean"`` over tokens.
-        relations: modules whose outputs (B, N, D) are matched by how their tokens relate to one another, such as
-            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); their widths D may differ.
-        relation_weight: weight of that match.
-        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 that divides D keeps
-            queries, keys and values of a ``qkv`` apart.
+        features: modules whose outputs are matched, such as ``"blocks.5"``; teacher and student must both have them.
+        feature_weight: weight of the feature loss.
+        pool: which part of the outputs is matched: the ``"first"`` token or the ``"mean"`` over tokens.
+        relations: modules whose outputs (B, N, D) are matched by how their tokens relate to each other, such as
+            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); the widths D may differ.
+        relation_weight: weight of the relation loss.
+        relation_heads: number of parts that D is split into, each with relations of its own; a multiple of 3 that
+            divides D keeps queries, keys and values of a ``qkv`` apart.
 
     Raises:
         ConfigError: ``alpha``, ``temperature``, ``pool`` or ``relation_heads`` cannot be.

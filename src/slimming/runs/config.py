@@ -26,23 +26,23 @@ class RunConfig:
 
     Attributes:
         name: title of the report.
-        model: the dense start.
+        model: the dense model.
         data: the images.
-        search: the search.
-        budgets: what is cut.
-        hours: the time that the run may take; it decides how long the search, the retraining and the measurement are
-            where these settings are at their defaults. null leaves all as they say.
-        retraining: ``"each"`` retrains every budget on its own, ``"together"`` all in one training of shared weights
-            (`slimming.train_slimmable`), ``"progressive"`` cuts each from the retrained next larger one.
+        search: the search, or one-shot scoring with ``train.steps`` 0.
+        budgets: what the pruned models may cost.
+        hours: time for the whole run; it sets the lengths of search, retraining and latency measurement where they are
+            at their defaults. None leaves them as they are.
+        retraining: ``"each"`` retrains every budget by itself, ``"together"`` trains shared weights for all budgets
+            (`slimming.train_slimmable`), ``"progressive"`` cuts each budget from the retrained next larger one.
         retrain: the training of each cut model, or the one training of all.
-        distil: how it learns from the dense model; null trains on labels only.
-        bench: how time is measured.
+        distil: knowledge distillation from the dense model; None trains on labels only.
+        bench: how latency is measured.
         note: a sentence on the data or the purpose, for the report.
-        latency_table: file of the latency table, where a budget limits the latency.
-        compensate: training images, without their labels, on which it is worked out how what stays can stand in for
-            what goes (see `slimming.pruning.compensation`); 0 cuts without.
-        one_shot: training images, without their labels, from which every budget is also cut without search or training
-            (see `slimming.score`), for comparison; 0 leaves it out.
+        latency_table: file of the latency table, if a budget limits latency.
+        compensate: how many training images to use for compensation at the cut (see `slimming.pruning.compensation`);
+            labels are not used. 0 cuts without compensation.
+        one_shot: how many training images to use for a one-shot cut of every budget, for comparison with the search
+            (see `slimming.score`); 0 leaves the comparison out.
 
     Raises:
         ConfigError: a number out of range, no budget, one that is given twice, or ``hours`` with nothing to decide.

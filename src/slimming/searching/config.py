@@ -19,26 +19,24 @@ class SearchConfig:
     """How a search is done. `preset` gives the named ones.
 
     Attributes:
-        kinds: kinds of unit that get a mask; None takes all that the model has, see
-            `slimming.masks.attachment.searched`.
-        coupled: one mask for QK and V together, as in the paper.
-        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
-        norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups
-            without one get a soft mask as always.
+        kinds: kinds of units that can be removed; None takes those that the model has, except the ones on request.
+        coupled: one mask for query-key and value dimensions together, as in ViT-Slim.
+        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (as in ViT-Slim).
+        norms: use the scales of BatchNorms as masks of their channels (Network Slimming); other groups get a soft mask.
         penalty: kind -> weight of its l1 penalty.
-        penalty_sum: weights multiply sums over units, as in the paper, instead of means.
-        score: what units are ranked by, one of `slimming.scoring.registry.SCORES`. With a loss of one's own, its
-            derivatives take the place of the log-likelihood's.
-        rotate: give attention heads the bases in which they are best cut before the training, see
-            `slimming.scoring.rotation`; left out where the training images can be iterated over only once.
-        images: training images, without their labels, for ``rotate`` and ``score``.
-        fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
-        mask_lr: learning rate of the masks as a multiple of that of the weights.
+        penalty_sum: penalty weights multiply sums over units, as in the papers, instead of means.
+        score: the score that units are ranked by, one of `slimming.scoring.registry.SCORES`. With a loss of your own,
+            its derivatives replace those of the log-likelihood.
+        rotate: before training, rotate attention heads into bases in which few dimensions carry most of the signal, see
+            `slimming.scoring.rotation`; left out if the training images can be iterated over only once.
+        images: how many training images to use for ``rotate`` and ``score``; labels are not used.
+        fold: multiply the learned factors into the weights at the cut; False sets them to 1, as in ViT-Slim.
+        mask_lr: learning rate of the masks, as a multiple of that of the weights.
         layout: which sizes plans give to the layers.
-        sensitivity: images on which it is measured after the training what cutting each kind alone does, so that
-            kinds are weighed against each other by it; 0 leaves it out. Scores ``"taylor"`` and ``"contribution"`` are
-            not comparable between kinds without.
-        train: the training that carries the search.
+        sensitivity: how many images to use after training to measure the loss when each kind alone is cut, which
+            weighs the kinds against each other; 0 leaves it out. Scores ``"taylor"`` and ``"contribution"`` are not
+            comparable between kinds without it.
+        train: the training of weights and masks; ``steps`` 0 scores the model as it is (one-shot).
 
     Raises:
         ConfigError: an unknown kind, score or token variant, or a negative weight.

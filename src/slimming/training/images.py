@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from slimming.errors import DataError
+from slimming.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +147,23 @@ class _Turned:
         return self.then(image if turn is None else image.transpose(turn))
 
 
-def mix(*numbers: int) -> int:
-    """Return one well-spread 63-bit seed for several whole numbers, the same on every machine.
+def mix(seed: int, *key: int) -> int:
+    """Return the 63-bit seed of one use of ``seed``, the same on every machine: `numpy.random.SeedSequence`.
 
-    >>> mix(0, 1) != mix(1, 0)
+    Args:
+        seed: of the run, at least 0.
+        key: tells this use of it from all others, such as an epoch and an image; at least 0 each.
+
+    Raises:
+        ConfigError: the seed is negative.
+
+    >>> mix(0, 1) != mix(1, 0) != mix(0, 1, 0)
     True
     """
-    value = 0x9E3779B97F4A7C15
-    for number in numbers:  # splitmix64's finaliser, once per number
-        value = (value + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-    return value >> 1
+    if seed < 0:
+        raise ConfigError(f"The seed is {seed}; give a whole number of 0 or more.")
+    # As a spawn key: SeedSequence fills its entropy up with zeros, so that (0, 1) and (0, 1, 0) would be the same.
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_all(seed: int) -> None:

@@ -24,7 +24,7 @@ from slimming.training.evaluation import autocast
 from slimming.training.guards import memory_errors, stop_on_request
 from slimming.training.images import mix, restored_randomness, seed_all
 from slimming.training.log import RunLog, check_trackers
-from slimming.training.optimisation import AveragedModel, make_mixup, make_optimizer, make_schedule, parameter_groups
+from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import no_accelerator
 from slimming.training.resume import STATE_FILE, RunState
 from slimming.training.samples import Data, UnreadableCount
@@ -176,7 +176,7 @@ class Run:
         self.prepared: nn.Module = prepared
         runner: Any = torch.compile(prepared) if config.compile else prepared
         self.runner: nn.Module = runner
-        averaged = None if config.ema is None else AveragedModel(model, config.ema)
+        averaged = None if config.ema is None else averaged_model(model, config.ema)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
         self.state = RunState(model, optimizer, task, averaged, scaler)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -249,7 +249,7 @@ class Run:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.averaged is not None:
-            state.averaged.update(state.model)
+            state.averaged.update_parameters(state.model)
         return dict(zip(keys[:-1], means[:-1], strict=True)), asked > 0
 
     def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimming.errors import ConfigError, nearest
 from slimming.training.config import TrainConfig
@@ -92,26 +92,24 @@ def make_mixup(config: TrainConfig, classes: int, images: int) -> Mixup | None:
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
 
-class AveragedModel:
-    """An exponential moving average of a model's parameters and buffers.
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a model's parameters and buffers, which starts as the model is now.
 
-    timm's ``ModelEmaV3`` walks the state dict, where a parameter that is registered in several places would
-    be averaged once per place and step; here each tensor is averaged once. Where two tensors are multiplied, as a
-    weight and its mask in a search, the product of the averages is taken for the average of the product; what is
-    lost is their covariance over the window, which is of second order in the learning rate.
+    A tensor that is registered in several places is averaged once per step, and whole-number buffers are copied. Where
+    two tensors are multiplied, as a weight and its mask in a search, the product of the averages is taken for the
+    average of the product; what is lost is their covariance over the window, which is of second order in the learning
+    rate.
     """
+    ema: Callable[..., None] = get_ema_multi_avg_fn(decay)
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+    def move(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        if averages[0].is_floating_point():
+            ema(averages, current, steps)
+        else:  # PyTorch would average counts as well, and round down
+            for average, value in zip(averages, current, strict=True):
+                average.copy_(value)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards ``model``; whole-number buffers are copied."""
-        mine = [*self.module.parameters(), *self.module.buffers()]
-        theirs = [*model.parameters(), *model.buffers()]
-        for average, current in zip(mine, theirs, strict=True):
-            if average.is_floating_point():
-                average.lerp_(current, 1.0 - self.decay)
-            else:
-                average.copy_(current)
+    update: Any = move
+    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    averaged.n_averaged.fill_(1)  # the first update already averages; at 0 it would copy the model
+    return averaged.eval().requires_grad_(False)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from slimming.core.files import atomic_file
 from slimming.core.same_settings import check_same_settings
 from slimming.errors import CheckpointError
 from slimming.training.config import FREE_SETTINGS, TrainConfig
-from slimming.training.optimisation import AveragedModel
 from slimming.training.tasks import Task
 
 FORMAT = 1

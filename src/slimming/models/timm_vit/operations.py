@@ -16,9 +16,9 @@ from timm.layers import GluMlp, HybridEmbed, QuickGELU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from slimming.core.formulas import Dim, Operation, Product
+from slimming.counting.operations import MacCounter
 from slimming.models.timm_vit.rebuild import input_channels
 from slimming.models.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.models.timm_vit.width import WIDTH
@@ -83,10 +83,10 @@ def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
 def _macs_in_front(vit: VisionTransformer) -> int:
     """What the layers multiply that a hybrid has in front of its patch projection."""
     layers = copy.deepcopy(vit.patch_embed.backbone).to("meta").eval()
-    counter, like = FlopCounterMode(display=False), next(layers.parameters())
+    counter, like = MacCounter(), next(layers.parameters())
     with counter, torch.no_grad():
         layers(torch.empty(1, input_channels(vit), *vit.patch_embed.img_size, device="meta", dtype=like.dtype))
-    return counter.get_total_flops() // 2
+    return counter.total
 
 
 def _block_operations(

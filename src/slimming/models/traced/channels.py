@@ -10,20 +10,15 @@ in hierarchical models. The norms take their statistics over what stays.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from slimming.core.groups import Group, Scale, Slices
-from slimming.models.traced.opaque import TokensJoined, closed
+from slimming.errors import UnsupportedModelError
+from slimming.models.traced.dependency_graph import Member, coupled, thawed
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -85,18 +80,14 @@ def channel_groups(
     Returns:
         The groups, and what was left out with the reason.
     """
-    model = _thawed(model)
+    model = thawed(model)
     try:
-        try:
-            items = _trace(model, example, claimed)
-        except Exception:  # torch-pruning raises whatever the graph leads it to
-            with _TokensApart(), TokensJoined(), _passing_over():
-                items = _trace(model, example, claimed)
-    except Exception as error:
-        return [], [f"channels: torch-pruning cannot trace this model ({type(error).__name__}: {_first_line(error)})"]
+        sets = coupled(model, example, claimed)
+    except UnsupportedModelError as error:
+        return [], [f"channels: {error}"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
-    found = _joined([_found(members, names, claimed, ends, model) for members in items])
+    found = _joined([_found(members, names, claimed, ends, model) for members in sets])
     groups: list[Group] = []
     reasons: dict[str, int] = {}
     taken: set[str] = set()
@@ -113,125 +104,16 @@ def channel_groups(
     return groups, uncovered
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]
-
-
-def _trace(model: nn.Module, example: Any, claimed: Iterable[str]) -> list[Any]:
-    """torch-pruning's groups; it prints and warns where it is not sure, which the proof of the groups settles."""
-    import torch_pruning
-
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        with closed(model, claimed) as pruners, _as_it_is(model):
-            graph = torch_pruning.DependencyGraph()
-            follow = graph.get_pruning_group
-
-            def follow_or_pass(*args: Any) -> Any:
-                try:
-                    return follow(*args)
-                except IndexError:  # its channels are shuffled
-                    return []
-
-            vars(graph)["get_pruning_group"] = follow_or_pass
-            graph.build_dependency(
-                model,
-                example_inputs=example,
-                output_transform=_first_tensors,
-                customized_pruners=pruners,  # pyright: ignore
-                verbose=False,
-            )
-            return [list(group) for group in graph.get_all_groups() if len(group)]
-
-
-def _thawed(model: nn.Module) -> nn.Module:
-    """``model`` with a BatchNorm in place of every frozen one, which torch-pruning does not know as such."""
-    statistics = {"weight", "bias", "running_mean", "running_var"}
-
-    def frozen(module: nn.Module) -> bool:
-        own = dict(module.named_buffers(recurse=False))
-        return not list(module.parameters(recurse=False)) and statistics <= own.keys() and own["weight"].dim() == 1
-
-    names = [name for name, module in model.named_modules() if frozen(module)]
-    model = copy.deepcopy(model) if names else model
-    for name in names:
-        around, _, last = name.rpartition(".")
-        old = model.get_submodule(name)
-        norm = nn.BatchNorm2d(len(old.weight), dtype=old.weight.dtype).train(old.training)
-        setattr(model.get_submodule(around), last, norm)
-    return model
-
-
-@contextlib.contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Keep torch-pruning from switching the model to evaluation, where auxiliary heads do not run."""
-    vars(model)["eval"] = lambda: model
-    try:
-        yield
-    finally:
-        del vars(model)["eval"]
-
-
-@contextlib.contextmanager
-def _passing_over() -> Iterator[None]:
-    """Pass over reshapes and joins whose channels torch-pruning cannot follow; the proof finds groups they spoil."""
-    from torch_pruning.dependency import index_mapping
-
-    followed = {
-        # A residual sum over one part of a split, joined with the other part, has no size there.
-        "update_concat_index_mapping": TypeError,
-        "update_reshape_index_mapping": ArithmeticError,
-    }
-    kept = {name: getattr(index_mapping, name) for name in followed}
-
-    def passing(follow: Callable[[Any, Any], None], error: type[Exception]) -> Callable[[Any, Any], None]:
-        def follow_or_pass(graph: Any, node: Any) -> None:
-            with contextlib.suppress(error):
-                follow(graph, node)
-
-        return follow_or_pass
-
-    for name, error in followed.items():
-        setattr(index_mapping, name, passing(kept[name], error))
-    try:
-        yield
-    finally:
-        for name, follow in kept.items():
-            setattr(index_mapping, name, follow)
-
-
-class _TokensApart(TorchFunctionMode):
-    """Splits of tokens inside attention become selections: torch-pruning takes every split for one of channels."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.split, Tensor.split) and len(args) > 1:
-            tensor, sizes = args[:2]
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            if tensor.dim() == 4 and dim % 4 == 2:
-                places = torch.arange(tensor.shape[dim], device=tensor.device)
-                return tuple(tensor.index_select(dim, part) for part in places.split(sizes))
-        return func(*args, **kwargs)
-
-
-def _first_tensors(output: Any) -> Any:
-    """The differentiable tensors of an output of any form."""
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-
-
 def _found(
-    members: Sequence[Any],
+    members: Sequence[Member],
     names: Mapping[int, str],
     claimed: Mapping[str, str],
     ends: Mapping[str, Ends],
     model: nn.Module,
 ) -> _Found:
-    root = names.get(id(members[0].dep.target.module), "?")
-    found = _Found(root)
+    found = _Found(names.get(id(members[0].module), "?"))
     for item in members:
-        module: Any = item.dep.target.module
+        module, out = item.module, item.makes
         name = names.get(id(module))
         if name is None:
             continue  # an operation without weights
@@ -239,12 +121,10 @@ def _found(
         if reason is not None and name not in ends:
             found.reason = found.reason or reason
             continue
-        roots = list(item.root_idxs or range(len(item.idxs)))
-        if None in roots:
+        if None in item.roots:
             found.reason = found.reason or LOST
             continue
-        pairs = list(zip(roots, [int(index) for index in item.idxs], strict=True))
-        out = "out" in item.dep.handler.__name__ or "depthwise" in item.dep.handler.__name__
+        pairs = [(int(root), int(place)) for root, place in zip(item.roots, item.places, strict=True)]
         if name in ends:
             found.through = True
             for tensor, dim in ends[name].makes if out else ():
@@ -253,7 +133,7 @@ def _found(
                 found.add(tensor, dim, side, pairs)
             found.norms.update(() if out else ends[name].norms)
         elif isinstance(module, nn.Parameter):
-            found.add(name, int(item.dep.target.pruning_dim), "produces", pairs)
+            found.add(name, int(item.dim), "produces", pairs)
         elif isinstance(module, nn.Linear):
             _add_weighted(found, name, module, out, pairs)
         elif isinstance(module, CONV):

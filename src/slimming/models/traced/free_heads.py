@@ -4,6 +4,11 @@ Many hosts write ``reshape(B, N, 3, self.num_heads, C // self.num_heads)``, whic
 width of the input. The same forward with that one expression left to ``reshape`` (-1) takes any number of heads.
 It is made from the host's own source when a module loses heads; nothing else in it changes, and a forward in
 which the expressions are not found is left alone, so that its heads stay.
+
+This is the one place that executes a host's source (installed code, nothing that a checkpoint brings). The other ways
+are a copy of each forward, which ties slimming to one version of the host, or leaving these heads whole. Of the 95
+architectures of timm and torchvision in ``benchmarks/results/coverage.json`` whose heads can go, 41 need it, and 36 of
+those, the Swins, BEiT, CaiT, XCiT and PVTv2 among them, have no heads that could go otherwise: 365 of 808 attentions.
 """
 
 from __future__ import annotations

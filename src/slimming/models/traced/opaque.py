@@ -18,52 +18,26 @@ _SEEN = "slimming_seen"
 """Attribute with the number of channels that went into a closed module and came out."""
 
 
-class Whole:
-    """What torch-pruning asks about a closed module: channels go in, others come out, and nothing ties them."""
-
-    pruning_dim = 1
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Cut nothing: the graph is only read."""
-        return layer
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Cut nothing: the graph is only read."""
-        return layer
-
-    def get_out_channels(self, layer: nn.Module) -> int | None:
-        """How many channels came out."""
-        return layer.__dict__.get(_SEEN, (None, None))[1]
-
-    def get_in_channels(self, layer: nn.Module) -> int | None:
-        """How many channels went in."""
-        return layer.__dict__.get(_SEEN, (None, None))[0]
-
-    def get_in_channel_groups(self, layer: nn.Module) -> int:
-        """Whether channels go in groups of several; they do not."""
-        return 1
-
-    get_out_channel_groups = get_in_channel_groups
-
-
 @contextmanager
-def closed(model: nn.Module, names: Iterable[str]) -> Iterator[dict[Any, Whole]]:
-    """Close the modules called ``names`` while the context lasts.
-
-    Yields:
-        What torch-pruning needs to know: class -> how to ask about it.
-    """
+def closed(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[type[nn.Module], ...]]:
+    """Close the modules called ``names`` while the context lasts; yields the classes that they have meanwhile."""
     open_classes = {name: type(model.get_submodule(name)) for name in names if name}
     classes = {cls: _closed_class(cls) for cls in open_classes.values()}
     try:
         for name, cls in open_classes.items():
             model.get_submodule(name).__class__ = classes[cls]
-        yield {cls: Whole() for cls in classes.values()}
+        yield tuple(classes.values())
     finally:
         for name, cls in open_classes.items():
             module = model.get_submodule(name)
             module.__class__ = cls
             module.__dict__.pop(_SEEN, None)
+
+
+def channels_seen(module: nn.Module) -> tuple[int | None, int | None]:
+    """How many channels went into a closed module and came out, as far as it has run."""
+    seen: tuple[int | None, int | None] = module.__dict__.get(_SEEN, (None, None))
+    return seen
 
 
 def _closed_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group
-from slimming.counting.operations import multiply_adds, unfused
+from slimming.counting.operations import MacCounter, unfused
 from slimming.models.traced.channels import CONV
 from slimming.models.traced.resize import tensor_dims
 
@@ -90,13 +89,20 @@ def macs_by_weight(model: nn.Module, example: Any) -> dict[tuple[str, str], int]
     The parameter's name is empty where two other tensors are multiplied.
     """
     stack = [""]
-    counter = _Counter(stack, model)
-    with _tracked(model, stack), unfused(), counter:
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
+    weights = {weight.untyped_storage().data_ptr(): name for name, weight in named}
+    found: defaultdict[tuple[str, str], int] = defaultdict(int)
+
+    def note(args: Sequence[Any], macs: int) -> None:
+        places = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        found[stack[-1], next((weights[place] for place in places if place in weights), "")] += macs
+
+    with _tracked(model, stack), unfused(), MacCounter(note):
         if isinstance(example, dict):
             model(**example)
         else:
             model(example)
-    return dict(counter.macs)
+    return dict(found)
 
 
 @contextmanager
@@ -110,24 +116,3 @@ def _tracked(model: nn.Module, stack: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Counter(TorchDispatchMode):
-    """Counts multiply-adds of what passes the dispatcher."""
-
-    def __init__(self, stack: list[str], model: nn.Module) -> None:
-        super().__init__()
-        self.stack = stack
-        self.macs: defaultdict[tuple[str, str], int] = defaultdict(int)
-        weights = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
-        self.weights = {weight.untyped_storage().data_ptr(): name for name, weight in weights}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        count = multiply_adds(func._overloadpacket.__name__, args, tensors)
-        if count:
-            places = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            weight = next((self.weights[place] for place in places if place in self.weights), "")
-            self.macs[self.stack[-1], weight] += count
-        return out

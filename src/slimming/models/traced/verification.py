@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.groups import Group
+from slimming.models.family import silence_
 from slimming.models.masked_norms import keep_in_norms
 
 LIMIT = 1e-9
@@ -107,8 +108,7 @@ def masked_output(
             if one.side == "consumes" and gone:
                 tensor = tensors[one.tensor]
                 saved.setdefault(one.tensor, tensor.detach().clone())
-                places = torch.tensor([place for unit in gone for place in one.index[unit]])
-                tensor.data.index_fill_(one.dim, places, 0.0)
+                silence_(tensor.data, one, gone)
     try:
         return outputs(model, example)
     finally:
