@@ -214,7 +214,7 @@ def test_every_public_name_has_an_entry_with_an_example() -> None:
     text = (ROOT / "docs" / "api.md").read_text("utf-8")
     entries = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
     by_name = {entry.partition("\n")[0].strip("` "): entry for entry in entries}
-    assert sorted(by_name) == sorted(set(slimming.__all__) - {"errors"})  # the module has a section of its own
+    assert sorted(by_name) == sorted(set(dir(slimming)) - {"errors"})  # the module has a section of its own
     for name, entry in by_name.items():
         assert f"<!-- api:{name} -->" in entry
         assert any(re.search(rf"\b{name}\b", block.text) for block in blocks(entry, "python")), name
@@ -243,20 +243,20 @@ RESULTS = {
 
 
 def test_a_summary_of_accuracies_takes_means_and_the_best_criterion() -> None:
-    def row(top1: float, **retrained: float) -> dict[str, Any]:
-        return {"macs": 0.5, "top1": top1, "retrained": {"0.5": 0.1, **({"3.0": retrained["long"]} if retrained else {})}}
+    def row(top1: float) -> dict[str, Any]:
+        return {"macs": 0.5, "top1": top1, "retrained": {"0.5": 0.1, "3.0": top1 + 0.1}}
 
     methods = {"one-shot": 0.80, "search": 0.79, "taylor, global": 0.5, "magnitude, per layer": 0.7, "paper": 0.9}
     rows = {}
     for budget in ("0.5", "0.3"):
         for method, top1 in methods.items():
             for seed in (0, 1):
-                rows[f"vit/all/{method}/{budget}/{seed}"] = row(top1 + 0.02 * seed, long=top1 + 0.1)
+                rows[f"vit/all/{method}/{budget}/{seed}"] = row(top1 + 0.02 * seed)
         rows[f"vit/mlp/one-shot/{budget}/0"] = row(0.0)  # of one kind alone: not in the summary
     header, lines = fill_tables().accuracy_summary({"rows": rows, "dense": {"vit": {"top1": {"0": 0.8, "1": 0.9}}}})
     assert [len(line) for line in lines] == [len(header)] * 2
     assert lines[0] == [
-        "vit", "85.0%", "50%", "81.0%", "80.0%", "71.0%", "3", "90.0%", "89.0%", "80.0%"
+        "vit", "85.0%", "50%", "81.0%", "80.0%", "71.0%", "3", "91.0%", "90.0%", "81.0%"
     ]  # fmt: skip
 
 

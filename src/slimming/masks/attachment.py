@@ -24,7 +24,7 @@ def prunable(model: nn.Module) -> PrunableModel:
 
 
 def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
-    """List what can go in ``model``, with sizes and limits. The model is not changed.
+    """List the groups of units that can be removed from ``model``, with sizes and limits. The model is not changed.
 
     Args:
         model: a model that a family reads, dense or slim.

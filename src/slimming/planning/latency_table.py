@@ -52,7 +52,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Measured times of a model's pieces; made by `build_latency_table`.
+    """Measured times of a model's layers at a grid of sizes; made by `build_latency_table`.
 
     Attributes:
         setting: what the times are of: machine, device, threads, dtype, batch_size, runtime, heads.
@@ -247,7 +247,7 @@ def build_latency_table(
     seconds: float = 0.15,
     say: Say | None = None,
 ) -> LatencyTable:
-    """Measure the pieces of ``model`` where it is: its device, its type of numbers, torch's number of threads.
+    """Measure the layers of ``model`` on its device, in its data type and with torch's number of threads.
 
     Args:
         model: a dense model; its weights do not matter.

@@ -84,7 +84,7 @@ class Check:
 
 
 def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
-    """Run the contract of slimming on ``model``, which stays as it was.
+    """Test on a copy of ``model`` whether masks, cuts, costs and checkpoints work for it.
 
     Weights and statistics are drawn anew on a copy in float64, random masks are attached, and a plan that keeps
     about ``keep`` of the units is applied: masked and cut must agree, forward and backward, within 1e-9; the slim

@@ -191,7 +191,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
 
 
 def as_transformers(model: nn.Module) -> nn.Module:
-    """Give a slim model the face of transformers: what `AutoModelForImageClassification` would load of it.
+    """Wrap a slim model as a `PreTrainedModel`, as `AutoModelForImageClassification` would load it.
 
     Its parameters are those of ``model``, which is its attribute ``model``; ``save_pretrained`` and ``Trainer`` work.
 

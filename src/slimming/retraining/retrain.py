@@ -21,7 +21,7 @@ from slimming.training.tasks import ClassificationTask, DistilTask, Loss, LossTa
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
-    """How a model learns from a teacher.
+    """Settings of knowledge distillation.
 
     Attributes:
         alpha: share of the teacher in the loss, 0 (labels only) to 1.

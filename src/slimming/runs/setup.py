@@ -27,7 +27,7 @@ from slimming.training.samples import Data
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The dense start.
+    """The dense model to start from.
 
     Attributes:
         name: a timm model name; ``hf-hub:owner/name``, a model of slimming, timm or transformers on the hub;
@@ -44,7 +44,7 @@ class ModelConfig:
 
 
 def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.Module, list[str]]:
-    """Open the dense start; also gives notes for the user on what was replaced.
+    """Open the dense model; also returns notes for the user on what was replaced.
 
     Raises:
         UnsupportedModelError: unknown model, or arguments that it does not take.
@@ -97,7 +97,7 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
 
 
 def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
-    """Read some training images as ``model`` takes them, without labels: for `slimming.score` and `slimming.cut`.
+    """Read training images as ``model`` takes them, without labels: for `slimming.score` and `slimming.cut`.
 
     Args:
         source: a folder of images, in class folders or not, a Parquet file (it needs no labels) or a tar shard, or

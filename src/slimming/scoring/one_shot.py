@@ -1,4 +1,4 @@
-"""Scores without a search: some hundred images, without labels, say in minutes what each unit matters."""
+"""One-shot scores: rank the units of a trained model on 128 to 512 unlabelled images, without a search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True, kw_only=True)
 class OneShot(Scored):
-    """What `score` found: a model to cut, one score per unit, and the images that it took.
+    """The result of `score`: the model to cut, one score per unit, and the images that were used.
 
     Attributes:
         prunable: a copy of the model that was given, with what was read in it.
@@ -62,7 +62,7 @@ def score(
     layout: Layout | None = None,
     seed: int = 0,
 ) -> OneShot:
-    """Score every unit without training: for slim models in minutes, from a few hundred images, without labels.
+    """Score every unit of a trained model in one shot: on unlabelled images, without training.
 
     Cut the model in the result, and give `slimming.cut` the images there, so that what stays makes up for what goes.
     Under several processes each must call this, and `slimming.cut` with images, with the same arguments.

@@ -43,7 +43,7 @@ WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult(Scored):
-    """What a search leaves: the masked model, one score per unit, and how it came about.
+    """The result of a search: the masked model, one score per unit, settings, metrics and history.
 
     Attributes:
         model: the trained model with its masks attached.
