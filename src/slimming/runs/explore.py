@@ -246,5 +246,5 @@ def _images(settings: Mapping[str, Any]) -> tuple[str | None, str]:
     plain = DataConfig(source=str(data["source"]))
     asked = ("val", "split_fraction", "image_key", "label_key", "stream", "mean", "std")
     if any(data.get(name) not in (None, getattr(plain, name)) for name in asked):
-        return None, "Add --data IMAGES to let what stays make up for what goes."
+        return None, "Add --data IMAGES to compensate at the cut."
     return plain.source, ""
