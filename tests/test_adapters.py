@@ -28,6 +28,7 @@ ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
         ("timm_train", []),
         ("timm_train", ["--scaler"]),
     ],
+    ids=["raw loop", "transformers", "lightning", "timm", "timm with a scaler"],
 )
 def test_an_adapter(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lightning_trainer":

@@ -7,10 +7,11 @@ shown to complain about a small tree that breaks it.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
@@ -326,20 +327,15 @@ RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
 )
 
 
+@functools.cache
+def package() -> list[Source]:
+    return sources(ROOT / "src")
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule: Callable[[list[Source]], list[str]]) -> None:
-    files = sources(ROOT / "src")
-    assert len(files) > 5
-    assert rule(files) == []
-
-
-def test_tests_use_no_private_name() -> None:
-    files = [
-        Source(".".join(path.relative_to(ROOT).with_suffix("").parts), path, text, ast.parse(text))
-        for path in sorted((ROOT / "tests").rglob("*.py"))
-        if (text := path.read_text("utf-8"))
-    ]
-    assert no_private_names_of_others(files) == []
+    assert len(package()) > 100
+    assert rule(package()) == []
 
 
 SOUND = {
@@ -430,9 +426,74 @@ def test_every_rule_is_shown_to_fail() -> None:
     assert {rule for rule, *_ in BROKEN} == set(RULES)
 
 
-def undeclared(files: list[Source], declared: set[str]) -> list[str]:
+def cases_have_names(files: list[Source]) -> list[str]:
+    """Every `parametrize` says what its cases are called, in ``ids`` or case by case."""
+    return [
+        f"{source.module}:{node.lineno} parametrizes without ids"
+        for source in files
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and _called(node) == "parametrize" and not _names_cases(node)
+    ]
+
+
+def _names_cases(call: ast.Call) -> bool:
+    if any(keyword.arg == "ids" for keyword in call.keywords):
+        return True
+    values = call.args[1] if len(call.args) > 1 else None
+    return isinstance(values, (ast.List, ast.Tuple)) and all(
+        isinstance(value, ast.Call) and _called(value) == "param" and any(key.arg == "id" for key in value.keywords)
+        for value in values.elts
+    )
+
+
+def folders_mirror_the_package(files: list[Source]) -> list[str]:
+    """Tests lie in folders called as those of the package, or beside them where they are of the whole."""
+    return [
+        f"{source.module}: the package has no folder {folder!r}"
+        for source in files
+        if (folder := source.module.split(".")[1]) not in ORDER and len(source.module.split(".")) > 2
+    ]
+
+
+TEST_RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
+    no_private_names_of_others,
+    cases_have_names,
+    folders_mirror_the_package,
+)
+
+
+@pytest.mark.parametrize("rule", TEST_RULES, ids=lambda rule: rule.__name__)
+def test_the_tests_keep_the_rule(rule: Callable[[list[Source]], list[str]]) -> None:
+    files = sources(ROOT, "tests")
+    assert len(files) > 50
+    assert rule(files) == []
+
+
+BROKEN_TESTS = [
+    (cases_have_names, "core/test_plan.py", "@pytest.mark.parametrize('x', [1, 2])\ndef test(x): ..."),
+    (cases_have_names, "core/test_plan.py", "parametrize('x', [pytest.param(1, id='one'), pytest.param(2)])"),
+    (folders_mirror_the_package, "odds/test_plan.py", "x = 1"),
+    (no_private_names_of_others, "core/test_plan.py", "from pkg.core.plan import _x"),
+]
+SOUND_TESTS = {
+    "core/test_plan.py": "parametrize('x', [pytest.param(1, id='one')])\nparametrize('x', [1], ids=str)\n",
+    "test_contract.py": "x = 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "text"), BROKEN_TESTS, ids=[f"{rule.__name__}-{at}" for at, (rule, *_) in enumerate(BROKEN_TESTS)]
+)
+def test_broken_tests_are_caught(
+    tmp_path: Path, rule: Callable[[list[Source]], list[str]], name: str, text: str
+) -> None:
+    sound = tree(tmp_path, SOUND_TESTS)
+    assert all(one(sound) == [] for one in TEST_RULES)
+    assert rule(tree(tmp_path, {name: text})) != []
+
+
+def undeclared(files: list[Source], declared: set[str], distributions: Mapping[str, list[str]]) -> list[str]:
     """Imports of distributions that are not in ``declared``."""
-    distributions = packages_distributions()
     wrong = []
     for source in files:
         for found in imports(source):
@@ -457,9 +518,10 @@ def declared_distributions() -> set[str]:
 def test_every_import_is_declared(tmp_path: Path) -> None:
     declared = declared_distributions()
     assert {"torch", "pyyaml", "datasets"} <= declared
-    assert undeclared(sources(ROOT / "src"), declared) == []
+    installed = packages_distributions()
+    assert undeclared(package(), declared, installed) == []
     stranger = tree(tmp_path, {"a.py": "import hypothesis\nimport torch\nimport yaml\nimport nowhere\n"})
-    assert [line.partition(", ")[0] for line in undeclared(stranger, declared)] == [
+    assert [line.partition(", ")[0] for line in undeclared(stranger, declared, installed)] == [
         "pkg.a:1 imports hypothesis",
         "pkg.a:4 imports nowhere",
     ]

@@ -1,19 +1,24 @@
-"""The table of models that the contract holds for, and plans drawn at random for any of them."""
+"""The tables of models that the contract holds for, and plans drawn at random for any of them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
+import slimming
 from slimming.core.groups import Anatomy, Group
 from slimming.core.pruning_plan import Plan
+from slimming.masks.attachment import prunable
+from slimming.models.traced import verification
 
 NOTED = pytest.mark.skipif(
     not hasattr(timm.create_model("test_vit"), "_model_args"),
@@ -37,13 +42,29 @@ FOLLOWED = pytest.mark.xfail(
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8, "img_size": 32}
 
 
+STYLES = (
+    "free", "equal", "coupled", "heads", "heads and dimensions", "joint", "token", "mlp", "qk", "v", "qkv", "head",
+    "branch", "width",
+)  # fmt: skip
+"""Ways to cut a ViT of timm."""
+TRACED_STYLES = ("free", "joint", "mlp", "head", "channel", "width")
+"""Ways to cut a model that is read by tracing."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A timm model, small."""
+    """A ViT of timm, small.
+
+    Attributes:
+        stays: styles of plan that find nothing to cut, for want of such groups.
+    """
 
     id: str
     architecture: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    stays: frozenset[str] = frozenset()
+    styles = STYLES
+    counted = ("free", "equal", "coupled", "heads", "joint", "v", "branch", "width")
 
     def make(self, seed: int = 0) -> nn.Module:
         """The model in float64 with every parameter and buffer random, in evaluation mode."""
@@ -51,35 +72,115 @@ class Variant:
         randomise_(model, seed)
         return model
 
+    def output(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the model says of images."""
+        return model(x)
 
+    def load(self, path: Path) -> nn.Module:
+        """The model that was saved at ``path``."""
+        return slimming.load(path)
+
+
+@dataclass(frozen=True)
+class Traced(Variant):
+    """A small model of any host that is read by tracing.
+
+    Attributes:
+        maker: makes it in the sizes that the test has in mind.
+        known: whether its host makes it by name, so that a checkpoint needs no dense model to be loaded.
+    """
+
+    architecture: str = ""
+    maker: Callable[[], nn.Module] = nn.Module
+    known: bool = True
+    styles = TRACED_STYLES
+    counted = ("free", "joint")
+
+    def make(self, seed: int = 0) -> nn.Module:
+        """The model in float64 with every parameter and statistic random, in evaluation mode."""
+        model = self.maker().double().eval()
+        verification.randomise_(model, seed)
+        return model
+
+    def output(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the model says of images, whatever its host wraps that in."""
+        return verification.outputs(model, x)[0]
+
+    def load(self, path: Path) -> nn.Module:
+        """The model that was saved at ``path``."""
+        return slimming.load(path, dense=None if self.known else self.make(seed=9))
+
+
+NO_WIDTH = frozenset({"width"})
+"""Something reads the width without a LayerNorm."""
 VARIANTS = (
     Variant("plain", "vit_tiny_patch16_224"),
     Variant("test_vit", "test_vit", {"depth": 3, "patch_size": 16, "img_size": 48}),
     Variant("test_vit2", "test_vit2"),
-    Variant("map pooling with register", "test_vit3"),
-    Variant("rms norm", "test_vit4"),
+    Variant("map pooling with register", "test_vit3", stays=NO_WIDTH),
+    Variant("rms norm", "test_vit4", stays=NO_WIDTH),
     Variant("deit", "deit_tiny_patch16_224"),
     Variant("deit distilled", "deit_tiny_distilled_patch16_224"),
     Variant("deit3 layer scale", "deit3_small_patch16_224"),
-    Variant("registers", "vit_small_patch14_reg4_dinov2"),
+    Variant("registers", "vit_small_patch14_reg4_dinov2", stays=NO_WIDTH),
     Variant("average, no class token", "vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     Variant("average beside class token", "vit_tiny_patch16_224", {"global_pool": "avg"}),
     Variant("average with class token", "vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
     Variant("no qkv bias", "vit_tiny_patch16_224", {"qkv_bias": False}),
     Variant("no proj bias", "vit_tiny_patch16_224", {"proj_bias": False}),
-    Variant("qk norm", "vit_tiny_patch16_224", {"qk_norm": True}),
+    Variant("qk norm", "vit_tiny_patch16_224", {"qk_norm": True}, stays=frozenset({"qk", "qkv"})),
     Variant("drop path", "vit_tiny_patch16_224", {"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "drop_rate": 0.1}),
-    Variant("siglip", "vit_base_patch16_siglip_224"),
-    Variant("swiglu", "vit_giant_patch14_dinov2"),
+    Variant("siglip", "vit_base_patch16_siglip_224", stays=NO_WIDTH),
+    Variant("swiglu", "vit_giant_patch14_dinov2", stays=NO_WIDTH),
     Variant("clip pre norm", "vit_base_patch16_clip_224"),
     Variant("clip quick gelu", "vit_base_patch16_clip_quickgelu_224"),
     Variant("wide image", "vit_tiny_patch16_224", {"img_size": (16, 40)}),
     Variant("one channel", "vit_tiny_patch16_224", {"in_chans": 1, "num_classes": 7}),
     Variant("four channels", "vit_tiny_patch16_224", {"in_chans": 4, "num_classes": 2}),
-    Variant("no classifier", "vit_tiny_patch16_224", {"num_classes": 0}),
+    Variant("no classifier", "vit_tiny_patch16_224", {"num_classes": 0}, stays=NO_WIDTH),
     Variant("dynamic size", "vit_tiny_patch16_224", {"dynamic_img_size": True}),
-    Variant("norm after residual", "vit_base_patch16_rpn_224"),
+    Variant("norm after residual", "vit_base_patch16_rpn_224", stays=NO_WIDTH),
 )
+
+
+def _of_timm(name: str, size: int = 32) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=5, pretrained_cfg_overlay={"input_size": (3, size, size)})
+
+
+def _swin() -> nn.Module:
+    sizes = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4), "img_size": 32, "window_size": 4}
+    return timm.create_model("swin_tiny_patch4_window7_224", **sizes, num_classes=5)
+
+
+def _vit_of_torchvision() -> nn.Module:
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
+    return torchvision.models.VisionTransformer(**sizes, num_classes=5)
+
+
+def _squeezenet_of_torchvision() -> nn.Module:
+    model: Any = torchvision.models.get_model("squeezenet1_1", num_classes=5)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    return model
+
+
+def _vit_of_transformers() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    return transformers.ViTForImageClassification(config)
+
+
+_NO_CONVS, _ONLY_CONVS = frozenset({"channel"}), frozenset({"mlp", "head", "width"})
+TRACED = (
+    Traced("CNN", maker=_of_timm("test_resnet"), stays=_ONLY_CONVS),
+    Traced("ConvNeXt", maker=_of_timm("test_convnext"), stays=frozenset({"head", "channel"})),
+    Traced("MobileViT", maker=_of_timm("mobilevit_xxs", 64)),
+    Traced("Swin", maker=_swin, stays=_NO_CONVS),
+    Traced("ViT of torchvision", maker=_vit_of_torchvision, stays=_NO_CONVS, known=False),
+    Traced("SqueezeNet of torchvision", maker=_squeezenet_of_torchvision, stays=_ONLY_CONVS),
+    Traced("ViT of transformers", maker=_vit_of_transformers, stays=_NO_CONVS),
+)
+"""Models of every host and kind of groups, read by tracing."""
 
 
 def randomise_(model: nn.Module, seed: int) -> None:
@@ -95,7 +196,7 @@ def randomise_(model: nn.Module, seed: int) -> None:
 
 def image(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
     """Random images of the size that the model takes, shape (batch, channels, height, width)."""
-    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    shape = (batch, *prunable(model).anatomy.input_shape)
     dtype = next(model.parameters()).dtype
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -111,19 +212,13 @@ def distance(one: Tensor, other: Tensor) -> float:
 def roles_of(style: str) -> set[str]:
     """The roles of the groups that a style of plan cuts."""
     return {
-        "free": {"qk", "v", "mlp", "token"},
+        "free": {"qk", "v", "mlp", "token", "channel"},
         "equal": {"qk", "v", "mlp", "token"},
         "coupled": {"qkv", "mlp"},
         "heads": {"head", "mlp"},
         "heads and dimensions": {"head", "qk", "v", "token"},
-        "joint": {"qk", "v", "mlp", "token", "branch", "width"},
+        "joint": {"qk", "v", "mlp", "token", "branch", "width", "channel"},
     }.get(style, {style})
-
-
-STYLES = (
-    "free", "equal", "coupled", "heads", "heads and dimensions", "joint", "token", "mlp", "qk", "v", "qkv", "head",
-    "branch", "width",
-)  # fmt: skip
 
 
 def draw(anatomy: Anatomy, style: str, seed: int = 0) -> tuple[list[Group], Plan]:

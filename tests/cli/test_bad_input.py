@@ -162,8 +162,8 @@ def test_a_pickle_as_a_checkpoint(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "structure.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "structure.json"], ids=str)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"], ids=str)
 def test_a_damaged_checkpoint(slimming: Call, copied: Path, name: str, damage: str) -> None:
     place = copied / "macs-0.70" / "slim"
     harm(place / name, damage)
@@ -180,15 +180,17 @@ def harm(path: Path, damage: str) -> None:
     path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"], ids=str)
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"], ids=str
+)
 def test_a_damaged_search(slimming: Call, output: Path, copied: Path, name: str, damage: str) -> None:
     harm(copied / "search" / name, damage)
     words = () if name == "search.json" and damage == "missing" else (name,)
     refused(slimming("cut", copied, "--budget", "macs=0.9", "--output", output), *words)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "newer", "another", "outside"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "newer", "another", "outside"], ids=str)
 def test_a_bad_plan(slimming: Call, output: Path, copied: Path, damage: str) -> None:
     path = copied / "macs-0.70" / "plan.json"
     value = {key: entry for key, entry in json.loads(path.read_text()).items() if key != "sha256"}
@@ -222,7 +224,9 @@ def test_weights_of_another_model(slimming: Call, copied: Path) -> None:
     refused(slimming("inspect", slim), "checksum")
 
 
-@pytest.mark.parametrize("budget", ["macs=0", "macs=2", "macs=-1", "macs=0.01", "macs", "keep.mpl=0.5", "macs=half"])
+@pytest.mark.parametrize(
+    "budget", ["macs=0", "macs=2", "macs=-1", "macs=0.01", "macs", "keep.mpl=0.5", "macs=half"], ids=str
+)
 def test_a_bad_budget_of_a_cut(slimming: Call, output: Path, finished: Path, budget: str) -> None:
     refused(slimming("cut", finished, "--budget", budget, "--output", output))
 

@@ -441,8 +441,8 @@ def test_latency_table_and_a_cut_by_time(
     assert "slimming latency-table build" in missing.err
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("command", ["run", "search"])
+@pytest.mark.parametrize("name", PRESETS, ids=str)
+@pytest.mark.parametrize("command", ["run", "search"], ids=str)
 def test_the_printed_config_is_the_one_that_a_run_writes(
     slimming: Call, site: Path, tmp_path: Path, command: str, name: str
 ) -> None:

@@ -79,6 +79,7 @@ def test_names_of_other_hosts_are_inspected(slimming: Call, dino: Path) -> None:
         ("torchvision:maskrcnn_resnet50_fpn", "torchvision has no classifier"),
         ("transformers:/no/such/place", "could not be loaded"),
     ],
+    ids=["misspelt", "no classifier", "no directory"],
 )
 def test_names_that_a_host_does_not_know(slimming: Call, name: str, says: str) -> None:
     shown = slimming("inspect", name)

@@ -44,7 +44,7 @@ def test_the_preset_is_the_base_of_the_search() -> None:
     assert (config.train.epochs, config.train.batch_size) == (3.0, 1024)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS, ids=str)
 def test_the_saved_settings_make_the_same_job(name: str, tmp_path: Path) -> None:
     config = made(search={"preset": name, "score": "mask"}, distil=None, retrain={"ema": 0.9, "trackers": ["x"]})
     assert config.search.penalty == preset(name).penalty

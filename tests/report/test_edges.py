@@ -103,6 +103,7 @@ def lack_kinds(row: dict[str, Any]) -> None:
         lambda row: row.update(latency_ms={}, speedup={}),
         lambda row: row.update(budget={"keep": {"head_dim": 0.7, "mlp": 0.6}}),
     ],
+    ids=["heads", "kinds", "layers", "top1", "top1 of the cut", "a batch size", "latency", "a budget by kinds"],
 )
 def test_a_run_may_lack(make_run: MakeRun, lack: Callable[[dict[str, Any]], Any]) -> None:
     html = re.sub('base64,[^"]*', "", page_of(make_run(lambda results: lack(results["rows"][0]))))
@@ -145,6 +146,7 @@ def test_a_log_line_cut_off_at_the_end_is_left_out_and_one_inside_is_refused(mak
         (lambda r: r["images"][0].update(png='"><script>'), "png is not base64"),
         (lambda r: r["search"].update(log="../elsewhere.jsonl"), "does not lie in"),
     ],
+    ids=["missing", "words", "percent", "quartile", "position", "dimensions", "no PNG", "markup", "outside"],
 )
 def test_what_no_run_holds_is_refused_by_place(
     make_run: MakeRun, change: Callable[[dict[str, Any]], Any], complaint: str

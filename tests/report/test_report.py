@@ -94,7 +94,7 @@ def test_a_large_run_stays_small(make_run: MakeRun) -> None:
     assert path.stat().st_size < 6_000_000
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "newer", "rows"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "newer", "rows"], ids=str)
 def test_damaged_results_are_refused_by_a_sentence(make_run: MakeRun, damage: str) -> None:
     run = make_run()
     file = run / "results.json"
@@ -110,7 +110,7 @@ def test_damaged_results_are_refused_by_a_sentence(make_run: MakeRun, damage: st
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("width", [100, 120])
+@pytest.mark.parametrize("width", [100, 120], ids=lambda width: f"{width} columns")
 def test_the_console_table_fits(make_run: MakeRun, width: int) -> None:
     results = json.loads((make_run() / "results.json").read_text())
     buffer = io.StringIO()

@@ -101,7 +101,7 @@ def parquets(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("write", [folders, tars, parquets])
+@pytest.mark.parametrize("write", [folders, tars, parquets], ids=["folders", "tars", "parquets"])
 def test_every_layout_gives_the_same_kind_of_data(write: Callable[[Path], Path], tmp_path: Path) -> None:
     data = open_tiny(write(tmp_path))
     assert counts(data) == (18, 6)
@@ -125,7 +125,7 @@ def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
     assert name.endswith("train-00001-of-00002.parquet row 4 (4.png)")
 
 
-@pytest.mark.parametrize("write", [folders, tars, parquets])
+@pytest.mark.parametrize("write", [folders, tars, parquets], ids=["folders", "tars", "parquets"])
 def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[[Path], Path], tmp_path: Path) -> None:
     pictures = open_pictures(DataConfig(source=str(write(tmp_path))), SPEC)
     assert pictures is not None
@@ -182,8 +182,8 @@ def damaged_images() -> dict[str, Image.Image]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", damaged_images())
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", damaged_images(), ids=str)
+@pytest.mark.parametrize("channels", [1, 3], ids=lambda count: f"{count} channels")
 def test_all_kinds_of_images(kind: str, channels: int) -> None:
     spec = ImageSpec(input_size=(channels, 16, 16), mean=(0.0,) * channels, std=(1.0,) * channels)
     image = damaged_images()[kind]
@@ -564,7 +564,7 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_data(DataConfig(source="hf:tiny"), SPEC)
 
 
-@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"], ids=str)
 def test_images_are_cut_as_the_model_was_trained(mode: str) -> None:
     from timm.data import create_transform, resolve_data_config
 

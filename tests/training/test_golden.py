@@ -40,7 +40,7 @@ def trajectory(name: str) -> list[float]:
     return [line["loss"] for line in history.log]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS, ids=str)
 def test_golden(name: str) -> None:
     losses = trajectory(name)
     assert losses == trajectory(name)

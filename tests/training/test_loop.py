@@ -194,8 +194,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder: Path, tmp_
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
-@pytest.mark.parametrize("clip_grad", [None, 1.0])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("clip_grad", [None, 1.0], ids=["free", "clipped"])
+@pytest.mark.parametrize("precision", ["no", "bf16"], ids=str)
 def test_a_gradient_that_is_not_finite_stops_before_anything_changes(
     folder: Path, tmp_path: Path, clip_grad: float | None, precision: str
 ) -> None:

@@ -70,7 +70,7 @@ def test_distillation_by_hand() -> None:
     torch.testing.assert_close(apart["labels"], F.cross_entropy(second, LABELS))
 
 
-@pytest.mark.parametrize("pool", ["first", "mean"])
+@pytest.mark.parametrize("pool", ["first", "mean"], ids=str)
 def test_features(pool: str) -> None:
     student, teacher = make_model(1), make_model(2)
     task = DistilTask(teacher, features=("blocks.0", "blocks.1"), feature_weight=3.0, pool=pool)
@@ -280,7 +280,7 @@ def test_relations_of_large_outputs_are_finite_in_half_precision() -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("distilled", [True, False], ids=["distilled", "plain"])
 def test_each_head_of_a_model_with_a_distillation_token_has_its_own_lesson(distilled: bool) -> None:
     """The class head learns the labels, the distillation head the teacher; in evaluation they speak together."""
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}

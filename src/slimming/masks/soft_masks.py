@@ -20,6 +20,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
 from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
 from slimming.masks.tokens import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
+from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel
 
@@ -237,9 +238,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""
         for slices in group.slices:
             if slices.side == "consumes":
-                tensor = original(self.model, slices.tensor)
-                places = [place for unit in units for place in slices.index[unit]]
-                tensor.index_fill_(slices.dim, torch.tensor(places, dtype=torch.int64, device=tensor.device), 0.0)
+                zero_slices_(original(self.model, slices.tensor), slices, units)
 
     def fold_(self) -> None:
         """Multiply the masks into the weights and take them away; token masks, which no weight holds, stay."""

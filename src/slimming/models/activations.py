@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+
+from slimming.core.groups import Group, Slices
+from slimming.training.processes import rank_and_world
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MAX_DIM = 8192
+MAX_COVARIANCE_INPUTS = 8192
 """Largest number of inputs of a layer for which a covariance is computed; a larger one would take over 0.5 GB."""
+GIGABYTES = 1.0
+"""Largest memory for covariances in one pass over the images."""
 
 RIDGE, RIDGE_PER_INPUT = 1e-4, 0.1
 
@@ -60,17 +66,90 @@ def precise(rows: Tensor) -> Tensor:
 
 def own_share(batches: Sequence[T]) -> Sequence[T]:
     """The batches of this process, which are all batches if there is only one process."""
-    if not _is_distributed():
-        return batches
-    return batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    rank, world = rank_and_world()
+    return batches if world == 1 else batches[rank::world]
 
 
 def add_up(*sums: Tensor) -> None:
     """Replace ``sums`` by their sums over all processes, in place."""
-    if _is_distributed():
+    if rank_and_world()[1] > 1:
         for tensor in sums:
             torch.distributed.all_reduce(tensor)
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+class Moments:
+    """Sums and sums of products of rows x, and of rows y that belong to them, in float64.
+
+    Attributes:
+        count: number of rows.
+        x: sum of x, shape (size,).
+        xx: sum of the products of x with itself, shape (size, size).
+        y: sum of y, shape (others,).
+        yx: sum of the products of y with x, shape (others, size).
+
+    Args:
+        size: length of a row x.
+        device: device of the sums.
+        others: length of a row y; 0 if there is no y.
+    """
+
+    def __init__(self, size: int, device: torch.device, others: int = 0) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.count, self.x, self.xx = zeros(), zeros(size), zeros(size, size)
+        self.y, self.yx = zeros(others), zeros(others, size)
+
+    def add(self, x_NC: Tensor, y_ND: Tensor | None = None) -> None:
+        """Add rows in the precision of `precise`."""
+        self.count += len(x_NC)
+        self.x += x_NC.sum(0)
+        self.xx += x_NC.T @ x_NC
+        if y_ND is not None:
+            self.y += y_ND.sum(0)
+            self.yx += y_ND.T @ x_NC
+
+    def add_up(self) -> None:
+        """Replace the sums by their sums over all processes."""
+        add_up(self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
+
+
+def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | None = None) -> Iterator[list[T]]:
+    """Divide ``items`` into parts that need one pass over the images each: `GIGABYTES` of memory, or one item.
+
+    Args:
+        items: the items, in order.
+        gigabytes: memory of an item.
+        most: largest number of items in a part.
+    """
+    part: list[T] = []
+    part_size = 0.0
+    for item in items:
+        size = gigabytes(item)
+        if part and (len(part) == most or part_size + size > GIGABYTES):
+            yield part
+            part, part_size = [], 0.0
+        part.append(item)
+        part_size += size
+    if part:
+        yield part
+
+
+def feeds_layers(group: Group) -> bool:
+    """Whether the units of ``group`` are outputs of one layer and inputs of another.
+
+    This is not so for features of the embedding, which norms separate from the layers that read them, for a whole
+    attention or MLP, and for coupled dimensions, which are in the groups of QK and V too.
+    """
+    return not group.norms and group.role not in ("branch", "qkv")
+
+
+def layers_reading(model: nn.Module, group: Group) -> list[Slices]:
+    """The slices of ``group`` in weights of layers whose inputs have a covariance: Linears and convolutions."""
+    return [
+        part
+        for part in group.slices
+        if part.side == "consumes" and part.dim == 1 and part.tensor.endswith(".weight")
+        and reads_all(layer := model.get_submodule(part.tensor.rpartition(".")[0]))
+        and layer.get_parameter("weight").shape[1] <= MAX_COVARIANCE_INPUTS
+    ]  # fmt: skip

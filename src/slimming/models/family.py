@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, TimedLayer
+from slimming.core.groups import Anatomy, Group, Slices, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 
@@ -187,3 +187,9 @@ def difference(wanted: nn.Module, made: nn.Module) -> str | None:
 
 def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def zero_slices_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
+    """Set the slices of ``units`` in ``tensor`` to 0."""
+    indices = [index for unit in units for index in slices.index[unit]]
+    tensor.index_fill_(slices.dim, torch.tensor(indices, dtype=torch.int64, device=tensor.device), 0.0)

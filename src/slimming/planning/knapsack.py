@@ -111,7 +111,12 @@ def _solve(worth: Array, price: Array, limit: Array, before: Sequence[tuple[int,
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Drop what goes to the process's standard output: HiGHS prints there, whatever its options say."""
+    """Drop what goes to the process's standard output: HiGHS prints there, whatever its options say.
+
+    Up to SciPy 1.17 a bare ``printf`` of its branching says now and then that it solves a relaxation again, with
+    ``disp`` off as well. HiGHS without SciPy is no way out: highspy 1.12 has the same, and 1.16 prints a banner when a
+    solver is made.
+    """
     sys.stdout.flush()
     try:
         out = os.dup(1)

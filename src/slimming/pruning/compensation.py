@@ -25,13 +25,22 @@ from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError
-from slimming.models.activations import MAX_DIM, add_up, inputs_of, own_share, precise, reads_all, ridge
-from slimming.models.family import Kept
+from slimming.models.activations import (
+    Moments,
+    feeds_layers,
+    in_parts,
+    inputs_of,
+    layers_reading,
+    own_share,
+    precise,
+    ridge,
+)
+from slimming.models.family import Kept, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 
-TOGETHER, GIGABYTES = 4, 1.0
-"""At most so many layers, and so much memory for their covariances, in one pass over the images."""
+TOGETHER = 4
+"""At most so many layers in one pass over the images: later ones make up for what earlier ones could not."""
 
 
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
@@ -83,7 +92,7 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
     dense = copy.deepcopy(model).eval()
     _silence_(model, anatomy, kept, wanted)
     with in_evaluation(model):
-        for part in _parts(model, list(wanted)):
+        for part in in_parts(wanted, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
             stays = {name: _others(wanted[name], model.get_submodule(name)) for name in part}
             for name, moments in _gathered(dense, model, stays, images).items():
                 _fold_(model.get_submodule(name), moments, stays[name], wanted[name])
@@ -96,18 +105,14 @@ def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection
         outside = [one for one in group.slices if one.side in ("consumes", "key")]
         for one in outside or group.slices:
             if one.tensor in tensors and one.tensor.rpartition(".")[0] not in spared:
-                places = torch.tensor([place for unit in units for place in one.index[unit]])
-                tensor = tensors[one.tensor]
-                tensor.index_fill_(one.dim, places.to(tensor.device), 0.0)
+                zero_slices_(tensors[one.tensor], one, units)
 
 
 def _gone(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:
     """The groups that lose units between a layer that makes them and one that reads them, with those units."""
     for group in anatomy.groups:
         units = sorted(set(range(group.size)).difference(kept.get(group.name, range(group.size))))
-        # Norms lie between features of the embedding and their readers; an attention or MLP that goes has no reader;
-        # QK and V are groups of their own beside the coupled one.
-        if units and not group.norms and group.role not in ("branch", "qkv"):
+        if units and feeds_layers(group):
             yield group, units
 
 
@@ -115,13 +120,11 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
     """The layers that read units that go, in the order of the model: name -> places of their inputs that go."""
     gone: defaultdict[str, set[int]] = defaultdict(set)
     for group, units in _gone(anatomy, kept):
-        for one in group.slices:
-            module, _, name = one.tensor.rpartition(".")
-            if one.side == "consumes" and one.dim == 1 and name == "weight":
-                gone[module].update(place for unit in units for place in one.index[unit])
+        for one in layers_reading(model, group):
+            gone[one.tensor.rpartition(".")[0]].update(place for unit in units for place in one.index[unit])
     found = {}
     for name, module in model.named_modules():
-        if name in gone and reads_all(module) and len(gone[name]) < module.get_parameter("weight").shape[1] <= MAX_DIM:
+        if name in gone and len(gone[name]) < module.get_parameter("weight").shape[1]:
             found[name] = sorted(gone[name])
     return found
 
@@ -131,81 +134,43 @@ def _others(gone: Sequence[int], module: nn.Module) -> list[int]:
     return [place for place in range(module.get_parameter("weight").shape[1]) if place not in dropped]
 
 
-def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """``names`` in runs that are done together."""
-    part: list[str] = []
-    size = 0.0
-    for name in names:
-        own = 16 * model.get_submodule(name).get_parameter("weight").shape[1] ** 2 / 2**30
-        if part and (len(part) == TOGETHER or size + own > GIGABYTES):
-            yield part
-            part, size = [], 0.0
-        part.append(name)
-        size += own
-    yield part
-
-
-class _Moments:
-    """Sums over images and positions: of x' and of D, and of their products with x'.
-
-    Args:
-        inputs: how many the layer has.
-        stays: places of those that stay.
-        device: where the layer is.
-    """
-
-    def __init__(self, inputs: int, stays: Sequence[int], device: torch.device) -> None:
-        self._stays = list(stays)
-        sizes = {"count": (), "x": (len(stays),), "d": (inputs,)}
-        sizes |= {"xx": (len(stays), len(stays)), "dx": (inputs, len(stays))}
-        self.sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
-
-    def add(self, dense_NC: Tensor, slim_NC: Tensor) -> None:
-        """Count rows in."""
-        x = precise(slim_NC[:, self._stays])
-        d = dense_NC.to(x.dtype, copy=True)
-        d[:, self._stays] -= x
-        own = {"x": x.sum(0), "d": d.sum(0), "xx": x.T @ x, "dx": d.T @ x}
-        self.sums["count"] += len(x)
-        for name, value in own.items():
-            self.sums[name] += value
-
-    def means(self) -> dict[str, Tensor] | None:
-        """Count, and the means of the sums, over the images of all processes; None where the layer did not run."""
-        add_up(*self.sums.values())
-        count = self.sums["count"]
-        return {n: s if n == "count" else s / count for n, s in self.sums.items()} if count > 0 else None
+def _gigabytes(module: nn.Module) -> float:
+    return 16 * module.get_parameter("weight").shape[1] ** 2 / 2**30
 
 
 def _gathered(
     dense: nn.Module, slim: nn.Module, stays: Mapping[str, Sequence[int]], images: Sequence[Tensor]
-) -> dict[str, _Moments]:
-    """Run the images through both models and take the moments of what the layers in ``stays`` read."""
+) -> dict[str, Moments]:
+    """The moments of what the layers in ``stays`` read: of x', what stays of it in ``slim``, and of D."""
     like = next(slim.parameters())
     found = {}
     for name, places in stays.items():
         weight = slim.get_submodule(name).get_parameter("weight")
-        found[name] = _Moments(weight.shape[1], places, weight.device)
+        found[name] = Moments(len(places), weight.device, weight.shape[1])
     with inputs_of(dense, stays) as of_dense, inputs_of(slim, stays) as of_slim:
         for batch in own_share(images):
             for model in (dense, slim):
                 model(batch.to(like.device, like.dtype))
             for name, moments in found.items():
                 for one, other in zip(of_dense[name], of_slim[name], strict=True):
-                    moments.add(one, other)
+                    x = precise(other[:, stays[name]])
+                    d = one.to(x.dtype, copy=True)
+                    d[:, stays[name]] -= x
+                    moments.add(x, d)
                 of_dense[name].clear()
                 of_slim[name].clear()
     return found
 
 
-def _fold_(module: Any, moments: _Moments, stays: Sequence[int], gone: Sequence[int]) -> None:
+def _fold_(module: Any, moments: Moments, stays: Sequence[int], gone: Sequence[int]) -> None:
     """Give the columns that stay, and the bias, what the difference can be predicted to add."""
     weight, bias = module.weight, module.bias
-    means = moments.means()
-    if means is None:
+    moments.add_up()
+    count = moments.count
+    if count == 0:  # the layer did not run
         weight[:, gone] = 0
         return
-    count, x, d, xx, dx = (means[name] for name in ("count", "x", "d", "xx", "dx"))
+    x, d, xx, dx = (total / count for total in (moments.x, moments.y, moments.xx, moments.yx))
     if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
         raise NonFiniteLossError(
             "What the layers read while compensating is not finite. Check the images and the weights of the model."

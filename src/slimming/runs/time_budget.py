@@ -16,7 +16,7 @@ from slimming.scoring.registry import SCORES
 from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
-from slimming.training.processes import processes
+from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
 
@@ -204,10 +204,11 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         data: its training images.
         config: whose batches and precision are taken.
     """
-    world = processes().num_processes
+    processes()  # joins them
+    rank, world = rank_and_world()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)
-    share = Share(batch_size, config.accumulate, processes().process_index, world)
+    share = Share(batch_size, config.accumulate, rank, world)
     batches = train_batches(data, share, config.seed, 0, config.workers)
     # Processes that read start here, and have two batches each ready before anyone asks: those are no measure.
     list(islice(batches, 2 * config.accumulate + 2 * config.workers))

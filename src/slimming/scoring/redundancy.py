@@ -11,21 +11,28 @@ NeurIPS 2023).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.models.activations import MAX_DIM, add_up, inputs_of, own_share, precise, reads_all, ridge
+from slimming.models.activations import (
+    Moments,
+    feeds_layers,
+    in_parts,
+    inputs_of,
+    layers_reading,
+    own_share,
+    precise,
+    ridge,
+)
 
 STEPS = 40
 """In so many steps the units of a group go."""
 READERS = 4
 """Of the layers that read one group, at most so many are looked at, spread over the model."""
-GIGABYTES = 1.0
-"""At most so much memory for covariances in one pass over the images."""
 
 
 @torch.no_grad()
@@ -46,13 +53,17 @@ def redundancy_scores(
     """
     result = {group.name: importance[group.name] for group in groups}
     found = {group.name: _readers(model, group) for group in groups}
-    for part in _parts(model, [group for group in groups if found[group.name]], found):
+
+    def gigabytes(group: Group) -> float:
+        return sum(8 * model.get_parameter(one.tensor).shape[1] ** 2 for one in found[group.name]) / 2**30
+
+    for part in in_parts((group for group in groups if found[group.name]), gigabytes):
         # In one order on every process, which a set of words has not.
         names = list(dict.fromkeys(one.tensor.rpartition(".")[0] for group in part for one in found[group.name]))
         covariances = _covariances(model, names, images)
         for group in part:
             layers = [
-                _Layer(covariances[name], one.index)
+                ReadLayer(covariances[name], one.index)
                 for one in found[group.name]
                 if (name := one.tensor.rpartition(".")[0]) in covariances
             ]
@@ -63,31 +74,10 @@ def redundancy_scores(
 
 def _readers(model: nn.Module, group: Group) -> list[Slices]:
     """The slices by which layers read the units of ``group``, as many as are looked at."""
-    if group.norms or group.role in ("branch", "qkv"):
+    if not feeds_layers(group):
         return []
-    every = [
-        one
-        for one in group.slices
-        if one.side == "consumes" and one.dim == 1 and one.tensor.endswith(".weight") and all(one.index)
-        and reads_all(layer := model.get_submodule(one.tensor.rpartition(".")[0]))
-        and layer.get_parameter("weight").shape[1] <= MAX_DIM
-    ]  # fmt: skip
+    every = [one for one in layers_reading(model, group) if all(one.index)]
     return every[:: -(-len(every) // READERS)] if every else []
-
-
-def _parts(model: nn.Module, groups: Iterable[Group], found: Mapping[str, Sequence[Slices]]) -> Iterator[list[Group]]:
-    """The groups in runs that are done in one pass over the images."""
-    part: list[Group] = []
-    size = 0.0
-    for group in groups:
-        own = sum(8 * model.get_parameter(one.tensor).shape[1] ** 2 for one in found[group.name]) / 2**30
-        if part and size + own > GIGABYTES:
-            yield part
-            part, size = [], 0.0
-        part.append(group)
-        size += own
-    if part:
-        yield part
 
 
 def _covariances(
@@ -95,24 +85,21 @@ def _covariances(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Covariance (C, C) with its ridge, second moments (C,), and the ridge, of what each layer reads, if it ran."""
     like = next(model.parameters())
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    sums: dict[str, Moments] = {}
     for name in names:
         weight = model.get_submodule(name).get_parameter("weight")
-        sizes = ((), (weight.shape[1],), (weight.shape[1], weight.shape[1]))
-        count, x, xx = (torch.zeros(size, dtype=torch.float64, device=weight.device) for size in sizes)
-        sums[name] = count, x, xx
+        sums[name] = Moments(weight.shape[1], weight.device)
     with inputs_of(model, sums) as read:
         for batch in own_share(images):
             model(batch.to(like.device, like.dtype))
-            for name, (count, x, xx) in sums.items():
+            for name, moments in sums.items():
                 for rows in map(precise, read[name]):
-                    count += len(rows)
-                    x += rows.sum(0)
-                    xx += rows.T @ rows
+                    moments.add(rows)
                 read[name].clear()
     result = {}
-    for name, (count, x, xx) in sums.items():
-        add_up(count, x, xx)
+    for name, moments in sums.items():
+        moments.add_up()
+        count, x, xx = moments.count, moments.x, moments.xx
         if count > 0:
             power = xx.diagonal() / count
             # The constant part is made up for by the bias, if there is one.
@@ -125,11 +112,11 @@ def _covariances(
     return result
 
 
-class _Layer:
+class ReadLayer:
     """How well each unit of a group is predicted from all else that one layer reads.
 
     Args:
-        statistics: see `_covariances`.
+        statistics: covariance (C, C) with its ridge, second moments (C,), and the ridge, of what the layer reads.
         index: the places of each unit among the layer's inputs.
     """
 
@@ -170,7 +157,7 @@ class _Layer:
         moved = (torch.cumsum(~gone, 0) - 1).clamp_min(0)
         self._row = moved[self._row]  # those of inputs that are gone are never asked for again
 
-    def only(self, units: Tensor) -> _Layer:
+    def only(self, units: Tensor) -> ReadLayer:
         """The same layer for a few units, whose removal among themselves costs little."""
         result = copy.copy(self)
         rows = self._rows(units)
@@ -186,7 +173,7 @@ class _Layer:
         return self._row[inputs[inputs < len(self._row)]]
 
 
-def _costs(importance: Tensor, layers: Sequence[_Layer]) -> Tensor:
+def _costs(importance: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """What each unit costs at its turn, never less than those before it; shape (size,)."""
     base = importance.double()
     left = torch.arange(len(base))
@@ -213,6 +200,6 @@ def _costs(importance: Tensor, layers: Sequence[_Layer]) -> Tensor:
     return result.float()
 
 
-def _now(base: Tensor, units: Tensor, layers: Sequence[_Layer]) -> Tensor:
+def _now(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
     """What each of ``units`` would cost next, shape (units,)."""
     return base[units] * torch.stack([layer.unpredicted(units) for layer in layers]).mean(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.models.activations import add_up, inputs_of, own_share, precise
+from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
 
 _LEAST, _NOTHING = 1e-6, 1e-30
@@ -108,13 +108,11 @@ def _moments(
     like = next(model.parameters())
     made = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
     read = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
-    sums: dict[str, list[list[Tensor]]] = {}
-    for group, factors in [*((group, 2) for group in queries), *((group, 1) for group in values)]:
-        sums[group.name] = [
-            [torch.zeros(n, n, dtype=torch.float64, device=like.device) for _ in range(factors)]
-            for n in group.limits.parts
-        ]
-    means = {group.name: torch.zeros(group.size + 1, dtype=torch.float64, device=like.device) for group in values}
+    found = {
+        group.name: [[Moments(n, like.device) for _ in range(factors)] for n in group.limits.parts]
+        for some, factors in ((queries, 2), (values, 1))
+        for group in some
+    }
     outputs: dict[str, list[Tensor]] = {name: [] for name in made}
 
     def hook(name: str) -> Callable[..., None]:
@@ -127,36 +125,33 @@ def _moments(
                 model(batch.to(like.device, like.dtype))
                 for name, group in made.items():
                     for out in outputs.pop(name):
-                        _add_qk(sums[group.name], group, precise(out))
+                        _add_qk(found[group.name], group, precise(out))
                     outputs[name] = []
                 for name, group in read.items():
                     for rows in map(precise, inputs[name]):
                         x = rows[:, _places(_slices(group, "consumes")[0], range(group.size), rows.device)]
-                        means[group.name] += torch.cat([x.sum(0), x.new_full((1,), len(x))])
-                        for units, (total,) in zip(_heads(group), sums[group.name], strict=True):
-                            total += x[:, units.start : units.stop].T @ x[:, units.start : units.stop]
+                        for units, (moments,) in zip(_heads(group), found[group.name], strict=True):
+                            moments.add(x[:, units.start : units.stop])
                     inputs[name].clear()
     finally:
         for handle in handles:
             handle.remove()
-    for name, heads in sums.items():
-        add_up(*(total for head in heads for total in head))
-        if name in means:
-            add_up(means[name])
+    for moments in (moments for heads in found.values() for head in heads for moments in head):
+        moments.add_up()
+    sums = {group.name: [[moments.xx for moments in head] for head in found[group.name]] for group in queries}
     for group in values:  # the mean of what is attended is a constant, which a bias can hold
-        *x, count = means[group.name].split([*group.limits.parts, 1])
-        for mean, (total,) in zip(x, sums[group.name], strict=True):
-            total -= torch.outer(mean, mean) / count.clamp_min(1)
+        sums[group.name] = [
+            [of_v.xx - torch.outer(of_v.x, of_v.x) / of_v.count.clamp_min(1)] for (of_v,) in found[group.name]
+        ]
     return sums
 
 
-def _add_qk(sums: Sequence[Sequence[Tensor]], group: Group, out_BND: Tensor) -> None:
+def _add_qk(found: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
     """Add the second moments of the queries and keys in a projection's output."""
     q, k = (
         out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
     )
     k = k - k.mean(1, keepdim=True)  # what all keys share, softmax takes out
-    for units, (of_q, of_k) in zip(_heads(group), sums, strict=True):
-        for total, x in ((of_q, q), (of_k, k)):
-            rows = x[..., units.start : units.stop].flatten(0, -2)
-            total += rows.T @ rows
+    for units, (of_q, of_k) in zip(_heads(group), found, strict=True):
+        for moments, x in ((of_q, q), (of_k, k)):
+            moments.add(x[..., units.start : units.stop].flatten(0, -2))

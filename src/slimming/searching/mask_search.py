@@ -34,7 +34,7 @@ from slimming.searching.config import SearchConfig, config_from_dict
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
-from slimming.training.processes import processes
+from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
 from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, MatchLoss, Task, both_heads
 
@@ -293,7 +293,7 @@ def _task_loss(
 
 def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
     """What the first process found on every process, so that all make the same plan."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if rank_and_world()[1] > 1:
         shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
         return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]

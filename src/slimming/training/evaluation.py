@@ -11,6 +11,7 @@ from slimming.core.modules import in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
 from slimming.training.guards import memory_errors
+from slimming.training.processes import rank_and_world
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
 from slimming.training.tasks import both_heads
 
@@ -50,8 +51,7 @@ def evaluate(
     ['images', 'loss', 'top1']
     """
     dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
-    many = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    rank, world = rank_and_world()
     unreadable = UnreadableCount.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
@@ -68,7 +68,7 @@ def evaluate(
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
-    if many:
+    if world > 1:
         sums = sums.to(place)
         torch.distributed.all_reduce(sums)
     correct, loss, count = sums.tolist()

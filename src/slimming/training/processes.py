@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from accelerate import PartialState
+import torch.distributed
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def no_accelerator() -> bool:
@@ -13,4 +18,13 @@ def no_accelerator() -> bool:
 
 def processes() -> PartialState:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
+    from accelerate import PartialState
+
     return PartialState(cpu=no_accelerator())
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many have joined: (0, 1) until `processes` or the user has joined them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.groups import Group
+from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
 TOLERANCE = 1e-9
@@ -109,8 +110,7 @@ def masked_outputs(
             if part.side == "consumes" and removed:
                 tensor = tensors[part.tensor]
                 saved.setdefault(part.tensor, tensor.detach().clone())
-                indices = torch.tensor([index for unit in removed for index in part.index[unit]])
-                tensor.data.index_fill_(part.dim, indices, 0.0)
+                zero_slices_(tensor.data, part, removed)
     try:
         return outputs(model, example)
     finally:
