@@ -29,7 +29,7 @@ from slimming.counting.model_cost import per_group
 from slimming.masks.attachment import prunable, searched
 from slimming.masks.soft_masks import attached
 from slimming.training.batches import calibration_images
-from slimming.training.tasks import DistilTask
+from slimming.training.distillation import DistilTask
 
 SHARES = (0.2, 0.1)
 PLAIN, NOTHING = "plain training, no masks", "nothing: one shot"

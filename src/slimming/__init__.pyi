@@ -41,7 +41,7 @@ from .searching.mask_search import search as search
 from .training.batches import calibration_images as calibration_images
 from .training.config import DataConfig as DataConfig
 from .training.config import TrainConfig as TrainConfig
+from .training.distillation import MatchLoss as MatchLoss
 from .training.evaluation import evaluate as evaluate
-from .training.tasks import MatchLoss as MatchLoss
 
 __version__: str

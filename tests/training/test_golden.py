@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from slimming.training.distillation import DistilTask
 from slimming.training.loop import fit
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, Task
+from slimming.training.tasks import AddPenalty, ClassificationTask, Task
 
 from .tiny import CLASSES, make_model, tiny_config
 

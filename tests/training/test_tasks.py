@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
+from slimming.training.distillation import DistilTask, MatchLoss, relation_error
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, DistilTask, LossTask, MatchLoss, relation_error
+from slimming.training.tasks import AddPenalty, ClassificationTask, LossTask
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 

@@ -14,9 +14,10 @@ from slimming.core.groups import Group
 from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.training.config import TrainConfig
+from slimming.training.distillation import DistilTask, check_distillation
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, DistilTask, Loss, LossTask, Task, check_distillation
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
 @dataclass(frozen=True, kw_only=True)

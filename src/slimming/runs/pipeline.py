@@ -38,12 +38,12 @@ from slimming.scoring.one_shot import score
 from slimming.searching.mask_search import RECORD, SearchResult, load_search, search
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import FREE_SETTINGS, TrainConfig
+from slimming.training.distillation import check_modules
 from slimming.training.evaluation import evaluate
 from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
 from slimming.training.processes import processes
 from slimming.training.samples import Data, ImageDataset
-from slimming.training.tasks import check_modules
 
 SETTINGS = "settings.json"
 

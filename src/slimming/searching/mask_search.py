@@ -32,11 +32,12 @@ from slimming.scoring.rotation import rotate_
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
+from slimming.training.distillation import MatchLoss
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, MatchLoss, Task, both_heads
+from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, both_heads
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
