@@ -16,7 +16,7 @@ from slimming.models.activations import add_up, own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
-from slimming.training.images import mix
+from slimming.training.images import derive_seed
 from slimming.training.tasks import both_heads
 
 AT_ONCE, DRAWS = 8, 2
@@ -66,7 +66,7 @@ def fisher_scores(
     draws = DRAWS if drawn else 1
     loss = _log_likelihood if classes_of(model) > 1 else _projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
-        dice = torch.Generator().manual_seed(mix(seed, number))
+        dice = torch.Generator().manual_seed(derive_seed(seed, number))
         output, _ = both_heads(model(images.to(like.device, like.dtype)))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")

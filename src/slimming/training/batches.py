@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slimming.errors import ConfigError, DataError
-from slimming.training.images import Unreadable, mix
+from slimming.training.images import Unreadable, derive_seed
 from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCount
 
 
@@ -184,7 +184,7 @@ class _Indexed:
             step, micro = divmod(number, self.share.accumulate)
             epoch, place = divmod(step, self.steps)
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                 self.permutation = torch.randperm(len(self.dataset), generator=generator)
                 self.epoch = epoch
             batch = self.permutation[place * self.share.batch_size :][: self.share.batch_size]

@@ -147,7 +147,7 @@ class _Turned:
         return self.then(image if turn is None else image.transpose(turn))
 
 
-def mix(seed: int, *key: int) -> int:
+def derive_seed(seed: int, *key: int) -> int:
     """Return the 63-bit seed of one use of ``seed``, the same on every machine: `numpy.random.SeedSequence`.
 
     Args:
@@ -157,7 +157,7 @@ def mix(seed: int, *key: int) -> int:
     Raises:
         ConfigError: the seed is negative.
 
-    >>> mix(0, 1) != mix(1, 0) != mix(0, 1, 0)
+    >>> derive_seed(0, 1) != derive_seed(1, 0) != derive_seed(0, 1, 0)
     True
     """
     if seed < 0:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
-from slimming.training.images import ImageSpec, Unreadable, decode, make_transform, mix, restored_randomness, seed_all
+from slimming.training.images import (
+    ImageSpec,
+    Unreadable,
+    decode,
+    derive_seed,
+    make_transform,
+    restored_randomness,
+    seed_all,
+)
 from slimming.training.readers import Record, Source
 
 _log = logging.getLogger(__name__)
@@ -46,7 +54,7 @@ class Reader:
         """
         image = decode(record.image, self.channels, self.largest)
         with restored_randomness():
-            seed_all(mix(self.seed, epoch, index))
+            seed_all(derive_seed(self.seed, epoch, index))
             return Sample(self.transform(image), record.label, record.name)
 
 
