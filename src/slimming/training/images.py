@@ -166,7 +166,7 @@ def derive_seed(seed: int, *key: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seed_all(seed: int) -> None:
+def seed_cpu_generators(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators: the libraries that augment draw from all three."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

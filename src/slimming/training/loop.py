@@ -22,7 +22,7 @@ from slimming.training.batches import Batch, Share, steps_per_epoch, train_batch
 from slimming.training.config import TrainConfig
 from slimming.training.evaluation import autocast
 from slimming.training.guards import memory_errors, stop_on_request
-from slimming.training.images import derive_seed, restored_randomness, seed_all
+from slimming.training.images import derive_seed, restored_randomness, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import no_accelerator
@@ -205,7 +205,7 @@ class Run:
     def step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
         """Make one optimizer step; return the batch's mean losses and whether to stop after it."""
         config, state, accelerator = self.config, self.state, self.accelerator
-        seed_all(derive_seed(config.seed, 1, state.step, accelerator.process_index))
+        seed_cpu_generators(derive_seed(config.seed, 1, state.step, accelerator.process_index))
         state.optimizer.zero_grad(set_to_none=True)
         sums, names, keys = torch.zeros(()), [], []
         for micro in range(config.accumulate):

@@ -21,7 +21,7 @@ from slimming.training.images import (
     derive_seed,
     make_transform,
     restored_randomness,
-    seed_all,
+    seed_cpu_generators,
 )
 from slimming.training.readers import Record, Source
 
@@ -54,7 +54,7 @@ class Reader:
         """
         image = decode(record.image, self.channels, self.largest)
         with restored_randomness():
-            seed_all(derive_seed(self.seed, epoch, index))
+            seed_cpu_generators(derive_seed(self.seed, epoch, index))
             return Sample(self.transform(image), record.label, record.name)
 
 
