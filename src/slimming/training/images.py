@@ -174,7 +174,7 @@ def seed_cpu_generators(seed: int) -> None:
 
 
 @contextmanager
-def restored_randomness() -> Iterator[None]:
+def fork_rng() -> Iterator[None]:
     """Give the global generators back as they were."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:

@@ -22,7 +22,7 @@ from slimming.training.batches import Batch, Share, steps_per_epoch, train_batch
 from slimming.training.config import TrainConfig
 from slimming.training.evaluation import autocast
 from slimming.training.guards import memory_errors, stop_on_request
-from slimming.training.images import derive_seed, restored_randomness, seed_cpu_generators
+from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import no_accelerator
@@ -101,7 +101,7 @@ def fit(
     accelerator = Accelerator(
         cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with restored_randomness(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
+    with fork_rng(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
         run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)

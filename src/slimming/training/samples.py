@@ -19,8 +19,8 @@ from slimming.training.images import (
     Unreadable,
     decode,
     derive_seed,
+    fork_rng,
     make_transform,
-    restored_randomness,
     seed_cpu_generators,
 )
 from slimming.training.readers import Record, Source
@@ -53,7 +53,7 @@ class Reader:
             Unreadable: the image cannot be decoded.
         """
         image = decode(record.image, self.channels, self.largest)
-        with restored_randomness():
+        with fork_rng():
             seed_cpu_generators(derive_seed(self.seed, epoch, index))
             return Sample(self.transform(image), record.label, record.name)
 
