@@ -132,10 +132,10 @@ def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Imag
         **common, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.1,
         vflip=0.5 if augment == "overhead" else 0.0,
     )  # fmt: skip
-    return _Turned(light) if augment == "overhead" else light
+    return _RandomRotate90(light) if augment == "overhead" else light
 
 
-class _Turned:
+class _RandomRotate90:
     """Rotate by a random multiple of 90 degrees, then go on with ``then``."""
 
     def __init__(self, then: Callable[[Image.Image], Tensor]) -> None:
