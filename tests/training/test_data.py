@@ -28,7 +28,7 @@ from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_pictures
 from slimming.training.evaluation import evaluate
-from slimming.training.images import ImageSpec, Unreadable, decode, make_transform
+from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
 from slimming.training.readers import Record
 from slimming.training.samples import Data, ImageDataset, Reader, StreamDataset
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slimming.errors import ConfigError, DataError
-from slimming.training.images import Unreadable, derive_seed
+from slimming.training.images import UnreadableImageError, derive_seed
 from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCount
 
 
@@ -290,7 +290,7 @@ def _read(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> B
             try:
                 samples.append(dataset.sample(index % len(dataset), epoch or 0))
                 break
-            except Unreadable as error:
+            except UnreadableImageError as error:
                 unreadable.append(str(error))
     return _stack(samples, unreadable)
 
@@ -301,7 +301,7 @@ def _collate(dataset: StreamDataset, batch: Sequence[tuple[Any, int, int]], whol
     for record, epoch, index in batch:
         try:
             samples.append(dataset.reader(record, epoch, index))
-        except Unreadable as error:
+        except UnreadableImageError as error:
             unreadable.append(f"{record.name}: {error}")
     if whole and samples:  # a stream cannot reach for another image, so readable ones of this part come twice
         samples += [samples[i % len(samples)] for i in range(len(batch) - len(samples))]

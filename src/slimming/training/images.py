@@ -60,7 +60,7 @@ class ImageSpec:
         )
 
 
-class Unreadable(Exception):
+class UnreadableImageError(Exception):
     """One image cannot be decoded; caught, counted and skipped by the readers of batches."""
 
 
@@ -73,7 +73,7 @@ def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Ima
         largest: sides beyond this many pixels may be decoded at a reduced scale (JPEG only).
 
     Raises:
-        Unreadable: truncated, no image, or too large to be decoded safely.
+        UnreadableImageError: truncated, no image, or too large to be decoded safely.
     """
     try:
         with warnings.catch_warnings():
@@ -85,10 +85,10 @@ def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Ima
             return _convert(image, "RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
         # Pillow's own text holds the address of a buffer; an image that comes again must be known by its text.
-        raise Unreadable("no image of a kind that Pillow reads") from error
+        raise UnreadableImageError("no image of a kind that Pillow reads") from error
     # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error ...
     except Exception as error:
-        raise Unreadable(str(error) or type(error).__name__) from error
+        raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 
 def _open(data: bytes | Path) -> Image.Image:
