@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slimming.errors import ConfigError, DataError
 from slimming.training.images import UnreadableImageError, derive_seed
-from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCount
+from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCounter
 
 
 class Batch(NamedTuple):
@@ -96,7 +96,7 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
     Raises:
         DataError: more images are unreadable than the data allows.
     """
-    unreadable = UnreadableCount.of(data.train)
+    unreadable = UnreadableCounter.of(data.train)
     for batch in train_batches(data, Share(min(batch_size, images)), seed, 0, workers):
         unreadable.add(batch.unreadable)
         yield batch._replace(images=batch.images[:images], labels=batch.labels[:images])

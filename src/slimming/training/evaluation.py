@@ -12,7 +12,7 @@ from slimming.errors import DataError
 from slimming.training.batches import validation_batches
 from slimming.training.guards import memory_errors
 from slimming.training.processes import rank_and_world
-from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
+from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import both_heads
 
 
@@ -52,7 +52,7 @@ def evaluate(
     """
     dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
     rank, world = rank_and_world()
-    unreadable = UnreadableCount.of(images)
+    unreadable = UnreadableCounter.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
     advice = f"in evaluation, with {batch_size} images at once: make batch_size smaller, or accumulate in a run larger"

@@ -27,7 +27,7 @@ from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import no_accelerator
 from slimming.training.resume import STATE_FILE, RunState
-from slimming.training.samples import Data, UnreadableCount
+from slimming.training.samples import Data, UnreadableCounter
 from slimming.training.tasks import Task
 
 ADVICE = (
@@ -180,7 +180,7 @@ class Run:
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
         self.state = RunState(model, optimizer, task, averaged, scaler)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.unreadable = UnreadableCount.of(data.train)
+        self.unreadable = UnreadableCounter.of(data.train)
         self.saved_at = time.monotonic()
         self.images = 0  # of all processes, since the last line of the log
 

@@ -135,7 +135,7 @@ class Data:
     classes: tuple[str, ...]
 
 
-class UnreadableCount:
+class UnreadableCounter:
     """Names and counts the images that were skipped, and stops at the limit.
 
     Args:
@@ -149,7 +149,7 @@ class UnreadableCount:
         self.limit = int(share * (1000 if total is None else total))
 
     @classmethod
-    def of(cls, images: ImageDataset | StreamDataset | Loader) -> UnreadableCount:
+    def of(cls, images: ImageDataset | StreamDataset | Loader) -> UnreadableCounter:
         """The counter that a part of the data calls for."""
         if isinstance(images, ImageDataset):
             return cls(len(images), images.max_unreadable)
