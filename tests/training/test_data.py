@@ -30,7 +30,7 @@ from slimming.training.data import open_data, open_pictures
 from slimming.training.evaluation import evaluate
 from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
 from slimming.training.readers import Record
-from slimming.training.samples import Data, ImageDataset, Reader, StreamDataset
+from slimming.training.samples import Data, ImageDataset, SampleReader, StreamDataset
 
 from .tiny import (
     CLASSES,
@@ -118,7 +118,7 @@ def test_every_layout_gives_the_same_kind_of_data(write: Callable[[Path], Path],
 def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
     data = open_tiny(parquets(tmp_path), augment="none")
     assert isinstance(data.train, ImageDataset)
-    wanted = Reader(SPEC, None)(Record(picture(13, 4 % 3), 1, ""), 0, 0).image
+    wanted = SampleReader(SPEC, None)(Record(picture(13, 4 % 3), 1, ""), 0, 0).image
     image, label, name = data.train[13]
     assert torch.equal(image, wanted)
     assert label == 1
@@ -141,7 +141,7 @@ def test_one_file_of_pictures_needs_no_labels_and_no_other_part(tmp_path: Path) 
     pq.write_table(pa.table({"image": [{"bytes": encoded(picture(7, 1))}]}), tmp_path / "some.parquet")
     pictures = open_pictures(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
     assert pictures is not None
-    assert torch.equal(pictures[0].image, Reader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
+    assert torch.equal(pictures[0].image, SampleReader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
     with pytest.raises(DataError, match="no data at"):
         open_pictures(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
     with pytest.raises(DataError, match=r"no column 'img', only 'image'"):
@@ -189,7 +189,7 @@ def test_all_kinds_of_images(kind: str, channels: int) -> None:
     image = damaged_images()[kind]
     data = encoded(image, {"cmyk": "JPEG", "huge": "JPEG"}.get(kind, "PNG"))
     for augment in (None, "overhead"):
-        tensor = Reader(spec, augment)(Record(data, 0, "x"), 0, 0).image
+        tensor = SampleReader(spec, augment)(Record(data, 0, "x"), 0, 0).image
         assert tensor.shape == (channels, 16, 16)
         assert 0 <= tensor.min() <= tensor.max() <= 1.0 + 1e-6
     if kind == "deep":
@@ -450,7 +450,7 @@ def stream_of(count: int, length: int | None) -> StreamDataset:
         order = np.random.default_rng(epoch).permutation(count)
         return [Record(encoded(picture(int(i), int(i) % 3)), int(i) % 3, f"image {i}") for i in order]
 
-    return StreamDataset(epochs, Reader(SPEC, "light"), length, 0.01)
+    return StreamDataset(epochs, SampleReader(SPEC, "light"), length, 0.01)
 
 
 def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
@@ -472,11 +472,11 @@ def test_a_part_of_a_stream_whose_only_image_is_unreadable_takes_another_of_the_
         images = [encoded(picture(i, i % 3)) for i in range(8)]
         return [Record(b"broken" if i == 2 else image, i % 3, f"image {i}") for i, image in enumerate(images)]
 
-    stream = StreamDataset(epochs, Reader(SPEC, "light"), 8, 0.2)
+    stream = StreamDataset(epochs, SampleReader(SPEC, "light"), 8, 0.2)
     config = tiny_config(steps=4, batch_size=4, accumulate=4, eval_every=0.0)
     assert train(Data(stream, stream_of(10, 10), CLASSES), config, None, make_model()).steps == 4
     assert names(Data(stream, [], CLASSES), Share(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
-    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, Reader(SPEC, "light"), 4, 1.0)
+    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, SampleReader(SPEC, "light"), 4, 1.0)
     with pytest.raises(DataError, match=r"No image of a part of batch 0 could be read: only"):
         train(Data(broken, [], CLASSES), tiny_config(steps=1, batch_size=4), None, make_model())
 

@@ -15,7 +15,7 @@ from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
-    Reader,
+    SampleReader,
     check_classes,
     check_labels,
     held_out,
@@ -36,7 +36,7 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
             training and validation data with different classes.
         MissingExtraError: ``hf:`` data without the ``datasets`` library.
     """
-    train_reader, val_reader = Reader(spec, config.augment, seed), Reader(spec, None, seed)
+    train_reader, val_reader = SampleReader(spec, config.augment, seed), SampleReader(spec, None, seed)
     if config.source.startswith("hf:"):
         from slimming.training.hub import open_hub
 
@@ -72,7 +72,7 @@ def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
     places = _part(root, ("train",)) or [root]
     files = places[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in places[0].glob("*"))
     pictures = _one_source(config, places, labelled=False) if files else PicturesSource(places[0])
-    return ImageDataset(pictures, np.arange(len(pictures.labels)), Reader(spec, "none", 0), config.max_unreadable)
+    return ImageDataset(pictures, np.arange(len(pictures.labels)), SampleReader(spec, "none", 0), config.max_unreadable)
 
 
 def _require_data(root: Path) -> None:

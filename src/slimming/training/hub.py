@@ -15,7 +15,7 @@ from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
-    Reader,
+    SampleReader,
     StreamDataset,
     check_classes,
     check_labels,
@@ -42,7 +42,7 @@ class HubSource:
         return _record(self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}")
 
 
-def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
+def open_hub(config: DataConfig, train_reader: SampleReader, val_reader: SampleReader, seed: int) -> Data:
     """Open ``hf:NAME`` data; see `slimming.training.data.open_data`.
 
     Raises:
@@ -115,7 +115,9 @@ def _record(value: Any, label: int, name: str) -> Record:
     return Record(value.get("bytes") or b"", label, name)
 
 
-def _streams(config: DataConfig, train: Any, val: Any, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
+def _streams(
+    config: DataConfig, train: Any, val: Any, train_reader: SampleReader, val_reader: SampleReader, seed: int
+) -> Data:
     classes = class_names(train, config.label_key)
     if len(classes) < 2:
         raise DataError(f"The stream {config.source} does not name its classes; load it without stream.")

@@ -37,7 +37,7 @@ class Sample(NamedTuple):
     name: str
 
 
-class Reader:
+class SampleReader:
     """Turn stored records into samples; the random numbers of each depend only on (seed, epoch, index)."""
 
     def __init__(self, spec: ImageSpec, augment: str | None, seed: int = 0) -> None:
@@ -68,7 +68,7 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         max_unreadable: share of the images that may be skipped before reading stops with an error.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, reader: Reader, max_unreadable: float = 0.01) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, reader: SampleReader, max_unreadable: float = 0.01) -> None:
         self.source = source
         self.indices = indices
         self.reader = reader
@@ -111,7 +111,7 @@ class StreamDataset:
     def __init__(
         self,
         epochs: Callable[[int], Iterable[Record]],
-        reader: Reader,
+        reader: SampleReader,
         length: int | None,
         max_unreadable: float,
     ) -> None:
