@@ -18,7 +18,7 @@ from slimming.training.samples import (
     SampleReader,
     check_classes,
     check_labels,
-    held_out,
+    stratified_split,
     validation_fraction,
 )
 
@@ -44,7 +44,7 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     train, val = _sources(config)
     train_indices, val_indices = _order(train), None
     if val is None:
-        train_indices, val_indices = held_out(train.labels, validation_fraction(config))
+        train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
         val = train
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]

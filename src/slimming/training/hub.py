@@ -19,7 +19,7 @@ from slimming.training.samples import (
     StreamDataset,
     check_classes,
     check_labels,
-    held_out,
+    stratified_split,
     validation_fraction,
 )
 
@@ -66,7 +66,7 @@ def open_hub(config: DataConfig, train_reader: SampleReader, val_reader: SampleR
         held = _undecoded(splits[names[0]], config)
         val = HubSource(held, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
     else:
-        train_indices, val_indices = held_out(train.labels, validation_fraction(config))
+        train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]
     val_indices = (np.arange(len(val.labels)) if val_indices is None else val_indices)[: config.val_limit]

@@ -237,7 +237,7 @@ def validation_fraction(config: DataConfig) -> float:
     return config.split_fraction
 
 
-def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Split indices into (training, validation), the same share of each class; always the same split.
 
     The split does not follow the seed of a run: runs with different seeds stay comparable.
