@@ -17,7 +17,7 @@ from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
 from slimming.training.images import derive_seed
-from slimming.training.tasks import both_heads
+from slimming.training.tasks import logits_by_head
 
 AT_ONCE, DRAWS = 8, 2
 """Images per backward pass where labels are drawn, and how often they are: more passes make less noise."""
@@ -67,7 +67,7 @@ def fisher_scores(
     loss = _log_likelihood if classes_of(model) > 1 else _projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
         dice = torch.Generator().manual_seed(derive_seed(seed, number))
-        output, _ = both_heads(model(images.to(like.device, like.dtype)))
+        output, _ = logits_by_head(model(images.to(like.device, like.dtype)))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
         for draw in range(draws):

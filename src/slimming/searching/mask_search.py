@@ -37,7 +37,7 @@ from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, both_heads
+from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, logits_by_head
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -270,7 +270,7 @@ def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> C
     """
 
     def log_shares(classifier: nn.Module) -> Tensor:
-        return torch.cat([both_heads(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
+        return torch.cat([logits_by_head(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
 
     whole = log_shares(model)
     return lambda trial: F.kl_div(log_shares(trial), whole, reduction="batchmean", log_target=True).item()

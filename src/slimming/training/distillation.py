@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
-from slimming.training.tasks import both_heads, classification_loss
+from slimming.training.tasks import classification_loss, logits_by_head
 
 POOLS = ("first", "mean")
 """What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
@@ -158,8 +158,8 @@ class DistilTask:
             ConfigError: teacher and student have different numbers of classes or widths of features.
         """
         with torch.no_grad():
-            wanted = both_heads(self.teacher(images))[0].float()
-        logits, second = both_heads(model(images))
+            wanted = logits_by_head(self.teacher(images))[0].float()
+        logits, second = logits_by_head(model(images))
         learner = logits if second is None else second
         if wanted.shape != learner.shape:
             raise ConfigError(f"The teacher knows {wanted.shape[1]} classes, the student {learner.shape[1]}.")
@@ -248,7 +248,7 @@ class MatchLoss:
         self.teacher = teacher
         device = next(teacher.parameters()).device
         with in_evaluation(teacher), torch.no_grad():
-            wanted = [both_heads(teacher(batch.to(device)))[0].float() for batch in images]
+            wanted = [logits_by_head(teacher(batch.to(device)))[0].float() for batch in images]
         self.variance = float(torch.cat(wanted).var(0, unbiased=False).mean()) if wanted else 0.0
         if not self.variance > 0:
             raise ConfigError("The teacher gives the same output for all images; give two or more that differ.")
@@ -262,7 +262,7 @@ class MatchLoss:
         """
         images, _ = batch
         with torch.no_grad():
-            wanted = both_heads(self.teacher.to(images.device)(images))[0].float()
+            wanted = logits_by_head(self.teacher.to(images.device)(images))[0].float()
         found = model(images).float()
         if found.shape != wanted.shape:
             raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")

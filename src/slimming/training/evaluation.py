@@ -13,7 +13,7 @@ from slimming.training.batches import validation_batches
 from slimming.training.guards import memory_errors
 from slimming.training.processes import rank_and_world
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
-from slimming.training.tasks import both_heads
+from slimming.training.tasks import logits_by_head
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
             if not len(batch.labels):
                 continue
             labels = batch.labels.to(place)
-            logits = both_heads(model(batch.images.to(place, dtype)))[0].float()
+            logits = logits_by_head(model(batch.images.to(place, dtype)))[0].float()
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()

@@ -56,7 +56,7 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) 
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
+def logits_by_head(output: Any) -> tuple[Tensor, Tensor | None]:
     """Return (class logits, distillation logits or None) of a model's output.
 
     Args:
@@ -137,7 +137,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """See `Task.loss`."""
-        logits, second = both_heads(model(images))
+        logits, second = logits_by_head(model(images))
         loss = classification_loss(logits, labels, self.label_smoothing)
         if second is not None:
             loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2
