@@ -17,7 +17,7 @@ from slimming.training.config import TrainConfig
 from slimming.training.distillation import DistilTask, MatchLoss, relation_error
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, LossTask
+from slimming.training.tasks import ClassificationTask, LossTask, PenaltyTask
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
@@ -125,7 +125,7 @@ def test_distillation_refuses() -> None:
 
 def test_penalties_are_added_and_named() -> None:
     one = logits(1)
-    task = AddPenalty(ClassificationTask(), lambda: {"head_dim": torch.tensor(2.0), "mlp": torch.tensor(0.5)})
+    task = PenaltyTask(ClassificationTask(), lambda: {"head_dim": torch.tensor(2.0), "mlp": torch.tensor(0.5)})
     found = task.loss(Fixed(one), images(), LABELS)
     assert list(found) == ["loss", "task", "head_dim", "mlp"]
     torch.testing.assert_close(found["loss"], F.cross_entropy(one, LABELS) + 2.5)

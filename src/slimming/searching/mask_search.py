@@ -37,7 +37,7 @@ from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
 from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, logits_by_head
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -160,7 +160,7 @@ def search(
     }
     history = fit(
         model,
-        AddPenalty(
+        PenaltyTask(
             inner,
             lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
             masks.collect,

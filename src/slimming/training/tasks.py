@@ -160,7 +160,7 @@ class ClassificationTask:
         """Nothing to take over."""
 
 
-class AddPenalty:
+class PenaltyTask:
     """Another task with extra terms in its loss, and a look at the gradients before each step.
 
     Args:
