@@ -42,7 +42,10 @@ def execute(arguments: argparse.Namespace) -> None:
         for note in replaced:
             say(note)
         judge = partial(
-            evaluate, images=data.val, batch_size=min(256, job.search.train.at_once), workers=job.search.train.workers
+            evaluate,
+            images=data.val,
+            batch_size=min(256, job.search.train.images_per_pass),
+            workers=job.search.train.workers,
         )
         result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
         if is_main():

@@ -47,7 +47,9 @@ def execute(arguments: argparse.Namespace) -> None:
         teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
         if teacher is not None:
             _fits(teacher, model, job.teacher)
-        judge = partial(evaluate, images=data.val, batch_size=min(256, job.train.at_once), workers=job.train.workers)
+        judge = partial(
+            evaluate, images=data.val, batch_size=min(256, job.train.images_per_pass), workers=job.train.workers
+        )
         history = train(
             model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
         )

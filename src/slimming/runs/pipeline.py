@@ -83,7 +83,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     if allotment is not None:
         say(allotment.line(asked))
         config = allotment.applied(asked)
-    at_once = min(256, config.search.train.at_once, config.retrain.at_once)
+    at_once = min(256, config.search.train.images_per_pass, config.retrain.images_per_pass)
     judge = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, judge, directory, say)
     check_settings(asked, directory, write=world.is_main_process)

@@ -246,7 +246,7 @@ def _sensitivity(
     """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    found = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
+    found = first_batches(data, config.sensitivity, train.images_per_pass, train.seed, train.workers)
     batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
     # Autocast keeps copies of weights until it ends: it must not outlive one trial.
     precise = partial(autocast, device, train.precision)

@@ -94,7 +94,7 @@ class TrainConfig:
             )
 
     @property
-    def at_once(self) -> int:
+    def images_per_pass(self) -> int:
         """Images that the model takes at once, of one process: what memory must be enough for."""
         return max(1, self.batch_size // self.accumulate)
 
