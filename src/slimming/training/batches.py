@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """What part of each global batch one process takes.
 
     Raises:
@@ -80,14 +80,14 @@ def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: in
     return None if images is None else images // batch_size
 
 
-def train_batches(data: Data, share: Share, seed: int, start: int, workers: int) -> Iterator[Batch]:
+def train_batches(data: Data, shard: BatchShard, seed: int, start: int, workers: int) -> Iterator[Batch]:
     """Yield this process's parts of every batch from step ``start`` on, ``accumulate`` per step."""
     if not isinstance(data.train, (ImageDataset, StreamDataset)):
-        yield from _own_loader(data, share, start)
+        yield from _own_loader(data, shard, start)
         return
     train = data.train
-    plan = _Indexed(train, share, seed) if isinstance(train, ImageDataset) else _Streamed(train, share)
-    yield from _loader(_Order(plan, start * share.accumulate), workers)
+    plan = _Indexed(train, shard, seed) if isinstance(train, ImageDataset) else _Streamed(train, shard)
+    yield from _loader(_Order(plan, start * shard.accumulate), workers)
 
 
 def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
@@ -97,7 +97,7 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
         DataError: more images are unreadable than the data allows.
     """
     unreadable = UnreadableCounter.of(data.train)
-    for batch in train_batches(data, Share(min(batch_size, images)), seed, 0, workers):
+    for batch in train_batches(data, BatchShard(min(batch_size, images)), seed, 0, workers):
         unreadable.add(batch.unreadable)
         yield batch._replace(images=batch.images[:images], labels=batch.labels[:images])
         images -= len(batch.images)
@@ -173,38 +173,38 @@ def validation_batches(
 class _Indexed:
     """Numbered parts of batches of data that can be read in any order."""
 
-    def __init__(self, dataset: ImageDataset, share: Share, seed: int) -> None:
-        self.dataset, self.share, self.seed = dataset, share, seed
-        self.steps = len(dataset) // share.batch_size
+    def __init__(self, dataset: ImageDataset, shard: BatchShard, seed: int) -> None:
+        self.dataset, self.shard, self.seed = dataset, shard, seed
+        self.steps = len(dataset) // shard.batch_size
         self.epoch = -1
         self.permutation = torch.empty(0, dtype=torch.int64)
 
     def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
         for number in numbers:
-            step, micro = divmod(number, self.share.accumulate)
+            step, micro = divmod(number, self.shard.accumulate)
             epoch, place = divmod(step, self.steps)
             if epoch != self.epoch:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                 self.permutation = torch.randperm(len(self.dataset), generator=generator)
                 self.epoch = epoch
-            batch = self.permutation[place * self.share.batch_size :][: self.share.batch_size]
-            yield _read(self.dataset, batch[self.share.part(micro)].tolist(), epoch)
+            batch = self.permutation[place * self.shard.batch_size :][: self.shard.batch_size]
+            yield _read(self.dataset, batch[self.shard.part(micro)].tolist(), epoch)
 
 
 class _Streamed:
     """Numbered parts of batches of data that must be read in order; what is not wanted is not decoded."""
 
-    def __init__(self, dataset: StreamDataset, share: Share) -> None:
-        self.dataset, self.share = dataset, share
+    def __init__(self, dataset: StreamDataset, shard: BatchShard) -> None:
+        self.dataset, self.shard = dataset, share
 
     def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
         batches = self._global_batches()
         at, batch = -1, []
         for number in numbers:
-            step, micro = divmod(number, self.share.accumulate)
+            step, micro = divmod(number, self.shard.accumulate)
             while at < step:
                 at, batch = at + 1, next(batches)
-            part = _collate(self.dataset, batch[self.share.part(micro)], whole=True)
+            part = _collate(self.dataset, batch[self.shard.part(micro)], whole=True)
             yield part if part.names else self._one_of(batch, part)
 
     def _one_of(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
@@ -212,8 +212,8 @@ class _Streamed:
         for record in batch:
             found = _collate(self.dataset, [record], whole=False)
             if found.names:
-                images = found.images.expand(self.share.size, -1, -1, -1)
-                names, labels = found.names * self.share.size, found.labels.expand(self.share.size)
+                images = found.images.expand(self.shard.size, -1, -1, -1)
+                names, labels = found.names * self.shard.size, found.labels.expand(self.shard.size)
                 return Batch(images, labels, names, part.unreadable)
         return part
 
@@ -221,13 +221,13 @@ class _Streamed:
         for epoch in count():
             records, complete = enumerate(self.dataset.epochs(epoch)), 0
             while True:
-                batch = [(record, epoch, index) for index, record in islice(records, self.share.batch_size)]
-                if len(batch) < self.share.batch_size:
+                batch = [(record, epoch, index) for index, record in islice(records, self.shard.batch_size)]
+                if len(batch) < self.shard.batch_size:
                     break
                 complete += 1
                 yield batch
             if not complete:
-                raise DataError(f"The stream holds fewer images than one batch of {self.share.batch_size}.")
+                raise DataError(f"The stream holds fewer images than one batch of {self.shard.batch_size}.")
 
 
 class _Order(IterableDataset[Batch]):
@@ -319,22 +319,22 @@ def _stack(samples: Sequence[Sample], unreadable: Sequence[str]) -> Batch:
     )
 
 
-def _own_loader(data: Data, share: Share, start: int) -> Iterator[Batch]:
-    """Share out the batches of a user's own loader, passing over those before step ``start``."""
+def _own_loader(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
+    """BatchShard out the batches of a user's own loader, passing over those before step ``start``."""
     step = 0
     while True:
         before = step
         for item in data.train:  # type: ignore[union-attr]
             if step >= start:
-                yield from _own_parts(item, step, share, len(data.classes))
+                yield from _own_parts(item, step, shard, len(data.classes))
             step += 1
         if step == before:
             raise DataError("The training loader gave no batch; give one that can be iterated anew for each epoch.")
 
 
-def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Batch]:
+def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:
     images, labels, names, _ = _own_batch(item, step)
-    parts = share.world * share.accumulate
+    parts = shard.world * shard.accumulate
     if len(images) % parts:
         raise DataError(
             f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}; if it is a "
@@ -342,8 +342,8 @@ def _own_parts(item: Any, step: int, share: Share, classes: int) -> Iterator[Bat
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
-    mine = Share(len(images), share.accumulate, share.rank, share.world)
-    for micro in range(share.accumulate):
+    mine = BatchShard(len(images), shard.accumulate, shard.rank, shard.world)
+    for micro in range(shard.accumulate):
         part = mine.part(micro)
         yield Batch(images[part], labels[part], names[part])
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from slimming.core.modules import check_trainable
 from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
-from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
+from slimming.training.batches import Batch, BatchShard, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluation import autocast
 from slimming.training.guards import memory_errors, stop_on_request
@@ -158,7 +158,9 @@ class Run:
         naming: tuple[Callable[[str], bool], Callable[[str], float]],
     ) -> None:
         self.accelerator, self.data, self.config = accelerator, data, config
-        self.share = Share(config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes)
+        self.shard = BatchShard(
+            config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
+        )
         per_epoch = steps_per_epoch(data.train, config.batch_size)
         if per_epoch is None and config.steps is None:
             raise ConfigError("This data does not know how many images it has; set steps in place of epochs.")
@@ -166,7 +168,7 @@ class Run:
         self.per_epoch = per_epoch or self.total
         self.evaluate_steps = max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
         optimizer = make_optimizer(parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config)
-        part = self.share.part(0)
+        part = self.shard.part(0)
         warmup = round(config.warmup_epochs * self.per_epoch)
         if self.total and warmup >= self.total:
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it.")
@@ -187,7 +189,7 @@ class Run:
     def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Make the remaining steps; after each yield its log line, and ``"stop"``: Ctrl-C was pressed."""
         state, last = self.state, time.monotonic()
-        batches = train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers)
+        batches = train_batches(self.data, self.shard, self.config.seed, state.step, self.config.workers)
         while state.step < self.total:
             self.schedule.step_update(state.step)
             losses, asked = self.step(batches, stop)
