@@ -10,7 +10,7 @@ from torch import nn
 from slimming.core.modules import in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
-from slimming.training.guards import memory_errors
+from slimming.training.guards import explain_out_of_memory
 from slimming.training.processes import rank_and_world
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import logits_by_head
@@ -56,7 +56,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
     advice = f"in evaluation, with {batch_size} images at once: make batch_size smaller, or accumulate in a run larger"
-    with in_evaluation(model), torch.no_grad(), memory_errors(advice), autocast(place, precision):
+    with in_evaluation(model), torch.no_grad(), explain_out_of_memory(advice), autocast(place, precision):
         for batch in validation_batches(images, batch_size, rank, world, workers):
             unreadable.add(batch.unreadable)
             if not len(batch.labels):

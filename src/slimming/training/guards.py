@@ -55,7 +55,7 @@ def stop_on_request() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn a lack of memory into ``advice``, which follows on "Out of memory".
 
     Raises:

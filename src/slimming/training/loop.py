@@ -21,7 +21,7 @@ from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossEr
 from slimming.training.batches import Batch, BatchShard, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluation import autocast
-from slimming.training.guards import memory_errors, stop_on_request
+from slimming.training.guards import explain_out_of_memory, stop_on_request
 from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
@@ -101,7 +101,7 @@ def fit(
     accelerator = Accelerator(
         cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with fork_rng(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
+    with fork_rng(), stop_on_request() as stop, explain_out_of_memory(ADVICE.format(config.batch_size)):
         run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
