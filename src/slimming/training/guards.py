@@ -14,7 +14,7 @@ import torch
 from slimming.errors import ConfigError
 
 
-class StopRequest:
+class InterruptRequest:
     """Remembers that Ctrl-C was pressed, so that the step under way can end first.
 
     Pressing it again after a second or more stops at once, without saving. (Launchers pass the signal on, so
@@ -25,7 +25,7 @@ class StopRequest:
         self.since: float | None = None
 
     @property
-    def made(self) -> bool:
+    def requested(self) -> bool:
         """Whether it was pressed."""
         return self.since is not None
 
@@ -41,9 +41,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_request() -> Iterator[StopRequest]:
+def defer_interrupt() -> Iterator[InterruptRequest]:
     """Catch Ctrl-C while the block runs. Outside the main thread Python cannot, and nothing changes."""
-    request = StopRequest()
+    request = InterruptRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -21,7 +21,7 @@ from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossEr
 from slimming.training.batches import Batch, BatchShard, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.evaluation import autocast
-from slimming.training.guards import explain_out_of_memory, stop_on_request
+from slimming.training.guards import defer_interrupt, explain_out_of_memory
 from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
@@ -101,7 +101,7 @@ def fit(
     accelerator = Accelerator(
         cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with fork_rng(), stop_on_request() as stop, explain_out_of_memory(ADVICE.format(config.batch_size)):
+    with fork_rng(), defer_interrupt() as stop, explain_out_of_memory(ADVICE.format(config.batch_size)):
         run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
@@ -111,7 +111,7 @@ def fit(
         try:
             task.start(model, accelerator.device)
             with RunLog(accelerator, directory, title, run.state.step, run.total) as log:
-                for line in run.steps(log, lambda: stop.made):
+                for line in run.steps(log, lambda: stop.requested):
                     step, ends = line["step"], run.state.step == run.total
                     if evaluate is not None and (ends or step % run.evaluate_steps == 0):
                         metrics = evaluate(model if run.state.averaged is None else run.state.averaged.module)
