@@ -26,7 +26,7 @@ from slimming.errors import ConfigError, DataError, MissingExtraError
 from slimming.training import loop
 from slimming.training.batches import Share, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import open_data, open_pictures
+from slimming.training.data import open_data, open_unlabelled
 from slimming.training.evaluation import evaluate
 from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
 from slimming.training.readers import Record
@@ -127,7 +127,7 @@ def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [folders, tars, parquets], ids=["folders", "tars", "parquets"])
 def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[[Path], Path], tmp_path: Path) -> None:
-    pictures = open_pictures(DataConfig(source=str(write(tmp_path))), SPEC)
+    pictures = open_unlabelled(DataConfig(source=str(write(tmp_path))), SPEC)
     assert pictures is not None
     data = open_tiny(tmp_path, augment="none")
     assert isinstance(data.train, ImageDataset)
@@ -139,13 +139,13 @@ def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[
 
 def test_one_file_of_pictures_needs_no_labels_and_no_other_part(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [{"bytes": encoded(picture(7, 1))}]}), tmp_path / "some.parquet")
-    pictures = open_pictures(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
+    pictures = open_unlabelled(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
     assert pictures is not None
     assert torch.equal(pictures[0].image, SampleReader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
     with pytest.raises(DataError, match="no data at"):
-        open_pictures(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
+        open_unlabelled(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
     with pytest.raises(DataError, match=r"no column 'img', only 'image'"):
-        open_pictures(DataConfig(source=str(tmp_path / "some.parquet"), image_key="img"), SPEC)
+        open_unlabelled(DataConfig(source=str(tmp_path / "some.parquet"), image_key="img"), SPEC)
 
 
 def test_one_folder_with_a_split_fraction(tmp_path: Path) -> None:

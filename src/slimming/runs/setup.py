@@ -20,7 +20,7 @@ from slimming.models.hosts import classes_of, give_image_settings_, name_classes
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
 from slimming.training.data import open_data as open_images
-from slimming.training.data import open_pictures
+from slimming.training.data import open_unlabelled
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
 
@@ -130,7 +130,7 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
         DataError: there are no images.
     """
     config = dataclasses.replace(config, augment="none")
-    found = open_pictures(config, image_spec(config, model))
+    found = open_unlabelled(config, image_spec(config, model))
     data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 

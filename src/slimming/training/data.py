@@ -10,7 +10,7 @@ import numpy as np
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
 from slimming.training.images import ImageSpec
-from slimming.training.readers import FolderSource, ParquetSource, PicturesSource, Source, TarSource
+from slimming.training.readers import FolderSource, ParquetSource, Source, TarSource, UnlabelledFolderSource
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
@@ -57,7 +57,7 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     )
 
 
-def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
+def open_unlabelled(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
     """The training images without labels: below a folder, in class folders or not, in Parquet files or tar shards.
 
     None where only `open_data` can say which images train: data of the hub, and parts held out or left out.
@@ -71,7 +71,7 @@ def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
     _require_data(root)
     places = _part(root, ("train",)) or [root]
     files = places[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in places[0].glob("*"))
-    pictures = _one_source(config, places, labelled=False) if files else PicturesSource(places[0])
+    pictures = _one_source(config, places, labelled=False) if files else UnlabelledFolderSource(places[0])
     return ImageDataset(pictures, np.arange(len(pictures.labels)), SampleReader(spec, "none", 0), config.max_unreadable)
 
 

@@ -65,7 +65,7 @@ class FolderSource:
         return Record(path, int(self.labels[index]), str(path))
 
 
-class PicturesSource:
+class UnlabelledFolderSource:
     """All images below a folder, without labels.
 
     Raises:
