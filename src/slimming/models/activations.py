@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.processes import rank_and_world
+from slimming.training.processes import rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,13 +61,13 @@ def precise(rows: Tensor) -> Tensor:
 
 def own_share(batches: Sequence[T]) -> Sequence[T]:
     """The batches that this process runs; all of them where there is one process."""
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     return batches if world == 1 else batches[rank::world]
 
 
 def add_up(*sums: Tensor) -> None:
     """Add up what the processes found, in place and on each."""
-    if rank_and_world()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for one in sums:
             torch.distributed.all_reduce(one)
 

@@ -16,7 +16,7 @@ from slimming.scoring.registry import SCORES
 from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.loop import fit
-from slimming.training.processes import processes, rank_and_world
+from slimming.training.processes import processes, rank_and_world_size
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
 
@@ -205,7 +205,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         config: whose batches and precision are taken.
     """
     processes()  # joins them
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)
     share = Share(batch_size, config.accumulate, rank, world)

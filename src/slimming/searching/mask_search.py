@@ -35,7 +35,7 @@ from slimming.training.batches import calibration_batches, calibration_images, f
 from slimming.training.distillation import MatchLoss
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
-from slimming.training.processes import processes, rank_and_world
+from slimming.training.processes import processes, rank_and_world_size
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
 
@@ -294,7 +294,7 @@ def _task_loss(
 
 def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
     """What the first process found on every process, so that all make the same plan."""
-    if rank_and_world()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
         return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]

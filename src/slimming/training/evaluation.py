@@ -11,7 +11,7 @@ from slimming.core.modules import in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
 from slimming.training.guards import explain_out_of_memory
-from slimming.training.processes import rank_and_world
+from slimming.training.processes import rank_and_world_size
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import logits_by_head
 
@@ -51,7 +51,7 @@ def evaluate(
     ['images', 'loss', 'top1']
     """
     dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     unreadable = UnreadableCounter.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)

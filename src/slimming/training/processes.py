@@ -23,7 +23,7 @@ def processes() -> PartialState:
     return PartialState(cpu=no_accelerator())
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The number of this process and how many have joined: (0, 1) until `processes` or the user has joined them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
