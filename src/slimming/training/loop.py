@@ -25,7 +25,7 @@ from slimming.training.guards import defer_interrupt, explain_out_of_memory
 from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
-from slimming.training.processes import no_accelerator
+from slimming.training.processes import cpu_only
 from slimming.training.resume import STATE_FILE, RunState
 from slimming.training.samples import Data, UnreadableCounter
 from slimming.training.tasks import Task
@@ -99,7 +99,7 @@ def fit(
     if directory is not None and not resume and (directory / STATE_FILE).exists():
         raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
     accelerator = Accelerator(
-        cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
+        cpu=cpu_only(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
     with fork_rng(), defer_interrupt() as stop, explain_out_of_memory(ADVICE.format(config.batch_size)):
         run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def no_accelerator() -> bool:
+def cpu_only() -> bool:
     """Whether only CPUs are at hand; Accelerate then has to be told to join CPU processes at all."""
     return not torch.accelerator.is_available()
 
@@ -20,7 +20,7 @@ def processes() -> PartialState:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
     from accelerate import PartialState
 
-    return PartialState(cpu=no_accelerator())
+    return PartialState(cpu=cpu_only())
 
 
 def rank_and_world_size() -> tuple[int, int]:
