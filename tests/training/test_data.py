@@ -238,7 +238,7 @@ def test_a_huge_jpeg_is_decoded_at_a_reduced_scale() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(picture(0, 1, 200), "JPEG")[:900]], ids=len)
 def test_truncated_images_are_unreadable(data: bytes) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableImageError):
         decode(data, 3, 64)
 
 

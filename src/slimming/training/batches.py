@@ -195,7 +195,7 @@ class _Streamed:
     """Numbered parts of batches of data that must be read in order; what is not wanted is not decoded."""
 
     def __init__(self, dataset: StreamDataset, shard: BatchShard) -> None:
-        self.dataset, self.shard = dataset, share
+        self.dataset, self.shard = dataset, shard
 
     def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
         batches = self._global_batches()
@@ -320,7 +320,7 @@ def _stack(samples: Sequence[Sample], unreadable: Sequence[str]) -> Batch:
 
 
 def _own_loader(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
-    """BatchShard out the batches of a user's own loader, passing over those before step ``start``."""
+    """Share out the batches of a user's own loader, passing over those before step ``start``."""
     step = 0
     while True:
         before = step

@@ -16,7 +16,7 @@ from slimming.errors import DataError
 from slimming.training.config import DataConfig
 from slimming.training.images import (
     ImageSpec,
-    Unreadable,
+    UnreadableImageError,
     decode,
     derive_seed,
     fork_rng,
@@ -50,7 +50,7 @@ class SampleReader:
         """Decode and augment one record.
 
         Raises:
-            Unreadable: the image cannot be decoded.
+            UnreadableImageError: the image cannot be decoded.
         """
         image = decode(record.image, self.channels, self.largest)
         with fork_rng():
@@ -89,13 +89,13 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         """Return image ``index`` as it is augmented in ``epoch``.
 
         Raises:
-            Unreadable: the image cannot be decoded; its text begins with the image's name.
+            UnreadableImageError: the image cannot be decoded; its text begins with the image's name.
         """
         record = self.source.read(int(self.indices[index]))
         try:
             return self.reader(record, epoch, index)
-        except Unreadable as error:
-            raise Unreadable(f"{record.name}: {error}") from error
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{record.name}: {error}") from error
 
 
 class StreamDataset:
