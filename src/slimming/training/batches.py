@@ -43,19 +43,19 @@ class BatchShard:
     batch_size: int
     accumulate: int = 1
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.world * self.accumulate):
+        if self.batch_size % (self.world_size * self.accumulate):
             raise ConfigError(
-                f"batch_size {self.batch_size} cannot be cut into {self.world} process(es) times {self.accumulate} "
-                f"accumulated parts; make it a multiple of {self.world * self.accumulate}."
+                f"batch_size {self.batch_size} cannot be cut into {self.world_size} process(es) times {self.accumulate} "
+                f"accumulated parts; make it a multiple of {self.world_size * self.accumulate}."
             )
 
     @property
     def size(self) -> int:
         """Images of one part."""
-        return self.batch_size // (self.world * self.accumulate)
+        return self.batch_size // (self.world_size * self.accumulate)
 
     def part(self, micro: int) -> slice:
         """Return the places of part ``micro`` of this process within the global batch."""
@@ -150,23 +150,23 @@ def validation_batches(
     val: ImageDataset | StreamDataset | Loader,
     batch_size: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Yield every image of ``val`` once, each ``world``-th batch beginning with number ``rank``."""
     if isinstance(val, ImageDataset):
-        yield from _loader(_Once(val, batch_size, rank, world), workers)
+        yield from _loader(_Once(val, batch_size, rank, world_size), workers)
     elif isinstance(val, StreamDataset):
         records = enumerate(val.epochs(0))
         for number in count():
             chunk = list(islice(records, batch_size))
             if not chunk:
                 return
-            if number % world == rank:
+            if number % world_size == rank:
                 yield _collate(val, [(record, 0, index) for index, record in chunk], whole=False)
     else:
         for number, item in enumerate(val):
-            if number % world == rank:
+            if number % world_size == rank:
                 yield _own_batch(item, number)
 
 
@@ -248,9 +248,9 @@ class _Order(IterableDataset[Batch]):
 class _Once(torch.utils.data.Dataset[Batch]):
     """Whole batches of a data set in its own order, by number."""
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self.starts = range(0, len(dataset), batch_size)[rank::world]
+        self.starts = range(0, len(dataset), batch_size)[rank::world_size]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -334,7 +334,7 @@ def _own_loader(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
 
 def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:
     images, labels, names, _ = _own_batch(item, step)
-    parts = shard.world * shard.accumulate
+    parts = shard.world_size * shard.accumulate
     if len(images) % parts:
         raise DataError(
             f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}; if it is a "
@@ -342,7 +342,7 @@ def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterato
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
-    mine = BatchShard(len(images), shard.accumulate, shard.rank, shard.world)
+    mine = BatchShard(len(images), shard.accumulate, shard.rank, shard.world_size)
     for micro in range(shard.accumulate):
         part = mine.part(micro)
         yield Batch(images[part], labels[part], names[part])
