@@ -51,13 +51,13 @@ def evaluate(
     ['images', 'loss', 'top1']
     """
     dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
-    rank, world = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     unreadable = UnreadableCounter.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(place)
     advice = f"in evaluation, with {batch_size} images at once: make batch_size smaller, or accumulate in a run larger"
     with in_evaluation(model), torch.no_grad(), explain_out_of_memory(advice), autocast(place, precision):
-        for batch in validation_batches(images, batch_size, rank, world, workers):
+        for batch in validation_batches(images, batch_size, rank, world_size, workers):
             unreadable.add(batch.unreadable)
             if not len(batch.labels):
                 continue
@@ -68,7 +68,7 @@ def evaluate(
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
-    if world > 1:
+    if world_size > 1:
         sums = sums.to(place)
         torch.distributed.all_reduce(sums)
     correct, loss, count = sums.tolist()
