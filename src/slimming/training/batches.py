@@ -53,14 +53,14 @@ class BatchShard:
             )
 
     @property
-    def size(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images of one part."""
         return self.batch_size // (self.world_size * self.accumulate)
 
-    def part(self, micro: int) -> slice:
+    def micro_batch(self, micro: int) -> slice:
         """Return the places of part ``micro`` of this process within the global batch."""
-        first = (self.rank * self.accumulate + micro) * self.size
-        return slice(first, first + self.size)
+        first = (self.rank * self.accumulate + micro) * self.micro_batch_size
+        return slice(first, first + self.micro_batch_size)
 
 
 def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: int) -> int | None:
@@ -188,7 +188,7 @@ class _Indexed:
                 self.permutation = torch.randperm(len(self.dataset), generator=generator)
                 self.epoch = epoch
             batch = self.permutation[place * self.shard.batch_size :][: self.shard.batch_size]
-            yield _read(self.dataset, batch[self.shard.part(micro)].tolist(), epoch)
+            yield _read(self.dataset, batch[self.shard.micro_batch(micro)].tolist(), epoch)
 
 
 class _Streamed:
@@ -204,7 +204,7 @@ class _Streamed:
             step, micro = divmod(number, self.shard.accumulate)
             while at < step:
                 at, batch = at + 1, next(batches)
-            part = _collate(self.dataset, batch[self.shard.part(micro)], whole=True)
+            part = _collate(self.dataset, batch[self.shard.micro_batch(micro)], whole=True)
             yield part if part.names else self._one_of(batch, part)
 
     def _one_of(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
@@ -212,8 +212,11 @@ class _Streamed:
         for record in batch:
             found = _collate(self.dataset, [record], whole=False)
             if found.names:
-                images = found.images.expand(self.shard.size, -1, -1, -1)
-                names, labels = found.names * self.shard.size, found.labels.expand(self.shard.size)
+                images = found.images.expand(self.shard.micro_batch_size, -1, -1, -1)
+                names, labels = (
+                    found.names * self.shard.micro_batch_size,
+                    found.labels.expand(self.shard.micro_batch_size),
+                )
                 return Batch(images, labels, names, part.unreadable)
         return part
 
@@ -344,7 +347,7 @@ def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterato
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
     mine = BatchShard(len(images), shard.accumulate, shard.rank, shard.world_size)
     for micro in range(shard.accumulate):
-        part = mine.part(micro)
+        part = mine.micro_batch(micro)
         yield Batch(images[part], labels[part], names[part])
 
 

@@ -168,7 +168,7 @@ class Run:
         self.per_epoch = per_epoch or self.total
         self.evaluate_steps = max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
         optimizer = make_optimizer(parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config)
-        part = self.shard.part(0)
+        part = self.shard.micro_batch(0)
         warmup = round(config.warmup_epochs * self.per_epoch)
         if self.total and warmup >= self.total:
             raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it.")
