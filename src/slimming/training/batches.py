@@ -83,11 +83,11 @@ def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: in
 def train_batches(data: Data, shard: BatchShard, seed: int, start: int, workers: int) -> Iterator[Batch]:
     """Yield this process's parts of every batch from step ``start`` on, ``accumulate`` per step."""
     if not isinstance(data.train, (ImageDataset, StreamDataset)):
-        yield from _own_loader(data, shard, start)
+        yield from _loader_batches(data, shard, start)
         return
     train = data.train
-    plan = _Indexed(train, shard, seed) if isinstance(train, ImageDataset) else _Streamed(train, shard)
-    yield from _loader(_Order(plan, start * shard.accumulate), workers)
+    plan = _ShuffledBatches(train, shard, seed) if isinstance(train, ImageDataset) else _StreamedBatches(train, shard)
+    yield from _loader(_MicroBatches(plan, start * shard.accumulate), workers)
 
 
 def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
@@ -155,7 +155,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield every image of ``val`` once, each ``world``-th batch beginning with number ``rank``."""
     if isinstance(val, ImageDataset):
-        yield from _loader(_Once(val, batch_size, rank, world_size), workers)
+        yield from _loader(_EvaluationBatches(val, batch_size, rank, world_size), workers)
     elif isinstance(val, StreamDataset):
         records = enumerate(val.epochs(0))
         for number in count():
@@ -167,10 +167,10 @@ def validation_batches(
     else:
         for number, item in enumerate(val):
             if number % world_size == rank:
-                yield _own_batch(item, number)
+                yield _checked_batch(item, number)
 
 
-class _Indexed:
+class _ShuffledBatches:
     """Numbered parts of batches of data that can be read in any order."""
 
     def __init__(self, dataset: ImageDataset, shard: BatchShard, seed: int) -> None:
@@ -179,7 +179,7 @@ class _Indexed:
         self.epoch = -1
         self.permutation = torch.empty(0, dtype=torch.int64)
 
-    def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
+    def micro_batches(self, numbers: Iterator[int]) -> Iterator[Batch]:
         for number in numbers:
             step, micro = divmod(number, self.shard.accumulate)
             epoch, place = divmod(step, self.steps)
@@ -188,16 +188,16 @@ class _Indexed:
                 self.permutation = torch.randperm(len(self.dataset), generator=generator)
                 self.epoch = epoch
             batch = self.permutation[place * self.shard.batch_size :][: self.shard.batch_size]
-            yield _read(self.dataset, batch[self.shard.micro_batch(micro)].tolist(), epoch)
+            yield _read_batch(self.dataset, batch[self.shard.micro_batch(micro)].tolist(), epoch)
 
 
-class _Streamed:
+class _StreamedBatches:
     """Numbered parts of batches of data that must be read in order; what is not wanted is not decoded."""
 
     def __init__(self, dataset: StreamDataset, shard: BatchShard) -> None:
         self.dataset, self.shard = dataset, shard
 
-    def numbered(self, numbers: Iterator[int]) -> Iterator[Batch]:
+    def micro_batches(self, numbers: Iterator[int]) -> Iterator[Batch]:
         batches = self._global_batches()
         at, batch = -1, []
         for number in numbers:
@@ -205,9 +205,9 @@ class _Streamed:
             while at < step:
                 at, batch = at + 1, next(batches)
             part = _collate(self.dataset, batch[self.shard.micro_batch(micro)], whole=True)
-            yield part if part.names else self._one_of(batch, part)
+            yield part if part.names else self._repeat_readable(batch, part)
 
-    def _one_of(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
+    def _repeat_readable(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
         """The first image of the batch that can be read, for a part that has none."""
         for record in batch:
             found = _collate(self.dataset, [record], whole=False)
@@ -233,22 +233,22 @@ class _Streamed:
                 raise DataError(f"The stream holds fewer images than one batch of {self.shard.batch_size}.")
 
 
-class _Order(IterableDataset[Batch]):
+class _MicroBatches(IterableDataset[Batch]):
     """Parts number ``first``, ``first + 1`` ...
 
     With several workers each makes every n-th, and torch's loader takes from them in turn: the order stays.
     """
 
-    def __init__(self, plan: _Indexed | _Streamed, first: int) -> None:
+    def __init__(self, plan: _ShuffledBatches | _StreamedBatches, first: int) -> None:
         self.plan, self.first = plan, first
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.plan.numbered(count(self.first + offset, stride))
+        return self.plan.micro_batches(count(self.first + offset, stride))
 
 
-class _Once(torch.utils.data.Dataset[Batch]):
+class _EvaluationBatches(torch.utils.data.Dataset[Batch]):
     """Whole batches of a data set in its own order, by number."""
 
     def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
@@ -260,7 +260,7 @@ class _Once(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         start = self.starts[number]
-        return _read(self.dataset, range(start, min(start + self.batch_size, len(self.dataset))), None)
+        return _read_batch(self.dataset, range(start, min(start + self.batch_size, len(self.dataset))), None)
 
 
 def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoader[Batch]:
@@ -268,19 +268,19 @@ def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoade
         dataset,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_quiet_worker if workers else None,
+        worker_init_fn=_init_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # for the workers' seed, which would come from the run's generator
     )
 
 
-def _quiet_worker(_: int) -> None:
+def _init_worker(_: int) -> None:
     """Leave Ctrl-C to the main process, which wants to finish its step and save; spare the other cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def _read(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> Batch:
+def _read_batch(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> Batch:
     """Read images by index.
 
     In training (``epoch`` is given) the next readable image takes an unreadable one's place, so that batches
@@ -322,21 +322,21 @@ def _stack(samples: Sequence[Sample], unreadable: Sequence[str]) -> Batch:
     )
 
 
-def _own_loader(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
+def _loader_batches(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
     """Share out the batches of a user's own loader, passing over those before step ``start``."""
     step = 0
     while True:
         before = step
         for item in data.train:  # type: ignore[union-attr]
             if step >= start:
-                yield from _own_parts(item, step, shard, len(data.classes))
+                yield from _split_batch(item, step, shard, len(data.classes))
             step += 1
         if step == before:
             raise DataError("The training loader gave no batch; give one that can be iterated anew for each epoch.")
 
 
-def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:
-    images, labels, names, _ = _own_batch(item, step)
+def _split_batch(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:
+    images, labels, names, _ = _checked_batch(item, step)
     parts = shard.world_size * shard.accumulate
     if len(images) % parts:
         raise DataError(
@@ -351,7 +351,7 @@ def _own_parts(item: Any, step: int, shard: BatchShard, classes: int) -> Iterato
         yield Batch(images[part], labels[part], names[part])
 
 
-def _own_batch(item: Any, number: int) -> Batch:
+def _checked_batch(item: Any, number: int) -> Batch:
     if not (isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])):
         raise DataError("A loader of your own must give (images, labels) tensors, or (images, labels, names).")
     names = (
