@@ -41,14 +41,14 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
         from slimming.training.hub import open_hub
 
         return open_hub(config, train_reader, val_reader, seed)
-    train, val = _sources(config)
-    train_indices, val_indices = _order(train), None
+    train, val = _open_sources(config)
+    train_indices, val_indices = _limit_order(train), None
     if val is None:
         train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
         val = train
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]
-    val_indices = (_order(val) if val_indices is None else val_indices)[: config.val_limit]
+    val_indices = (_limit_order(val) if val_indices is None else val_indices)[: config.val_limit]
     check_labels(config.source, train.labels[train_indices], classes)
     return Data(
         ImageDataset(train, train_indices, train_reader, config.max_unreadable),
@@ -68,41 +68,41 @@ def open_unlabelled(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
     root = Path(config.source)
     if config.source.startswith("hf:") or config.split_fraction or config.train_limit:
         return None
-    _require_data(root)
-    places = _part(root, ("train",)) or [root]
+    _check_exists(root)
+    places = _find_split(root, ("train",)) or [root]
     files = places[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in places[0].glob("*"))
-    pictures = _one_source(config, places, labelled=False) if files else UnlabelledFolderSource(places[0])
+    pictures = _open_source(config, places, labelled=False) if files else UnlabelledFolderSource(places[0])
     return ImageDataset(pictures, np.arange(len(pictures.labels)), SampleReader(spec, "none", 0), config.max_unreadable)
 
 
-def _require_data(root: Path) -> None:
+def _check_exists(root: Path) -> None:
     if not root.exists():
         raise DataError(f"There is no data at {root}; give an existing folder or file, or hf:NAME.")
 
 
-def _order(source: Source) -> np.ndarray:
+def _limit_order(source: Source) -> np.ndarray:
     """Return the order in which a limit takes images: as stored, but class folders are mixed first."""
     count = len(source.labels)
     return np.random.default_rng(0).permutation(count) if isinstance(source, FolderSource) else np.arange(count)
 
 
-def _sources(config: DataConfig) -> tuple[Source, Source | None]:
+def _open_sources(config: DataConfig) -> tuple[Source, Source | None]:
     """Open the training source and, where there is one, the validation source."""
     root = Path(config.source)
-    _require_data(root)
+    _check_exists(root)
     if config.val is not None:
         validation = Path(config.val)
         if not validation.exists():
             raise DataError(f"There is no validation data at {validation}; give an existing folder or file.")
-        return _one_source(config, _part(root, ("train",)) or [root]), _one_source(config, [validation])
-    train = _part(root, ("train",))
-    val = _part(root, VALIDATION_NAMES)
+        return _open_source(config, _find_split(root, ("train",)) or [root]), _open_source(config, [validation])
+    train = _find_split(root, ("train",))
+    val = _find_split(root, VALIDATION_NAMES)
     if train and val and config.split_fraction is None:
-        return _one_source(config, train), _one_source(config, val)
-    return _one_source(config, train or [root]), None
+        return _open_source(config, train), _open_source(config, val)
+    return _open_source(config, train or [root]), None
 
 
-def _part(root: Path, names: Sequence[str]) -> list[Path] | None:
+def _find_split(root: Path, names: Sequence[str]) -> list[Path] | None:
     """Find the part of ``root`` that one of ``names`` names, in their order: a folder or files."""
     if root.is_file():
         return None
@@ -116,7 +116,7 @@ def _part(root: Path, names: Sequence[str]) -> list[Path] | None:
     return None
 
 
-def _one_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
+def _open_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
     files = paths
     if len(paths) == 1 and paths[0].is_dir():
         files = sorted([*paths[0].glob("*.parquet"), *paths[0].glob("*.tar")])
