@@ -26,7 +26,7 @@ from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
 from slimming.training.processes import cpu_only
-from slimming.training.resume import STATE_FILE, RunState
+from slimming.training.resume import STATE_FILE, TrainingState
 from slimming.training.samples import Data, UnreadableCounter
 from slimming.training.tasks import Task
 
@@ -180,7 +180,7 @@ class Run:
         self.runner: nn.Module = runner
         averaged = None if config.ema is None else averaged_model(model, config.ema)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
-        self.state = RunState(model, optimizer, task, averaged, scaler)
+        self.state = TrainingState(model, optimizer, task, averaged, scaler)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.unreadable = UnreadableCounter.of(data.train)
         self.saved_at = time.monotonic()

@@ -22,7 +22,7 @@ STATE_FILE = "state.pt"
 
 
 @dataclass
-class RunState:
+class TrainingState:
     """All that changes from step to step; the rest of a run follows from its settings and the step."""
 
     model: nn.Module
