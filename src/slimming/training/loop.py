@@ -102,7 +102,7 @@ def fit(
         cpu=cpu_only(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
     with fork_rng(), defer_interrupt() as stop, explain_out_of_memory(ADVICE.format(config.batch_size)):
-        run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
+        run = TrainingRun(accelerator, model, task, data, config, (no_decay, lr_scale))
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
         if config.trackers:
@@ -111,7 +111,7 @@ def fit(
         try:
             task.start(model, accelerator.device)
             with RunLog(accelerator, directory, title, run.state.step, run.total) as log:
-                for line in run.steps(log, lambda: stop.requested):
+                for line in run.train_steps(log, lambda: stop.requested):
                     step, ends = line["step"], run.state.step == run.total
                     if evaluate is not None and (ends or step % run.evaluate_steps == 0):
                         metrics = evaluate(model if run.state.averaged is None else run.state.averaged.module)
@@ -145,7 +145,7 @@ def fit(
     )
 
 
-class Run:
+class TrainingRun:
     """One run under way: what the loop needs from step to step."""
 
     def __init__(
@@ -186,13 +186,13 @@ class Run:
         self.saved_at = time.monotonic()
         self.images = 0  # of all processes, since the last line of the log
 
-    def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    def train_steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Make the remaining steps; after each yield its log line, and ``"stop"``: Ctrl-C was pressed."""
         state, last = self.state, time.monotonic()
         batches = train_batches(self.data, self.shard, self.config.seed, state.step, self.config.workers)
         while state.step < self.total:
             self.schedule.step_update(state.step)
-            losses, asked = self.step(batches, stop)
+            losses, asked = self.train_step(batches, stop)
             state.step += 1
             log.step(state.step)
             line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
@@ -204,7 +204,7 @@ class Run:
             yield {**line, "stop": asked}
             self.prepared.train()
 
-    def step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+    def train_step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
         """Make one optimizer step; return the batch's mean losses and whether to stop after it."""
         config, state, accelerator = self.config, self.state, self.accelerator
         seed_cpu_generators(derive_seed(config.seed, 1, state.step, accelerator.process_index))
@@ -244,7 +244,9 @@ class Run:
         shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
         *means, asked = shared.tolist()
         if not all(map(math.isfinite, means)):
-            self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
+            self._raise_non_finite(
+                names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True))
+            )
         state.task.before_step()
         if config.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, config.clip_grad, norm)
@@ -254,7 +256,7 @@ class Run:
             state.averaged.update_parameters(state.model)
         return dict(zip(keys[:-1], means[:-1], strict=True)), asked > 0
 
-    def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
+    def _raise_non_finite(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
         files = sorted(gather_object(names if here else []))
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         bad = ", ".join(f"{key} {value}" for key, value in losses.items() if not math.isfinite(value))
