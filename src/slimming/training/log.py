@@ -63,7 +63,7 @@ class RunLog:
         self.accelerator = accelerator
         self.path = directory / LOG_FILE if directory is not None else None
         self.main = accelerator.is_main_process
-        self.lines = _kept_lines(self.path, start)
+        self.lines = _lines_until(self.path, start)
         if self.main and self.path is not None:
             atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.title, self.start, self.total = title, start, total
@@ -107,18 +107,20 @@ class RunLog:
         if self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
         if self.bar is not None:
-            self.bar.update(self.task, news=summary(line))
+            self.bar.update(self.task, news=format_metrics(line))
 
-    def say(self, line: Mapping[str, Any]) -> None:
+    def print(self, line: Mapping[str, Any]) -> None:
         """Print one line, where no bar shows the news anyway."""
         if self.bar is None:
-            self.console.print(f"{self.title}: step {line['step']} of {self.total}, {summary(line)}", highlight=False)
+            self.console.print(
+                f"{self.title}: step {line['step']} of {self.total}, {format_metrics(line)}", highlight=False
+            )
 
 
-def summary(line: Mapping[str, Any]) -> str:
+def format_metrics(line: Mapping[str, Any]) -> str:
     """Return the numbers of a log line that a person watches.
 
-    >>> summary({"step": 3, "loss": 1.23456, "lr": 0.0005, "val_top1": 0.9})
+    >>> format_metrics({"step": 3, "loss": 1.23456, "lr": 0.0005, "val_top1": 0.9})
     'loss 1.235, top-1 90.0 %'
     """
     parts = []
@@ -131,7 +133,7 @@ def summary(line: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _kept_lines(path: Path | None, start: int) -> list[dict[str, Any]]:
+def _lines_until(path: Path | None, start: int) -> list[dict[str, Any]]:
     """Read the lines up to step ``start``; a last line that was cut off by a kill is dropped."""
     lines: list[dict[str, Any]] = []
     if path is None or start == 0 or not path.is_file():

@@ -122,7 +122,7 @@ def fit(
                                 **{f"val_{k}": v for k, v in metrics.items()},
                             }
                         )
-                        log.say({**line, **log.lines[-1]})
+                        log.print({**line, **log.lines[-1]})
                     run.save(directory, always=ends or line["stop"])
                     if line["stop"] and not ends:
                         saved = (
