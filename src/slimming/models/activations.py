@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.processes import rank_and_world_size
+from slimming.training.distributed import rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

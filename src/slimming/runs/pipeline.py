@@ -39,10 +39,10 @@ from slimming.searching.mask_search import RECORD, SearchResult, load_search, se
 from slimming.training.batches import calibration_images, steps_per_epoch
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
+from slimming.training.distributed import distributed_state
 from slimming.training.evaluation import evaluate
 from slimming.training.log import check_trackers
 from slimming.training.optimisation import make_optimizer
-from slimming.training.processes import processes
 from slimming.training.samples import Data, ImageDataset
 
 SETTINGS = "settings.json"
@@ -68,7 +68,7 @@ def run(config: RunConfig, directory: str | Path, *, say: Say = print) -> dict[s
     from slimming.report.model import parse
 
     directory, began = Path(directory), time.monotonic()
-    world = processes()
+    world = distributed_state()
     if not world.is_main_process:
         say = _silent
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
@@ -190,9 +190,9 @@ def _allotment(
         applied = chosen.applied(config)
         check_training("search.train", applied.search.train, data, directory)
         check_training("retrain", applied.retrain, data, directory)
-        if processes().is_main_process:
+        if distributed_state().is_main_process:
             atomic_json(target, dataclasses.asdict(chosen))
-        processes().wait_for_everyone()
+        distributed_state().wait_for_everyone()
     return Allotment(**read_json(target))
 
 
@@ -225,7 +225,7 @@ def _one_shot(
         small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
         found[budget.name] = {"top1_one_shot": judge(small)["top1"]}
         say(f"{budget.name}: one shot, top-1 {found[budget.name]['top1_one_shot']:.4f} without training")
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(target, found)
     return found
 
@@ -236,14 +236,14 @@ def _search(
     if (directory / RECORD).exists():
         say("search: done before")
         result = load_search(directory)
-        result.model.to(processes().device)
+        result.model.to(distributed_state().device)
         return result, float(read_json(directory / "seconds.json")["seconds"])
     say("search: weights and masks train together")
     began = time.monotonic()
     model = copy.deepcopy(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
     seconds = time.monotonic() - began
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(directory / "seconds.json", {"seconds": seconds})
         result.save(directory)
     return result, seconds

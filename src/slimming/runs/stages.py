@@ -27,7 +27,7 @@ from slimming.runs.config import EACH, PROGRESSIVE, TOGETHER, RunConfig
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
-from slimming.training.processes import processes
+from slimming.training.distributed import distributed_state
 from slimming.training.samples import Data
 
 Say = Callable[[str], None]
@@ -111,7 +111,7 @@ def _one_budget(
     row_file = directory / "row.json"
     if row_file.exists():
         work.say(f"{budget.name}: done before")
-        return checkpoint.load(directory / "slim").to(processes().device), read_json(row_file)
+        return checkpoint.load(directory / "slim").to(distributed_state().device), read_json(row_file)
     began, config, result = time.monotonic(), work.config, work.result
     images = work.images()
     small = cut_on(result.model, chosen, before, images=images).eval()
@@ -129,7 +129,7 @@ def _one_budget(
     row = row_entry(budget, small, work.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
     if shared is not None:
         row["log"] = f"{TOGETHER}/log.jsonl"
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(row_file, row)
     return small, row
 
@@ -154,7 +154,7 @@ def _retrain(work: Work, small: nn.Module, name: str) -> tuple[nn.Module, dict[s
 
 def _together(work: Work, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the weights that all budgets share, or read them: the result, and each budget's part of the seconds."""
-    directory, world = work.root / TOGETHER, processes()
+    directory, world = work.root / TOGETHER, distributed_state()
     if (directory / SERVED).exists():
         served = read_json(directory / SERVED)
         work.say(f"{TOGETHER}: trained before, for {', '.join(served['budgets'])}")
@@ -183,7 +183,7 @@ def _together(work: Work, plans: Mapping[str, Plan]) -> tuple[SearchResult, floa
 
 def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
     """Save a checkpoint from the first process, unless an earlier call has done it."""
-    if processes().is_main_process and not directory.exists():
+    if distributed_state().is_main_process and not directory.exists():
         checkpoint.save(model, directory, record)
 
 
@@ -191,7 +191,7 @@ def _plan(work: Work, budget: Budget) -> Plan:
     """Make the plan, or read it; plans that share weights or follow from one another come from one order."""
     target = work.root / budget.name / "plan.json"
     solver = None if work.config.retraining == EACH else "nested"
-    if processes().is_main_process and not target.exists():
+    if distributed_state().is_main_process and not target.exists():
         plan(work.result, budget, latency=work.config.latency_table, solver=solver).save(target)
-    processes().wait_for_everyone()
+    distributed_state().wait_for_everyone()
     return Plan.load(target)

@@ -15,8 +15,8 @@ from slimming.runs.config import TOGETHER, RunConfig
 from slimming.scoring.registry import SCORES
 from slimming.training.batches import Share, train_batches
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.loop import fit
-from slimming.training.processes import processes, rank_and_world_size
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
 
@@ -204,7 +204,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         data: its training images.
         config: whose batches and precision are taken.
     """
-    processes()  # joins them
+    distributed_state()  # joins them
     rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)

@@ -33,9 +33,9 @@ from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.distillation import MatchLoss
+from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
-from slimming.training.processes import processes, rank_and_world_size
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
 
@@ -149,7 +149,7 @@ def search(
     once = isinstance(data.train, Iterator)  # its images are for the training
     if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
         # A search that goes on takes its weights from its state, which were turned at its start.
-        model.to(processes().device)
+        model.to(distributed_state().device)
         with in_evaluation(model):
             rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
     masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)

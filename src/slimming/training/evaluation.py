@@ -10,8 +10,8 @@ from torch import nn
 from slimming.core.modules import in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
+from slimming.training.distributed import rank_and_world_size
 from slimming.training.guards import explain_out_of_memory
-from slimming.training.processes import rank_and_world_size
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import logits_by_head
 

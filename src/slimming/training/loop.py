@@ -20,12 +20,12 @@ from slimming.core.modules import check_trainable
 from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, BatchShard, steps_per_epoch, train_batches
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import cpu_only
 from slimming.training.evaluation import autocast
 from slimming.training.guards import defer_interrupt, explain_out_of_memory
 from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
-from slimming.training.processes import cpu_only
 from slimming.training.resume import STATE_FILE, TrainingState
 from slimming.training.samples import Data, UnreadableCounter
 from slimming.training.tasks import Task

@@ -16,7 +16,7 @@ def cpu_only() -> bool:
     return not torch.accelerator.is_available()
 
 
-def processes() -> PartialState:
+def distributed_state() -> PartialState:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
     from accelerate import PartialState
 
