@@ -29,8 +29,8 @@ from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_unlabelled
 from slimming.training.evaluation import evaluate
 from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
-from slimming.training.readers import Record
 from slimming.training.samples import Data, ImageDataset, SampleReader, StreamDataset
+from slimming.training.sources import Record
 
 from .tiny import (
     CLASSES,

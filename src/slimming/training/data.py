@@ -10,7 +10,6 @@ import numpy as np
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
 from slimming.training.images import ImageSpec
-from slimming.training.readers import FolderSource, ParquetSource, Source, TarSource, UnlabelledFolderSource
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
@@ -21,6 +20,7 @@ from slimming.training.samples import (
     stratified_split,
     validation_fraction,
 )
+from slimming.training.sources import FolderSource, ParquetSource, Source, TarSource, UnlabelledFolderSource
 
 
 def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from slimming.errors import DataError, MissingExtraError
 from slimming.training.config import DataConfig
-from slimming.training.readers import Record, require_columns
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
@@ -22,6 +21,7 @@ from slimming.training.samples import (
     stratified_split,
     validation_fraction,
 )
+from slimming.training.sources import Record, require_columns
 
 SHUFFLE_BUFFER = 1000
 

@@ -23,7 +23,7 @@ from slimming.training.images import (
     make_transform,
     seed_cpu_generators,
 )
-from slimming.training.readers import Record, Source
+from slimming.training.sources import Record, Source
 
 _log = logging.getLogger(__name__)
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
