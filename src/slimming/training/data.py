@@ -38,9 +38,9 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     """
     train_reader, val_reader = SampleReader(spec, config.augment, seed), SampleReader(spec, None, seed)
     if config.source.startswith("hf:"):
-        from slimming.training.hub import open_hub
+        from slimming.training.hf_datasets import open_hf_dataset
 
-        return open_hub(config, train_reader, val_reader, seed)
+        return open_hf_dataset(config, train_reader, val_reader, seed)
     train, val = _open_sources(config)
     train_indices, val_indices = _limit_order(train), None
     if val is None:

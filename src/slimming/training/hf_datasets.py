@@ -26,7 +26,7 @@ from slimming.training.sources import Record, require_columns
 SHUFFLE_BUFFER = 1000
 
 
-class HubSource:
+class DatasetsSource:
     """A split of a data set that lies on the disk."""
 
     def __init__(self, split: Any, image_key: str, label_key: str, where: str) -> None:
@@ -42,7 +42,7 @@ class HubSource:
         return _record(self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}")
 
 
-def open_hub(config: DataConfig, train_reader: SampleReader, val_reader: SampleReader, seed: int) -> Data:
+def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: SampleReader, seed: int) -> Data:
     """Open ``hf:NAME`` data; see `slimming.training.data.open_data`.
 
     Raises:
@@ -59,12 +59,12 @@ def open_hub(config: DataConfig, train_reader: SampleReader, val_reader: SampleR
         if not names:
             raise DataError(f"{config.source} has no validation split; a stream cannot hold images out: set val.")
         return _streams(config, splits["train"], splits[names[0]], train_reader, val_reader, seed)
-    train = HubSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
+    train = DatasetsSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
     val, val_indices = train, None
     train_indices = np.arange(len(train.labels))
     if names:
         held = _undecoded(splits[names[0]], config)
-        val = HubSource(held, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
+        val = DatasetsSource(held, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
     else:
         train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
     classes = check_classes(config.source, train, val)
