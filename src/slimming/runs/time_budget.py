@@ -13,7 +13,7 @@ from torch import nn
 
 from slimming.runs.config import TOGETHER, RunConfig
 from slimming.scoring.registry import SCORES
-from slimming.training.batches import Share, train_batches
+from slimming.training.batches import BatchShard, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.loop import fit
@@ -25,9 +25,9 @@ FORWARD = 1 / 3
 SCORING, CUTTING = 10.0, 3.0
 """Training steps' worth of work per image of scoring and of a compensated cut; measured on the demo's model."""
 SPARE = 0.1
-"""Share of the time that is left for what nobody counted."""
+"""BatchShard of the time that is left for what nobody counted."""
 SEARCHING = 0.25
-"""Share of the time for training and search that a search may have; retraining is what accuracy comes from."""
+"""BatchShard of the time for training and search that a search may have; retraining is what accuracy comes from."""
 LEAST_SEARCH, LEAST_RETRAIN = 20, 50
 """Steps below which a search is left for scores in one shot, and which a retraining gets whatever the hours say."""
 MOST_EPOCHS = 300.0
@@ -208,7 +208,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
     rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)
-    share = Share(batch_size, config.accumulate, rank, world)
+    share = BatchShard(batch_size, config.accumulate, rank, world)
     batches = train_batches(data, share, config.seed, 0, config.workers)
     # Processes that read start here, and have two batches each ready before anyone asks: those are no measure.
     list(islice(batches, 2 * config.accumulate + 2 * config.workers))
