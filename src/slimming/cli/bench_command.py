@@ -67,7 +67,7 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
     from rich.table import Table
 
     from slimming.benchmarking.timing import machine
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, count, echo
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
@@ -85,4 +85,4 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
     console().print(table)
     here = machine()
     where = f"{here['gpu'] or here['cpu']}, {here['threads']} threads, {runtime}"
-    say(f"measured here: {where}; speed-up over the first model")
+    echo(f"measured here: {where}; speed-up over the first model")

@@ -82,7 +82,7 @@ def _write(
     output: Path,
 ) -> None:
     from slimming.checkpoints.checkpoint import save
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -92,7 +92,7 @@ def _write(
         chosen.save(partial / name / "plan.json")
         save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
         found = cost(small)
-        say(
+        echo(
             f"{output / name}: {found.params / dense.params:.1%} of the params, "
             f"{found.macs / dense.macs:.1%} of the MACs"
             + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
@@ -101,7 +101,7 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score a model that was not searched, and plan."""
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
     from slimming.planning.budgeting import plans
@@ -120,7 +120,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     )
     model, notes = open_model(config)
     for note in notes:
-        say(note)
+        echo(note)
     check_input(model)
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
@@ -208,7 +208,7 @@ def _say_layout_costs(
     """Say what score is lost for the sizes that the layout asks for, budget by budget."""
     from dataclasses import replace
 
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.core.budget import METRICS
     from slimming.core.layout import FREE, Layout
     from slimming.planning.budgeting import plans
@@ -225,7 +225,7 @@ def _say_layout_costs(
         lost, least = chosen.solution["lost_score"], other.solution["lost_score"]
         sizes = "heads of one size, each any" if whole else "any sizes"
         what = "of loss are expected" if result.sensitivity else "of score go"
-        say(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
+        echo(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:

@@ -32,7 +32,7 @@ def execute(arguments: argparse.Namespace) -> None:
     import json
 
     from slimming.cli.models import choose_device, load_checkpoint
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.runs.setup import check_input, open_data
     from slimming.training.evaluation import evaluate
 
@@ -49,7 +49,7 @@ def execute(arguments: argparse.Namespace) -> None:
         )
         if not arguments.json:
             metrics = found[name]
-            say(
+            echo(
                 f"{name}: top-1 {metrics['top1']:.2%}, loss {metrics['loss']:.4f}, {metrics['images']} images of "
                 f"{config.source}"
             )

@@ -75,7 +75,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def _print(found: tuple) -> None:
     from rich.table import Table
 
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, count, echo
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
@@ -93,5 +93,5 @@ def _print(found: tuple) -> None:
             f"{ratio['median']:.2f} ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
         )
     console().print(table)
-    say(f"compared on {found[0].images} images; differences as shares of the largest logit; speed-up over PyTorch")
-    say(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")
+    echo(f"compared on {found[0].images} images; differences as shares of the largest logit; speed-up over PyTorch")
+    echo(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")

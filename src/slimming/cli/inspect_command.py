@@ -89,27 +89,27 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
 
 
 def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, *, each: bool) -> None:
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, count, echo
 
     shape = " x ".join(map(str, anatomy.input_shape))
-    say(f"{name}: read as {anatomy.structure.family}, images of {shape}")
-    say(
+    echo(f"{name}: read as {anatomy.structure.family}, images of {shape}")
+    echo(
         f"{count(found.params)} params, {count(found.macs)} MACs (one multiply-add is one), "
         f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
     )
-    say("")
-    say("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
-    say("whole heads and the dimensions in them are two views of the same.")
+    echo("")
+    echo("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
+    echo("whole heads and the dimensions in them are two views of the same.")
     console().print(_kinds_table(anatomy, groups, found))
-    say("")
-    say("Block by block")
+    echo("")
+    echo("Block by block")
     console().print(_blocks_table(anatomy, groups, found))
     if each:
-        say("")
+        echo("")
         console().print(_groups_table(groups, found))
-    say("")
+    echo("")
     for part in anatomy.uncovered:
-        say(f"not covered: {part}")
+        echo(f"not covered: {part}")
 
 
 def _table(*columns: str) -> Any:

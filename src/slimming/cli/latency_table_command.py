@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.models import choose_device, open_named, use_threads
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.errors import ConfigError, nearest
     from slimming.planning.latency_table import LatencyTable, build_latency_table
 
@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> None:
         for other in others:
             table = table.merged(other)
         table.save(arguments.output)
-        say(f"{arguments.output}: {len(table.points)} points")
+        echo(f"{arguments.output}: {len(table.points)} points")
         return
     import torch
 
@@ -67,9 +67,9 @@ def execute(arguments: argparse.Namespace) -> None:
         kinds=arguments.kinds.split(",") if arguments.kinds is not None else None,
         uneven_heads=arguments.uneven_heads,
         path=arguments.output,
-        say=say,
+        say=echo,
     )
-    say(
+    echo(
         f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "
         "of its pieces"
         + (f"; sizes in multiples of {table.multiple} are fast here" if table.multiple is not None else "")

@@ -38,7 +38,7 @@ def console() -> Console:
     return Console(quiet=not is_main(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print one line as it is."""
     console().print(line)
 
@@ -57,12 +57,12 @@ def count(number: float, unit: str = "") -> str:
 
 def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
     """Print the settings that matter: what has no default, and what differs from it."""
-    say(f"slimming {command}, into {directory}")
+    echo(f"slimming {command}, into {directory}")
     for line in differences(job):
-        say(f"  {line}")
-    say(f"  every setting: {directory / CONFIG}")
+        echo(f"  {line}")
+    echo(f"  every setting: {directory / CONFIG}")
     for note in notes:
-        say(note)
+        echo(note)
 
 
 @contextmanager

@@ -49,26 +49,26 @@ def output_of(arguments: argparse.Namespace, otherwise: str) -> Path:
 
 def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> None:
     """Run the chain in ``directory``, or show what it found there before, and end with the table."""
-    from slimming.cli.output import announce, claimed, is_complete, is_main, say
+    from slimming.cli.output import announce, claimed, echo, is_complete, is_main
     from slimming.runs.pipeline import run
 
     results = is_complete(directory, config)
     if results is not None:
-        say(f"{directory} is complete; nothing to do. Give another --output to run again.")
+        echo(f"{directory} is complete; nothing to do. Give another --output to run again.")
     else:
         with claimed(directory, config, command):
             announce(command, config, directory, notes)
-            results = run(config, directory, say=say)
+            results = run(config, directory, say=echo)
     if is_main():
         show(results, directory)
 
 
 def show(results: dict[str, Any], directory: Path) -> None:
     """Print the one table, and where everything lies."""
-    from slimming.cli.output import console, say
+    from slimming.cli.output import console, echo
     from slimming.report.console import print_table
 
-    say("")
+    echo("")
     print_table(results, console())
-    say(f"report:  {directory / 'report.html'}")
-    say(f"numbers: {directory / 'results.json'}")
+    echo(f"report:  {directory / 'report.html'}")
+    echo(f"numbers: {directory / 'results.json'}")

@@ -25,7 +25,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.cli.jobs import SearchJob, read_job
-    from slimming.cli.output import announce, claimed, is_main, say
+    from slimming.cli.output import announce, claimed, echo, is_main
     from slimming.cli.run_command import output_of
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
@@ -35,12 +35,12 @@ def execute(arguments: argparse.Namespace) -> None:
     directory = output_of(arguments, "search")
     with claimed(directory, job, "search"):
         if (directory / RECORD).exists():
-            say(f"{directory} holds the finished search already; nothing to do.")
+            echo(f"{directory} holds the finished search already; nothing to do.")
             return
         announce("search", job, directory, notes)
         model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
         for note in replaced:
-            say(note)
+            echo(note)
         judge = partial(
             evaluate,
             images=data.val,
@@ -50,5 +50,5 @@ def execute(arguments: argparse.Namespace) -> None:
         result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
         if is_main():
             result.save(directory)
-        say(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
-        say(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")
+        echo(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
+        echo(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")

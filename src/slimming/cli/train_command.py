@@ -28,7 +28,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.checkpoints import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import announce, claimed, is_main, say
+    from slimming.cli.output import announce, claimed, echo, is_main
     from slimming.cli.run_command import output_of
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
@@ -38,12 +38,12 @@ def execute(arguments: argparse.Namespace) -> None:
     directory = output_of(arguments, "train")
     with claimed(directory, job, "train"):
         if (directory / "model").exists():
-            say(f"{directory / 'model'} is trained already; nothing to do.")
+            echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
         announce("train", job, directory, notes)
         model, data, replaced = open_start(job.model, job.data, job.train.seed)
         for note in replaced:
-            say(note)
+            echo(note)
         teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
         if teacher is not None:
             _fits(teacher, model, job.teacher)
@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> None:
             record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
             trained = history.averaged if history.averaged is not None else model
             checkpoint.save(trained, directory / "model", record)
-        say(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
+        echo(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
 
 
 def _fits(teacher: Any, model: Any, name: str | None) -> None:
