@@ -67,7 +67,7 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
     from rich.table import Table
 
     from slimming.benchmarking.timing import machine
-    from slimming.cli.output import console, count, echo
+    from slimming.cli.output import console, echo, format_count
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
@@ -77,7 +77,7 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
         table.add_column(f"ms at batch {size}\n(quartiles)", justify="right")
         table.add_column("speed-up", justify="right")
     for name, row in found.items():
-        cells = [name, count(row["params"]), count(row["macs"]), count(row["memory_bytes"], "B")]
+        cells = [name, format_count(row["params"]), format_count(row["macs"]), format_count(row["memory_bytes"], "B")]
         for size in batch_sizes:
             one, ratio = row["latency_ms"][str(size)], row["speedup"][str(size)]
             cells += [f"{one['median']:.2f} ({one['p25']:.2f}-{one['p75']:.2f})", f"{ratio['median']:.2f}"]

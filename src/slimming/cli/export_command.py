@@ -75,7 +75,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def _print(found: tuple) -> None:
     from rich.table import Table
 
-    from slimming.cli.output import console, count, echo
+    from slimming.cli.output import console, echo, format_count
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
@@ -86,7 +86,7 @@ def _print(found: tuple) -> None:
         ratio = one.speedup
         table.add_row(
             str(one.file),
-            count(one.bytes, "B"),
+            format_count(one.bytes, "B"),
             f"{one.relative:.1e}",
             same,
             f"{one.latency_ms:.2f}",

@@ -89,13 +89,13 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
 
 
 def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, *, each: bool) -> None:
-    from slimming.cli.output import console, count, echo
+    from slimming.cli.output import console, echo, format_count
 
     shape = " x ".join(map(str, anatomy.input_shape))
     echo(f"{name}: read as {anatomy.structure.family}, images of {shape}")
     echo(
-        f"{count(found.params)} params, {count(found.macs)} MACs (one multiply-add is one), "
-        f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
+        f"{format_count(found.params)} params, {format_count(found.macs)} MACs (one multiply-add is one), "
+        f"{format_count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
     )
     echo("")
     echo("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
@@ -180,6 +180,6 @@ def _size(group: Group) -> str:
 
 
 def _costs(params: int, macs: int, found: Cost) -> list[str]:
-    from slimming.cli.output import count
+    from slimming.cli.output import format_count
 
-    return [count(params), f"{params / found.params:.1%}", count(macs), f"{macs / found.macs:.1%}"]
+    return [format_count(params), f"{params / found.params:.1%}", format_count(macs), f"{macs / found.macs:.1%}"]

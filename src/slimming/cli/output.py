@@ -43,10 +43,10 @@ def echo(line: str) -> None:
     console().print(line)
 
 
-def count(number: float, unit: str = "") -> str:
+def format_count(number: float, unit: str = "") -> str:
     """A number with three digits or more, in thousands, millions or billions.
 
-    >>> count(22050664), count(4598882304), count(9812, "B")
+    >>> format_count(22050664), format_count(4598882304), format_count(9812, "B")
     ('22.05 M', '4.60 G', '9.81 kB')
     """
     for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
