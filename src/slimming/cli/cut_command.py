@@ -63,11 +63,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it: all plans first, then all files in one rename."""
-    from slimming.cli.output import made
+    from slimming.cli.output import output_directory
     from slimming.core.files import atomic_directory
 
     output = Path(arguments.output)
-    with made(output):
+    with output_directory(output):
         model, images, plans, record = _one_shot(arguments) if arguments.one_shot else _searched(arguments)
         with atomic_directory(output) as partial:
             _write(model, plans, record, images, partial, output)

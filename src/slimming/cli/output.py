@@ -1,4 +1,4 @@
-"""What commands print, and the directories that they write: claimed before any work, left clean by mistakes."""
+"""What commands print, and the directories that they write: run_directory before any work, left clean by mistakes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
 
 
 @contextmanager
-def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
+def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
     """Hold ``directory`` for ``job``: a new or empty one, or that of an earlier call with the same settings.
 
     ``config.yaml`` is written into it. If the block fails before it has written anything, what was made here
@@ -131,7 +131,7 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
 
 
 @contextmanager
-def made(directory: Path) -> Iterator[None]:
+def output_directory(directory: Path) -> Iterator[None]:
     """Hold a new or empty ``directory``; if the block fails and leaves it empty, it is removed again.
 
     Raises:

@@ -25,7 +25,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.cli.jobs import SearchJob, read_job
-    from slimming.cli.output import announce, claimed, echo, is_main
+    from slimming.cli.output import announce, echo, is_main, run_directory
     from slimming.cli.run_command import output_of
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
@@ -33,7 +33,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
     job, notes = read_job(SearchJob, arguments)
     directory = output_of(arguments, "search")
-    with claimed(directory, job, "search"):
+    with run_directory(directory, job, "search"):
         if (directory / RECORD).exists():
             echo(f"{directory} holds the finished search already; nothing to do.")
             return

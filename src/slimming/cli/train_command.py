@@ -28,7 +28,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.checkpoints import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import announce, claimed, echo, is_main
+    from slimming.cli.output import announce, echo, is_main, run_directory
     from slimming.cli.run_command import output_of
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
@@ -36,7 +36,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
     job, notes = read_job(TrainJob, arguments)
     directory = output_of(arguments, "train")
-    with claimed(directory, job, "train"):
+    with run_directory(directory, job, "train"):
         if (directory / "model").exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
