@@ -31,7 +31,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.benchmarking.config import BenchConfig
     from slimming.benchmarking.timing import machine
-    from slimming.cli.flags import given
+    from slimming.cli.flags import flag_values
     from slimming.cli.models import choose_device, open_named, use_threads
     from slimming.cli.settings import build
     from slimming.errors import ConfigError
@@ -39,7 +39,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.pruning.costs import cost
     from slimming.runs.results import measure_all
 
-    config = build(BenchConfig, given(arguments, BenchConfig, "bench"), "bench")
+    config = build(BenchConfig, flag_values(arguments, BenchConfig, "bench"), "bench")
     device = choose_device(arguments.device)
     if len(set(arguments.models)) < len(arguments.models):
         raise ConfigError("A model is given twice; take one of them out.")

@@ -229,8 +229,8 @@ def _say_layout_costs(
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
-    from slimming.cli.flags import given
+    from slimming.cli.flags import flag_values
     from slimming.cli.settings import build
     from slimming.core.layout import Layout
 
-    return build(Layout, given(arguments, Layout, "layout"), "layout", base)
+    return build(Layout, flag_values(arguments, Layout, "layout"), "layout", base)

@@ -61,11 +61,11 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
     """The data of the file and the flags, over those of the checkpoint's provenance."""
     from slimming.checkpoints import hub
     from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
-    from slimming.cli.flags import given
+    from slimming.cli.flags import flag_values
     from slimming.cli.jobs import EvalJob, from_values, read_job
     from slimming.errors import DataError
 
-    values = given(arguments, EvalJob)
+    values = flag_values(arguments, EvalJob)
     if arguments.config is not None or "source" in values.get("data", {}):
         return read_job(EvalJob, arguments)[0].data
     place = hub.fetch(name) if hub.is_address(name) else Path(name)

@@ -129,7 +129,7 @@ def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **common[name])
 
 
-def given(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
+def flag_values(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
     """The settings of ``cls``, called ``section``, that flags gave, as nested values."""
     names = {PRESET, *(flag.name for flag in flags_of(cls, section))}
     values: dict[str, Any] = {}
@@ -191,7 +191,9 @@ def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             above = ".".join(path[: place + 1])
-            raise ConfigError(f"{where}: {above} is given as {shown(values)}, so {name} has no effect; drop one.")
+            raise ConfigError(
+                f"{where}: {above} is given as {format_value(values)}, so {name} has no effect; drop one."
+            )
     if last in values:
         raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
@@ -216,19 +218,21 @@ def _default(flag: Flag, otherwise: str) -> str:
     if flag.default is dataclasses.MISSING:
         return " (needed)"
     without = flag.hint is None or flag.default in ("", {}, (), None)
-    return "" if without else f" (default {shown(flag.default)})"
+    return "" if without else f" (default {format_value(flag.default)})"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a flag takes it; budgets as one flag each takes them.
 
-    >>> shown((1, 32)), shown({"keep": {"mlp": 0.5}}), shown(None), shown(True)
+    >>> format_value((1, 32)), format_value({"keep": {"mlp": 0.5}}), format_value(None), format_value(True)
     ('1,32', 'keep.mlp=0.5', 'null', 'true')
     """
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={shown(entry)}" for name, entry in flatten(value).items()) or "{}"
+        return ",".join(f"{name}={format_value(entry)}" for name, entry in flatten(value).items()) or "{}"
     if isinstance(value, (list, tuple)):
-        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(map(shown, value)) or "[]"
+        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(
+            map(format_value, value)
+        ) or "[]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from slimming.cli.flags import add_flags, flags_of, given, shown
+from slimming.cli.flags import add_flags, flag_values, flags_of, format_value
 from slimming.cli.settings import build, merge, read_yaml
 from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
@@ -108,7 +108,7 @@ def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]
         if others := [key for key in values if key in elsewhere]:
             notes.append(f"not used by this command: {', '.join(others)} in {arguments.config}")
             values = {key: value for key, value in values.items() if key not in others}
-    return from_values(cls, merge(values, given(arguments, cls))), notes
+    return from_values(cls, merge(values, flag_values(arguments, cls))), notes
 
 
 def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
@@ -151,5 +151,5 @@ def differences(job: Any) -> list[str]:
     for name, value in flatten(values).items():
         if value != plain_defaults.get(name, ...):
             section, _, key = name.partition(".")
-            lines.setdefault(section, []).append(f"{key}={shown(value)}" if key else shown(value))
+            lines.setdefault(section, []).append(f"{key}={format_value(value)}" if key else format_value(value))
     return [f"{section:<8} {', '.join(entries)}" for section, entries in lines.items()]
