@@ -25,7 +25,7 @@ BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
 """Files that may lie in a directory before there is anything to go on from."""
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks (launchers number their processes in RANK)."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -35,7 +35,7 @@ def console() -> Console:
     # Tables in a file or a pipe must not be squeezed into 80 columns.
     width = None if sys.stdout.isatty() else 160
     # Names of places may have brackets, which are not rich's.
-    return Console(quiet=not is_main(), highlight=False, markup=False, soft_wrap=True, width=width)
+    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def echo(line: str) -> None:
@@ -55,7 +55,7 @@ def format_count(number: float, unit: str = "") -> str:
     return f"{number:g} {unit}".rstrip()
 
 
-def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
+def print_settings(command: str, job: Any, directory: Path, notes: list[str]) -> None:
     """Print the settings that matter: what has no default, and what differs from it."""
     echo(f"slimming {command}, into {directory}")
     for line in differences(job):
@@ -76,7 +76,7 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
         OutputError: it holds something else, or cannot be written.
         ConfigError: the earlier call had other settings; the message names them.
     """
-    if not is_main():
+    if not is_main_process():
         yield
         return
     missing = _missing(directory)
@@ -85,7 +85,7 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
         if fresh:
             new_directory(directory)
         else:
-            same_settings(directory, job, command)
+            check_config(directory, job, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
         text += as_yaml(job)
@@ -97,7 +97,7 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
         raise
 
 
-def same_settings(directory: Path, job: Any, command: str) -> None:
+def check_config(directory: Path, job: Any, command: str) -> None:
     """Check that the earlier call in ``directory`` had the settings of ``job``.
 
     Raises:
@@ -121,7 +121,7 @@ def same_settings(directory: Path, job: Any, command: str) -> None:
     )
 
 
-def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
+def finished_results(directory: Path, job: Any) -> dict[str, Any] | None:
     """The results of a finished run in ``directory``, if they are of exactly these settings."""
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():

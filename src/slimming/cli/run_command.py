@@ -49,17 +49,17 @@ def output_of(arguments: argparse.Namespace, otherwise: str) -> Path:
 
 def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> None:
     """Run the chain in ``directory``, or show what it found there before, and end with the table."""
-    from slimming.cli.output import announce, echo, is_complete, is_main, run_directory
+    from slimming.cli.output import echo, finished_results, is_main_process, print_settings, run_directory
     from slimming.runs.pipeline import run
 
-    results = is_complete(directory, config)
+    results = finished_results(directory, config)
     if results is not None:
         echo(f"{directory} is complete; nothing to do. Give another --output to run again.")
     else:
         with run_directory(directory, config, command):
-            announce(command, config, directory, notes)
+            print_settings(command, config, directory, notes)
             results = run(config, directory, say=echo)
-    if is_main():
+    if is_main_process():
         show(results, directory)
 
 

@@ -25,7 +25,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.cli.jobs import SearchJob, read_job
-    from slimming.cli.output import announce, echo, is_main, run_directory
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_of
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
@@ -37,7 +37,7 @@ def execute(arguments: argparse.Namespace) -> None:
         if (directory / RECORD).exists():
             echo(f"{directory} holds the finished search already; nothing to do.")
             return
-        announce("search", job, directory, notes)
+        print_settings("search", job, directory, notes)
         model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
         for note in replaced:
             echo(note)
@@ -48,7 +48,7 @@ def execute(arguments: argparse.Namespace) -> None:
             workers=job.search.train.workers,
         )
         result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
-        if is_main():
+        if is_main_process():
             result.save(directory)
         echo(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
         echo(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")

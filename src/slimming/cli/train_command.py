@@ -28,7 +28,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.checkpoints import checkpoint
     from slimming.cli.jobs import TrainJob, document, read_job
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import announce, echo, is_main, run_directory
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_of
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> None:
         if (directory / "model").exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
-        announce("train", job, directory, notes)
+        print_settings("train", job, directory, notes)
         model, data, replaced = open_start(job.model, job.data, job.train.seed)
         for note in replaced:
             echo(note)
@@ -53,7 +53,7 @@ def execute(arguments: argparse.Namespace) -> None:
         history = train(
             model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
         )
-        if is_main():
+        if is_main_process():
             record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
             trained = history.averaged if history.averaged is not None else model
             checkpoint.save(trained, directory / "model", record)
