@@ -23,7 +23,7 @@ def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming import demo
     from slimming.cli.jobs import from_values
-    from slimming.cli.run_command import run_into
+    from slimming.cli.run_command import run_in_directory
     from slimming.runs.config import RunConfig
 
-    run_into(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])
+    run_in_directory(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])

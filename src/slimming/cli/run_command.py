@@ -37,17 +37,17 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.runs.config import RunConfig
 
     config, notes = read_job(RunConfig, arguments)
-    run_into(config, output_of(arguments, "run"), "run", notes)
+    run_in_directory(config, output_path(arguments, "run"), "run", notes)
 
 
-def output_of(arguments: argparse.Namespace, otherwise: str) -> Path:
+def output_path(arguments: argparse.Namespace, otherwise: str) -> Path:
     """The output directory: as given, or named after the config file."""
     if arguments.output is not None:
         return Path(arguments.output)
     return Path("runs") / (Path(arguments.config).stem if arguments.config is not None else otherwise)
 
 
-def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> None:
+def run_in_directory(config: Any, directory: Path, command: str, notes: list[str]) -> None:
     """Run the chain in ``directory``, or show what it found there before, and end with the table."""
     from slimming.cli.output import echo, finished_results, is_main_process, print_settings, run_directory
     from slimming.runs.pipeline import run
@@ -60,10 +60,10 @@ def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> No
             print_settings(command, config, directory, notes)
             results = run(config, directory, say=echo)
     if is_main_process():
-        show(results, directory)
+        print_results(results, directory)
 
 
-def show(results: dict[str, Any], directory: Path) -> None:
+def print_results(results: dict[str, Any], directory: Path) -> None:
     """Print the one table, and where everything lies."""
     from slimming.cli.output import console, echo
     from slimming.report.console import print_table

@@ -26,13 +26,13 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.cli.jobs import SearchJob, read_job
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
-    from slimming.cli.run_command import output_of
+    from slimming.cli.run_command import output_path
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
     from slimming.training.evaluation import evaluate
 
     job, notes = read_job(SearchJob, arguments)
-    directory = output_of(arguments, "search")
+    directory = output_path(arguments, "search")
     with run_directory(directory, job, "search"):
         if (directory / RECORD).exists():
             echo(f"{directory} holds the finished search already; nothing to do.")

@@ -29,13 +29,13 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.jobs import TrainJob, document, read_job
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
-    from slimming.cli.run_command import output_of
+    from slimming.cli.run_command import output_path
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
 
     job, notes = read_job(TrainJob, arguments)
-    directory = output_of(arguments, "train")
+    directory = output_path(arguments, "train")
     with run_directory(directory, job, "train"):
         if (directory / "model").exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
