@@ -32,7 +32,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.benchmarking.config import BenchConfig
     from slimming.benchmarking.timing import machine
     from slimming.cli.flags import flag_values
-    from slimming.cli.models import choose_device, open_named, use_threads
+    from slimming.cli.models import choose_device, open_named, set_threads
     from slimming.cli.settings import build
     from slimming.errors import ConfigError
     from slimming.masks.attachment import prunable
@@ -43,7 +43,7 @@ def execute(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     if len(set(arguments.models)) < len(arguments.models):
         raise ConfigError("A model is given twice; take one of them out.")
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     models = {name: open_named(name).to(device).eval() for name in arguments.models}
     shapes = {name: prunable(model).anatomy.input_shape for name, model in models.items()}
     for name, shape in shapes.items():

@@ -42,14 +42,14 @@ def execute(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from slimming.checkpoints import hub
-    from slimming.cli.models import check_checkpoint, use_threads
+    from slimming.cli.models import check_checkpoint, set_threads
     from slimming.exporting.exporter import export
     from slimming.exporting.targets import choose
 
     name = arguments.checkpoint
     targets = [name for name in arguments.to.split(",") if name]
     choose(targets)
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     if hub.is_address(name):
         place = Path(hub.split(name)[0].rpartition("/")[2])
     else:

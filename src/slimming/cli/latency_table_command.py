@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from slimming.cli.models import choose_device, open_named, use_threads
+    from slimming.cli.models import choose_device, open_named, set_threads
     from slimming.cli.output import echo
     from slimming.errors import ConfigError, nearest
     from slimming.planning.latency_table import LatencyTable, build_latency_table
@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> None:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if arguments.dtype not in types:
         raise ConfigError(f"--dtype is {arguments.dtype!r}; give {', '.join(types)}.{nearest(arguments.dtype, types)}")
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     options = vars(arguments)["model.arguments"]
     model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
     table = build_latency_table(
