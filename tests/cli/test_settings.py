@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from slimming.cli.flags import add_flags, attribute_texts, flags_of, given, parse_flag
+from slimming.cli.flags import add_flags, attribute_docs, flags_of, given, parse_flag
 from slimming.cli.jobs import JOBS, SearchJob, TrainJob, as_yaml, differences, from_values
 from slimming.cli.settings import read_yaml
 from slimming.core.budget import Budget
@@ -181,7 +181,7 @@ def test_every_flag_says_what_it_does(job: type) -> None:
 
 
 def test_attribute_texts_are_one_line_each() -> None:
-    assert attribute_texts(Budget)["macs"] == "multiply-adds of one image."
+    assert attribute_docs(Budget)["macs"] == "multiply-adds of one image."
 
 
 def test_the_printed_settings_are_those_that_differ() -> None:

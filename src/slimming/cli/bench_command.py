@@ -18,10 +18,10 @@ the time).
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from slimming.benchmarking.config import BenchConfig
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
 
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directories or names, dense first")
-    add_common(parser, "--device", "--threads", "--json")
+    add_common_options(parser, "--device", "--threads", "--json")
     add_flags(parser, BenchConfig, "bench")
 
 

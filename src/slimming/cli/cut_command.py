@@ -35,13 +35,13 @@ unit matters. With --plan it may be any checkpoint.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.core.layout import Layout
 
     parser.add_argument(
         "source", metavar="SOURCE", help="directory of a search or run, or a checkpoint; with --one-shot, any model"
     )
-    add_common(parser, "--budget")
+    add_common_options(parser, "--budget")
     parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
                         "as in data.source; labels are not used. What goes is then predicted from what stays and "
@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
     parser.add_argument("--model.checkpoint", metavar="FILE",
                         help="with --one-shot: local weights, where SOURCE is a name")  # fmt: skip
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"

@@ -16,14 +16,14 @@ Top-1 of checkpoints on validation images: those given, or those of the data tha
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.training.config import DataConfig
 
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories, or hf-hub:OWNER/NAME")
     parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags win over it")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass (default 256)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
-    add_common(parser, "--device", "--json")
+    add_common_options(parser, "--device", "--json")
     add_flags(parser, DataConfig, "data")
 
 

@@ -17,7 +17,7 @@ file and in model.json beside it.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote, or "
                         "hf-hub:OWNER/NAME")  # fmt: skip
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement", type=float, metavar="X", help="the least share of images with the same first "
                         "class (default: 0.95 for 8 bits)")  # fmt: skip
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="version of ONNX's operations (default: 20)")
-    add_common(parser, "--threads", "--json")
+    add_common_options(parser, "--threads", "--json")
 
 
 def execute(arguments: argparse.Namespace) -> None:

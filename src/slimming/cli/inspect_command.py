@@ -21,10 +21,10 @@ checkpoint directory; weights are not downloaded. Nothing is trained.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("model", metavar="MODEL", help="name of a model, or checkpoint directory")
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
     parser.add_argument("--json", action="store_true", help="print JSON, every group included")
 

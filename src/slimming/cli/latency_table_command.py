@@ -17,17 +17,17 @@ MODEL is a name as in inspect or a checkpoint directory; its weights do not matt
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("action", choices=("build", "merge"), help="what to do")
     parser.add_argument("inputs", nargs="+", metavar="MODEL|FILE", help="one model to build of, or tables to merge")
     parser.add_argument("--output", metavar="FILE", required=True, help="the table")
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
     parser.add_argument("--kinds", metavar="A,B", help="kinds of units whose number may differ, such as mlp,width "
                         "(default: what a search takes)")  # fmt: skip
     parser.add_argument("--uneven-heads", action="store_true", help="for plans whose heads may differ in size")
-    add_common(parser, "--device", "--threads")
+    add_common_options(parser, "--device", "--threads")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
     parser.add_argument(
         "--runtime", default="eager", metavar="NAME", help="eager, compile or onnxruntime (default: eager)"
