@@ -309,10 +309,10 @@ def test_the_demo_runs_its_embedded_settings(
 
 
 def test_the_demo_is_complete_in_the_package() -> None:
-    from slimming.cli.jobs import from_values
+    from slimming.cli.configs import config_from_values
     from slimming.runs.config import RunConfig
 
-    config = from_values(RunConfig, demo.settings())
+    config = config_from_values(RunConfig, demo.settings())
     assert [budget.macs for budget in config.budgets] == [0.7, 0.5, 0.3]
     assert (Path(config.data.source) / "train.parquet").exists()
 

@@ -8,8 +8,15 @@ from typing import TypeVar
 
 import pytest
 
+from slimming.cli.configs import (
+    JOBS,
+    SearchCommandConfig,
+    TrainCommandConfig,
+    config_from_values,
+    config_to_yaml,
+    differences,
+)
 from slimming.cli.flags import add_flags, attribute_docs, flags_of, given, parse_flag
-from slimming.cli.jobs import JOBS, SearchJob, TrainJob, as_yaml, differences, from_values
 from slimming.cli.settings import read_yaml
 from slimming.core.budget import Budget
 from slimming.errors import BudgetError, ConfigError
@@ -22,7 +29,7 @@ FEWEST = {"model": {"name": "m"}, "data": {"source": "d"}, "budgets": [{"macs": 
 
 
 def made(**more: object) -> RunConfig:
-    return from_values(RunConfig, {**FEWEST, **more})
+    return config_from_values(RunConfig, {**FEWEST, **more})
 
 
 def test_defaults_come_from_the_dataclasses() -> None:
@@ -56,12 +63,12 @@ def test_the_saved_settings_make_the_same_job(name: str, tmp_path: Path) -> None
 def again(job: T, directory: Path) -> T:
     """The job that the file of ``job`` makes."""
     path = directory / "config.yaml"
-    path.write_text(as_yaml(job), "utf-8")
-    return from_values(type(job), read_yaml(path))
+    path.write_text(config_to_yaml(job), "utf-8")
+    return config_from_values(type(job), read_yaml(path))
 
 
 def test_the_saved_settings_of_a_training_make_the_same_job(tmp_path: Path) -> None:
-    job = from_values(TrainJob, {"model": {"name": "m"}, "data": {"source": "d"}, "teacher": "t"})
+    job = config_from_values(TrainCommandConfig, {"model": {"name": "m"}, "data": {"source": "d"}, "teacher": "t"})
     assert again(job, tmp_path) == job
 
 
@@ -100,9 +107,9 @@ def test_a_mistake_is_named(values: dict[str, object], message: str) -> None:
 
 def test_a_missing_section_is_named_by_the_setting_that_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"data\.source is missing"):
-        from_values(RunConfig, {"model": {"name": "m"}, "budgets": [{"macs": 0.5}]})
+        config_from_values(RunConfig, {"model": {"name": "m"}, "budgets": [{"macs": 0.5}]})
     with pytest.raises(ConfigError, match=r"budgets is missing"):
-        from_values(RunConfig, {"model": {"name": "m"}, "data": {"source": "d"}})
+        config_from_values(RunConfig, {"model": {"name": "m"}, "data": {"source": "d"}})
 
 
 def test_a_bad_budget_is_named_with_its_place() -> None:
@@ -112,7 +119,9 @@ def test_a_bad_budget_is_named_with_its_place() -> None:
 
 def test_distil_needs_a_teacher() -> None:
     with pytest.raises(ConfigError, match="without a teacher"):
-        from_values(TrainJob, {"model": {"name": "m"}, "data": {"source": "d"}, "distil": {"alpha": 0.5}})
+        config_from_values(
+            TrainCommandConfig, {"model": {"name": "m"}, "data": {"source": "d"}, "distil": {"alpha": 0.5}}
+        )
 
 
 BAD_FILES = {
@@ -206,4 +215,4 @@ def test_the_printed_settings_are_those_that_differ() -> None:
 
 def test_a_search_job_knows_no_budgets() -> None:
     with pytest.raises(ConfigError, match="no setting budgets"):
-        from_values(SearchJob, FEWEST)
+        config_from_values(SearchCommandConfig, FEWEST)

@@ -61,18 +61,18 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
     """The data of the file and the flags, over those of the checkpoint's provenance."""
     from slimming.checkpoints import hub
     from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
+    from slimming.cli.configs import EvalCommandConfig, config_from_values, read_config
     from slimming.cli.flags import flag_values
-    from slimming.cli.jobs import EvalJob, from_values, read_job
     from slimming.errors import DataError
 
-    values = flag_values(arguments, EvalJob)
+    values = flag_values(arguments, EvalCommandConfig)
     if arguments.config is not None or "source" in values.get("data", {}):
-        return read_job(EvalJob, arguments)[0].data
+        return read_config(EvalCommandConfig, arguments)[0].data
     place = hub.fetch(name) if hub.is_address(name) else Path(name)
     stored = read_provenance(place).get("data") if (place / PROVENANCE).exists() else None
     if not stored:
         raise DataError(f"{name} does not say on which data it was trained; give --data.source.")
-    return from_values(EvalJob, {"data": {**stored, **values.get("data", {})}}).data
+    return config_from_values(EvalCommandConfig, {"data": {**stored, **values.get("data", {})}}).data
 
 
 def _fits(model: Any, data: Any, name: str, source: str) -> None:

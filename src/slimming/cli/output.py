@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.jobs import as_yaml, differences, document, from_values
+from slimming.cli.configs import config_from_values, config_to_yaml, differences, document
 from slimming.cli.settings import read_yaml
 from slimming.core.files import atomic_write_text, explain, new_directory, read_json
 from slimming.core.same_settings import check_same_settings, differing
@@ -88,7 +88,7 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
             check_config(directory, job, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += as_yaml(job)
+        text += config_to_yaml(job)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
@@ -106,7 +106,7 @@ def check_config(directory: Path, job: Any, command: str) -> None:
     """
     path = directory / CONFIG
     try:
-        before = from_values(type(job), read_yaml(path))
+        before = config_from_values(type(job), read_yaml(path))
     except ConfigError as error:
         raise OutputError(
             f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."

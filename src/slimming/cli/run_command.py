@@ -25,18 +25,18 @@ config.yaml:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.jobs import add_job
+    from slimming.cli.configs import add_config_options
     from slimming.runs.config import RunConfig
 
-    add_job(parser, RunConfig)
+    add_config_options(parser, RunConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from slimming.cli.jobs import read_job
+    from slimming.cli.configs import read_config
     from slimming.runs.config import RunConfig
 
-    config, notes = read_job(RunConfig, arguments)
+    config, notes = read_config(RunConfig, arguments)
     run_in_directory(config, output_path(arguments, "run"), "run", notes)
 
 

@@ -15,23 +15,23 @@ Stopped anywhere, the same command goes on where it was.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.jobs import SearchJob, add_job
+    from slimming.cli.configs import SearchCommandConfig, add_config_options
 
-    add_job(parser, SearchJob)
+    add_config_options(parser, SearchCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from functools import partial
 
-    from slimming.cli.jobs import SearchJob, read_job
+    from slimming.cli.configs import SearchCommandConfig, read_config
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_job(SearchJob, arguments)
+    job, notes = read_config(SearchCommandConfig, arguments)
     directory = output_path(arguments, "search")
     with run_directory(directory, job, "search"):
         if (directory / RECORD).exists():

@@ -16,9 +16,9 @@ DIR/model. Stopped anywhere, the same command goes on where it was.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.jobs import TrainJob, add_job
+    from slimming.cli.configs import TrainCommandConfig, add_config_options
 
-    add_job(parser, TrainJob)
+    add_config_options(parser, TrainCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.checkpoints import checkpoint
-    from slimming.cli.jobs import TrainJob, document, read_job
+    from slimming.cli.configs import TrainCommandConfig, document, read_config
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
@@ -34,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_job(TrainJob, arguments)
+    job, notes = read_config(TrainCommandConfig, arguments)
     directory = output_path(arguments, "train")
     with run_directory(directory, job, "train"):
         if (directory / "model").exists():

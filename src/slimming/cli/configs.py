@@ -26,7 +26,7 @@ J = TypeVar("J")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchJob:
+class SearchCommandConfig:
     """What ``slimming search`` takes.
 
     Attributes:
@@ -41,7 +41,7 @@ class SearchJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainJob:
+class TrainCommandConfig:
     """What ``slimming train`` takes.
 
     Attributes:
@@ -67,7 +67,7 @@ class TrainJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalJob:
+class EvalCommandConfig:
     """What ``slimming eval`` takes beside its checkpoints.
 
     Attributes:
@@ -77,10 +77,10 @@ class EvalJob:
     data: DataConfig
 
 
-JOBS: tuple[type[Any], ...] = (RunConfig, SearchJob, TrainJob, EvalJob)
+JOBS: tuple[type[Any], ...] = (RunConfig, SearchCommandConfig, TrainCommandConfig, EvalCommandConfig)
 
 
-def add_job(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+def add_config_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
     """Give ``parser`` what every command that trains has: the file, ``--output`` and a flag per setting of ``cls``."""
     parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
     parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
@@ -91,7 +91,7 @@ def add_job(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
     add_flags(parser, cls)
 
 
-def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]:
+def read_config(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]:
     """The job that the config file and the flags of ``arguments`` describe; flags win.
 
     One file may serve several commands: what belongs to others only is left alone, and named in the notes.
@@ -108,10 +108,10 @@ def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]
         if others := [key for key in values if key in elsewhere]:
             notes.append(f"not used by this command: {', '.join(others)} in {arguments.config}")
             values = {key: value for key, value in values.items() if key not in others}
-    return from_values(cls, merge(values, flag_values(arguments, cls))), notes
+    return config_from_values(cls, merge(values, flag_values(arguments, cls))), notes
 
 
-def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
+def config_from_values(cls: type[J], values: Mapping[str, Any]) -> J:
     """Make a job from nested values; ``search.preset`` names what the search starts from."""
     search = values.get("search")
     if isinstance(search, Mapping) and "preset" in search:
@@ -121,7 +121,7 @@ def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
 
 
 def document(job: Any) -> dict[str, Any]:
-    """A job as plain values from which `from_values` makes the same job again."""
+    """A job as plain values from which `config_from_values` makes the same job again."""
     values = plain(job)
     if "budgets" in values:
         values["budgets"] = [budget.to_dict() for budget in job.budgets]
@@ -134,7 +134,7 @@ def document(job: Any) -> dict[str, Any]:
     return values
 
 
-def as_yaml(job: Any) -> str:
+def config_to_yaml(job: Any) -> str:
     """Every setting of a job, as a config file that makes the same job again."""
     return yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
 
