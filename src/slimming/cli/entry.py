@@ -79,8 +79,8 @@ def _run(words: Sequence[str]) -> int:
     if getattr(arguments, "print_config", False):
         from slimming.cli.configs import config_to_yaml, read_config
 
-        job, notes = read_config(arguments.job, arguments)
-        print("".join(f"# {note}\n" for note in notes) + config_to_yaml(job), end="")
+        config, notes = read_config(arguments.config_class, arguments)
+        print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
         command(name).execute(arguments)
     return 0

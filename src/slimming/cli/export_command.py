@@ -93,5 +93,7 @@ def _print(found: tuple) -> None:
             f"{ratio['median']:.2f} ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
         )
     console().print(table)
-    echo(f"compared on {found[0].images} images; differences as shares of the largest logit; speed-up over PyTorch")
+    echo(
+        f"compared on {found[0].images} images; changed_settings as shares of the largest logit; speed-up over PyTorch"
+    )
     echo(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.configs import config_from_values, config_to_yaml, differences, document
+from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
 from slimming.cli.settings import read_yaml
 from slimming.core.files import atomic_write_text, explain, new_directory, read_json
 from slimming.core.same_settings import check_same_settings, differing
@@ -55,10 +55,10 @@ def format_count(number: float, unit: str = "") -> str:
     return f"{number:g} {unit}".rstrip()
 
 
-def print_settings(command: str, job: Any, directory: Path, notes: list[str]) -> None:
+def print_settings(command: str, config: Any, directory: Path, notes: list[str]) -> None:
     """Print the settings that matter: what has no default, and what differs from it."""
     echo(f"slimming {command}, into {directory}")
-    for line in differences(job):
+    for line in changed_settings(config):
         echo(f"  {line}")
     echo(f"  every setting: {directory / CONFIG}")
     for note in notes:
@@ -66,8 +66,8 @@ def print_settings(command: str, job: Any, directory: Path, notes: list[str]) ->
 
 
 @contextmanager
-def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
-    """Hold ``directory`` for ``job``: a new or empty one, or that of an earlier call with the same settings.
+def run_directory(directory: Path, config: Any, command: str) -> Iterator[None]:
+    """Hold ``directory`` for ``config``: a new or empty one, or that of an earlier call with the same settings.
 
     ``config.yaml`` is written into it. If the block fails before it has written anything, what was made here
     is removed again.
@@ -85,10 +85,10 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
         if fresh:
             new_directory(directory)
         else:
-            check_config(directory, job, command)
+            check_config(directory, config, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += config_to_yaml(job)
+        text += config_to_yaml(config)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
@@ -97,8 +97,8 @@ def run_directory(directory: Path, job: Any, command: str) -> Iterator[None]:
         raise
 
 
-def check_config(directory: Path, job: Any, command: str) -> None:
-    """Check that the earlier call in ``directory`` had the settings of ``job``.
+def check_config(directory: Path, config: Any, command: str) -> None:
+    """Check that the earlier call in ``directory`` had the settings of ``config``.
 
     Raises:
         OutputError: it was a call of another command.
@@ -106,28 +106,28 @@ def check_config(directory: Path, job: Any, command: str) -> None:
     """
     path = directory / CONFIG
     try:
-        before = config_from_values(type(job), read_yaml(path))
+        before = config_from_values(type(config), read_yaml(path))
     except ConfigError as error:
         raise OutputError(
             f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."
         ) from error
     check_same_settings(
         directory,
-        document(before),
-        document(job),
+        config_to_values(before),
+        config_to_values(config),
         free=FREE_SETTINGS,
         free_sections=FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
 
 
-def finished_results(directory: Path, job: Any) -> dict[str, Any] | None:
+def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
     """The results of a finished run in ``directory``, if they are of exactly these settings."""
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
     results = read_json(target)
-    return None if differing(results["settings"], plain(job), free=FREE_SETTINGS) else results
+    return None if differing(results["settings"], plain(config), free=FREE_SETTINGS) else results
 
 
 @contextmanager

@@ -31,23 +31,23 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.searching.mask_search import RECORD, search
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_config(SearchCommandConfig, arguments)
+    config, notes = read_config(SearchCommandConfig, arguments)
     directory = output_path(arguments, "search")
-    with run_directory(directory, job, "search"):
+    with run_directory(directory, config, "search"):
         if (directory / RECORD).exists():
             echo(f"{directory} holds the finished search already; nothing to do.")
             return
-        print_settings("search", job, directory, notes)
-        model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
+        print_settings("search", config, directory, notes)
+        model, data, replaced = open_start(config.model, config.data, config.search.train.seed)
         for note in replaced:
             echo(note)
         judge = partial(
             evaluate,
             images=data.val,
-            batch_size=min(256, job.search.train.images_per_pass),
-            workers=job.search.train.workers,
+            batch_size=min(256, config.search.train.images_per_pass),
+            workers=config.search.train.workers,
         )
-        result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
+        result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
         if is_main_process():
             result.save(directory)
         echo(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")

@@ -26,7 +26,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.checkpoints import checkpoint
-    from slimming.cli.configs import TrainCommandConfig, document, read_config
+    from slimming.cli.configs import TrainCommandConfig, config_to_values, read_config
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
@@ -34,27 +34,31 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_config(TrainCommandConfig, arguments)
+    config, notes = read_config(TrainCommandConfig, arguments)
     directory = output_path(arguments, "train")
-    with run_directory(directory, job, "train"):
+    with run_directory(directory, config, "train"):
         if (directory / "model").exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
-        print_settings("train", job, directory, notes)
-        model, data, replaced = open_start(job.model, job.data, job.train.seed)
+        print_settings("train", config, directory, notes)
+        model, data, replaced = open_start(config.model, config.data, config.train.seed)
         for note in replaced:
             echo(note)
-        teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
+        teacher = load_checkpoint(config.teacher) if config.teacher is not None else None
         if teacher is not None:
-            _fits(teacher, model, job.teacher)
+            _fits(teacher, model, config.teacher)
         judge = partial(
-            evaluate, images=data.val, batch_size=min(256, job.train.images_per_pass), workers=job.train.workers
+            evaluate, images=data.val, batch_size=min(256, config.train.images_per_pass), workers=config.train.workers
         )
         history = train(
-            model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
+            model, data, config.train, teacher, distil=config.distil, directory=directory, resume=True, evaluate=judge
         )
         if is_main_process():
-            record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
+            record = {
+                "settings": config_to_values(config),
+                "data": config_to_values(config)["data"],
+                "metrics": history.metrics,
+            }
             trained = history.averaged if history.averaged is not None else model
             checkpoint.save(trained, directory / "model", record)
         echo(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
