@@ -119,14 +119,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     output = tmp_path / "out"
     words = ("search", site / "config.yaml", "--output", output)
-    original = loop.Run.step
+    original = loop.TrainingRun.train_step
 
     def press(self: Any, *given: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", press)
+        patch.setattr(loop.TrainingRun, "train_step", press)
         stopped = slimming(*words)
     assert stopped.code == 130
     assert "Stopped after step 1 of 2" in stopped.err

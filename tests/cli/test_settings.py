@@ -9,14 +9,14 @@ from typing import TypeVar
 import pytest
 
 from slimming.cli.configs import (
-    JOBS,
+    CONFIGS,
     SearchCommandConfig,
     TrainCommandConfig,
+    changed_settings,
     config_from_values,
     config_to_yaml,
-    differences,
 )
-from slimming.cli.flags import add_flags, attribute_docs, flags_of, given, parse_flag
+from slimming.cli.flags import add_flags, attribute_docs, flag_values, flags_of, parse_flag
 from slimming.cli.settings import read_yaml
 from slimming.core.budget import Budget
 from slimming.errors import BudgetError, ConfigError
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def flags(*words: str) -> dict[str, object]:
     parser = argparse.ArgumentParser()
     add_flags(parser, RunConfig)
-    return given(parser.parse_args(words), RunConfig)
+    return flag_values(parser.parse_args(words), RunConfig)
 
 
 def test_flags_are_read_by_type() -> None:
@@ -184,9 +184,9 @@ def test_a_bad_flag_is_named(words: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
-def test_every_flag_says_what_it_does(job: type) -> None:
-    assert [flag.name for flag in flags_of(job) if not flag.text] == []
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
+def test_every_flag_says_what_it_does(cls: type) -> None:
+    assert [flag.name for flag in flags_of(cls) if not flag.text] == []
 
 
 def test_attribute_texts_are_one_line_each() -> None:
@@ -195,7 +195,7 @@ def test_attribute_texts_are_one_line_each() -> None:
 
 def test_the_printed_settings_are_those_that_differ() -> None:
     config = made(retrain={"lr": 0.5}, model={"name": "m", "arguments": {"img_size": 64}}, search={"preset": "paper"})
-    assert differences(config) == [
+    assert changed_settings(config) == [
         "model    name=m, arguments.img_size=64",
         "data     source=d",
         "budgets  macs=0.5",
@@ -203,7 +203,7 @@ def test_the_printed_settings_are_those_that_differ() -> None:
         "retrain  lr=0.5",
     ]
     given_again = made(budgets=[{"macs": 0.5}, {"keep": {"mlp": 0.5, "token": 0.7}}], distil=None, bench={"runs": 3})
-    assert differences(given_again) == [
+    assert changed_settings(given_again) == [
         "model    name=m",
         "data     source=d",
         "budgets  macs=0.5 keep.mlp=0.5,keep.token=0.7",

@@ -25,9 +25,9 @@ FORWARD = 1 / 3
 SCORING, CUTTING = 10.0, 3.0
 """Training steps' worth of work per image of scoring and of a compensated cut; measured on the demo's model."""
 SPARE = 0.1
-"""BatchShard of the time that is left for what nobody counted."""
+"""Share of the time that is left for what nobody counted."""
 SEARCHING = 0.25
-"""BatchShard of the time for training and search that a search may have; retraining is what accuracy comes from."""
+"""Share of the time for training and search that a search may have; retraining is what accuracy comes from."""
 LEAST_SEARCH, LEAST_RETRAIN = 20, 50
 """Steps below which a search is left for scores in one shot, and which a retraining gets whatever the hours say."""
 MOST_EPOCHS = 300.0
