@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from slimming.core.completion import complete
@@ -36,14 +35,14 @@ from slimming.runs.stages import Judge, Say, Work, slim_all
 from slimming.runs.time_budget import Allotment, allot, measure_pace
 from slimming.scoring.one_shot import score
 from slimming.searching.mask_search import RECORD, SearchResult, load_search, search
-from slimming.training.batches import calibration_images, steps_per_epoch
+from slimming.training import loop
+from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
 from slimming.training.distributed import distributed_state
 from slimming.training.evaluation import evaluate
-from slimming.training.log import check_trackers
-from slimming.training.optimisation import make_optimizer
 from slimming.training.samples import Data, ImageDataset
+from slimming.training.step_counts import steps_per_epoch
 
 SETTINGS = "settings.json"
 
@@ -149,21 +148,14 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
-    """Check what of a training's settings can only be checked with the data and the libraries at hand.
+    """Check the section ``where`` of the configuration; see `slimming.training.loop.check_training`.
 
     Raises:
-        ConfigError: no such optimizer or tracker, a batch larger than the data, or a warm-up without an end.
-        MissingExtraError: the tracker is not installed.
+        ConfigError: a setting does not fit the data; the message names the section.
+        MissingExtraError: a tracker is not installed.
     """
     try:
-        check_trackers(config.trackers, directory)
-        make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config)
-        per_epoch = steps_per_epoch(data.train, config.batch_size)
-        if per_epoch is None and config.steps is None:
-            raise ConfigError("this data does not know how many images it has; set steps in place of epochs.")
-        total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
-        if total and round(config.warmup_epochs * (per_epoch or total)) >= total:
-            raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
+        loop.check_training(config, data, directory)
     except (ConfigError, MissingExtraError) as error:
         raise type(error)(f"{where}: {error}") from error
 

@@ -1,9 +1,9 @@
-"""The order of a run: which images each process sees at which step.
+"""Batches: which images each process sees at each step.
 
-Everything here is a function of the seed and the step. The order of an epoch is a permutation of (seed,
-epoch); a global batch is cut into contiguous shares, one per process, and each share into contiguous parts
-when gradients are accumulated. So a run that starts at step s sees what an undisturbed run sees, and two
-processes see together what one would see alone.
+The images of a step depend only on the seed and the step. Each epoch is shuffled with a permutation that is seeded by
+(seed, epoch). A global batch is split into contiguous shards, one per process, and each shard into contiguous
+micro-batches for gradient accumulation. A run that is resumed at a step therefore sees the same images as an
+uninterrupted run, and several processes together see the same images as one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slimming.training.samples import Data, ImageDataset, Loader, Sample, Stream
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W), labels (B,), the images' names, and the names of images that could not be read."""
+    """Images (B, C, H, W), labels (B,), names of the images, and names of images that could not be read."""
 
     images: Tensor
     labels: Tensor
@@ -34,10 +34,16 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchShard:
-    """What part of each global batch one process takes.
+    """The part of each global batch that one process takes, split into micro-batches.
+
+    Attributes:
+        batch_size: images of the global batch.
+        accumulate: micro-batches per process and step.
+        rank: index of the process.
+        world_size: number of processes.
 
     Raises:
-        ConfigError: the batch cannot be cut into equal parts.
+        ConfigError: the batch cannot be split into equal micro-batches.
     """
 
     batch_size: int
@@ -48,40 +54,23 @@ class BatchShard:
     def __post_init__(self) -> None:
         if self.batch_size % (self.world_size * self.accumulate):
             raise ConfigError(
-                f"batch_size {self.batch_size} cannot be cut into {self.world_size} process(es) times {self.accumulate} "
-                f"accumulated parts; make it a multiple of {self.world_size * self.accumulate}."
+                f"batch_size {self.batch_size} cannot be split equally over {self.world_size} process(es) with "
+                f"{self.accumulate} accumulated part(s) each; make it a multiple of {self.world_size * self.accumulate}."
             )
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of one part."""
+        """Number of images of one micro-batch."""
         return self.batch_size // (self.world_size * self.accumulate)
 
     def micro_batch(self, micro: int) -> slice:
-        """Return the places of part ``micro`` of this process within the global batch."""
+        """Return the slice of the global batch that is micro-batch ``micro`` of this process."""
         first = (self.rank * self.accumulate + micro) * self.micro_batch_size
         return slice(first, first + self.micro_batch_size)
 
 
-def steps_per_epoch(train: ImageDataset | StreamDataset | Loader, batch_size: int) -> int | None:
-    """Return the optimizer steps of one epoch, or None where the data does not know its length.
-
-    Raises:
-        ConfigError: there are fewer images than one batch takes.
-    """
-    if isinstance(train, StreamDataset):
-        images = train.length
-    elif isinstance(train, ImageDataset):
-        images = len(train)
-    else:
-        return len(train) if isinstance(train, DataLoader) else None
-    if images is not None and images < batch_size:
-        raise ConfigError(f"batch_size {batch_size} is more than the {images} training images; make it smaller.")
-    return None if images is None else images // batch_size
-
-
 def train_batches(data: Data, shard: BatchShard, seed: int, start: int, workers: int) -> Iterator[Batch]:
-    """Yield this process's parts of every batch from step ``start`` on, ``accumulate`` per step."""
+    """Yield the micro-batches of this process, ``shard.accumulate`` per step, from step ``start`` on, without end."""
     if not isinstance(data.train, (ImageDataset, StreamDataset)):
         yield from _loader_batches(data, shard, start)
         return
@@ -91,7 +80,7 @@ def train_batches(data: Data, shard: BatchShard, seed: int, start: int, workers:
 
 
 def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
-    """The first ``images`` of the training with this seed, the same in every process.
+    """Yield the first ``images`` images of a training run with this seed, the same ones in every process.
 
     Raises:
         DataError: more images are unreadable than the data allows.
@@ -106,15 +95,16 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
 
 
 def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
-    """Return some training images as batches of shape (B, C, H, W), the same for the same seed.
+    """Return training images as batches of shape (B, C, H, W), the same for the same seed.
 
-    For `slimming.cut`, which uses no labels. Of data of one's own that cannot be read twice, they are the next images.
+    They serve as calibration images for `slimming.cut`, which needs no labels. A custom loader that can be iterated
+    only once yields its next images.
 
     Args:
-        data: the training part is read.
-        images: how many, or all if there are fewer.
-        batch_size: images per batch, at most.
-        seed: of the order, and of the augmentation where there is one.
+        data: its training images are used.
+        images: number of images; all images if there are fewer.
+        batch_size: maximum number of images per batch.
+        seed: seed of the order and of the augmentation.
 
     Raises:
         ConfigError: ``images`` is below 1.
@@ -131,17 +121,17 @@ def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, s
 
 
 def calibration_batches(data: Data, images: int, *, batch_size: int = 64, seed: int = 0) -> list[Batch]:
-    """The same images as `calibration_images`, with their labels and names.
+    """Return the images of `calibration_images` with their labels and names.
 
     Raises:
         ConfigError: ``images`` is below 1.
         DataError: more images are unreadable than the data allows.
     """
     if images < 1:
-        raise ConfigError(f"{images} calibration images: give 1 or more.")
+        raise ConfigError(f"The number of calibration images is {images}; it must be at least 1.")
     if isinstance(data.train, ImageDataset):
         images = min(images, len(data.train))
-        batch_size = -(-images // -(-images // batch_size))  # equal batches, so that no image comes twice
+        batch_size = -(-images // -(-images // batch_size))  # equal batches, so that no image is repeated
         batch_size = batch_size if -(-images // batch_size) * batch_size <= len(data.train) else 1
     return list(first_batches(data, images, batch_size, seed, workers=0))
 
@@ -171,7 +161,7 @@ def validation_batches(
 
 
 class _ShuffledBatches:
-    """Numbered parts of batches of data that can be read in any order."""
+    """Micro-batches, by number, of a shuffled data set with random access."""
 
     def __init__(self, dataset: ImageDataset, shard: BatchShard, seed: int) -> None:
         self.dataset, self.shard, self.seed = dataset, shard, seed
@@ -192,7 +182,7 @@ class _ShuffledBatches:
 
 
 class _StreamedBatches:
-    """Numbered parts of batches of data that must be read in order; what is not wanted is not decoded."""
+    """Micro-batches, by number, of a stream that is read in order; skipped images are not decoded."""
 
     def __init__(self, dataset: StreamDataset, shard: BatchShard) -> None:
         self.dataset, self.shard = dataset, shard
@@ -208,16 +198,13 @@ class _StreamedBatches:
             yield part if part.names else self._repeat_readable(batch, part)
 
     def _repeat_readable(self, batch: list[tuple[Any, int, int]], part: Batch) -> Batch:
-        """The first image of the batch that can be read, for a part that has none."""
+        """Fill a micro-batch without readable images with the first readable image of the global batch."""
+        size = self.shard.micro_batch_size
         for record in batch:
-            found = _collate(self.dataset, [record], whole=False)
-            if found.names:
-                images = found.images.expand(self.shard.micro_batch_size, -1, -1, -1)
-                names, labels = (
-                    found.names * self.shard.micro_batch_size,
-                    found.labels.expand(self.shard.micro_batch_size),
-                )
-                return Batch(images, labels, names, part.unreadable)
+            first = _collate(self.dataset, [record], whole=False)
+            if first.names:
+                images = first.images.expand(size, -1, -1, -1)
+                return Batch(images, first.labels.expand(size), first.names * size, part.unreadable)
         return part
 
     def _global_batches(self) -> Iterator[list[tuple[Any, int, int]]]:
@@ -234,9 +221,10 @@ class _StreamedBatches:
 
 
 class _MicroBatches(IterableDataset[Batch]):
-    """Parts number ``first``, ``first + 1`` ...
+    """Micro-batches number ``first``, ``first + 1``, ...
 
-    With several workers each makes every n-th, and torch's loader takes from them in turn: the order stays.
+    With n workers, each reads every n-th micro-batch. `DataLoader` takes from the workers in turn, which keeps the
+    order.
     """
 
     def __init__(self, plan: _ShuffledBatches | _StreamedBatches, first: int) -> None:
@@ -249,7 +237,7 @@ class _MicroBatches(IterableDataset[Batch]):
 
 
 class _EvaluationBatches(torch.utils.data.Dataset[Batch]):
-    """Whole batches of a data set in its own order, by number."""
+    """Batches of a data set in its stored order, by number."""
 
     def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
@@ -270,21 +258,21 @@ def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoade
         num_workers=workers,
         worker_init_fn=_init_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # for the workers' seed, which would come from the run's generator
+        generator=torch.Generator(),  # otherwise drawing the workers' seed would advance the global generator
     )
 
 
 def _init_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which wants to finish its step and save; spare the other cores."""
+    """Ignore Ctrl-C, which the main process handles after its current step, and use one thread per worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _read_batch(dataset: ImageDataset, indices: Sequence[int], epoch: int | None) -> Batch:
-    """Read images by index.
+    """Read a batch by index.
 
-    In training (``epoch`` is given) the next readable image takes an unreadable one's place, so that batches
-    stay whole; in evaluation it is left out.
+    In training (``epoch`` is given) an unreadable image is replaced by the next readable one, so that batches keep
+    their size. In evaluation it is left out.
     """
     samples: list[Sample] = []
     unreadable: list[str] = []
@@ -306,7 +294,7 @@ def _collate(dataset: StreamDataset, batch: Sequence[tuple[Any, int, int]], whol
             samples.append(dataset.reader(record, epoch, index))
         except UnreadableImageError as error:
             unreadable.append(f"{record.name}: {error}")
-    if whole and samples:  # a stream cannot reach for another image, so readable ones of this part come twice
+    if whole and samples:  # a stream has no random access: repeat readable images of this micro-batch
         samples += [samples[i % len(samples)] for i in range(len(batch) - len(samples))]
     return _stack(samples, unreadable)
 
@@ -323,7 +311,7 @@ def _stack(samples: Sequence[Sample], unreadable: Sequence[str]) -> Batch:
 
 
 def _loader_batches(data: Data, shard: BatchShard, start: int) -> Iterator[Batch]:
-    """Share out the batches of a user's own loader, passing over those before step ``start``."""
+    """Yield this process's micro-batches of a custom loader, skipping the batches before step ``start``."""
     step = 0
     while True:
         before = step
@@ -332,7 +320,9 @@ def _loader_batches(data: Data, shard: BatchShard, start: int) -> Iterator[Batch
                 yield from _split_batch(item, step, shard, len(data.classes))
             step += 1
         if step == before:
-            raise DataError("The training loader gave no batch; give one that can be iterated anew for each epoch.")
+            raise DataError(
+                "The training loader yielded no batch; it must be possible to iterate over it once per epoch."
+            )
 
 
 def _split_batch(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:
@@ -341,25 +331,25 @@ def _split_batch(item: Any, step: int, shard: BatchShard, classes: int) -> Itera
     if len(images) % parts:
         raise DataError(
             f"Batch {step} of the training loader has {len(images)} images, not a multiple of {parts}; if it is a "
-            "smaller last batch, make the loader with drop_last=True."
+            "smaller last batch, create the loader with drop_last=True."
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(f"Batch {step} of the training loader has labels outside 0 to {classes - 1}.")
-    mine = BatchShard(len(images), shard.accumulate, shard.rank, shard.world_size)
+    resized = BatchShard(len(images), shard.accumulate, shard.rank, shard.world_size)
     for micro in range(shard.accumulate):
-        part = mine.micro_batch(micro)
+        part = resized.micro_batch(micro)
         yield Batch(images[part], labels[part], names[part])
 
 
 def _checked_batch(item: Any, number: int) -> Batch:
     if not (isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])):
-        raise DataError("A loader of your own must give (images, labels) tensors, or (images, labels, names).")
+        raise DataError("A custom loader must give (images, labels) tensors, or (images, labels, names).")
     names = (
         tuple(map(str, item[2])) if len(item) > 2 else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
     )
     if item[1].is_floating_point():
         raise DataError(
-            f"Batch {number} of a loader has labels of {item[1].dtype}; give class numbers. Soft labels are made by "
-            "mixup, cutmix and label_smoothing."
+            f"Batch {number} of a loader has labels of {item[1].dtype}; give class numbers. For soft labels set mixup, "
+            "cutmix or label_smoothing."
         )
     return Batch(item[0], item[1].long(), names)

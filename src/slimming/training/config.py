@@ -1,4 +1,4 @@
-"""The settings of training and of data."""
+"""Settings of training and data: `TrainConfig` and `DataConfig`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from slimming.errors import ConfigError, nearest
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
-# Settings that change how a run is watched or how fast it goes, not what it computes.
+# Settings that affect logging or speed but not the result; they may differ when a run is resumed.
 FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained; dense training, search and retraining share it.
+    """Training settings, shared by dense training, search and retraining.
 
     Attributes:
-        epochs: passes over the training data; fractions are allowed.
-        steps: optimizer steps; takes the place of ``epochs`` where it is given. 0 trains nothing: a search then scores
-            the model as it is.
-        batch_size: images per optimizer step, over all processes and accumulated parts together.
-        accumulate: parts that each process splits its share of a batch into, to save memory.
-        optimizer: a name of ``timm.optim``.
-        lr: learning rate at the end of warm-up, for the whole batch; nothing rescales it.
-        weight_decay: on weights with two or more dimensions.
-        schedule: ``"cosine"`` down to 1 % of ``lr``, ``"constant"``, or ``"step"``: a tenth from half the steps on, a
-            hundredth from three quarters.
-        warmup_epochs: linear rise at the start, within the epochs.
-        clip_grad: largest gradient norm, or None.
-        label_smoothing: share of the target spread over all classes.
-        mixup: alpha of timm's mixup; 0 is off.
-        cutmix: alpha of timm's cutmix; 0 is off.
-        ema: decay of the averaged weights per step, or None.
-        precision: autocast of the forward pass: ``"no"``, ``"bf16"`` or ``"fp16"``. Parameters stay float32.
-        compile: run the model through ``torch.compile``.
-        seed: with the settings and the data, decides the whole run.
-        workers: processes that read images; 0 reads in the training process. The result does not depend on
-            it.
-        eval_every: epochs between two evaluations; 0 evaluates at the end only.
-        log_every: steps between two lines of the log.
-        checkpoint_seconds: time between two saved states; 0 saves after every step.
+        epochs: passes over the training data; may be fractional.
+        steps: number of optimizer steps; overrides ``epochs``. With 0 nothing is trained, and a search scores the
+            model as it is.
+        batch_size: images per optimizer step, over all processes and accumulation steps.
+        accumulate: gradient accumulation: number of micro-batches per process and step, to save memory.
+        optimizer: name of an optimizer in ``timm.optim``.
+        lr: learning rate at the end of warm-up; it is not scaled by the batch size.
+        weight_decay: weight decay of parameters with two or more dimensions.
+        schedule: ``"cosine"`` decay to 1 % of ``lr``, ``"constant"``, or ``"step"``: ``lr / 10`` from half of the
+            steps on and ``lr / 100`` from three quarters on.
+        warmup_epochs: epochs of linear warm-up, included in ``epochs``.
+        clip_grad: maximum gradient norm, or None for no clipping.
+        label_smoothing: label smoothing factor.
+        mixup: alpha of timm's mixup; 0 disables it.
+        cutmix: alpha of timm's cutmix; 0 disables it.
+        ema: decay per step of the exponential moving average of the weights, or None for no average.
+        precision: autocast of the forward pass: ``"no"``, ``"bf16"`` or ``"fp16"``. Parameters stay in float32.
+        compile: run the model with ``torch.compile``.
+        seed: random seed of the run.
+        workers: number of worker processes that read images; 0 reads in the training process. It does not affect the
+            result.
+        eval_every: epochs between evaluations; 0 evaluates at the end only.
+        log_every: steps between lines of the log.
+        checkpoint_seconds: seconds between saved states; 0 saves after every step.
         trackers: names of Accelerate's trackers, such as ``"tensorboard"`` or ``"wandb"``.
     """
 
@@ -95,30 +95,30 @@ class TrainConfig:
 
     @property
     def images_per_pass(self) -> int:
-        """Images that the model takes at once, of one process: what memory must be enough for."""
+        """Images per forward pass in a single process, which determines the memory needed."""
         return max(1, self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and how they are read.
+    """Location of the images and how they are read.
 
     Attributes:
-        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"``
+        source: folder of class folders, Parquet files or tar shards; a single Parquet or tar file; or ``"hf:NAME"``
             for a data set of the ``datasets`` library.
-        val: the validation data, where it is not found inside ``source``; for ``hf:`` the name of its split.
-        split_fraction: share of the images of each class that is held out, where there is no validation data.
-        image_key: column of the images in Parquet and ``hf:`` data.
-        label_key: column of the labels in Parquet and ``hf:`` data.
-        max_unreadable: share of the images that may be unreadable before reading stops with an error.
-        train_limit: use only the first images of the training data.
-        val_limit: use only the first images of the validation data.
-        stream: read ``hf:`` data as a stream instead of downloading it first.
-        augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
-            90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
-        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. `transformers:NAME`
-            reads them from the processor; a model of transformers that is passed in keeps none and gets ImageNet's.
-        std: standard deviation by channel, likewise.
+        val: validation data outside ``source``; for ``hf:`` data the name of its split.
+        split_fraction: fraction of each class to hold out for validation if there is no validation data.
+        image_key: name of the image column in Parquet and ``hf:`` data.
+        label_key: name of the label column in Parquet and ``hf:`` data.
+        max_unreadable: fraction of the images that may be unreadable before reading stops with an error.
+        train_limit: number of training images to use, counted from the first.
+        val_limit: number of validation images to use, counted from the first.
+        stream: stream ``hf:`` data instead of downloading it first.
+        augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, plus vertical flip and 90-degree
+            rotations, for images without a fixed orientation); ``"deit"`` (RandAugment and random erasing).
+        mean: mean of the pixels per channel, between 0 and 1, instead of the mean of the model. `transformers:NAME`
+            reads both from the processor; a transformers model object has none, and ImageNet's are used.
+        std: standard deviation of the pixels per channel, instead of that of the model.
     """
 
     source: str
@@ -140,7 +140,7 @@ class DataConfig:
         if self.split_fraction is not None:
             _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
             if self.val is not None:
-                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
+                raise ConfigError("val and split_fraction are both given, but only one can be used; drop one.")
         _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
         for name in ("train_limit", "val_limit"):
             if getattr(self, name) is not None:
@@ -151,7 +151,9 @@ class DataConfig:
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+            raise ConfigError(
+                "stream is only for hf: data; folders, Parquet files and tar shards are not downloaded; drop it."
+            )
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:
