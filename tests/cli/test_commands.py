@@ -157,7 +157,7 @@ def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path,
     assert {name: tensor.shape for name, tensor in better.items()} == {n: tensor.shape for n, tensor in plain.items()}
     assert any(not torch.equal(better[name], tensor) for name, tensor in plain.items())
     done = slimming(*words, tmp_path / "none", "--images", 0)
-    assert (done.code, "0 calibration images: give 1 or more" in done.err) == (2, True)
+    assert (done.code, "The number of calibration images is 0; it must be at least 1" in done.err) == (2, True)
     assert not (tmp_path / "none").exists()
 
     again = tmp_path / "again"

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from slimming.errors import ConfigError, DataError, MissingExtraError
 from slimming.training import loop
-from slimming.training.batches import Share, train_batches, validation_batches
+from slimming.training.batches import BatchShard, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_unlabelled
 from slimming.training.evaluation import evaluate
@@ -364,7 +364,10 @@ def test_a_missing_column_names_the_others(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"image": [1, 2], "label": [0, 1]}, r"Column 'image' .* not images"),
-        ({"image": [{"bytes": b"x"}] * 2, "label": [0, None]}, r"Column 'label' .* not whole numbers without gaps"),
+        (
+            {"image": [{"bytes": b"x"}] * 2, "label": [0, None]},
+            r"Column 'label' .* not integers without missing values",
+        ),
         ({"image": [{"bytes": b"x"}] * 2, "label": ["a", "b"]}, r"Column 'label' .* not whole numbers"),
         ({"image": [], "label": []}, r"holds no rows"),
     ],
@@ -423,20 +426,20 @@ def test_the_spec_comes_from_the_model() -> None:
     assert (spec.input_size, spec.crop_pct, spec.interpolation) == ((3, 16, 16), 0.8, "bicubic")
 
 
-def names(data: Data, share: Share, start: int, count: int) -> list[str]:
+def names(data: Data, share: BatchShard, start: int, count: int) -> list[str]:
     batches = train_batches(data, share, seed=3, start=start, workers=0)
     return [name for _ in range(count) for name in next(batches).names]
 
 
 def test_shares_of_all_processes_make_the_global_batch(tmp_path: Path) -> None:
     data = open_tiny(write_data(tmp_path))
-    whole = names(data, Share(8), 0, 12)
-    ranks = [names(data, Share(8, accumulate=2, rank=rank, world=2), 0, 24) for rank in (0, 1)]
+    whole = names(data, BatchShard(8), 0, 12)
+    ranks = [names(data, BatchShard(8, accumulate=2, rank=rank, world=2), 0, 24) for rank in (0, 1)]
     joined = [name for i in range(0, 48, 4) for rank in ranks for name in rank[i : i + 4]]
     assert joined == whole
     assert len(set(whole[:48])) == 48
     assert whole[:48] != whole[48:]
-    assert names(data, Share(8), 7, 5) == whole[7 * 8 :]
+    assert names(data, BatchShard(8), 7, 5) == whole[7 * 8 :]
 
 
 def test_validation_counts_every_image_once(tmp_path: Path) -> None:
@@ -455,10 +458,10 @@ def stream_of(count: int, length: int | None) -> StreamDataset:
 
 def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
     data = Data(stream_of(20, 20), stream_of(10, 10), CLASSES)
-    whole = names(data, Share(8), 0, 5)
+    whole = names(data, BatchShard(8), 0, 5)
     assert len(set(whole[:16])) == 16
-    assert names(data, Share(8), 3, 2) == whole[24:]
-    halves = [names(data, Share(8, rank=rank, world=2), 0, 5) for rank in (0, 1)]
+    assert names(data, BatchShard(8), 3, 2) == whole[24:]
+    halves = [names(data, BatchShard(8, rank=rank, world=2), 0, 5) for rank in (0, 1)]
     assert [name for i in range(0, 20, 4) for half in halves for name in half[i : i + 4]] == whole
     assert evaluate(make_model(), data.val, batch_size=4)["images"] == 10
     model, other = make_model(), make_model()
@@ -475,7 +478,7 @@ def test_a_part_of_a_stream_whose_only_image_is_unreadable_takes_another_of_the_
     stream = StreamDataset(epochs, SampleReader(SPEC, "light"), 8, 0.2)
     config = tiny_config(steps=4, batch_size=4, accumulate=4, eval_every=0.0)
     assert train(Data(stream, stream_of(10, 10), CLASSES), config, None, make_model()).steps == 4
-    assert names(Data(stream, [], CLASSES), Share(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
+    assert names(Data(stream, [], CLASSES), BatchShard(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
     broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, SampleReader(SPEC, "light"), 4, 1.0)
     with pytest.raises(DataError, match=r"No image of a part of batch 0 could be read: only"):
         train(Data(broken, [], CLASSES), tiny_config(steps=1, batch_size=4), None, make_model())
@@ -555,7 +558,7 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = datasets.DatasetDict({"train": text, "test": text})
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda name, streaming: named)
-        with pytest.raises(DataError, match="does not hold whole numbers without gaps; set label_key"):
+        with pytest.raises(DataError, match="does not hold integers without missing values; set label_key"):
             open_data(DataConfig(source="hf:tiny"), SPEC)
     with pytest.raises(DataError, match="has the splits 'train', 'test'"):
         open_data(DataConfig(source="hf:tiny", val="dev"), SPEC)

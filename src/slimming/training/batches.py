@@ -55,7 +55,8 @@ class BatchShard:
         if self.batch_size % (self.world_size * self.accumulate):
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be split equally over {self.world_size} process(es) with "
-                f"{self.accumulate} accumulated part(s) each; make it a multiple of {self.world_size * self.accumulate}."
+                f"{self.accumulate} accumulated part(s) each; make it a multiple of "
+                f"{self.world_size * self.accumulate}."
             )
 
     @property
@@ -143,7 +144,7 @@ def validation_batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield every image of ``val`` once, each ``world``-th batch beginning with number ``rank``."""
+    """Yield the batches of ``val`` in order for one process: number ``rank``, ``rank + world_size``, and so on."""
     if isinstance(val, ImageDataset):
         yield from _loader(_EvaluationBatches(val, batch_size, rank, world_size), workers)
     elif isinstance(val, StreamDataset):
@@ -320,9 +321,7 @@ def _loader_batches(data: Data, shard: BatchShard, start: int) -> Iterator[Batch
                 yield from _split_batch(item, step, shard, len(data.classes))
             step += 1
         if step == before:
-            raise DataError(
-                "The training loader yielded no batch; it must be possible to iterate over it once per epoch."
-            )
+            raise DataError("The training loader yielded no batch; it must allow one iteration per epoch.")
 
 
 def _split_batch(item: Any, step: int, shard: BatchShard, classes: int) -> Iterator[Batch]:

@@ -114,8 +114,8 @@ class DataConfig:
         train_limit: number of training images to use, counted from the first.
         val_limit: number of validation images to use, counted from the first.
         stream: stream ``hf:`` data instead of downloading it first.
-        augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, plus vertical flip and 90-degree
-            rotations, for images without a fixed orientation); ``"deit"`` (RandAugment and random erasing).
+        augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, plus vertical flip and
+            90-degree rotations, for images without a fixed orientation); ``"deit"`` (RandAugment and random erasing).
         mean: mean of the pixels per channel, between 0 and 1, instead of the mean of the model. `transformers:NAME`
             reads both from the processor; a transformers model object has none, and ImageNet's are used.
         std: standard deviation of the pixels per channel, instead of that of the model.
@@ -151,9 +151,7 @@ class DataConfig:
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError(
-                "stream is only for hf: data; folders, Parquet files and tar shards are not downloaded; drop it."
-            )
+            raise ConfigError("stream is only for hf: data; other data is on the disk already. Drop stream.")
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:

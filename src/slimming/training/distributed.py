@@ -1,4 +1,4 @@
-"""Which processes take part, decided in one place: the launcher's environment and the hardware at hand."""
+"""Set up Accelerate: device and distributed processes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
 
 def cpu_only() -> bool:
-    """Whether only CPUs are at hand; Accelerate then has to be told to join CPU processes at all."""
+    """Return whether there is no accelerator; Accelerate needs ``cpu=True`` to connect processes on CPUs."""
     return not torch.accelerator.is_available()
 
 
 def distributed_state() -> PartialState:
-    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
+    """Return the state of the processes of ``accelerate launch`` or ``torchrun``, or of this single process.
+
+    The first call in a launched process initialises the process group.
+    """
     from accelerate import PartialState
 
     return PartialState(cpu=cpu_only())
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process and how many have joined: (0, 1) until `processes` or the user has joined them."""
+    """Return the rank and the number of processes; (0, 1) as long as no process group is initialised."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

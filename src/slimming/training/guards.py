@@ -1,4 +1,4 @@
-"""What may stop a run from outside: Ctrl-C and a full memory."""
+"""Handle Ctrl-C and out-of-memory errors during training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slimming.errors import ConfigError
 
 
 class InterruptRequest:
-    """Remembers that Ctrl-C was pressed, so that the step under way can end first.
+    """Signal handler that records Ctrl-C, so that the current step can finish.
 
-    Pressing it again after a second or more stops at once, without saving. (Launchers pass the signal on, so
-    that it arrives twice within moments.)
+    A second Ctrl-C stops at once, without saving. It is ignored within one second after the first, because launchers
+    forward the signal and a process then receives it twice.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class InterruptRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether it was pressed."""
+        """Whether Ctrl-C was pressed."""
         return self.since is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal.
+        """Record the signal.
 
         Raises:
-            KeyboardInterrupt: it came again.
+            KeyboardInterrupt: it is a second signal, more than one second after the first.
         """
         if self.since is not None and time.monotonic() - self.since > 1.0:
             raise KeyboardInterrupt
@@ -42,21 +42,24 @@ class InterruptRequest:
 
 @contextmanager
 def defer_interrupt() -> Iterator[InterruptRequest]:
-    """Catch Ctrl-C while the block runs. Outside the main thread Python cannot, and nothing changes."""
+    """Record Ctrl-C instead of raising `KeyboardInterrupt` in this block.
+
+    Python allows signal handlers in the main thread only; in other threads this does nothing.
+    """
     request = InterruptRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.signal(signal.SIGINT, request)
+    previous = signal.signal(signal.SIGINT, request)
     try:
         yield request
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a lack of memory into ``advice``, which follows on "Out of memory".
+    """Turn out-of-memory errors of this block into a `ConfigError` with the message "Out of memory {advice}.".
 
     Raises:
         ConfigError: the block ran out of memory.
@@ -64,7 +67,9 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not lacking:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+            error
+        )
+        if not out_of_memory:
             raise
         raise ConfigError(f"Out of memory {advice}.") from error

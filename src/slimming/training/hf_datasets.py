@@ -1,4 +1,4 @@
-"""Images from the ``datasets`` library: downloaded first and read by index, or as a stream."""
+"""Images from the Hugging Face ``datasets`` library: downloaded and read by index, or streamed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ SHUFFLE_BUFFER = 1000
 
 
 class DatasetsSource:
-    """A split of a data set that lies on the disk."""
+    """A downloaded split of a data set, read by index."""
 
     def __init__(self, split: Any, image_key: str, label_key: str, where: str) -> None:
         self.split, self.image_key, self.where = split, image_key, where
         labels = np.asarray(split[label_key])
         if not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"Column {label_key!r} of {where} does not hold whole numbers without gaps; set label_key.")
+            raise DataError(
+                f"Column {label_key!r} of {where} does not hold integers without missing values; set label_key."
+            )
         self.labels = labels.astype(np.int64)
         self.classes = class_names(split, label_key)
 
@@ -43,28 +45,30 @@ class DatasetsSource:
 
 
 def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: SampleReader, seed: int) -> Data:
-    """Open ``hf:NAME`` data; see `slimming.training.data.open_data`.
+    """Open ``hf:NAME`` data, see `slimming.training.data.open_data`.
 
     Raises:
-        DataError: no such data set, split or column; or labels that do not fit.
+        DataError: the data set, a split or a column does not exist, or the labels are not valid.
         MissingExtraError: the ``datasets`` library is not installed.
     """
     splits = _load(config)
     names = [config.val] if config.val else [name for name in VALIDATION_NAMES if name in splits]
     if "train" not in splits or (config.val and config.val not in splits):
-        raise DataError(f"{config.source} has the splits {', '.join(map(repr, splits))}; train and val are needed.")
+        raise DataError(
+            f"{config.source} has the splits {', '.join(map(repr, splits))}; a split 'train' is needed, and the one named by val."
+        )
     for name in ("train", *names[:1]):
         require_columns(config.source, list(splits[name].features or ()), (config.image_key, config.label_key))
     if config.stream:
         if not names:
-            raise DataError(f"{config.source} has no validation split; a stream cannot hold images out: set val.")
+            raise DataError(f"{config.source} has no validation split, and a stream cannot be split: set val.")
         return _streams(config, splits["train"], splits[names[0]], train_reader, val_reader, seed)
     train = DatasetsSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
     val, val_indices = train, None
     train_indices = np.arange(len(train.labels))
     if names:
-        held = _undecoded(splits[names[0]], config)
-        val = DatasetsSource(held, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
+        val_split = _undecoded(splits[names[0]], config)
+        val = DatasetsSource(val_split, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
     else:
         train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
     classes = check_classes(config.source, train, val)
@@ -79,7 +83,7 @@ def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: 
 
 
 def class_names(split: Any, label_key: str) -> tuple[str, ...]:
-    """Return the names of a ``ClassLabel`` column, or nothing."""
+    """Return the class names of a ``ClassLabel`` column; empty for other columns."""
     names = getattr((split.features or {}).get(label_key), "names", None)
     return tuple(names or ())
 
@@ -99,7 +103,7 @@ def _load(config: DataConfig) -> Any:
 
 
 def _undecoded(split: Any, config: DataConfig) -> Any:
-    """Let the split give encoded bytes: we decode, so that damaged images are ours to count."""
+    """Disable decoding in ``datasets``: images are decoded here, so that unreadable ones can be counted."""
     import datasets
 
     return split.cast_column(config.image_key, datasets.Image(decode=False))
@@ -120,7 +124,7 @@ def _streams(
 ) -> Data:
     classes = class_names(train, config.label_key)
     if len(classes) < 2:
-        raise DataError(f"The stream {config.source} does not name its classes; load it without stream.")
+        raise DataError(f"The stream {config.source} has no class names; set stream to false.")
     train = _undecoded(train, config).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return Data(
         StreamDataset(
