@@ -342,7 +342,7 @@ def mixed_files(root: Path) -> Path:
         (negative_label, r"has label -1"),
         (other_classes, r"different classes \(only in training: green; only in validation: grean\)"),
         (no_validation, r"no validation part .* split_fraction"),
-        (truncated_parquet, r"no readable Parquet"),
+        (truncated_parquet, r"is not a readable Parquet file"),
         (truncated_tar, r"cannot be read as a WebDataset shard"),
         (unlabelled_tar, r"Sample 'a' .* has no label"),
         (mixed_files, r"mixes \.parquet and \.tar"),
@@ -368,7 +368,7 @@ def test_a_missing_column_names_the_others(tmp_path: Path) -> None:
             {"image": [{"bytes": b"x"}] * 2, "label": [0, None]},
             r"Column 'label' .* not integers without missing values",
         ),
-        ({"image": [{"bytes": b"x"}] * 2, "label": ["a", "b"]}, r"Column 'label' .* not whole numbers"),
+        ({"image": [{"bytes": b"x"}] * 2, "label": ["a", "b"]}, r"Column 'label' .* not integers"),
         ({"image": [], "label": []}, r"holds no rows"),
     ],
     ids=["images", "gaps", "words", "empty"],
@@ -426,15 +426,15 @@ def test_the_spec_comes_from_the_model() -> None:
     assert (spec.input_size, spec.crop_pct, spec.interpolation) == ((3, 16, 16), 0.8, "bicubic")
 
 
-def names(data: Data, share: BatchShard, start: int, count: int) -> list[str]:
-    batches = train_batches(data, share, seed=3, start=start, workers=0)
+def names(data: Data, shard: BatchShard, start: int, count: int) -> list[str]:
+    batches = train_batches(data, shard, seed=3, start=start, workers=0)
     return [name for _ in range(count) for name in next(batches).names]
 
 
 def test_shares_of_all_processes_make_the_global_batch(tmp_path: Path) -> None:
     data = open_tiny(write_data(tmp_path))
     whole = names(data, BatchShard(8), 0, 12)
-    ranks = [names(data, BatchShard(8, accumulate=2, rank=rank, world=2), 0, 24) for rank in (0, 1)]
+    ranks = [names(data, BatchShard(8, accumulate=2, rank=rank, world_size=2), 0, 24) for rank in (0, 1)]
     joined = [name for i in range(0, 48, 4) for rank in ranks for name in rank[i : i + 4]]
     assert joined == whole
     assert len(set(whole[:48])) == 48
@@ -461,7 +461,7 @@ def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
     whole = names(data, BatchShard(8), 0, 5)
     assert len(set(whole[:16])) == 16
     assert names(data, BatchShard(8), 3, 2) == whole[24:]
-    halves = [names(data, BatchShard(8, rank=rank, world=2), 0, 5) for rank in (0, 1)]
+    halves = [names(data, BatchShard(8, rank=rank, world_size=2), 0, 5) for rank in (0, 1)]
     assert [name for i in range(0, 20, 4) for half in halves for name in half[i : i + 4]] == whole
     assert evaluate(make_model(), data.val, batch_size=4)["images"] == 10
     model, other = make_model(), make_model()

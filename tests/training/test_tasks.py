@@ -248,7 +248,7 @@ def test_relations_refuse() -> None:
     task = DistilTask(make_model(), relations=("blocks.1",), relation_heads=17)
     student = make_model()
     task.start(student, CPU)
-    with pytest.raises(ConfigError, match=r"relation_heads is 17, but blocks.1 gives 16 numbers"):
+    with pytest.raises(ConfigError, match=r"relation_heads is 17, but blocks.1 gives 16 features"):
         task.loss(student, images(), LABELS)
     task.stop()
 

@@ -67,9 +67,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-            error
-        )
-        if not out_of_memory:
+        # For memory of the CPU, PyTorch raises a plain RuntimeError.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise ConfigError(f"Out of memory {advice}.") from error

@@ -54,9 +54,7 @@ def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: 
     splits = _load(config)
     names = [config.val] if config.val else [name for name in VALIDATION_NAMES if name in splits]
     if "train" not in splits or (config.val and config.val not in splits):
-        raise DataError(
-            f"{config.source} has the splits {', '.join(map(repr, splits))}; a split 'train' is needed, and the one named by val."
-        )
+        raise DataError(f"{config.source} has the splits {', '.join(map(repr, splits))}; train and val are needed.")
     for name in ("train", *names[:1]):
         require_columns(config.source, list(splits[name].features or ()), (config.image_key, config.label_key))
     if config.stream:

@@ -47,9 +47,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
         ConfigError: there is no optimizer of this name, or no parameter is trainable.
     """
     if not groups:
-        raise ConfigError(
-            "The model has no parameter that requires a gradient, so nothing can be trained; set requires_grad."
-        )
+        raise ConfigError("The model has no parameter that requires a gradient; set requires_grad to train.")
     known = [str(name) for name in list_optimizers()]
     if config.optimizer not in known:
         raise ConfigError(
@@ -70,7 +68,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: 
     if config.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=max(1, total - warmup), lr_min=low, **common)
     if config.schedule == "step":
-        # Divide by 10 after half and after three quarters of the steps (Network Slimming, Liu et al. 2017, section 4.2).
+        # Divide by 10 after half and after three quarters of the steps (Liu et al. 2017, section 4.2).
         milestones = [warmup + (total - warmup) // 2, warmup + 3 * (total - warmup) // 4]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **common)
     return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)

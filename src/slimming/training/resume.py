@@ -85,9 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the type of the error depends on where the file is damaged
-        raise CheckpointError(
-            f"{path} is damaged or is not the state of a run; remove it to start a new run."
-        ) from error
+        raise CheckpointError(f"{path} is damaged or not the state of a run; remove it to start a new run.") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} is not the state of a run; remove it to start a new run.")
     if content["format"] != FORMAT:
