@@ -19,8 +19,8 @@ from PIL import Image
 import slimming
 import slimming.errors
 from clocks import CountingClock
+from slimming.cli.configs import config_from_values
 from slimming.cli.entry import COMMANDS, make_parser
-from slimming.cli.jobs import from_values
 from slimming.cli.settings import read_yaml
 from slimming.planning import latency_table
 from slimming.runs.config import RunConfig
@@ -152,7 +152,7 @@ def test_configurations_of_the_page_are_whole(page: Path, tmp_path: Path) -> Non
     for block in blocks(page.read_text("utf-8"), "yaml"):
         file = tmp_path / "config.yaml"
         file.write_text(block.text, "utf-8")
-        from_values(RunConfig, read_yaml(file))
+        config_from_values(RunConfig, read_yaml(file))
 
 
 def fill_tables() -> ModuleType:

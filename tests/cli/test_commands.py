@@ -115,14 +115,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     output = tmp_path / "out"
     words = ("search", site / "config.yaml", "--output", output)
-    original = loop.Run.step
+    original = loop.TrainingRun.train_step
 
     def press(self: Any, *given: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", press)
+        patch.setattr(loop.TrainingRun, "train_step", press)
         stopped = slimming(*words)
     assert stopped.code == 130
     assert "Stopped after step 1 of 2" in stopped.err
@@ -153,7 +153,7 @@ def test_search_cut_train_eval_bench(slimming: Call, site: Path, finished: Path,
     assert {name: tensor.shape for name, tensor in better.items()} == {n: tensor.shape for n, tensor in plain.items()}
     assert any(not torch.equal(better[name], tensor) for name, tensor in plain.items())
     done = slimming(*words, tmp_path / "none", "--images", 0)
-    assert (done.code, "0 calibration images: give 1 or more" in done.err) == (2, True)
+    assert (done.code, "The number of calibration images is 0; it must be at least 1" in done.err) == (2, True)
     assert not (tmp_path / "none").exists()
 
     again = tmp_path / "again"
@@ -305,10 +305,10 @@ def test_the_demo_runs_its_embedded_settings(
 
 
 def test_the_demo_is_complete_in_the_package() -> None:
-    from slimming.cli.jobs import from_values
+    from slimming.cli.configs import config_from_values
     from slimming.runs.config import RunConfig
 
-    config = from_values(RunConfig, demo.settings())
+    config = config_from_values(RunConfig, demo.settings())
     assert [budget.macs for budget in config.budgets] == [0.7, 0.5, 0.3]
     assert (Path(config.data.source) / "train.parquet").exists()
 

@@ -18,10 +18,10 @@ the time).
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from slimming.benchmarking.config import BenchConfig
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
 
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directories or names, dense first")
-    add_common(parser, "--device", "--threads", "--json")
+    add_common_options(parser, "--device", "--threads", "--json")
     add_flags(parser, BenchConfig, "bench")
 
 
@@ -31,19 +31,19 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.benchmarking.config import BenchConfig
     from slimming.benchmarking.timing import machine
-    from slimming.cli.flags import given
-    from slimming.cli.models import choose_device, open_named, use_threads
+    from slimming.cli.flags import flag_values
+    from slimming.cli.models import choose_device, open_named, set_threads
     from slimming.cli.settings import build
     from slimming.errors import ConfigError
     from slimming.masks.attachment import prunable
     from slimming.pruning.costs import cost
     from slimming.runs.results import measure_all
 
-    config = build(BenchConfig, given(arguments, BenchConfig, "bench"), "bench")
+    config = build(BenchConfig, flag_values(arguments, BenchConfig, "bench"), "bench")
     device = choose_device(arguments.device)
     if len(set(arguments.models)) < len(arguments.models):
         raise ConfigError("A model is given twice; take one of them out.")
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     models = {name: open_named(name).to(device).eval() for name in arguments.models}
     shapes = {name: prunable(model).anatomy.input_shape for name, model in models.items()}
     for name, shape in shapes.items():
@@ -67,7 +67,7 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
     from rich.table import Table
 
     from slimming.benchmarking.timing import machine
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, echo, format_count
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
@@ -77,7 +77,7 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
         table.add_column(f"ms at batch {size}\n(quartiles)", justify="right")
         table.add_column("speed-up", justify="right")
     for name, row in found.items():
-        cells = [name, count(row["params"]), count(row["macs"]), count(row["memory_bytes"], "B")]
+        cells = [name, format_count(row["params"]), format_count(row["macs"]), format_count(row["memory_bytes"], "B")]
         for size in batch_sizes:
             one, ratio = row["latency_ms"][str(size)], row["speedup"][str(size)]
             cells += [f"{one['median']:.2f} ({one['p25']:.2f}-{one['p75']:.2f})", f"{ratio['median']:.2f}"]
@@ -85,4 +85,4 @@ def _print(found: dict[str, dict[str, Any]], batch_sizes: tuple[int, ...], runti
     console().print(table)
     here = machine()
     where = f"{here['gpu'] or here['cpu']}, {here['threads']} threads, {runtime}"
-    say(f"measured here: {where}; speed-up over the first model")
+    echo(f"measured here: {where}; speed-up over the first model")

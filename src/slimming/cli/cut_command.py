@@ -35,13 +35,13 @@ any checkpoint.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.core.layout import Layout
 
     parser.add_argument(
         "source", metavar="SOURCE", help="directory of a search or run, or a checkpoint; with --one-shot, any model"
     )
-    add_common(parser, "--budget")
+    add_common_options(parser, "--budget")
     parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
                         "as in data.source; labels are not used. The cut then compensates: remaining weights are "
@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
     parser.add_argument("--model.checkpoint", metavar="FILE",
                         help="with --one-shot: local weights, where SOURCE is a name")  # fmt: skip
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"
@@ -63,11 +63,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it: all plans first, then all files in one rename."""
-    from slimming.cli.output import made
+    from slimming.cli.output import output_directory
     from slimming.core.files import atomic_directory
 
     output = Path(arguments.output)
-    with made(output):
+    with output_directory(output):
         model, images, plans, record = _one_shot(arguments) if arguments.one_shot else _searched(arguments)
         with atomic_directory(output) as partial:
             _write(model, plans, record, images, partial, output)
@@ -82,7 +82,7 @@ def _write(
     output: Path,
 ) -> None:
     from slimming.checkpoints.checkpoint import save
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -92,7 +92,7 @@ def _write(
         chosen.save(partial / name / "plan.json")
         save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
         found = cost(small)
-        say(
+        echo(
             f"{output / name}: {found.params / dense.params:.1%} of the params, "
             f"{found.macs / dense.macs:.1%} of the MACs"
             + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
@@ -101,7 +101,7 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score a model that was not searched, and plan."""
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
     from slimming.planning.budgeting import plans
@@ -121,7 +121,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     )
     model, notes = open_model(config)
     for note in notes:
-        say(note)
+        echo(note)
     check_input(model)
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
@@ -210,7 +210,7 @@ def _say_layout_costs(
     """Say what score is lost for the sizes that the layout asks for, budget by budget."""
     from dataclasses import replace
 
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.core.budget import METRICS
     from slimming.core.layout import FREE, Layout
     from slimming.planning.budgeting import plans
@@ -227,12 +227,12 @@ def _say_layout_costs(
         lost, least = chosen.solution["lost_score"], other.solution["lost_score"]
         sizes = "heads of one size, each any" if whole else "any sizes"
         what = "of loss are expected" if result.sensitivity else "of score go"
-        say(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
+        echo(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
-    from slimming.cli.flags import given
+    from slimming.cli.flags import flag_values
     from slimming.cli.settings import build
     from slimming.core.layout import Layout
 
-    return build(Layout, given(arguments, Layout, "layout"), "layout", base)
+    return build(Layout, flag_values(arguments, Layout, "layout"), "layout", base)

@@ -22,8 +22,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming import demo
-    from slimming.cli.jobs import from_values
-    from slimming.cli.run_command import run_into
+    from slimming.cli.configs import config_from_values
+    from slimming.cli.run_command import run_in_directory
     from slimming.runs.config import RunConfig
 
-    run_into(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])
+    run_in_directory(config_from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])

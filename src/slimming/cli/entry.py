@@ -77,10 +77,10 @@ def _run(words: Sequence[str]) -> int:
     except SystemExit as done:  # --help was printed
         return int(done.code or 0)
     if getattr(arguments, "print_config", False):
-        from slimming.cli.jobs import as_yaml, read_job
+        from slimming.cli.configs import config_to_yaml, read_config
 
-        job, notes = read_job(arguments.job, arguments)
-        print("".join(f"# {note}\n" for note in notes) + as_yaml(job), end="")
+        config, notes = read_config(arguments.config_class, arguments)
+        print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
         command(name).execute(arguments)
     return 0

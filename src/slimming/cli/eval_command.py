@@ -16,14 +16,14 @@ Top-1 of checkpoints on validation images: those given, or those of the data tha
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.training.config import DataConfig
 
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories, or hf-hub:OWNER/NAME")
     parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags win over it")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass (default 256)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
-    add_common(parser, "--device", "--json")
+    add_common_options(parser, "--device", "--json")
     add_flags(parser, DataConfig, "data")
 
 
@@ -32,7 +32,7 @@ def execute(arguments: argparse.Namespace) -> None:
     import json
 
     from slimming.cli.models import choose_device, load_checkpoint
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.runs.setup import check_input, open_data
     from slimming.training.evaluation import evaluate
 
@@ -49,7 +49,7 @@ def execute(arguments: argparse.Namespace) -> None:
         )
         if not arguments.json:
             metrics = found[name]
-            say(
+            echo(
                 f"{name}: top-1 {metrics['top1']:.2%}, loss {metrics['loss']:.4f}, {metrics['images']} images of "
                 f"{config.source}"
             )
@@ -61,18 +61,18 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
     """The data of the file and the flags, over those of the checkpoint's provenance."""
     from slimming.checkpoints import hub
     from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
-    from slimming.cli.flags import given
-    from slimming.cli.jobs import EvalJob, from_values, read_job
+    from slimming.cli.configs import EvalCommandConfig, config_from_values, read_config
+    from slimming.cli.flags import flag_values
     from slimming.errors import DataError
 
-    values = given(arguments, EvalJob)
+    values = flag_values(arguments, EvalCommandConfig)
     if arguments.config is not None or "source" in values.get("data", {}):
-        return read_job(EvalJob, arguments)[0].data
+        return read_config(EvalCommandConfig, arguments)[0].data
     place = hub.fetch(name) if hub.is_address(name) else Path(name)
     stored = read_provenance(place).get("data") if (place / PROVENANCE).exists() else None
     if not stored:
         raise DataError(f"{name} does not say on which data it was trained; give --data.source.")
-    return from_values(EvalJob, {"data": {**stored, **values.get("data", {})}}).data
+    return config_from_values(EvalCommandConfig, {"data": {**stored, **values.get("data", {})}}).data
 
 
 def _fits(model: Any, data: Any, name: str, source: str) -> None:

@@ -17,7 +17,7 @@ file and in model.json beside it.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory that slimming wrote, or "
                         "hf-hub:OWNER/NAME")  # fmt: skip
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement", type=float, metavar="X", help="the least share of images with the same first "
                         "class (default: 0.95 for 8 bits)")  # fmt: skip
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="version of ONNX's operations (default: 20)")
-    add_common(parser, "--threads", "--json")
+    add_common_options(parser, "--threads", "--json")
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -42,14 +42,14 @@ def execute(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from slimming.checkpoints import hub
-    from slimming.cli.models import check_checkpoint, use_threads
+    from slimming.cli.models import check_checkpoint, set_threads
     from slimming.exporting.exporter import export
     from slimming.exporting.targets import choose
 
     name = arguments.checkpoint
     targets = [name for name in arguments.to.split(",") if name]
     choose(targets)
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     if hub.is_address(name):
         place = Path(hub.split(name)[0].rpartition("/")[2])
     else:
@@ -75,7 +75,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def _print(found: tuple) -> None:
     from rich.table import Table
 
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, echo, format_count
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
@@ -86,12 +86,14 @@ def _print(found: tuple) -> None:
         ratio = one.speedup
         table.add_row(
             str(one.file),
-            count(one.bytes, "B"),
+            format_count(one.bytes, "B"),
             f"{one.relative:.1e}",
             same,
             f"{one.latency_ms:.2f}",
             f"{ratio['median']:.2f} ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
         )
     console().print(table)
-    say(f"compared on {found[0].images} images; differences as shares of the largest logit; speed-up over PyTorch")
-    say(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")
+    echo(
+        f"compared on {found[0].images} images; changed_settings as shares of the largest logit; speed-up over PyTorch"
+    )
+    echo(f"how an image becomes the input, and the classes: {found[0].file.parent / 'model.json'}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
-from slimming.cli.settings import default_of, unwrap
+from slimming.cli.settings import field_default, strip_optional
 from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
 
@@ -36,11 +36,11 @@ class Flag(NamedTuple):
 
 def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Flag]:
     """Every setting of a dataclass, sections below it included, in the order of its fields."""
-    texts, hints = attribute_texts(cls), get_type_hints(cls)
+    texts, hints = attribute_docs(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = f"{section}.{field.name}" if section else field.name
-        default = default_of(field) if base is None else getattr(base, field.name)
-        hint, optional = unwrap(hints[field.name])
+        default = field_default(field) if base is None else getattr(base, field.name)
+        hint, optional = strip_optional(hints[field.name])
         if not dataclasses.is_dataclass(hint):
             if name != BUDGETS:
                 yield Flag(name, hints[field.name], default, texts.get(field.name, ""))
@@ -51,7 +51,7 @@ def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Fl
         yield from flags_of(hint, name, default if isinstance(default, hint) else None)
 
 
-def attribute_texts(cls: type[Any]) -> dict[str, str]:
+def attribute_docs(cls: type[Any]) -> dict[str, str]:
     """What the ``Attributes:`` of a class's docstring say, as plain text in one line each."""
     block = re.search(r"\n\s*Attributes:\n(.*?)(\n\s*\n\s*\w+:\n|\Z)", cls.__doc__ or "", re.DOTALL)
     found: dict[str, str] = {}
@@ -79,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any], section: str = ""
         otherwise: what is taken where a flag is not given; empty: the defaults of ``cls``.
     """
     if any(field.name == BUDGETS for field in dataclasses.fields(cls)):
-        add_common(parser, "--budget")
+        add_common_options(parser, "--budget")
     title = f"settings of {section}" if section else "settings"
     groups: dict[str, argparse._ArgumentGroup] = {section: parser.add_argument_group(title)}
     for flag in flags_of(cls, section):
@@ -104,7 +104,7 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> Non
     )
 
 
-def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_common_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Give ``parser`` options that several commands have."""
     common: dict[str, dict[str, Any]] = {
         "--device": {"metavar": "NAME", "help": "such as cpu or cuda:0 (default: a GPU where there is one)"},
@@ -129,13 +129,13 @@ def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **common[name])
 
 
-def given(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
+def flag_values(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
     """The settings of ``cls``, called ``section``, that flags gave, as nested values."""
     names = {PRESET, *(flag.name for flag in flags_of(cls, section))}
     values: dict[str, Any] = {}
     for name, value in vars(arguments).items():
         if name in names or (name == BUDGETS and value):
-            _put(values, name, value, f"--{name}")
+            _set_nested(values, name, value, f"--{name}")
     return values.get(section, {}) if section else values
 
 
@@ -152,7 +152,7 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
     off = text.lower() in ("null", "none")
     if hint is None and not off:
         raise ConfigError(f"{where} takes null only; its settings have flags of their own.")
-    hint, optional = unwrap(hint)
+    hint, optional = strip_optional(hint)
     if off and (optional or hint is None):
         return None
     origin = get_origin(hint)
@@ -176,11 +176,11 @@ def parse_pairs(text: str, where: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {text!r}: {part!r} is not name=value.")
-        _put(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
+        _set_nested(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
     return values
 
 
-def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
+def _set_nested(values: dict[str, Any], name: str, value: Any, where: str) -> None:
     """Put ``value`` below the dotted ``name``.
 
     Raises:
@@ -191,7 +191,9 @@ def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             above = ".".join(path[: place + 1])
-            raise ConfigError(f"{where}: {above} is given as {shown(values)}, so {name} has no effect; drop one.")
+            raise ConfigError(
+                f"{where}: {above} is given as {format_value(values)}, so {name} has no effect; drop one."
+            )
     if last in values:
         raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
@@ -205,7 +207,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    hint, _ = unwrap(hint)
+    hint, _ = strip_optional(hint)
     single = {None: "null", str: "TEXT", int: "N", float: "X", bool: "true|false"}
     return single.get(hint) or ("A,B" if get_origin(hint) is tuple else "A=1,B=2")
 
@@ -216,19 +218,21 @@ def _default(flag: Flag, otherwise: str) -> str:
     if flag.default is dataclasses.MISSING:
         return " (needed)"
     without = flag.hint is None or flag.default in ("", {}, (), None)
-    return "" if without else f" (default {shown(flag.default)})"
+    return "" if without else f" (default {format_value(flag.default)})"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a flag takes it; budgets as one flag each takes them.
 
-    >>> shown((1, 32)), shown({"keep": {"mlp": 0.5}}), shown(None), shown(True)
+    >>> format_value((1, 32)), format_value({"keep": {"mlp": 0.5}}), format_value(None), format_value(True)
     ('1,32', 'keep.mlp=0.5', 'null', 'true')
     """
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={shown(entry)}" for name, entry in flatten(value).items()) or "{}"
+        return ",".join(f"{name}={format_value(entry)}" for name, entry in flatten(value).items()) or "{}"
     if isinstance(value, (list, tuple)):
-        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(map(shown, value)) or "[]"
+        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(
+            map(format_value, value)
+        ) or "[]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -21,10 +21,10 @@ checkpoint directory; weights are not downloaded. Nothing is trained.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("model", metavar="MODEL", help="name of a model, or checkpoint directory")
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
     parser.add_argument("--json", action="store_true", help="print JSON, every group included")
 
@@ -89,27 +89,27 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
 
 
 def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, *, each: bool) -> None:
-    from slimming.cli.output import console, count, say
+    from slimming.cli.output import console, echo, format_count
 
     shape = " x ".join(map(str, anatomy.input_shape))
-    say(f"{name}: read as {anatomy.structure.family}, images of {shape}")
-    say(
-        f"{count(found.params)} params, {count(found.macs)} MACs (one multiply-add is one), "
-        f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
+    echo(f"{name}: read as {anatomy.structure.family}, images of {shape}")
+    echo(
+        f"{format_count(found.params)} params, {format_count(found.macs)} MACs (one multiply-add is one), "
+        f"{format_count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
     )
-    say("")
-    say("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
-    say("whole heads and the dimensions in them are two views of the same.")
+    echo("")
+    echo("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
+    echo("whole heads and the dimensions in them are two views of the same.")
     console().print(_kinds_table(anatomy, groups, found))
-    say("")
-    say("Block by block")
+    echo("")
+    echo("Block by block")
     console().print(_blocks_table(anatomy, groups, found))
     if each:
-        say("")
+        echo("")
         console().print(_groups_table(groups, found))
-    say("")
+    echo("")
     for part in anatomy.uncovered:
-        say(f"not covered: {part}")
+        echo(f"not covered: {part}")
 
 
 def _table(*columns: str) -> Any:
@@ -180,6 +180,6 @@ def _size(group: Group) -> str:
 
 
 def _costs(params: int, macs: int, found: Cost) -> list[str]:
-    from slimming.cli.output import count
+    from slimming.cli.output import format_count
 
-    return [count(params), f"{params / found.params:.1%}", count(macs), f"{macs / found.macs:.1%}"]
+    return [format_count(params), f"{params / found.params:.1%}", format_count(macs), f"{macs / found.macs:.1%}"]

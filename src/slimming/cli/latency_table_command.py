@@ -17,17 +17,17 @@ MODEL is a name as in inspect or a checkpoint directory; its weights do not matt
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.flags import add_common
+    from slimming.cli.flags import add_common_options
 
     parser.add_argument("action", choices=("build", "merge"), help="what to do")
     parser.add_argument("inputs", nargs="+", metavar="MODEL|FILE", help="one model to build of, or tables to merge")
     parser.add_argument("--output", metavar="FILE", required=True, help="the table")
-    add_common(parser, "--model.arguments")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)")
     parser.add_argument("--kinds", metavar="A,B", help="kinds of units whose number may differ, such as mlp,width "
                         "(default: what a search takes)")  # fmt: skip
     parser.add_argument("--uneven-heads", action="store_true", help="for plans whose heads may differ in size")
-    add_common(parser, "--device", "--threads")
+    add_common_options(parser, "--device", "--threads")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16")
     parser.add_argument(
         "--runtime", default="eager", metavar="NAME", help="eager, compile or onnxruntime (default: eager)"
@@ -36,8 +36,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from slimming.cli.models import choose_device, open_named, use_threads
-    from slimming.cli.output import say
+    from slimming.cli.models import choose_device, open_named, set_threads
+    from slimming.cli.output import echo
     from slimming.errors import ConfigError, nearest
     from slimming.planning.latency_table import LatencyTable, build_latency_table
 
@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> None:
         for other in others:
             table = table.merged(other)
         table.save(arguments.output)
-        say(f"{arguments.output}: {len(table.points)} points")
+        echo(f"{arguments.output}: {len(table.points)} points")
         return
     import torch
 
@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> None:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if arguments.dtype not in types:
         raise ConfigError(f"--dtype is {arguments.dtype!r}; give {', '.join(types)}.{nearest(arguments.dtype, types)}")
-    use_threads(arguments.threads)
+    set_threads(arguments.threads)
     options = vars(arguments)["model.arguments"]
     model = open_named(arguments.inputs[0], options).to(choose_device(arguments.device), types[arguments.dtype])
     table = build_latency_table(
@@ -67,9 +67,9 @@ def execute(arguments: argparse.Namespace) -> None:
         kinds=arguments.kinds.split(",") if arguments.kinds is not None else None,
         uneven_heads=arguments.uneven_heads,
         path=arguments.output,
-        say=say,
+        say=echo,
     )
-    say(
+    echo(
         f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "
         "of its pieces"
         + (f"; sizes in multiples of {table.multiple} are fast here" if table.multiple is not None else "")

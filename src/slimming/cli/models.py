@@ -78,7 +78,7 @@ def check_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{path} holds several files of a run; give a checkpoint in it: {', '.join(inside)}.")
 
 
-def use_threads(count: int | None) -> None:
+def set_threads(count: int | None) -> None:
     """Let torch use ``count`` threads; None leaves them as they are.
 
     Raises:

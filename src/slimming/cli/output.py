@@ -1,4 +1,4 @@
-"""What commands print, and the directories that they write: claimed before any work, left clean by mistakes."""
+"""What commands print, and the directories that they write: run_directory before any work, left clean by mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.jobs import as_yaml, differences, document, from_values
+from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
 from slimming.cli.settings import read_yaml
 from slimming.core.files import atomic_write_text, explain, json_values, new_directory, read_json
 from slimming.core.same_settings import check_same_settings, differing
@@ -24,7 +24,7 @@ BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
 """Files that may lie in a directory before there is anything to go on from."""
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks (launchers number their processes in RANK)."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -34,18 +34,18 @@ def console() -> Console:
     # Tables in a file or a pipe must not be squeezed into 80 columns.
     width = None if sys.stdout.isatty() else 160
     # Names of places may have brackets, which are not rich's.
-    return Console(quiet=not is_main(), highlight=False, markup=False, soft_wrap=True, width=width)
+    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print one line as it is."""
     console().print(line)
 
 
-def count(number: float, unit: str = "") -> str:
+def format_count(number: float, unit: str = "") -> str:
     """A number with three digits or more, in thousands, millions or billions.
 
-    >>> count(22050664), count(4598882304), count(9812, "B")
+    >>> format_count(22050664), format_count(4598882304), format_count(9812, "B")
     ('22.05 M', '4.60 G', '9.81 kB')
     """
     for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -54,19 +54,19 @@ def count(number: float, unit: str = "") -> str:
     return f"{number:g} {unit}".rstrip()
 
 
-def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
+def print_settings(command: str, config: Any, directory: Path, notes: list[str]) -> None:
     """Print the settings that matter: what has no default, and what differs from it."""
-    say(f"slimming {command}, into {directory}")
-    for line in differences(job):
-        say(f"  {line}")
-    say(f"  every setting: {directory / CONFIG}")
+    echo(f"slimming {command}, into {directory}")
+    for line in changed_settings(config):
+        echo(f"  {line}")
+    echo(f"  every setting: {directory / CONFIG}")
     for note in notes:
-        say(note)
+        echo(note)
 
 
 @contextmanager
-def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
-    """Hold ``directory`` for ``job``: a new or empty one, or that of an earlier call with the same settings.
+def run_directory(directory: Path, config: Any, command: str) -> Iterator[None]:
+    """Hold ``directory`` for ``config``: a new or empty one, or that of an earlier call with the same settings.
 
     ``config.yaml`` is written into it. If the block fails before it has written anything, what was made here
     is removed again.
@@ -75,7 +75,7 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
         OutputError: it holds something else, or cannot be written.
         ConfigError: the earlier call had other settings; the message names them.
     """
-    if not is_main():
+    if not is_main_process():
         yield
         return
     missing = _missing(directory)
@@ -84,10 +84,10 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
         if fresh:
             new_directory(directory)
         else:
-            same_settings(directory, job, command)
+            check_config(directory, config, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += as_yaml(job)
+        text += config_to_yaml(config)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
@@ -96,8 +96,8 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
         raise
 
 
-def same_settings(directory: Path, job: Any, command: str) -> None:
-    """Check that the earlier call in ``directory`` had the settings of ``job``.
+def check_config(directory: Path, config: Any, command: str) -> None:
+    """Check that the earlier call in ``directory`` had the settings of ``config``.
 
     Raises:
         OutputError: it was a call of another command.
@@ -105,32 +105,32 @@ def same_settings(directory: Path, job: Any, command: str) -> None:
     """
     path = directory / CONFIG
     try:
-        before = from_values(type(job), read_yaml(path))
+        before = config_from_values(type(config), read_yaml(path))
     except ConfigError as error:
         raise OutputError(
             f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."
         ) from error
     check_same_settings(
         directory,
-        document(before),
-        document(job),
+        config_to_values(before),
+        config_to_values(config),
         free=FREE_SETTINGS,
         free_sections=FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
 
 
-def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
+def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
     """The results of a finished run in ``directory``, if they are of exactly these settings."""
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
     results = read_json(target)
-    return None if differing(results["settings"], json_values(job), free=FREE_SETTINGS) else results
+    return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
 
 
 @contextmanager
-def made(directory: Path) -> Iterator[None]:
+def output_directory(directory: Path) -> Iterator[None]:
     """Hold a new or empty ``directory``; if the block fails and leaves it empty, it is removed again.
 
     Raises:

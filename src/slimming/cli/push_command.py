@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.publishing.publish import push_to_hub
 
     load_checkpoint(arguments.model)  # says what to give where a whole run was given
@@ -36,4 +36,4 @@ def execute(arguments: argparse.Namespace) -> None:
         private=arguments.private,
         license=arguments.license,
     )
-    say(f"written: {place}" if arguments.to else f"pushed: {place}")
+    echo(f"written: {place}" if arguments.to else f"pushed: {place}")

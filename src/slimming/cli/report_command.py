@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Do it."""
-    from slimming.cli.output import console, say
+    from slimming.cli.output import console, echo
     from slimming.core.files import read_json
     from slimming.errors import ConfigError
     from slimming.report import read_results, write_comparison, write_figures, write_report, write_table
@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> None:
         if arguments.figures:
             directory = Path(arguments.figures) / (_own_name(place, finished) if len(finished) > 1 else "")
             write_figures(one, directory)
-            say(f"figures: {directory}, {write_table(one, directory / TABLE).name} beside them")
+            echo(f"figures: {directory}, {write_table(one, directory / TABLE).name} beside them")
     output = Path(arguments.output) if arguments.output else None
     if len(places) == 1 and finished:
         target = write_report(places[0], output, explored[0])
@@ -64,7 +64,7 @@ def execute(arguments: argparse.Namespace) -> None:
     else:
         output = output or (places[0] / PAGE if len(places) == 1 else Path(COMPARED))
         target = write_comparison(results, [one for one in explored if one is not None], output)
-    say(f"report: {target}")
+    echo(f"report: {target}")
 
 
 def _own_name(run: Path, runs: list[Path]) -> str:
@@ -75,7 +75,7 @@ def _own_name(run: Path, runs: list[Path]) -> str:
 
 def _explored(run: str, latency_table: str | None) -> Explored | None:
     """The plans of a run; None where it has no search any more, which is said."""
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.errors import CheckpointError
     from slimming.runs.explore import explore
     from slimming.searching.mask_search import search_directory
@@ -86,6 +86,6 @@ def _explored(run: str, latency_table: str | None) -> Explored | None:
             raise CheckpointError(
                 f"{place} holds no results.json and no search; give the directory of a finished slimming run or search."
             )
-        say(f"{place} holds no search: its report has no explorer")
+        echo(f"{place} holds no search: its report has no explorer")
         return None
     return explore(run, latency=latency_table)

@@ -86,7 +86,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
             hint = nearest(str(key), fields, dot) or f" {where or 'The file'} takes {', '.join(fields)}."
             raise ConfigError(f"There is no setting {dot}{key}.{hint}")
     for name, field in fields.items():
-        own = default_of(field) if base is None else getattr(base, name)
+        own = field_default(field) if base is None else getattr(base, name)
         if name in values or (own is dataclasses.MISSING and dataclasses.is_dataclass(hints[name])):
             own = convert(hints[name], values.get(name, {}), f"{dot}{name}", own)
         found[name] = own
@@ -98,13 +98,13 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
+def field_default(field: dataclasses.Field[Any]) -> Any:
     """The default of a field, or ``dataclasses.MISSING``."""
     made = field.default_factory is not dataclasses.MISSING
     return field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue]
 
 
-def unwrap(hint: Any) -> tuple[Any, bool]:
+def strip_optional(hint: Any) -> tuple[Any, bool]:
     """A type without its ``None``, and whether it had one."""
     if get_origin(hint) in (Union, types.UnionType):
         rest = [arg for arg in get_args(hint) if arg is not type(None)]
@@ -118,7 +118,7 @@ def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     Raises:
         ConfigError: it is of another type.
     """
-    hint, optional = unwrap(hint)
+    hint, optional = strip_optional(hint)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (value is None and optional):
         return value

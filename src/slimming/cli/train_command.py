@@ -16,9 +16,9 @@ DIR/model. Stopped anywhere, the same command goes on where it was.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from slimming.cli.jobs import TrainJob, add_job
+    from slimming.cli.configs import TrainCommandConfig, add_config_options
 
-    add_job(parser, TrainJob)
+    add_config_options(parser, TrainCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -26,36 +26,42 @@ def execute(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from slimming.checkpoints import checkpoint
-    from slimming.cli.jobs import TrainJob, document, read_job
+    from slimming.cli.configs import TrainCommandConfig, config_to_values, read_config
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import announce, claimed, is_main, say
-    from slimming.cli.run_command import output_of
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
+    from slimming.cli.run_command import output_path
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_job(TrainJob, arguments)
-    directory = output_of(arguments, "train")
-    with claimed(directory, job, "train"):
+    config, notes = read_config(TrainCommandConfig, arguments)
+    directory = output_path(arguments, "train")
+    with run_directory(directory, config, "train"):
         if (directory / "model").exists():
-            say(f"{directory / 'model'} is trained already; nothing to do.")
+            echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
-        announce("train", job, directory, notes)
-        model, data, replaced = open_start(job.model, job.data, job.train.seed)
+        print_settings("train", config, directory, notes)
+        model, data, replaced = open_start(config.model, config.data, config.train.seed)
         for note in replaced:
-            say(note)
-        teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
+            echo(note)
+        teacher = load_checkpoint(config.teacher) if config.teacher is not None else None
         if teacher is not None:
-            _fits(teacher, model, job.teacher)
-        judge = partial(evaluate, images=data.val, batch_size=min(256, job.train.at_once), workers=job.train.workers)
-        history = train(
-            model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
+            _fits(teacher, model, config.teacher)
+        judge = partial(
+            evaluate, images=data.val, batch_size=min(256, config.train.images_per_pass), workers=config.train.workers
         )
-        if is_main():
-            record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
+        history = train(
+            model, data, config.train, teacher, distil=config.distil, directory=directory, resume=True, evaluate=judge
+        )
+        if is_main_process():
+            record = {
+                "settings": config_to_values(config),
+                "data": config_to_values(config)["data"],
+                "metrics": history.metrics,
+            }
             trained = history.averaged if history.averaged is not None else model
             checkpoint.save(trained, directory / "model", record)
-        say(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
+        echo(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
 
 
 def _fits(teacher: Any, model: Any, name: str | None) -> None:

@@ -25,7 +25,7 @@ from slimming.masks.soft_masks import attached
 from slimming.models.hosts import classes_of, unplain
 from slimming.runs.setup import image_spec, read_images
 from slimming.training.config import DataConfig
-from slimming.training.tasks import both_heads
+from slimming.training.tasks import logits_by_head
 
 STEM = "model"
 CALIBRATION = 128
@@ -147,7 +147,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        return both_heads(self.model(image))[0]
+        return logits_by_head(self.model(image))[0]
 
 
 class _Timed(nn.Module):

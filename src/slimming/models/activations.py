@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.processes import rank_and_world
+from slimming.training.distributed import rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -66,13 +66,13 @@ def precise(rows: Tensor) -> Tensor:
 
 def own_share(batches: Sequence[T]) -> Sequence[T]:
     """The batches of this process, which are all batches if there is only one process."""
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     return batches if world == 1 else batches[rank::world]
 
 
 def add_up(*sums: Tensor) -> None:
     """Replace ``sums`` by their sums over all processes, in place."""
-    if rank_and_world()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for tensor in sums:
             torch.distributed.all_reduce(tensor)
 

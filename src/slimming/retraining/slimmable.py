@@ -29,7 +29,7 @@ from slimming.retraining.config import DistilConfig
 from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
-from slimming.training.images import mix
+from slimming.training.images import derive_seed
 from slimming.training.loop import fit
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss, Task
@@ -199,7 +199,7 @@ class SandwichTask:
         between = len(self.plans) - 2
         if between < 1:
             return call % len(self.plans)
-        return (0, -1, 1 + mix(self.seed, 3, call) % between)[call % 3]
+        return (0, -1, 1 + derive_seed(self.seed, 3, call) % between)[call % 3]
 
     def before_step(self) -> None:
         """See `Task.before_step`."""

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from slimming.core.completion import complete
@@ -35,14 +34,14 @@ from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_al
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
 from slimming.searching.mask_search import RECORD, SearchResult, groups_to_search, load_search, search
-from slimming.training.batches import calibration_images, steps_per_epoch
+from slimming.training import loop
+from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
+from slimming.training.distributed import distributed_state
 from slimming.training.evaluation import evaluate
-from slimming.training.log import check_trackers
-from slimming.training.optimisation import make_optimizer
-from slimming.training.processes import processes
 from slimming.training.samples import Data, ImageDataset
+from slimming.training.step_counts import steps_per_epoch
 
 SETTINGS = "settings.json"
 
@@ -67,7 +66,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     from slimming.report.model import parse
 
     directory, began = Path(directory), time.monotonic()
-    world = processes()
+    world = distributed_state()
     if not world.is_main_process:
         log = _discard
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
@@ -82,8 +81,8 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     if allocation is not None:
         log(allocation.line(asked))
         config = allocation.applied(asked)
-    at_once = min(256, config.search.train.at_once, config.retrain.at_once)
-    evaluate_model = partial(evaluate, images=data.val, batch_size=at_once, workers=config.retrain.workers)
+    images_per_pass = min(256, config.search.train.images_per_pass, config.retrain.images_per_pass)
+    evaluate_model = partial(evaluate, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, evaluate_model, directory, log)
     check_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, evaluate_model, log)
@@ -149,28 +148,14 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
-    """Check the settings of a training that depend on the data and the installed libraries.
-
-    Args:
-        where: name of the section of settings, for messages.
-        config: settings of the training.
-        data: the images.
-        directory: directory of the trackers.
+    """Check the section ``where`` of the configuration; see `slimming.training.loop.check_training`.
 
     Raises:
-        ConfigError: there is no such optimizer or tracker, the batch is larger than the data, or the warm-up is as long
-            as the training.
+        ConfigError: a setting does not fit the data; the message names the section.
         MissingExtraError: a tracker is not installed.
     """
     try:
-        check_trackers(config.trackers, directory)
-        make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config)
-        per_epoch = steps_per_epoch(data.train, config.batch_size)
-        if per_epoch is None and config.steps is None:
-            raise ConfigError("the number of images in this data is not known; set steps instead of epochs.")
-        total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
-        if total and round(config.warmup_epochs * (per_epoch or total)) >= total:
-            raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {total} steps; shorten it.")
+        loop.check_training(config, data, directory)
     except (ConfigError, MissingExtraError) as error:
         raise type(error)(f"{where}: {error}") from error
 
@@ -197,9 +182,9 @@ def _time_allocation(
         applied = chosen.applied(config)
         check_training("search.train", applied.search.train, data, directory)
         check_training("retrain", applied.retrain, data, directory)
-        if processes().is_main_process:
+        if distributed_state().is_main_process:
             atomic_json(target, dataclasses.asdict(chosen))
-        processes().wait_for_everyone()
+        distributed_state().wait_for_everyone()
     return TimeAllocation(**read_json(target))
 
 
@@ -232,7 +217,7 @@ def _one_shot(
         small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
         entries[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
         log(f"{budget.name}: one shot, top-1 {entries[budget.name]['top1_one_shot']:.4f} without training")
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(target, entries)
     return entries
 
@@ -243,14 +228,14 @@ def _search(
     if (directory / RECORD).exists():
         log("search: already done")
         result = load_search(directory)
-        result.model.to(processes().device)
+        result.model.to(distributed_state().device)
         return result, float(read_json(directory / "seconds.json")["seconds"])
     log("search: weights and masks train together")
     began = time.monotonic()
     model = copy.deepcopy(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
     seconds = time.monotonic() - began
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(directory / "seconds.json", {"seconds": seconds})
         result.save(directory)
     return result, seconds

@@ -19,7 +19,7 @@ from slimming.runs.config import ModelConfig
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
 from slimming.training.data import open_data as open_images
-from slimming.training.data import open_pictures
+from slimming.training.data import open_unlabelled
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
 
@@ -115,7 +115,7 @@ def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int 
         DataError: there are no images.
     """
     config = dataclasses.replace(config, augment="none")
-    pictures = open_pictures(config, image_spec(config, model))
+    pictures = open_unlabelled(config, image_spec(config, model))
     data = Data(pictures, [], ()) if pictures is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 

@@ -27,7 +27,7 @@ from slimming.runs.config import EACH, PROGRESSIVE, TOGETHER, RunConfig
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
-from slimming.training.processes import processes
+from slimming.training.distributed import distributed_state
 from slimming.training.samples import Data
 
 Log = Callable[[str], None]
@@ -112,7 +112,7 @@ def _prune_and_retrain(
     row_file = directory / "row.json"
     if row_file.exists():
         context.log(f"{budget.name}: already done")
-        return checkpoint.load(directory / "slim").to(processes().device), read_json(row_file)
+        return checkpoint.load(directory / "slim").to(distributed_state().device), read_json(row_file)
     began, config, result = time.monotonic(), context.config, context.result
     images = context.images()
     small = cut_from_last(result.model, chosen, before, images=images).eval()
@@ -130,7 +130,7 @@ def _prune_and_retrain(
     row = row_entry(budget, small, context.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
     if shared is not None:
         row["log"] = f"{TOGETHER}/log.jsonl"
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         atomic_json(row_file, row)
     return small, row
 
@@ -155,7 +155,7 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
-    directory, world = context.root / TOGETHER, processes()
+    directory, world = context.root / TOGETHER, distributed_state()
     if (directory / SERVED).exists():
         served = read_json(directory / SERVED)
         context.log(f"{TOGETHER}: already trained for {', '.join(served['budgets'])}")
@@ -184,7 +184,7 @@ def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[Se
 
 def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
     """Save a checkpoint on the main process, unless it exists."""
-    if processes().is_main_process and not directory.exists():
+    if distributed_state().is_main_process and not directory.exists():
         checkpoint.save(model, directory, record)
 
 
@@ -192,7 +192,7 @@ def _plan(context: RunContext, budget: Budget) -> Plan:
     """Make the plan, or load it. Plans whose models share weights or are cut from one another are nested."""
     target = context.root / budget.name / "plan.json"
     solver = None if context.config.retraining == EACH else "nested"
-    if processes().is_main_process and not target.exists():
+    if distributed_state().is_main_process and not target.exists():
         plan(context.result, budget, latency=context.config.latency_table, solver=solver).save(target)
-    processes().wait_for_everyone()
+    distributed_state().wait_for_everyone()
     return Plan.load(target)

@@ -13,10 +13,10 @@ from torch import nn
 
 from slimming.runs.config import TOGETHER, RunConfig
 from slimming.scoring.registry import SCORES
-from slimming.training.batches import Share, train_batches
+from slimming.training.batches import BatchShard, train_batches
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.loop import fit
-from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
 
@@ -208,11 +208,11 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         data: the images.
         config: settings of the training, of which batch size, precision and workers are used.
     """
-    processes()  # joins them
-    rank, world = rank_and_world()
+    distributed_state()  # joins them
+    rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)
-    share = Share(batch_size, config.accumulate, rank, world)
+    share = BatchShard(batch_size, config.accumulate, rank, world)
     batches = train_batches(data, share, config.seed, 0, config.workers)
     # The workers start here and prefetch two batches each, whose time must not be measured.
     list(islice(batches, 2 * config.accumulate + 2 * config.workers))

@@ -19,8 +19,8 @@ from slimming.models.activations import add_up, own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
-from slimming.training.images import mix
-from slimming.training.tasks import both_heads
+from slimming.training.images import derive_seed
+from slimming.training.tasks import logits_by_head
 
 IMAGES_PER_PASS, DRAWS = 8, 2
 """Images per backward pass with drawn labels, and number of draws per image: more passes reduce the noise."""
@@ -70,8 +70,8 @@ def fisher_scores(
     draws = DRAWS if drawn else 1
     loss = _negative_log_likelihood if classes_of(model) > 1 else _random_projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
-        generator = torch.Generator().manual_seed(mix(seed, number))
-        output, _ = both_heads(model(images.to(like.device, like.dtype)))
+        generator = torch.Generator().manual_seed(derive_seed(seed, number))
+        output, _ = logits_by_head(model(images.to(like.device, like.dtype)))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
         for draw in range(draws):

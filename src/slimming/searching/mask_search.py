@@ -33,11 +33,11 @@ from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.distillation import MatchLoss
+from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
-from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, both_heads
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
@@ -152,7 +152,7 @@ def search(
     }
     history = fit(
         model,
-        AddPenalty(
+        PenaltyTask(
             task,
             lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
             masks.collect,
@@ -202,7 +202,7 @@ def _attach_masks(model: nn.Module, data: Data, config: SearchConfig) -> SoftMas
     once = isinstance(data.train, Iterator)  # its images are needed for the training
     if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
         # A resumed search replaces these weights by those of its state, which were rotated at the start.
-        model.to(processes().device)
+        model.to(distributed_state().device)
         with in_evaluation(model):
             rotate_(read_model, calibration_images(data, config.images, seed=config.train.seed))
     masks = attach_(read_model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
@@ -270,7 +270,7 @@ def _sensitivity(
     """Sensitivity on the first training images, of the outputs of a classifier or of the loss of another task."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    first = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
+    first = first_batches(data, config.sensitivity, train.images_per_pass, train.seed, train.workers)
     batches = [(batch.images.to(device), batch.labels.to(device)) for batch in first]
     # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
     precise = partial(autocast, device, train.precision)
@@ -294,7 +294,7 @@ def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> C
     """
 
     def log_probabilities(classifier: nn.Module) -> Tensor:
-        return torch.cat([both_heads(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
+        return torch.cat([logits_by_head(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
 
     reference = log_probabilities(model)
     return lambda trial: F.kl_div(log_probabilities(trial), reference, reduction="batchmean", log_target=True).item()
@@ -318,7 +318,7 @@ def _task_loss(
 
 def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
     """The scores and sensitivity of the first process, on every process, so that all make the same plan."""
-    if rank_and_world()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
         return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]

@@ -1,4 +1,4 @@
-"""The settings of training and of data."""
+"""Settings of training and data: `TrainConfig` and `DataConfig`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PRECISIONS = ("no", "bf16", "fp16")
 POOLS = ("first", "mean")
 """What of a module's outputs (B, N, D) distillation compares: the first token, or the mean over tokens."""
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
-# Settings that change how a run is watched or how fast it goes, not what it computes.
+# Settings that affect logging or speed but not the result; they may differ when a run is resumed.
 FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained; dense training, search and retraining share it.
+    """Training settings, shared by dense training, search and retraining.
 
     Attributes:
         epochs: passes over the training data; fractions are allowed.
@@ -95,17 +95,17 @@ class TrainConfig:
             )
 
     @property
-    def at_once(self) -> int:
-        """Images that the model takes at once, of one process: what memory must be enough for."""
+    def images_per_pass(self) -> int:
+        """Images per forward pass in a single process, which determines the memory needed."""
         return max(1, self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and how they are read.
+    """Location of the images and how they are read.
 
     Attributes:
-        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"``
+        source: folder of class folders, Parquet files or tar shards; a single Parquet or tar file; or ``"hf:NAME"``
             for a data set of the ``datasets`` library.
         val: the validation data, if it is not inside ``source``; for ``hf:`` the name of its split.
         split_fraction: share of the images of each class to hold out, if there is no validation data.
@@ -141,7 +141,7 @@ class DataConfig:
         if self.split_fraction is not None:
             _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
             if self.val is not None:
-                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
+                raise ConfigError("val and split_fraction are both given, but only one can be used; drop one.")
         _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
         for name in ("train_limit", "val_limit"):
             if getattr(self, name) is not None:
@@ -152,7 +152,7 @@ class DataConfig:
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+            raise ConfigError("stream is only for hf: data; other data is on the disk already. Drop stream.")
 
 
 def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:

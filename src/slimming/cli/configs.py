@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from slimming.cli.flags import add_flags, flags_of, given, shown
+from slimming.cli.flags import add_flags, flag_values, flags_of, format_value
 from slimming.cli.settings import build, merge, read_yaml
 from slimming.core.files import json_values
 from slimming.core.same_settings import flatten
@@ -21,11 +21,11 @@ from slimming.runs.config import ModelConfig, RunConfig
 from slimming.searching.config import PRESETS, SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 
-J = TypeVar("J")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchJob:
+class SearchCommandConfig:
     """What ``slimming search`` takes.
 
     Attributes:
@@ -40,7 +40,7 @@ class SearchJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainJob:
+class TrainCommandConfig:
     """What ``slimming train`` takes.
 
     Attributes:
@@ -66,7 +66,7 @@ class TrainJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalJob:
+class EvalCommandConfig:
     """What ``slimming eval`` takes beside its checkpoints.
 
     Attributes:
@@ -76,22 +76,22 @@ class EvalJob:
     data: DataConfig
 
 
-JOBS: tuple[type[Any], ...] = (RunConfig, SearchJob, TrainJob, EvalJob)
+CONFIGS: tuple[type[Any], ...] = (RunConfig, SearchCommandConfig, TrainCommandConfig, EvalCommandConfig)
 
 
-def add_job(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+def add_config_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
     """Give ``parser`` what every command that trains has: the file, ``--output`` and a flag per setting of ``cls``."""
     parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
     parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting as YAML, to save as a config file, and stop"
     )
-    parser.set_defaults(job=cls)
+    parser.set_defaults(config_class=cls)
     add_flags(parser, cls)
 
 
-def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]:
-    """The job that the config file and the flags of ``arguments`` describe; flags win.
+def read_config(cls: type[C], arguments: argparse.Namespace) -> tuple[C, list[str]]:
+    """The config that the config file and the flags of ``arguments`` describe; flags win.
 
     One file may serve several commands: what belongs to others only is left alone, and named in the notes.
 
@@ -102,16 +102,16 @@ def read_job(cls: type[J], arguments: argparse.Namespace) -> tuple[J, list[str]]
     notes: list[str] = []
     if arguments.config is not None:
         values = read_yaml(Path(arguments.config))
-        elsewhere = {entry.name for job in JOBS for entry in dataclasses.fields(job)}
+        elsewhere = {entry.name for config in CONFIGS for entry in dataclasses.fields(config)}
         elsewhere -= {entry.name for entry in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
         if others := [key for key in values if key in elsewhere]:
             notes.append(f"not used by this command: {', '.join(others)} in {arguments.config}")
             values = {key: value for key, value in values.items() if key not in others}
-    return from_values(cls, merge(values, given(arguments, cls))), notes
+    return config_from_values(cls, merge(values, flag_values(arguments, cls))), notes
 
 
-def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
-    """Make a job from nested values; ``search.preset`` names what the search starts from."""
+def config_from_values(cls: type[C], values: Mapping[str, Any]) -> C:
+    """Make a config from nested values; ``search.preset`` names what the search starts from."""
     search = values.get("search")
     if isinstance(search, Mapping) and "preset" in search:
         own = {key: value for key, value in search.items() if key != "preset"}
@@ -119,29 +119,29 @@ def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
     return build(cls, values)
 
 
-def document(job: Any) -> dict[str, Any]:
-    """A job as plain values from which `from_values` makes the same job again."""
-    values = json_values(job)
+def config_to_values(config: Any) -> dict[str, Any]:
+    """A config as plain values from which `config_from_values` makes the same config again."""
+    values = json_values(config)
     if "budgets" in values:
-        values["budgets"] = [budget.to_dict() for budget in job.budgets]
+        values["budgets"] = [budget.to_dict() for budget in config.budgets]
     if "search" in values:
         # A penalty is laid over that of the preset, so the preset must have no kind that this search has not.
         kinds = {name: set(preset(name).penalty) for name in PRESETS}
-        below = [name for name in PRESETS if kinds[name] <= set(job.search.penalty)]
+        below = [name for name in PRESETS if kinds[name] <= set(config.search.penalty)]
         base = max(below, key=lambda name: len(kinds[name]), default="default")
         values["search"] = {"preset": base, **values["search"]}
     return values
 
 
-def as_yaml(job: Any) -> str:
-    """Every setting of a job, as a config file that makes the same job again."""
-    return yaml.safe_dump(document(job), sort_keys=False, allow_unicode=True)
+def config_to_yaml(config: Any) -> str:
+    """Every setting of a config, as a config file that makes the same config again."""
+    return yaml.safe_dump(config_to_values(config), sort_keys=False, allow_unicode=True)
 
 
-def differences(job: Any) -> list[str]:
+def changed_settings(config: Any) -> list[str]:
     """One line per section: the settings that differ from the defaults, and those that have none."""
-    values = document(job)
-    defaults = {flag.name: flag.default for flag in flags_of(type(job))}
+    values = config_to_values(config)
+    defaults = {flag.name: flag.default for flag in flags_of(type(config))}
     if "search" in values:
         base = preset(values["search"]["preset"])
         defaults |= {flag.name: flag.default for flag in flags_of(SearchConfig, "search", base)}
@@ -150,5 +150,5 @@ def differences(job: Any) -> list[str]:
     for name, value in flatten(values).items():
         if value != plain_defaults.get(name, ...):
             section, _, key = name.partition(".")
-            lines.setdefault(section, []).append(f"{key}={shown(value)}" if key else shown(value))
+            lines.setdefault(section, []).append(f"{key}={format_value(value)}" if key else format_value(value))
     return [f"{section:<8} {', '.join(entries)}" for section, entries in lines.items()]

@@ -1,4 +1,4 @@
-"""Where images lie: each reader gives records by index, without decoding them."""
+"""Sources of images: records by index from class folders, Parquet files and tar shards, without decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 @dataclass(frozen=True)
 class Record:
-    """One image as it is stored: its encoded bytes, path or decoded form; its label; a name for messages."""
+    """A stored image: its encoded bytes, path or decoded image; its label; and a name for messages."""
 
     image: bytes | Path | Image.Image
     label: int
@@ -28,7 +28,12 @@ class Record:
 
 
 class Source(Protocol):
-    """Images by index. ``labels`` holds all labels, ``classes`` their names, or nothing."""
+    """Records by index.
+
+    Attributes:
+        labels: label of every record, int64.
+        classes: names of the classes; empty if they are unknown.
+    """
 
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -39,7 +44,11 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """Class folders: ``root/CLASS/**/image.jpg``; classes in alphabetical order."""
+    """Class folders ``root/CLASS/**/image.jpg``, with the classes in alphabetical order.
+
+    Raises:
+        DataError: there is no class folder, one is empty, or its name is not UTF-8.
+    """
 
     def __init__(self, root: Path) -> None:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -52,11 +61,11 @@ class FolderSource:
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise DataError(f"The class folder {folder} holds no images; fill it or remove it.")
-            self.paths += found
-            labels += [label] * len(found)
+            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not paths:
+                raise DataError(f"The class folder {folder} holds no images; add some or remove the folder.")
+            self.paths += paths
+            labels += [label] * len(paths)
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def read(self, index: int) -> Record:
@@ -65,11 +74,11 @@ class FolderSource:
         return Record(path, int(self.labels[index]), str(path))
 
 
-class PicturesSource:
-    """All images below a folder, without labels.
+class UnlabelledFolderSource:
+    """All images in a folder and its subfolders, without labels.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no images.
     """
 
     classes = ()
@@ -81,15 +90,17 @@ class PicturesSource:
         self.labels = np.zeros(len(self.paths), dtype=np.int64)
 
     def read(self, index: int) -> Record:
-        """Return the record at ``index``; its label says nothing."""
+        """Return the record at ``index``, with label 0."""
         return Record(self.paths[index], 0, str(self.paths[index]))
 
 
 class ParquetSource:
-    """Parquet in the Hugging Face image layout: a column of {bytes, path} and one of whole-number labels.
+    """Parquet files in the Hugging Face image layout: a column of {bytes, path} and a column of integer labels.
 
-    The encoded images are held in memory; decoding happens when one is read. Without a name of the column of labels,
-    all are 0.
+    The encoded images are held in memory and decoded when they are read. If ``label_key`` is None, all labels are 0.
+
+    Raises:
+        DataError: a file is not a readable Parquet file, has no rows, or lacks a column of the expected type.
     """
 
     def __init__(self, files: Sequence[Path], image_key: str, label_key: str | None) -> None:
@@ -104,9 +115,9 @@ class ParquetSource:
                 require_columns(file, schema.names, columns)
                 tables.append(pyarrow.parquet.read_table(file, columns=columns))
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{file} is no readable Parquet file ({error}); it may be truncated.") from error
+                raise DataError(f"{file} is not a readable Parquet file ({error}); it may be truncated.") from error
         if not sum(table.num_rows for table in tables):
-            raise DataError(f"{files[0]} holds no rows.")
+            raise DataError(f"{files[0]} holds no rows; give a file with images.")
         images = pyarrow.chunked_array([chunk for table in tables for chunk in table[image_key].chunks])
         if not (pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0):
             raise DataError(
@@ -115,7 +126,7 @@ class ParquetSource:
         labels = [np.zeros(len(t), np.int64) if label_key is None else t[label_key].to_numpy() for t in tables]
         if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
             raise DataError(
-                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not whole numbers without gaps; "
+                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not integers without missing values; "
                 "set label_key."
             )
         self.images = images
@@ -134,10 +145,10 @@ class ParquetSource:
 
 
 def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Check that a table has the wanted columns.
+    """Check that a table has the columns ``wanted``.
 
     Raises:
-        DataError: one is missing.
+        DataError: a column is missing.
     """
     for key in wanted:
         if key not in names:
@@ -148,7 +159,7 @@ def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[str, ...]:
-    """Return the class names that the ``datasets`` library keeps in a Parquet schema, if they are there."""
+    """Return the class names that the ``datasets`` library stores in a Parquet schema; empty if there are none."""
     try:
         stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
         feature = stored.get("info", {}).get("features", {}).get(label_key, {})
@@ -159,7 +170,7 @@ def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[s
 
 @dataclass(frozen=True)
 class _Member:
-    """Where one sample lies in a shard."""
+    """Position of an image in a shard."""
 
     shard: int
     offset: int
@@ -168,12 +179,11 @@ class _Member:
 
 
 class TarSource:
-    """WebDataset tar shards: files that share a name up to the first dot are one sample.
+    """WebDataset tar shards: files with the same name up to the first dot form a sample.
 
-    Each sample holds an image (``.jpg``, ``.png`` ...) and its class number (``.cls``), or a ``.json`` with a
-    ``label``. The shards' headers are read once, so that samples are read at random from the open shards and
-    no shuffle buffer is needed. A file ``classes.txt`` beside the shards (one name per line) names the
-    classes.
+    A sample consists of an image (``.jpg``, ``.png``, ...) and its class number, in a ``.cls`` file or as ``label`` in
+    a ``.json`` file. The headers of the shards are read once, which gives random access without a shuffle buffer. The
+    names of the classes are read from a file ``classes.txt`` beside the shards, one per line.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
@@ -199,10 +209,10 @@ class TarSource:
 
 
 def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
-    """List the samples of one shard with their labels.
+    """Return the images of one shard with their labels.
 
     Raises:
-        DataError: it is no tar file, is cut short, or a sample lacks its image or label.
+        DataError: the file is not a tar file or is truncated, or a sample lacks its image or label.
     """
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
@@ -219,12 +229,12 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
                     images[key] = _Member(number, entry.offset_data, entry.size, entry.name)
                 elif extension in ("cls", "json"):
                     content = tar.extractfile(entry)
-                    found = content.read() if content else b""
+                    data = content.read() if content else b""
                     if extension == "cls":
-                        labels[key] = int(found)
+                        labels[key] = int(data)
                     else:
-                        metadata[key] = found
-        for key in metadata.keys() - labels.keys():  # beside a .cls the JSON may say anything
+                        metadata[key] = data
+        for key in metadata.keys() - labels.keys():  # a .cls file takes precedence over a .json file
             labels[key] = int(json.loads(metadata[key])["label"])
         if shard.stat().st_size < max((m.offset + m.size for m in images.values()), default=0):
             raise tarfile.ReadError("unexpected end of data")
@@ -235,5 +245,5 @@ def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
     for key in images.keys() ^ labels.keys():
         raise DataError(f"Sample {key.strip('/')!r} of {shard} has no {'label' if key in images else 'image'}.")
     if not images:
-        raise DataError(f"{shard} holds no samples of an image with a .cls or .json label.")
+        raise DataError(f"{shard} holds no samples; a sample is an image with a label in a .cls or .json file.")
     return [(member, labels[key]) for key, member in images.items()]

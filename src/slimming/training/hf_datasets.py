@@ -1,4 +1,4 @@
-"""Images from the ``datasets`` library: downloaded first and read by index, or as a stream."""
+"""Images from the Hugging Face ``datasets`` library: downloaded and read by index, or streamed."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from PIL import Image
 
 from slimming.errors import DataError, MissingExtraError
 from slimming.training.config import DataConfig
-from slimming.training.readers import Record, require_columns
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
-    Reader,
+    SampleReader,
     StreamDataset,
     check_classes,
     check_labels,
-    held_out,
+    stratified_split,
     validation_fraction,
 )
+from slimming.training.sources import Record, require_columns
 
 SHUFFLE_BUFFER = 1000
 
 
-class HubSource:
-    """A split of a data set that lies on the disk."""
+class DatasetsSource:
+    """A downloaded split of a data set, read by index."""
 
     def __init__(self, split: Any, image_key: str, label_key: str, where: str) -> None:
         self.split, self.image_key, self.where = split, image_key, where
         labels = np.asarray(split[label_key])
         if not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"Column {label_key!r} of {where} does not hold whole numbers without gaps; set label_key.")
+            raise DataError(
+                f"Column {label_key!r} of {where} does not hold integers without missing values; set label_key."
+            )
         self.labels = labels.astype(np.int64)
         self.classes = class_names(split, label_key)
 
@@ -42,11 +44,11 @@ class HubSource:
         return _record(self.split[index][self.image_key], int(self.labels[index]), f"{self.where} row {index}")
 
 
-def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
-    """Open ``hf:NAME`` data; see `slimming.training.data.open_data`.
+def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: SampleReader, seed: int) -> Data:
+    """Open ``hf:NAME`` data, see `slimming.training.data.open_data`.
 
     Raises:
-        DataError: no such data set, split or column; or labels that do not fit.
+        DataError: the data set, a split or a column does not exist, or the labels are not valid.
         MissingExtraError: the ``datasets`` library is not installed.
     """
     splits = _load(config)
@@ -57,16 +59,16 @@ def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed:
         require_columns(config.source, list(splits[name].features or ()), (config.image_key, config.label_key))
     if config.stream:
         if not names:
-            raise DataError(f"{config.source} has no validation split; a stream cannot hold images out: set val.")
+            raise DataError(f"{config.source} has no validation split, and a stream cannot be split: set val.")
         return _streams(config, splits["train"], splits[names[0]], train_reader, val_reader, seed)
-    train = HubSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
+    train = DatasetsSource(_undecoded(splits["train"], config), config.image_key, config.label_key, config.source)
     val, val_indices = train, None
     train_indices = np.arange(len(train.labels))
     if names:
-        held = _undecoded(splits[names[0]], config)
-        val = HubSource(held, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
+        val_split = _undecoded(splits[names[0]], config)
+        val = DatasetsSource(val_split, config.image_key, config.label_key, f"{config.source}[{names[0]}]")
     else:
-        train_indices, val_indices = held_out(train.labels, validation_fraction(config))
+        train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]
     val_indices = (np.arange(len(val.labels)) if val_indices is None else val_indices)[: config.val_limit]
@@ -79,7 +81,7 @@ def open_hub(config: DataConfig, train_reader: Reader, val_reader: Reader, seed:
 
 
 def class_names(split: Any, label_key: str) -> tuple[str, ...]:
-    """Return the names of a ``ClassLabel`` column, or nothing."""
+    """Return the class names of a ``ClassLabel`` column; empty for other columns."""
     names = getattr((split.features or {}).get(label_key), "names", None)
     return tuple(names or ())
 
@@ -99,7 +101,7 @@ def _load(config: DataConfig) -> Any:
 
 
 def _undecoded(split: Any, config: DataConfig) -> Any:
-    """Let the split give encoded bytes: we decode, so that damaged images are ours to count."""
+    """Disable decoding in ``datasets``: images are decoded here, so that unreadable ones can be counted."""
     import datasets
 
     return split.cast_column(config.image_key, datasets.Image(decode=False))
@@ -115,10 +117,12 @@ def _record(value: Any, label: int, name: str) -> Record:
     return Record(value.get("bytes") or b"", label, name)
 
 
-def _streams(config: DataConfig, train: Any, val: Any, train_reader: Reader, val_reader: Reader, seed: int) -> Data:
+def _streams(
+    config: DataConfig, train: Any, val: Any, train_reader: SampleReader, val_reader: SampleReader, seed: int
+) -> Data:
     classes = class_names(train, config.label_key)
     if len(classes) < 2:
-        raise DataError(f"The stream {config.source} does not name its classes; load it without stream.")
+        raise DataError(f"The stream {config.source} has no class names; set stream to false.")
     train = _undecoded(train, config).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return Data(
         StreamDataset(
