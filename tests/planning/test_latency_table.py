@@ -20,7 +20,9 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable, select_kinds
+from slimming.models import traced
 from slimming.models.family import TimedModule
+from slimming.models.traced.timed_layers import calls
 from slimming.planning import latency_measurement
 from slimming.planning.latency_measurement import build_latency_table
 from slimming.planning.latency_table import LatencyTable
@@ -244,6 +246,24 @@ def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     assert 0.5 < predicted(built, model, plan) / whole <= 0.6
     gone = {group.kind for group in masks.groups if len(plan.kept[group.name]) < group.size}
     assert ("width" in gone) == (kinds is not None)
+
+
+def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)}).eval()
+    slimming.describe(model)  # reading records them too, once per architecture
+    recorded: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        found = calls(*arguments)
+        recorded.append(len(found))
+        return found
+
+    monkeypatch.setattr(traced, "calls", counted)
+    table = build_latency_table(model)
+    assert len(table.points) > 20
+    assert len(recorded) == 1
+    assert recorded[0] > 10
 
 
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:

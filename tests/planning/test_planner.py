@@ -29,7 +29,7 @@ from slimming.planning.budgeting import costs_of, plan
 from slimming.planning.candidates import Candidate, chain_of, removal_order
 from slimming.planning.planner import Planner
 from slimming.planning.scores import HasScores, ScoredModel
-from variants import SMALL, VARIANTS, draw
+from variants import SMALL, draw
 
 KIND_SETS = (
     {"head_dim", "mlp", "token"},
@@ -367,10 +367,6 @@ def test_files_that_are_no_plan(plan_file: Path) -> None:
 def test_a_plan_names_the_sizes_of_its_groups() -> None:
     with pytest.raises(PlanError, match="needs the size of each group"):
         Plan(kept={"a": (0,)}, sizes={})
-
-
-def test_every_variant_has_groups() -> None:
-    assert len({variant.id for variant in VARIANTS}) == len(VARIANTS)
 
 
 def test_a_chain_goes_in_its_order_whatever_its_candidates_cost() -> None:

@@ -243,7 +243,7 @@ def union(one: Plan, other: Plan) -> Plan:
 def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
     dense = variant.make()
     x = image(dense)
-    anatomy = prunable(dense).anatomy
+    anatomy, off = prunable(dense).anatomy, {}
     for style in STYLES:
         groups, small = draw(anatomy, style)
         if not groups or style == "joint":
@@ -253,8 +253,10 @@ def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
         randomise_(first, seed=3)  # a plan says which units stay, whatever the training made of them
         rest = rebase_plan(dense, large, small, first)
         second = slimming.cut(slimming.cut(dense, large), rest)
-        assert distance(second(x), slimming.cut(dense, small)(x)) < 1e-9, style
+        off[style] = distance(second(x), slimming.cut(dense, small)(x))
         assert slimming.cost(first, rest).params == slimming.cost(dense, small).params, style
+    assert len(off) > 8
+    assert {style: found for style, found in off.items() if found >= 1e-9} == {}
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet"], ids=str)

@@ -22,7 +22,7 @@ from slimming.masks.group_tensors import batch_norms, weight_norms
 from slimming.masks.options import BIAS, MULTIPLY
 from slimming.masks.parametrization import Factor, original, own_class_, scaled
 from slimming.masks.tokens import RAW_INIT, attach_token_gates, token_factor
-from slimming.models.family import silence_
+from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel
 
@@ -241,7 +241,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         """Set the weights that read ``units`` to 0: a scale of 0 alone would leave the shift of the norm."""
         for slices in group.slices:
             if slices.side == "consumes":
-                silence_(original(self.model, slices.tensor), slices, units)
+                zero_slices_(original(self.model, slices.tensor), slices, units)
 
     def fold_(self) -> None:
         """Multiply the masks into the weights and remove them; token masks, which cannot be folded, are kept."""

@@ -15,10 +15,10 @@ from slimming.training.processes import rank_and_world
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MAX_DIM = 8192
+MAX_COVARIANCE_INPUTS = 8192
 """Largest number of inputs of a layer for which a covariance is computed; a larger one would take over 0.5 GB."""
 GIGABYTES = 1.0
-"""Largest memory of the covariances that are computed in one pass over the images."""
+"""Largest memory for covariances in one pass over the images."""
 
 RIDGE, RIDGE_PER_INPUT = 1e-4, 0.1
 
@@ -78,19 +78,19 @@ def add_up(*sums: Tensor) -> None:
 
 
 class Moments:
-    """First and second moments of rows x and, with ``others``, of rows y paired with them, in double precision.
+    """Sums and sums of products of rows x, and of rows y that belong to them, in float64.
 
     Attributes:
         count: number of rows.
-        x: sum of the rows x, shape (size,).
-        xx: sum of their outer products, shape (size, size).
-        y: sum of the rows y, shape (others,).
-        yx: sum of the outer products of y and x, shape (others, size).
+        x: sum of x, shape (size,).
+        xx: sum of the products of x with itself, shape (size, size).
+        y: sum of y, shape (others,).
+        yx: sum of the products of y with x, shape (others, size).
 
     Args:
         size: length of a row x.
         device: device of the sums.
-        others: length of a row y.
+        others: length of a row y; 0 if there is no y.
     """
 
     def __init__(self, size: int, device: torch.device, others: int = 0) -> None:
@@ -101,7 +101,7 @@ class Moments:
         self.y, self.yx = zeros(others), zeros(others, size)
 
     def add(self, x_NC: Tensor, y_ND: Tensor | None = None) -> None:
-        """Add rows, in the precision that `precise` returns."""
+        """Add rows in the precision of `precise`."""
         self.count += len(x_NC)
         self.x += x_NC.sum(0)
         self.xx += x_NC.T @ x_NC
@@ -110,46 +110,46 @@ class Moments:
             self.yx += y_ND.T @ x_NC
 
     def add_up(self) -> None:
-        """Sum the moments over all processes."""
+        """Replace the sums by their sums over all processes."""
         add_up(self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
 
 
 def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | None = None) -> Iterator[list[T]]:
-    """Split ``items`` into parts, each for one pass over the images: at most `GIGABYTES` together, or a single item.
+    """Divide ``items`` into parts that need one pass over the images each: `GIGABYTES` of memory, or one item.
 
     Args:
-        items: what to split; their order is kept.
-        gigabytes: memory that an item takes.
+        items: the items, in order.
+        gigabytes: memory of an item.
         most: largest number of items in a part.
     """
     part: list[T] = []
-    size = 0.0
+    part_size = 0.0
     for item in items:
-        own = gigabytes(item)
-        if part and (len(part) == most or size + own > GIGABYTES):
+        size = gigabytes(item)
+        if part and (len(part) == most or part_size + size > GIGABYTES):
             yield part
-            part, size = [], 0.0
+            part, part_size = [], 0.0
         part.append(item)
-        size += own
+        part_size += size
     if part:
         yield part
 
 
 def feeds_layers(group: Group) -> bool:
-    """Whether the units of ``group`` are outputs of one layer and inputs of another, which can be compensated.
+    """Whether the units of ``group`` are outputs of one layer and inputs of another.
 
-    Embedding features are not: norms lie between them and the layers that read them. A whole attention or MLP has no
-    layer that reads it alone, and coupled QK and V are compensated as the two groups they consist of.
+    This is not so for features of the embedding, which norms separate from the layers that read them, for a whole
+    attention or MLP, and for coupled dimensions, which are in the groups of QK and V too.
     """
     return not group.norms and group.role not in ("branch", "qkv")
 
 
 def layers_reading(model: nn.Module, group: Group) -> list[Slices]:
-    """The weight columns by which layers read the units of ``group``, for layers of at most `MAX_DIM` inputs."""
+    """The slices of ``group`` in weights of layers whose inputs have a covariance: Linears and convolutions."""
     return [
-        one
-        for one in group.slices
-        if one.side == "consumes" and one.dim == 1 and one.tensor.endswith(".weight")
-        and reads_all(layer := model.get_submodule(one.tensor.rpartition(".")[0]))
-        and layer.get_parameter("weight").shape[1] <= MAX_DIM
+        part
+        for part in group.slices
+        if part.side == "consumes" and part.dim == 1 and part.tensor.endswith(".weight")
+        and reads_all(layer := model.get_submodule(part.tensor.rpartition(".")[0]))
+        and layer.get_parameter("weight").shape[1] <= MAX_COVARIANCE_INPUTS
     ]  # fmt: skip

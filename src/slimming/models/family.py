@@ -189,7 +189,7 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
 
 
-def silence_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
+def zero_slices_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
     """Set the slices of ``units`` in ``tensor`` to 0."""
-    places = [place for unit in units for place in slices.index[unit]]
-    tensor.index_fill_(slices.dim, torch.tensor(places, dtype=torch.int64, device=tensor.device), 0.0)
+    indices = [index for unit in units for index in slices.index[unit]]
+    tensor.index_fill_(slices.dim, torch.tensor(indices, dtype=torch.int64, device=tensor.device), 0.0)

@@ -1,4 +1,4 @@
-"""A model together with its anatomy, which all steps of the method take as their argument."""
+"""Read a model, and keep it together with what was read for all steps of the method."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from slimming.models.activations import (
     precise,
     ridge,
 )
-from slimming.models.family import Kept, silence_
+from slimming.models.family import Kept, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 
@@ -104,7 +104,7 @@ def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection
         readers_or_keys = [slices for slices in group.slices if slices.side in ("consumes", "key")]
         for slices in readers_or_keys or group.slices:
             if slices.tensor in tensors and slices.tensor.rpartition(".")[0] not in spared:
-                silence_(tensors[slices.tensor], slices, units)
+                zero_slices_(tensors[slices.tensor], slices, units)
 
 
 def _removed_units(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:

@@ -22,8 +22,7 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training data; fractions are allowed.
-        steps: optimizer steps; takes the place of ``epochs`` where it is given. 0 trains nothing: a search then scores
-            the model as it is.
+        steps: optimizer steps, instead of ``epochs``. 0 trains nothing: a search then scores the model as it is.
         batch_size: images per optimizer step, over all processes and accumulated parts together.
         accumulate: parts that each process splits its share of a batch into, to save memory.
         optimizer: a name of ``timm.optim``.
@@ -108,8 +107,8 @@ class DataConfig:
     Attributes:
         source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"``
             for a data set of the ``datasets`` library.
-        val: the validation data, where it is not found inside ``source``; for ``hf:`` the name of its split.
-        split_fraction: share of the images of each class that is held out, where there is no validation data.
+        val: the validation data, if it is not inside ``source``; for ``hf:`` the name of its split.
+        split_fraction: share of the images of each class to hold out, if there is no validation data.
         image_key: column of the images in Parquet and ``hf:`` data.
         label_key: column of the labels in Parquet and ``hf:`` data.
         max_unreadable: share of the images that may be unreadable before reading stops with an error.
@@ -118,8 +117,8 @@ class DataConfig:
         stream: read ``hf:`` data as a stream instead of downloading it first.
         augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
             90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
-        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. `transformers:NAME`
-            reads them from the processor; a model of transformers that is passed in keeps none and gets ImageNet's.
+        mean: mean of the pixels by channel, between 0 and 1, instead of the model's own. For `transformers:NAME` it is
+            read from the processor; a transformers model that is passed in has none and gets ImageNet's.
         std: standard deviation by channel, likewise.
     """
 

@@ -164,7 +164,7 @@ def _mlp(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, tokens: Di
     params += [(width, one)] if mlp.fc2.bias is not None else []
     live: list[Product] = [(tokens, rows), (tokens, hidden)]
     if gated or isinstance(mlp.act, QuickGELU):
-        # Beside input and output of the activation: the product with the gate, or sigmoid(1.702 x).
+        # Beside input and output of the activation: the product with the gate, or a factor of x * sigmoid(1.702 x).
         live.append((tokens, hidden))
     return Operation(
         name=site,

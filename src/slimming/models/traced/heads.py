@@ -42,7 +42,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Where the heads of an attention class are: the layers, tensors and attributes that depend on them.
+    """A row of a table: the layers, tensors and attributes of an attention class that depend on its heads.
 
     All paths are relative to the attention module. A path that a module does not have is ignored, so that one row
     serves all variants of a class. The path of a layer or tensor that holds more than the heads ends in a range,

@@ -18,7 +18,9 @@ from slimming.models.traced.heads import Attributes, block_index, innermost, row
 
 @dataclass(frozen=True, kw_only=True)
 class Hidden:
-    """Where the hidden units of an MLP class are; for paths see `slimming.models.traced.heads.Heads`.
+    """A row of a table: the layers and attributes of an MLP class that depend on its hidden units.
+
+    For paths see `slimming.models.traced.heads.Heads`.
 
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks of its rows.

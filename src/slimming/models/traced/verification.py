@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.groups import Group
-from slimming.models.family import silence_
+from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
 TOLERANCE = 1e-9
@@ -110,7 +110,7 @@ def masked_outputs(
             if part.side == "consumes" and removed:
                 tensor = tensors[part.tensor]
                 saved.setdefault(part.tensor, tensor.detach().clone())
-                silence_(tensor.data, part, removed)
+                zero_slices_(tensor.data, part, removed)
     try:
         return outputs(model, example)
     finally:
