@@ -249,7 +249,7 @@ def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
 
 
 def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)}).eval()
     slimming.describe(model)  # reading records them too, once per architecture
     recorded: list[int] = []
