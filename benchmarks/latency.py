@@ -84,7 +84,7 @@ def one(name: str, settings: Any) -> dict[str, Any]:
         kinds=sorted(kinds),
         uneven_heads=settings.uneven_heads,
         path=path,
-        say=print,
+        log=print,
     )
     seconds = time.perf_counter() - start
     masked = copy.deepcopy(dense)

@@ -11,7 +11,7 @@ from slimming.models.family import TimedModule
 
 
 class CountingClock:
-    """In place of `latency_table.Clock`: a layer takes as long as the operations that torch counts in it.
+    """In place of `latency_measurement.Clock`: a layer takes as long as the operations that torch counts in it.
 
     Attributes:
         asked: how often any such clock was asked for a time.

@@ -22,7 +22,7 @@ from clocks import CountingClock
 from slimming.cli.configs import config_from_values
 from slimming.cli.entry import COMMANDS, make_parser
 from slimming.cli.settings import read_yaml
-from slimming.planning import latency_table
+from slimming.planning import latency_measurement
 from slimming.runs.config import RunConfig
 from variants import READS_SAFELY
 
@@ -79,7 +79,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return make("test_vit", img_size=32, patch_size=8, num_classes=options.get("num_classes", 1000))
 
     monkeypatch.setattr(timm, "create_model", create)
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -11,8 +11,8 @@ from .masks.attachment import attach as attach
 from .masks.attachment import describe as describe
 from .planning.budgeting import plan as plan
 from .planning.budgeting import plans as plans
+from .planning.latency_measurement import build_latency_table as build_latency_table
 from .planning.latency_table import LatencyTable as LatencyTable
-from .planning.latency_table import build_latency_table as build_latency_table
 from .pruning.checks import Check as Check
 from .pruning.checks import check as check
 from .pruning.costs import cost as cost

@@ -21,7 +21,7 @@ from clocks import CountingClock
 from slimming import demo
 from slimming.cli import entry
 from slimming.cli.entry import COMMANDS, make_parser
-from slimming.planning import latency_table
+from slimming.planning import latency_measurement
 from slimming.searching.config import PRESETS
 from slimming.training import loop
 
@@ -407,8 +407,8 @@ def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_pa
 def test_latency_table_and_a_cut_by_time(
     slimming: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_table, "STEPS", dict.fromkeys(latency_table.STEPS, (0.25, 1.0)))
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "STEPS", dict.fromkeys(latency_measurement.STEPS, (0.25, 1.0)))
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     table = tmp_path / "table.json"
     given = ",".join(f"{name}={value}" for name, value in ARGUMENTS.items() if isinstance(value, int))
     build = ("latency-table", "build", "vit_tiny_patch16_224", "--model.arguments", given)

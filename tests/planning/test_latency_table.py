@@ -23,8 +23,9 @@ from slimming.masks.attachment import prunable, select_kinds
 from slimming.models import traced
 from slimming.models.family import TimedModule
 from slimming.models.traced.timed_layers import calls
-from slimming.planning import latency_table
-from slimming.planning.latency_table import LatencyTable, build_latency_table
+from slimming.planning import latency_measurement
+from slimming.planning.latency_measurement import build_latency_table
+from slimming.planning.latency_table import LatencyTable
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
@@ -47,7 +48,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_table, "Clock", CountingClock)
+        patch.setattr(latency_measurement, "Clock", CountingClock)
         built = build_latency_table(model, kinds=KINDS)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
@@ -120,7 +121,7 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
             slow = 1.2 if any(size % 16 for size in hidden) else 1.0
             return {name: value * slow if name == "ms" else value for name, value in found.items()}
 
-    monkeypatch.setattr(latency_table, "Clock", Aligned)
+    monkeypatch.setattr(latency_measurement, "Clock", Aligned)
     model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 128}).eval()
     table = build_latency_table(model, path=tmp_path / "table.json")
     assert table.multiple == 16
@@ -150,12 +151,12 @@ def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_pat
 
 
 def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     CountingClock.asked = 0
     path = tmp_path / "table.json"
     whole = build_latency_table(model, kinds=KINDS, path=path)
     every = CountingClock.asked
-    once = 1 + 2 + len(latency_table.MULTIPLES)  # the whole model, and sizes that are multiples of something
+    once = 1 + 2 + len(latency_measurement.MULTIPLES)  # the whole model, and sizes that are multiples of something
     assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
@@ -167,7 +168,7 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     fewer = build_latency_table(model, path=tmp_path / "fewer.json")
     assert len(fewer.points) < len(whole.points) / 2
     narrow = dict.fromkeys(("embedding",), 32)
-    with pytest.raises(PlanError, match=r"knows width 64 only, the model has 32.*--kinds"):
+    with pytest.raises(PlanError, match=r"has only width 64, but the model has 32.*--kinds"):
         fewer.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups} | narrow)
     more = build_latency_table(model, kinds=KINDS, path=tmp_path / "fewer.json")
     assert {json.dumps(p) for p in more.points} == {json.dumps(p) for p in whole.points}
@@ -182,7 +183,7 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
     whole = TimedModule(model, prunable(model).anatomy.input_shape)
-    clock = latency_table.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")
+    clock = latency_measurement.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")
     found = clock.times(TimedModule(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
@@ -226,7 +227,7 @@ TRACED = [
 def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
     model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     model = model.eval().requires_grad_(False)
@@ -248,7 +249,7 @@ def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
 
 
 def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)}).eval()
     slimming.describe(model)  # reading records them too, once per architecture
     recorded: list[int] = []
@@ -291,7 +292,7 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
 
 
 def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     uneven = build_latency_table(model, uneven_heads=True)
     whole = uneven.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups})
     layout = Layout(equal_heads=False)

@@ -39,7 +39,8 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import choose_device, open_named, set_threads
     from slimming.cli.output import echo
     from slimming.errors import ConfigError, nearest
-    from slimming.planning.latency_table import LatencyTable, build_latency_table
+    from slimming.planning.latency_measurement import build_latency_table
+    from slimming.planning.latency_table import LatencyTable
 
     if arguments.action == "merge":
         table, *others = (LatencyTable.load(path) for path in arguments.inputs)
@@ -67,7 +68,7 @@ def execute(arguments: argparse.Namespace) -> None:
         kinds=arguments.kinds.split(",") if arguments.kinds is not None else None,
         uneven_heads=arguments.uneven_heads,
         path=arguments.output,
-        say=echo,
+        log=echo,
     )
     echo(
         f"{arguments.output}: {len(table.points)} points; the dense model takes {table.calibration:.3f} times the sum "
