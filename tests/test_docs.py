@@ -177,7 +177,10 @@ def test_made_parts_are_up_to_date(page: Path) -> None:
 
 def test_pictures_of_results_are_up_to_date() -> None:
     for name, picture in script("make_pictures").from_results().items():
-        assert (ROOT / "docs" / "images" / name).read_text("utf-8") == picture, "run: python docs/make_pictures.py"
+        committed = (ROOT / "docs" / "images" / name).read_text("utf-8")
+        # Where words of a chart stand depends on the fonts of a machine; what is drawn does not.
+        for part in (r' d="([^"]+)"', r">([^<>]+)</text>", r"<(?:rect|style)[^>]*>[^<]*"):
+            assert re.findall(part, committed) == re.findall(part, picture), "run: python docs/make_pictures.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="the HTML file (default RUN/report.html; comparison.html, "
                         "where there are several)")  # fmt: skip
     parser.add_argument("--figures", metavar="DIR", help="also draw what stays per layer, accuracy and token maps "
-                        "there, as SVG and PNG, and write table.md (extra figures)")  # fmt: skip
+                        "there, as SVG and PNG, and write table.md")  # fmt: skip
     parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, to predict times "
                         "in the explorer (default: that of the run)")  # fmt: skip
 
@@ -38,9 +38,8 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.output import console, echo
     from slimming.core.files import read_json
     from slimming.errors import ConfigError
-    from slimming.report import read_results, write_comparison, write_figures, write_report, write_table
-    from slimming.report.console import print_table
-    from slimming.report.page import RESULTS
+    from slimming.report import print_table, read_results, write_comparison, write_figures, write_report, write_table
+    from slimming.report.pages import RESULTS
 
     places = [Path(run) for run in arguments.run]
     if len({place.resolve() for place in places}) < len(places):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slimming.core.files import (
     json_values,
     seal,
 )
+from slimming.core.groups import Anatomy
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
@@ -30,7 +32,8 @@ from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
-from slimming.report.picture import draw, panels
+from slimming.report import kept_picture
+from slimming.report.model import Head, Kept, Layer, Tokens, Width, labelled
 from slimming.runs.results import grid_of, versions
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -114,7 +117,7 @@ def _write(
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
     record = _without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
-    pictures = panels(whole.anatomy, anatomy)
+    picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
         record,
         structure,
@@ -122,9 +125,8 @@ def _write(
         classes=classes_of(model),
         repository=repository,
         license=license,
-        picture=bool(pictures),
+        picture=picture is not None,
     )
-    rows, columns = grid_of(whole.anatomy)
     config, images = host_config(read), image_processor(read)
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
@@ -135,10 +137,35 @@ def _write(
         atomic_json(partial / CONFIG, config)
         if images is not None:
             atomic_json(partial / IMAGES, images)
-        if pictures:
-            atomic_write_bytes(partial / PICTURE, draw(pictures, (rows, columns)))
+        if picture is not None:
+            atomic_write_bytes(partial / PICTURE, picture)
         atomic_write_text(partial / CARD, text)
     return directory
+
+
+def kept_of(dense: Anatomy, slim: Anatomy) -> tuple[tuple[Layer, ...], tuple[Width, ...]]:
+    """Return what ``slim`` has of the units of ``dense``, layer by layer, and of its embedding widths."""
+    left, rows = {group.name: group for group in slim.groups}, grid_of(dense)
+    with_dimensions = {group.site for group in dense.groups if group.kind == "head_dim"}
+    layers: dict[str, dict[str, Any]] = {}
+    widths = []
+    for group in dense.groups:
+        here = left.get(group.name)
+        place = group.site or group.name
+        layer = layers.setdefault(".".join(re.findall(r"\d+", place)) or place, {})
+        kept = here.size if here is not None else 0
+        if group.role in ("qk", "v"):
+            layer["heads"] = (replace(layer.get("heads", (Head(of=group.size),))[0], **{group.role: kept}),)
+        elif group.kind in ("mlp", "channel"):
+            layer["mlp" if group.kind == "mlp" else "channels"] = Kept(kept=kept, of=group.size)
+        elif group.kind == "head" and group.site not in with_dimensions:
+            layer["whole_heads"] = Kept(kept=kept, of=group.size)
+        elif group.kind == "width":
+            widths.append(Width(name=group.name, kept=kept, of=group.size))
+        elif group.token is not None:
+            positions = here.token.positions if here is not None and here.token is not None else ()
+            layer["tokens"] = Tokens(grid=(rows[0], rows[1]), kept=frozenset(positions))
+    return labelled([Layer(name=name, **layer) for name, layer in layers.items() if layer]), tuple(widths)
 
 
 def host_config(prunable: PrunableModel) -> dict[str, Any]:

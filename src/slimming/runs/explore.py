@@ -23,9 +23,8 @@ from slimming.models.families import family_called
 from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.scores import HasScores, ScoredModel, load_scores
-from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
-from slimming.report.model import Picture, Results, Row, parse, parse_layers, parse_pictures, parse_widths
-from slimming.report.nodes import Node
+from slimming.report.explored import Costs, Explored, Recipe, Step
+from slimming.report.model import Layer, Picture, Results, Width, checked, labelled, parse
 from slimming.runs.config import EACH
 from slimming.runs.results import examples, layers_of, widths_of
 from slimming.runs.setup import open_data
@@ -58,23 +57,24 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         raise CheckpointError(f"{place} holds no finished search; give a directory that slimming search or run wrote.")
     source = _Saved(load_scores(found / SCORES_FILE))
     results = parse(read_json(place / "results.json")) if (place / "results.json").is_file() else None
-    settings = results.settings if results is not None else _settings(place)
+    settings = (results.settings or {}) if results is not None else _settings(place)
     table_file = str(latency) if latency is not None else settings.get("latency_table")
     table = LatencyTable.load(table_file) if table_file else None
     prices = _Prices(source.scored, table)
     solver = None if settings.get("retraining", EACH) == EACH else "nested"  # as the budgets of a run are planned
     steps = {metric: tuple(_steps(source, metric, table, prices, solver)) for metric in METRICS[: 3 if table else 2]}
-    model = results.model if results is not None else settings.get("model", {})
+    model = results.model.name if results is not None else settings.get("model", {}).get("name", "model")
     return Explored(
         name=results.name if results is not None else str(settings.get("name", place.resolve().name)),
         place=str(directory),
-        model=str(model.get("name", "model")),
+        model=str(model),
         dense=prices.dense,
         steps={metric: found for metric, found in steps.items() if found},
-        measured=_measured(place, results, prices) if results is not None else (),
+        measured=(results.dense, *results.rows) if results is not None else (),
+        times=_times(place, results, prices) if results is not None else {},
         recipe=_recipe(str(directory), found, settings, table_file, solver),
         latency=_device(table),
-        pictures=results.images if results is not None else _pictures(source.scored, settings.get("data")),
+        pictures=results.images or () if results is not None else _pictures(source.scored, settings.get("data")),
     )
 
 
@@ -148,38 +148,23 @@ def _steps(
     budgets = [Budget(**limits) for limits in wanted]
     anatomy = source.scored.anatomy
     for budget, plan in zip(budgets, plans(source, budgets, solver=solver, latency=table), strict=True):
-        layers = layers_of(anatomy, plan)
         yield Step(
             share=budget.limits[metric],
             name=budget.name,
             costs=prices.of(plan),
             kept_score=float(plan.solution["kept_score"]),
-            layers=parse_layers([Node(layer, "plan") for layer in layers]),
-            widths=parse_widths([Node(one, "plan") for one in widths_of(anatomy, plan).get("widths", [])]),
+            layers=labelled(checked(layers_of(anatomy, plan), tuple[Layer, ...], "plan")),
+            widths=checked(widths_of(anatomy, plan).get("widths", []), tuple[Width, ...], "plan"),
         )
 
 
-def _measured(place: Path, results: Results, prices: _Prices) -> tuple[Measured, ...]:
-    dense = Measured(label="dense", costs=prices.dense, top1=results.dense.top1)
-    return (dense, *(_point(place, row, prices) for row in results.rows))
-
-
-def _point(place: Path, row: Row, prices: _Prices) -> Measured:
-    """The measured point of one budget of the run; without a predicted latency if its plan was deleted."""
-    time = None
-    if prices.table is not None and (place / row.name / "plan.json").is_file():
-        time = prices.of(Plan.load(place / row.name / "plan.json")).latency_ms
-    shares = {metric: value for metric, value in row.limits.items() if metric in METRICS and value <= 1}
-    limit, share = next(iter(shares.items())) if len(row.limits) == len(shares) == 1 else (None, None)
-    return Measured(
-        label=row.label,
-        costs=Costs(params=row.params, macs=row.macs, memory_bytes=row.memory_bytes, latency_ms=time),
-        top1=row.top1,
-        top1_cut=row.top1_cut,
-        top1_one_shot=row.top1_one_shot,
-        limit=limit,
-        share=share,
-    )
+def _times(place: Path, results: Results, prices: _Prices) -> dict[str, float]:
+    """Predicted times of the run's models by name. That of a budget needs its plan, which may be gone."""
+    found = {"dense": prices.dense.latency_ms}
+    for row in results.rows:
+        if prices.table is not None and (place / row.name / "plan.json").is_file():
+            found[row.name] = prices.of(Plan.load(place / row.name / "plan.json")).latency_ms
+    return {name: time for name, time in found.items() if time is not None}
 
 
 def _settings(place: Path) -> dict[str, Any]:
@@ -197,7 +182,7 @@ def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
     try:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data or {}).items()}
         opened = open_data(DataConfig(**given), checkpoint.build(scored.anatomy.structure))
-        return parse_pictures([Node(entry, "images") for entry in examples(opened)])
+        return checked(examples(opened), tuple[Picture, ...], "images")
     except (SlimmingError, TypeError, ValueError, OSError):
         return ()
 
