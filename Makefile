@@ -4,13 +4,15 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup test test-slow lint format docs bench sweep demo dist wheel-check clean
+.PHONY: help setup test test-slow coverage mutants lint format docs bench sweep demo dist wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into .venv, with the versions of $(CONSTRAINTS)"
 	@echo "make demo    the whole job on real images: search, cut three budgets, retrain, report"
 	@echo "make test    the tests (CPU, no network); make test-slow adds the long ones"
+	@echo "make coverage   all of them, measured: fails below the share in pyproject.toml"
+	@echo "make mutants    a sample of wrong lines, and whether the tests notice (long)"
 	@echo "make lint    ruff and pyright; make format mends what ruff can mend"
 	@echo "make docs    the site of docs/, into build/site (links are checked)"
 	@echo "make bench   the benchmarks whose results lie in benchmarks/results (long)"
@@ -33,6 +35,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m 'not gpu and not network'
+
+coverage: $(STAMP)
+	$(PYTEST) -m 'not gpu and not network' --cov --cov-report=term
+
+mutants: $(STAMP)
+	$(BIN)/python -m benchmarks.mutants
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

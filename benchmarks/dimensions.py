@@ -73,7 +73,7 @@ def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
         retrain=dataclasses.replace(base.retrain, steps=settings.retrain_steps, seed=seed, eval_every=0),
     )
     place = settings.work / f"{seed}-{name.replace(', ', '-').replace(' ', '-')}"
-    found = slimming.run(config, place, say=lambda text: print(name, text, file=sys.stderr, flush=True))
+    found = slimming.run(config, place, log=lambda text: print(name, text, file=sys.stderr, flush=True))
     dense = found["dense"]
     return [
         {

@@ -34,22 +34,24 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "slimming"
 FOLDERS = ("planning", "pruning", "masks", "core")
-TESTS = (
-    *(f"tests/{folder}" for folder in (*FOLDERS, "scoring")),
-    "tests/models/test_slim_models.py",
-    "tests/models/test_widths.py",
-    "tests/checkpoints/test_checkpoint.py",
-    "tests/test_contract.py",
+SOME = "plain or qk or registers or test_vit or CNN or Swin or MobileViT"
+TESTS: tuple[tuple[str, ...], ...] = (
+    ("tests/planning/test_latency_table.py", "tests/core"),
+    ("tests/planning", "--ignore", "tests/planning/test_latency_table.py"),
+    ("tests/pruning", "tests/masks", "tests/retraining", "-k", "not resumed"),
+    ("tests/scoring", "tests/models/test_widths.py", "tests/checkpoints", "-k", "not killed and not memory"),
+    ("tests/test_contract.py", "tests/models/test_slim_models.py", "-k", f"{SOME} and not compile and not process"),
 )
-"""Where tests of the four folders are; what others find besides is not counted."""
+"""Where tests of the four folders are, in parts that are read at once; what others find besides is not counted."""
 IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
 """Plugins of pytest are imported before it, with all else that every mutant needs."""
 MOST = 12.0
@@ -193,21 +195,21 @@ class Watch:
         self.coverage.switch_context("")
 
 
-def read_tests(folder: Path) -> None:
-    """Run the tests on the package as it is; leave in ``folder`` which lines each ran."""
+def read_tests(folder: Path, part: int) -> None:
+    """Run a part of the tests on the package as it is; leave in ``folder`` which lines each ran."""
     import pytest
 
     import coverage
 
-    measured = coverage.Coverage(data_file=str(folder / "lines"), source=[str(PACKAGE)])
+    measured = coverage.Coverage(data_file=str(folder / f"{part}.lines"), source=[str(PACKAGE)])
     watch = Watch(measured)
     measured.start()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:doctest", *_options(), *TESTS], plugins=[watch])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:doctest", *_options(), *TESTS[part]], plugins=[watch])
     measured.stop()
     measured.save()
     if code != 0:
         raise SystemExit("The tests fail without any mutant: mend them first.")
-    (folder / "seconds.json").write_text(json.dumps(watch.seconds))
+    (folder / f"{part}.json").write_text(json.dumps(watch.seconds))
 
 
 def _options() -> list[str]:
@@ -220,9 +222,13 @@ class Lines:
     def __init__(self, folder: Path) -> None:
         import coverage
 
-        data = coverage.CoverageData(str(folder / "lines"))
-        data.read()
-        self.seconds: dict[str, float] = json.loads((folder / "seconds.json").read_text())
+        data = coverage.CoverageData(no_disk=True)
+        self.seconds: dict[str, float] = {}
+        for part in range(len(TESTS)):
+            read = coverage.CoverageData(str(folder / f"{part}.lines"))
+            read.read()
+            data.update(read)
+            self.seconds |= json.loads((folder / f"{part}.json").read_text())
         self.of = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
 
     def tests(self, mutant: Mutant) -> list[str]:
@@ -243,26 +249,30 @@ class Lines:
         return int(60 + 10 * sum(self.seconds[name] for name in tests))
 
 
-def in_child(do: Any, seconds: int | None = None) -> int:
-    """The exit code of ``do`` in a forked process without output; 124 for one that took too long."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
+def started(do: Callable[[], object], seconds: int | None = None) -> int:
+    """The process that does ``do`` without output, for at most so many seconds of processor time."""
+    if (pid := os.fork()) != 0:
+        return pid
+    code = 70
+    try:
+        if seconds:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
             if seconds:
-                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                if seconds:
-                    os.dup2(nothing.fileno(), 2)
-            code = int(do() or 0)
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 70
-            print(stop, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+                os.dup2(nothing.fileno(), 2)
+        code = int(do() or 0)  # pyright: ignore
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 70
+        print(stop, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """The exit code of a process once it ends; 124 for one that was stopped."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return 124 if code < 0 else code
 
@@ -285,7 +295,7 @@ def judge(mutant: Mutant, lines: Lines) -> dict[str, Any]:
     verdict = "not run" if not tests else ""
     with contextlib.suppress(SyntaxError):
         compile(mutant.text(), mutant.file, "exec")
-        verdict = verdict or VERDICTS.get(in_child(lambda: run(mutant, tests), lines.limit(tests)), "killed")
+        verdict = verdict or VERDICTS.get(ended(started(partial(run, mutant, tests), lines.limit(tests))), "killed")
     return {**asdict(mutant), "key": mutant.key, "verdict": verdict or "killed", "tests": len(tests),
             "seconds": round(time.time() - start, 1)}  # fmt: skip
 
@@ -338,7 +348,8 @@ def main() -> None:
         drawn = [one for one in every if any(one.key.startswith(f"{place} ") for place in arguments.again)]
     folder = arguments.lines or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "seconds.json").exists() and in_child(lambda: read_tests(folder)):
+    missing = [part for part in range(len(TESTS)) if not (folder / f"{part}.json").exists()]
+    if any(ended(pid) for pid in [started(partial(read_tests, folder, part)) for part in missing]):
         raise SystemExit("The lines that the tests run could not be read.")
     lines, log = Lines(folder), arguments.output.with_suffix(".jsonl")
     # What was judged already is kept: a call that was stopped goes on.

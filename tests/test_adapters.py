@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -35,6 +36,13 @@ def test_an_adapter(name: str, words: list[str], tmp_path: Path, monkeypatch: py
         pytest.importorskip("lightning")
     monkeypatch.syspath_prepend(str(ADAPTERS))
     monkeypatch.chdir(tmp_path)
+    dense, cut = [], slimming.cut
+
+    def noted(model: Any, plan: slimming.Plan, **options: Any) -> Any:
+        dense.append((slimming.cost(model).macs, {group.name: group.size for group in slimming.describe(model)}))
+        return cut(model, plan, **options)
+
+    monkeypatch.setattr(slimming, "cut", noted)
     for module in ("common", name):
         sys.modules.pop(module, None)
     try:
@@ -43,8 +51,10 @@ def test_an_adapter(name: str, words: list[str], tmp_path: Path, monkeypatch: py
         for module in ("common", name):
             sys.modules.pop(module, None)
     small = slimming.load(tmp_path / "small")
-    assert sum(tensor.numel() for tensor in small.state_dict().values()) > 0
-    assert any(group.kind == "mlp" for group in slimming.describe(small))
+    macs, sizes = dense[-1]
+    assert slimming.cost(small).macs < 0.9 * macs
+    left = {group.name: group.size for group in slimming.describe(small) if group.kind == "mlp"}
+    assert sum(left.values()) < sum(sizes[name] for name in left)
 
 
 def test_before_step_is_the_penalty_in_the_loss() -> None:

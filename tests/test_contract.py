@@ -32,6 +32,11 @@ variants = pytest.mark.parametrize("variant", [*VARIANTS, *TRACED], ids=lambda v
 vits = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)
 
 
+def test_every_variant_has_a_name_of_its_own() -> None:
+    names = [variant.id for variant in (*VARIANTS, *TRACED)]
+    assert sorted(set(names)) == sorted(names)
+
+
 def mask_(model: nn.Module, groups: Sequence[Group], plan: Plan, seed: int = 0) -> SoftMasks:
     """Attach masks, give them random values and apply a plan."""
     masks = slimming.attach(model, groups)

@@ -52,16 +52,12 @@ def test_help(slimming: Call) -> None:
         assert max(map(len, shown.out.splitlines())) <= 120
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    """Of the commands whose settings are in light modules; without the package's own file, which says what it loads."""
-    heavy = {"run", "search", "train", "bench"}
+def test_help_does_not_import_torch() -> None:
     program = f"""
-import sys, types
-package = sys.modules["slimming"] = types.ModuleType("slimming")
-package.__path__ = {library.__path__!r}
+import sys
 from slimming.cli import main
 assert main(["--help"]) == 0
-for name in {sorted(COMMANDS.keys() - heavy)!r}:
+for name in {sorted(COMMANDS)!r}:
     assert main([name, "--help"]) == 0
     assert "torch" not in sys.modules, name
 """
@@ -100,7 +96,7 @@ def test_run_adds_a_budget_and_keeps_the_rest(slimming: Call, site: Path, copied
     words = ("run", copied / "config.yaml", "--output", copied, "--budget", "macs=0.7", "--budget", "macs=0.8")
     shown = slimming(*words)
     assert shown.code == 0, shown.err
-    assert "search: done before" in shown.out
+    assert "search: already done" in shown.out
     assert "macs-0.80" in shown.out
     assert (copied / "search" / "search.json").stat().st_mtime_ns == searched
 
@@ -257,7 +253,7 @@ def test_images_are_normalised_as_in_training(slimming: Call, site: Path, tmp_pa
 def test_bench_prints_json(slimming: Call) -> None:
     words = ("test_vit", "--bench.batch_sizes", "1", "--bench.runs", "5", "--bench.seconds", "0.01", "--json")
     found = json.loads(slimming("bench", *words).out)
-    assert found["models"]["test_vit"]["params"] > 0
+    assert found["models"]["test_vit"]["params"] == 371240
     assert found["models"]["test_vit"]["speedup"]["1"]["median"] == 1.0
 
 
@@ -388,7 +384,7 @@ def test_a_run_without_training_is_one_shot(slimming: Call, site: Path, tmp_path
     assert "is complete" in slimming(*run, tmp_path / "run", "--retrain.steps", "0").out
     wrong = slimming(*run, tmp_path / "no", "--search.score", "taylor")
     assert wrong.code == 2
-    assert "score 'taylor' is collected in training" in wrong.err
+    assert "score 'taylor' is collected during training" in wrong.err
 
 
 def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_path: Path) -> None:

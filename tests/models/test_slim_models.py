@@ -349,7 +349,7 @@ def test_attaching_refuses_what_does_not_fit() -> None:
     masks = slimming.attach(model)
     with pytest.raises(PlanError, match="masks already"):
         slimming.attach(model)
-    with pytest.raises(PlanError, match="has no mask here"):
+    with pytest.raises(PlanError, match="has no mask"):
         masks.apply_(draw(prunable(model).anatomy, "head")[1])
 
 

@@ -19,7 +19,7 @@ from slimming.core.completion import complete
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.masks.attachment import prunable, searched
+from slimming.masks.attachment import prunable, select_kinds
 from slimming.models import traced
 from slimming.models.family import TimedModule
 from slimming.models.traced.timed_layers import calls
@@ -233,7 +233,7 @@ def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     built = build_latency_table(model, kinds=kinds)
     anatomy = prunable(model).anatomy
     twin = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
-    masks = slimming.attach(twin, searched(slimming.describe(twin), kinds))
+    masks = slimming.attach(twin, select_kinds(slimming.describe(twin), kinds))
     with torch.no_grad():
         for number, mask in enumerate(masks.values()):
             mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
@@ -266,7 +266,7 @@ def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: 
 
 
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs a table of the device"):
+    with pytest.raises(ConfigError, match="needs a latency table of the device"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask")
     with pytest.raises(BudgetError, match=r"heads of one size.*--uneven-heads"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask", latency=table, layout=Layout(equal_heads=False))
@@ -286,7 +286,7 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="is damaged"):
         LatencyTable.load(tmp_path / "broken.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no latency table"):
+    with pytest.raises(CheckpointError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "other.json")
 
 
@@ -330,7 +330,7 @@ def test_a_table_is_of_one_model(tmp_path: Path) -> None:
     first, other = (timm.create_model("test_vit", **small, num_heads=heads) for heads in (1, 2))
     table = build_latency_table(first, kinds=["mlp"], path=path, seconds=0.001)
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in a file of their own"):
+    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in separate files"):
         build_latency_table(other, kinds=["mlp"], path=path, seconds=0.001)
     assert path.read_bytes() == before
     half = len(table.points) // 2

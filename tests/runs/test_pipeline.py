@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.benchmarking.programs import write_onnx
 from slimming.errors import ConfigError, UnsupportedModelError
+from slimming.masks.attachment import prunable
 from slimming.runs.config import RunConfig
 from slimming.runs.pipeline import check_budgets, check_settings
 from slimming.runs.setup import check_input
@@ -50,8 +51,9 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
 
 
 def test_modules_to_distil_are_looked_for_before_the_search() -> None:
+    dense = prunable(timm.create_model("test_vit"))
     with pytest.raises(ConfigError, match=r"has no module 'blocks\.99' to distil"):
-        check_budgets(timm.create_model("test_vit"), config(distil=slimming.DistilConfig(features=("blocks.99",))))
+        check_budgets(dense, config(distil=slimming.DistilConfig(features=("blocks.99",))))
 
 
 def test_something_must_be_measured() -> None:

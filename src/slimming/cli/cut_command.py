@@ -22,8 +22,8 @@ IMAGES = 512
 DESCRIPTION = """\
 Cut a model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the slim
 checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote. With --one-shot
-it is a model that was not searched, by name or checkpoint: some hundred images without labels say in minutes what each
-unit matters. With --plan it may be any checkpoint.
+it is any model, by name or checkpoint, whose units are scored on a few hundred unlabelled images. With --plan it may be
+any checkpoint.
 
   slimming cut deit_small_patch16_224 --one-shot --data photos/ --budget macs=0.6 --output runs/cut
   slimming cut runs/search --data photos/ --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
@@ -44,8 +44,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, "--budget")
     parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
     parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
-                        "as in data.source; labels are not used. What goes is then predicted from what stays and "
-                        "folded into it (default: only with --one-shot)")  # fmt: skip
+                        "as in data.source; labels are not used. The cut then compensates: remaining weights are "
+                        "refitted on these images (default: only with --one-shot)")  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
     parser.add_argument("--model.checkpoint", metavar="FILE",
                         help="with --one-shot: local weights, where SOURCE is a name")  # fmt: skip
@@ -105,8 +105,9 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
     from slimming.planning.budgeting import plans
+    from slimming.runs.config import ModelConfig
     from slimming.runs.results import versions
-    from slimming.runs.setup import ModelConfig, check_input, open_model
+    from slimming.runs.setup import check_input, open_model
     from slimming.scoring.one_shot import score
 
     if arguments.plan:
@@ -133,10 +134,11 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
 def _searched(arguments: argparse.Namespace) -> Cut:
     """Plan from a search, or take a plan that is given."""
     from slimming.cli.models import load_checkpoint
+    from slimming.core.files import json_values
     from slimming.core.pruning_plan import Plan
     from slimming.errors import CheckpointError, ConfigError
     from slimming.planning.budgeting import plans
-    from slimming.runs.results import plain, versions
+    from slimming.runs.results import versions
     from slimming.searching.mask_search import load_search, search_directory
 
     source = Path(arguments.source)
@@ -162,7 +164,7 @@ def _searched(arguments: argparse.Namespace) -> Cut:
             )
         result = load_search(found)
         layout = _layout(arguments, result.config.layout)
-        record = {"source": str(source), "search": plain(result.config), "versions": versions()}
+        record = {"source": str(source), "search": json_values(result.config), "versions": versions()}
         made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
         _say_layout_costs(result, budgets, layout, made, arguments)
         model, named = result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}

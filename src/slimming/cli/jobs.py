@@ -13,12 +13,11 @@ import yaml
 
 from slimming.cli.flags import add_flags, flags_of, given, shown
 from slimming.cli.settings import build, merge, read_yaml
+from slimming.core.files import json_values
 from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
-from slimming.retraining.retrain import DistilConfig
-from slimming.runs.config import RunConfig
-from slimming.runs.results import plain
-from slimming.runs.setup import ModelConfig
+from slimming.retraining.config import DistilConfig
+from slimming.runs.config import ModelConfig, RunConfig
 from slimming.searching.config import PRESETS, SearchConfig, preset
 from slimming.training.config import DataConfig, TrainConfig
 
@@ -122,7 +121,7 @@ def from_values(cls: type[J], values: Mapping[str, Any]) -> J:
 
 def document(job: Any) -> dict[str, Any]:
     """A job as plain values from which `from_values` makes the same job again."""
-    values = plain(job)
+    values = json_values(job)
     if "budgets" in values:
         values["budgets"] = [budget.to_dict() for budget in job.budgets]
     if "search" in values:
@@ -146,7 +145,7 @@ def differences(job: Any) -> list[str]:
     if "search" in values:
         base = preset(values["search"]["preset"])
         defaults |= {flag.name: flag.default for flag in flags_of(SearchConfig, "search", base)}
-    plain_defaults = flatten(plain(defaults))
+    plain_defaults = flatten(json_values(defaults))
     lines: dict[str, list[str]] = {}
     for name, value in flatten(values).items():
         if value != plain_defaults.get(name, ...):

@@ -13,11 +13,10 @@ from rich.console import Console
 
 from slimming.cli.jobs import as_yaml, differences, document, from_values
 from slimming.cli.settings import read_yaml
-from slimming.core.files import atomic_write_text, explain, new_directory, read_json
+from slimming.core.files import atomic_write_text, explain, json_values, new_directory, read_json
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.errors import ConfigError, OutputError
 from slimming.runs.config import FREE_SECTIONS
-from slimming.runs.results import plain
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
@@ -127,7 +126,7 @@ def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
     if not target.exists() or not (directory / "report.html").exists():
         return None
     results = read_json(target)
-    return None if differing(results["settings"], plain(job), free=FREE_SETTINGS) else results
+    return None if differing(results["settings"], json_values(job), free=FREE_SETTINGS) else results
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> No
     else:
         with claimed(directory, config, command):
             announce(command, config, directory, notes)
-            results = run(config, directory, say=say)
+            results = run(config, directory, log=say)
     if is_main():
         show(results, directory)
 

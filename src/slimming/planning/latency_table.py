@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimming.benchmarking.runtimes import check_runtime, prepare
+from slimming.benchmarking.config import check_runtime
+from slimming.benchmarking.runtimes import prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
 from slimming.core.files import FORMAT, atomic_json, read_sealed, seal
 from slimming.core.formulas import evaluate
@@ -41,9 +42,9 @@ STEPS: Mapping[str, Sequence[float]] = {
     "in": (0.25, 0.5, 1.0),
     "channels": (0.25, 1.0),
 }
-"""Points of the grid along each axis, as shares of the model's own size."""
+"""Points of the grid along each axis, as shares of the size in the dense model."""
 MULTIPLES, WHOLE, FAST = (1, 2, 4, 8, 16, 32), 64, 1.03
-"""Multiples to try, the one that they are held against, and how much longer a size may take and still count as fast."""
+"""Multiples to measure, the multiple to compare them with, and the largest relative time that still counts as fast."""
 WHAT = "latency table"
 ONE_SIZE, UNEVEN = "one size", "uneven"
 Point = dict[str, Any]
@@ -73,13 +74,13 @@ class LatencyTable:
 
     @property
     def uneven_heads(self) -> bool:
-        """Whether the times are of attention whose heads differ in size."""
+        """Whether attention was measured with heads of different sizes."""
         return self.setting.get("heads") == UNEVEN
 
     @property
     def multiple(self) -> int | None:
-        """The smallest multiple whose sizes are fast here, see `slimming.Layout`; None if that was not measured."""
-        return next((each for each in sorted(self.multiples) if self.multiples[each] <= FAST), None)
+        """The smallest multiple whose sizes are fast, see `slimming.Layout`; None if it was not measured."""
+        return next((multiple for multiple in sorted(self.multiples) if self.multiples[multiple] <= FAST), None)
 
     @cached_property
     def _grids(self) -> dict[tuple[str, str], _Grid]:
@@ -93,7 +94,7 @@ class LatencyTable:
         return found
 
     def predict(self, anatomy: Anatomy, kept: Mapping[str, int]) -> float:
-        """Milliseconds of one batch when group ``name`` keeps ``kept[name]`` units (complete).
+        """Return the milliseconds of one batch when group ``name`` keeps ``kept[name]`` units, for every group.
 
         Raises:
             PlanError: the table has no times for a layer of this model.
@@ -123,34 +124,34 @@ class LatencyTable:
         return self._grids[key]
 
     def merged(self, other: LatencyTable) -> LatencyTable:
-        """The points of both, those of this table where both have one; its calibration, if it has one.
+        """Return a table with the points of both; this table takes precedence for points and calibration.
 
         Raises:
-            ConfigError: they were measured in different settings, or of different models.
+            ConfigError: the tables were measured in different settings, or for different models.
         """
         for key in sorted({*self.setting, *other.setting}):
             if self.setting.get(key) != other.setting.get(key):
                 raise ConfigError(
                     f"The tables are of different settings: {key} is {self.setting.get(key)!r} and "
                     f"{other.setting.get(key)!r}. Merge tables of one model, device and setting; build "
-                    "others in a file of their own."
+                    "others in separate files."
                 )
-        own = {_name(point) for point in self.points}
-        # Both for a machine on which the block takes as long.
-        slower = self.reference_ms / other.reference_ms if self.reference_ms and other.reference_ms else 1.0
-        more = [
-            {k: v * slower if k in ("ms", "p25", "p75") else v for k, v in point.items()}
+        known = {_name(point) for point in self.points}
+        # Scaled to the same time of the reference block.
+        scale = self.reference_ms / other.reference_ms if self.reference_ms and other.reference_ms else 1.0
+        added = [
+            {k: v * scale if k in ("ms", "p25", "p75") else v for k, v in point.items()}
             for point in other.points
-            if _name(point) not in own
+            if _name(point) not in known
         ]
-        mine = self if self.points else other
-        return replace(mine, points=(*self.points, *more), calibration=self.calibration or other.calibration)
+        base = self if self.points else other
+        return replace(base, points=(*self.points, *added), calibration=self.calibration or other.calibration)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON with its checksum.
+        """Write the table as JSON with a checksum.
 
         Raises:
-            OutputError: the place is not writable, or the disk is full.
+            OutputError: ``path`` is not writable, or the disk is full.
         """
         measured = {
             "calibration": self.calibration,
@@ -165,11 +166,11 @@ class LatencyTable:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file is missing, damaged, of a newer format, or no latency table.
+            CheckpointError: the file is missing, damaged, of a newer format, or not a latency table.
         """
         value = read_sealed(Path(path))
         if not isinstance(value, dict) or value.get("what") != WHAT:
-            raise CheckpointError(f"{path} is no latency table. Give one that slimming latency-table build wrote.")
+            raise CheckpointError(f"{path} is not a latency table. Give one that slimming latency-table build wrote.")
         if value.get("format", 0) > FORMAT:
             raise CheckpointError(f"{path} has format {value['format']}, this slimming reads up to {FORMAT}. Upgrade.")
         try:
@@ -200,8 +201,8 @@ class _Grid:
         for point in points:
             times[tuple(each.index(int(point[name])) for each, name in zip(values, axes, strict=True))] = point["ms"]
         if np.isnan(times).any():
-            raise PlanError("The latency table is not complete: go on with slimming latency-table build.")
-        # A larger layer that seems faster is noise, and a plan must not be led by it.
+            raise PlanError("The latency table is not complete: resume slimming latency-table build.")
+        # Times that fall with the size are measurement noise, which must not influence plans.
         for axis in range(times.ndim):
             times = np.maximum.accumulate(times, axis=axis)
         self.moving = [place for place, each in enumerate(values) if len(each) > 1]
@@ -210,11 +211,11 @@ class _Grid:
         self.one = float(times.reshape(-1)[0])
         if self.moving:
             grid = [values[place] for place in self.moving]
-            beyond: Any = None  # goes on along the line of the last two points
+            beyond: Any = None  # extrapolates linearly
             self.at = RegularGridInterpolator(grid, times.squeeze(), bounds_error=False, fill_value=beyond)
 
     def total(self, rows: Sequence[tuple[int, ...]]) -> float:
-        """Sum of the times at several sizes, in milliseconds."""
+        """Return the sum of the times at several sizes, in milliseconds."""
         for place, size in self.fixed.items():
             for row in rows:
                 if row[place] != size:
@@ -250,16 +251,16 @@ def build_latency_table(
     """Measure the layers of ``model`` where it is: its device, its type of numbers, torch's number of threads.
 
     Args:
-        model: a dense model; its weights do not matter.
-        batch_size: images per pass.
-        runtime: ``"eager"``; ``"compile"`` for `torch.compile` or ``"onnxruntime"``, which take some seconds per point.
-        kinds: kinds of units whose number may differ; None takes those that a search takes by default. With ``width`` a
-            table has some times more points; one that is there already gets what it lacks.
-        uneven_heads: attention is timed with heads of different sizes around each mean, for plans whose layout has
-            ``equal_heads`` off; otherwise with heads of one size.
-        path: where the table goes, point by point; one that is there already is gone on with.
-        seconds: about how long to measure each point.
-        say: told what is measured, one line at a time.
+        model: a dense model with any weights.
+        batch_size: images per forward pass.
+        runtime: ``"eager"``, ``"compile"`` (`torch.compile`) or ``"onnxruntime"``; the last two take seconds per point.
+        kinds: kinds of units that plans may prune; None selects the default kinds of a search. With ``width`` a table
+            has several times as many points.
+        uneven_heads: whether to time attention with heads of different sizes, for plans with a layout without
+            ``equal_heads``, or with heads of one size.
+        path: file of the table, which is saved after every ten points; an existing table is completed.
+        seconds: approximate time to measure each point.
+        say: receives one line per point.
 
     Raises:
         UnsupportedModelError: the model has no timed layers, or its heads keep one size.
@@ -371,7 +372,7 @@ class Clock:
 
 
 class _OwnInput(nn.Module):
-    """A module that always sees the same input, whatever it is given."""
+    """A module that always gets the same input and ignores the given one."""
 
     def __init__(self, module: nn.Module, x: torch.Tensor) -> None:
         super().__init__()

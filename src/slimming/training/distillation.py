@@ -15,10 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
+from slimming.training.config import check_distillation
 from slimming.training.tasks import both_heads, classification_loss
-
-POOLS = ("first", "mean")
-"""What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
 
 
 def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tensor:
@@ -58,22 +56,6 @@ def check_modules(model: nn.Module, who: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in modules:
             raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
-
-
-def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:
-    """Check settings of `DistilTask`.
-
-    Raises:
-        ConfigError: one of them cannot be.
-    """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
-    if not temperature > 0:
-        raise ConfigError(f"temperature is {temperature}; it must be above 0.")
-    if pool not in POOLS:
-        raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
-    if relation_heads < 1:
-        raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
 
 
 class DistilTask:

@@ -116,5 +116,5 @@ def _check(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
         readable = " and ".join(c.__name__ for c in classes if c not in (UnevenAttention, PartialBlock))
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, which family timm-vit does not read (it reads {readable}). "
-            "docs/add-a-family.md shows how to add a reader."
+            "docs/add-a-model.md shows how to add a reader."
         )

@@ -63,7 +63,7 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         raise UnsupportedModelError(
             f"Nothing in this {model_class.__module__}.{model_class.__name__} can be cut: "
             f"{'; '.join(uncovered) or 'it has no layers that slimming reads'}. "
-            "docs/add-a-family.md shows how to add a reader."
+            "docs/add-a-model.md shows how to add a reader."
         )
     model.requires_grad_(False)
     for module in model.modules():
