@@ -54,7 +54,7 @@ def test_a_wrong_index_is_seen(variant: str, monkeypatch: pytest.MonkeyPatch) ->
     slimming.attach(model, groups).apply_(plan)
     x = image(model)
     expected = model(x)
-    real = timm_vit.take
+    real = timm_vit.select_indices
     calls = 0
     wrong = -1
 
@@ -67,7 +67,7 @@ def test_a_wrong_index_is_seen(variant: str, monkeypatch: pytest.MonkeyPatch) ->
             index = [gone[-1], *index[1:]]
         return real(tensor, {dim: index})
 
-    monkeypatch.setattr(timm_vit, "take", shifted)
+    monkeypatch.setattr(timm_vit, "select_indices", shifted)
     assert distance(slimming.cut(model, plan)(x), expected) <= 1e-9
     for wrong in range(calls):
         calls = 0
