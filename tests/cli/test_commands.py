@@ -391,7 +391,7 @@ def test_a_cut_says_what_its_layout_costs(slimming: Call, finished: Path, tmp_pa
     cut = ("cut", finished, "--budget", "macs=0.6", "--budget", "keep.mlp=0.5")
     done = slimming(*cut, "--output", tmp_path / "alike")
     assert done.code == 0, done.err
-    found = re.search(r"macs-0\.60: (\S+) of score go with this layout, (\S+) with any sizes", done.out)
+    found = re.search(r"macs-0\.60: score lost (\S+) with this layout, (\S+) with any sizes", done.out)
     assert found, done.out
     assert 0 < float(found[2]) <= 1.5 * float(found[1])
     assert done.out.count("with this layout") == 1  # keep ratios are given, and nothing is weighed

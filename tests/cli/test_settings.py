@@ -168,7 +168,7 @@ def test_flags_are_read_by_type() -> None:
 
 
 BAD_FLAGS = {
-    "no pair": ("--budget macs", "'macs' is not name=value"),
+    "no pair": ("--budget macs", "'macs' is not of the form name=value"),
     "a name twice": ("--budget macs=0.5,macs=0.3", "macs is given twice"),
     "below what is off": ("--distil null --distil.alpha 0.3", "distil is given as null, so distil.alpha has no effect"),
     "off what is set": ("--distil.alpha 0.3 --distil null", "distil is given twice, or beside settings of its own"),

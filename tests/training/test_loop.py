@@ -351,7 +351,7 @@ def test_out_of_memory_in_evaluation_is_advice(folder: Path) -> None:
         def forward(self, images: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ConfigError, match="in evaluation, with 7 images at once: make batch_size smaller"):
+    with pytest.raises(ConfigError, match="in evaluation with 7 images per forward pass: make batch_size smaller"):
         evaluate(Full(), open_tiny(folder).val, batch_size=7)
 
 

@@ -1,4 +1,4 @@
-"""What the commands that train take, as dataclasses, and how file and flags become one of them."""
+"""Configurations of the commands, read from a YAML file and flags."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCommandConfig:
-    """What ``slimming search`` takes.
+    """Configuration of ``slimming search``.
 
     Attributes:
-        model: the dense start.
+        model: the dense model.
         data: the images.
-        search: the search.
+        search: settings of the search.
     """
 
     model: ModelConfig
@@ -41,17 +41,17 @@ class SearchCommandConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommandConfig:
-    """What ``slimming train`` takes.
+    """Configuration of ``slimming train``.
 
     Attributes:
-        model: the model to train: a dense start, or a slim checkpoint.
+        model: the model to train: a dense model or a slim checkpoint.
         data: the images.
-        train: the training.
-        teacher: a checkpoint to learn from, usually of the dense model.
-        distil: how to learn from the teacher.
+        train: settings of the training.
+        teacher: checkpoint of the teacher, usually the dense model.
+        distil: settings of the distillation from the teacher.
 
     Raises:
-        ConfigError: ``distil`` without a teacher.
+        ConfigError: ``distil`` is given without ``teacher``.
     """
 
     model: ModelConfig
@@ -67,7 +67,7 @@ class TrainCommandConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommandConfig:
-    """What ``slimming eval`` takes beside its checkpoints.
+    """Configuration of ``slimming eval``, beside its checkpoints.
 
     Attributes:
         data: the images.
@@ -80,66 +80,71 @@ CONFIGS: tuple[type[Any], ...] = (RunConfig, SearchCommandConfig, TrainCommandCo
 
 
 def add_config_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
-    """Give ``parser`` what every command that trains has: the file, ``--output`` and a flag per setting of ``cls``."""
-    parser.add_argument("config", nargs="?", help="YAML file of settings; flags win over it")
-    parser.add_argument("--output", metavar="DIR", help="where it goes (default runs/ and the file's name)")
+    """Add the config file, ``--output``, ``--print-config`` and a flag per setting of ``cls`` to ``parser``."""
+    parser.add_argument("config", nargs="?", help="YAML file of settings; flags override it")
+    parser.add_argument("--output", metavar="DIR", help="output directory (default: runs/ plus the name of the file)")
     parser.add_argument(
-        "--print-config", action="store_true", help="print every setting as YAML, to save as a config file, and stop"
+        "--print-config",
+        action="store_true",
+        help="print all settings as a YAML config file, and exit",
     )
     parser.set_defaults(config_class=cls)
     add_flags(parser, cls)
 
 
 def read_config(cls: type[C], arguments: argparse.Namespace) -> tuple[C, list[str]]:
-    """The config that the config file and the flags of ``arguments`` describe; flags win.
+    """Read a configuration from the config file and the flags of ``arguments``; flags override the file.
 
-    One file may serve several commands: what belongs to others only is left alone, and named in the notes.
+    Several commands can share a file: settings of other commands are ignored and listed in the notes.
+
+    Returns:
+        The configuration, and notes to print.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, or one that is missing.
+        ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
     values: dict[str, Any] = {}
     notes: list[str] = []
     if arguments.config is not None:
         values = read_yaml(Path(arguments.config))
-        elsewhere = {entry.name for config in CONFIGS for entry in dataclasses.fields(config)}
-        elsewhere -= {entry.name for entry in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-        if others := [key for key in values if key in elsewhere]:
-            notes.append(f"not used by this command: {', '.join(others)} in {arguments.config}")
-            values = {key: value for key, value in values.items() if key not in others}
+        other_names = {entry.name for config in CONFIGS for entry in dataclasses.fields(config)}
+        other_names -= {entry.name for entry in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        if unused := [key for key in values if key in other_names]:
+            notes.append(f"not used by this command: {', '.join(unused)} in {arguments.config}")
+            values = {key: value for key, value in values.items() if key not in unused}
     return config_from_values(cls, merge(values, flag_values(arguments, cls))), notes
 
 
 def config_from_values(cls: type[C], values: Mapping[str, Any]) -> C:
-    """Make a config from nested values; ``search.preset`` names what the search starts from."""
+    """Create a configuration from nested values; ``search.preset`` selects the defaults of the search."""
     search = values.get("search")
     if isinstance(search, Mapping) and "preset" in search:
-        own = {key: value for key, value in search.items() if key != "preset"}
-        values = {**values, "search": build(SearchConfig, own, "search", preset(str(search["preset"])))}
+        settings = {key: value for key, value in search.items() if key != "preset"}
+        values = {**values, "search": build(SearchConfig, settings, "search", preset(str(search["preset"])))}
     return build(cls, values)
 
 
 def config_to_values(config: Any) -> dict[str, Any]:
-    """A config as plain values from which `config_from_values` makes the same config again."""
+    """Return nested values from which `config_from_values` creates the same configuration."""
     values = json_values(config)
     if "budgets" in values:
         values["budgets"] = [budget.to_dict() for budget in config.budgets]
     if "search" in values:
-        # A penalty is laid over that of the preset, so the preset must have no kind that this search has not.
+        # Penalties are merged with those of the preset, so choose a preset without kinds that this search lacks.
         kinds = {name: set(preset(name).penalty) for name in PRESETS}
-        below = [name for name in PRESETS if kinds[name] <= set(config.search.penalty)]
-        base = max(below, key=lambda name: len(kinds[name]), default="default")
+        candidates = [name for name in PRESETS if kinds[name] <= set(config.search.penalty)]
+        base = max(candidates, key=lambda name: len(kinds[name]), default="default")
         values["search"] = {"preset": base, **values["search"]}
     return values
 
 
 def config_to_yaml(config: Any) -> str:
-    """Every setting of a config, as a config file that makes the same config again."""
+    """Return all settings in the format of a config file."""
     return yaml.safe_dump(config_to_values(config), sort_keys=False, allow_unicode=True)
 
 
 def changed_settings(config: Any) -> list[str]:
-    """One line per section: the settings that differ from the defaults, and those that have none."""
+    """Return one line per section with the settings that differ from the defaults or have no default."""
     values = config_to_values(config)
     defaults = {flag.name: flag.default for flag in flags_of(type(config))}
     if "search" in values:

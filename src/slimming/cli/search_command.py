@@ -1,12 +1,12 @@
-"""``slimming search``: one search, from which every budget is read."""
+"""``slimming search``: one search, from which models of all budgets can be cut."""
 
 from __future__ import annotations
 
 import argparse
 
 DESCRIPTION = """\
-Train weights and soft masks together, once. Any number of budgets is cut from the result with slimming cut.
-Stopped anywhere, the same command goes on where it was.
+Train weights and soft masks together, once. slimming cut then cuts models of any number of budgets from the result.
+If it is interrupted, the same command resumes it.
 
   slimming search config.yaml --output runs/search
   slimming search --model.name deit_tiny_patch16_224 --data.source flowers/ --search.preset paper
@@ -14,14 +14,14 @@ Stopped anywhere, the same command goes on where it was.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     from slimming.cli.configs import SearchCommandConfig, add_config_options
 
     add_config_options(parser, SearchCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     from functools import partial
 
     from slimming.cli.configs import SearchCommandConfig, read_config
@@ -38,17 +38,17 @@ def execute(arguments: argparse.Namespace) -> None:
             echo(f"{directory} holds the finished search already; nothing to do.")
             return
         print_settings("search", config, directory, notes)
-        model, data, replaced = open_start(config.model, config.data, config.search.train.seed)
-        for note in replaced:
-            echo(note)
-        judge = partial(
+        model, data, messages = open_start(config.model, config.data, config.search.train.seed)
+        for message in messages:
+            echo(message)
+        evaluate_model = partial(
             evaluate,
             images=data.val,
             batch_size=min(256, config.search.train.images_per_pass),
             workers=config.search.train.workers,
         )
-        result = search(model, data, config.search, directory=directory, resume=True, evaluate=judge)
+        result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
         if is_main_process():
             result.save(directory)
-        echo(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
+        echo(f"search: done, top-1 of the masked model {100 * result.metrics['top1']:.1f} %")
         echo(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")

@@ -129,9 +129,7 @@ class DistilTask:
     def _watch(self, who: str, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
-                raise ConfigError(
-                    f"{name} of the {who} gives {type(output).__name__}, not one tensor; name another module."
-                )
+                raise ConfigError(f"{name} of the {who} gives {type(output).__name__}, not one tensor; name another.")
             self.seen[who][name] = output.float()
 
         return hook

@@ -56,7 +56,7 @@ def evaluate(
     unreadable = UnreadableCounter.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
     model.to(device)
-    advice = f"in evaluation with {batch_size} images per forward pass: lower batch_size, or raise accumulate in a run"
+    advice = f"in evaluation with {batch_size} images per forward pass: make batch_size smaller, or accumulate larger"
     with in_evaluation(model), torch.no_grad(), explain_out_of_memory(advice), autocast(device, precision):
         for batch in validation_batches(images, batch_size, rank, world_size, workers):
             unreadable.add(batch.unreadable)
