@@ -201,7 +201,7 @@ def read_tests(folder: Path, part: int) -> None:
 
     import coverage
 
-    measured = coverage.Coverage(data_file=str(folder / f"{part}.lines"), source=[str(PACKAGE)])
+    measured = coverage.Coverage(data_file=str(folder / f"{part}.lines"), config_file=False, source=[str(PACKAGE)])
     watch = Watch(measured)
     measured.start()
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:doctest", *_options(), *TESTS[part]], plugins=[watch])
