@@ -56,7 +56,33 @@ IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
 """Plugins of pytest are imported before it, with all else that every mutant needs."""
 MOST = 12.0
 """Seconds of tests that one mutant is given, by their time without it."""
-EQUIVALENT: dict[str, str] = {}
+_CHANCE = "the two differ where a float equals its limit, which happens by chance only"
+_GRID = "a size at which times are measured; tables of any sizes are right"
+_PATIENCE = "how long a measurement takes"
+EQUIVALENT: dict[str, str] = {
+    "core/completion.py:36 sorted({v.part_of_unit[unit] for unit in kept[v.name]} - heads_with_qk) -> "
+    "(list({v.part_of_unit[unit] for unit in kept[v.name]} - heads_with_qk))": "a set of small numbers is in order",
+    "core/groups.py:263 1 -> (2)": "a mask that is longer by one place, which no unit owns",
+    "masks/soft_masks.py:150 0.0 -> (1.0)": "what is not finite has no share in the average",
+    "masks/soft_masks.py:274 sorted(tensors) -> (list(tensors))": "masks go in any order",
+    "planning/knapsack.py:72 bound - worth[kept].sum() > GAP * bound -> "
+    "(bound - worth[kept].sum() >= GAP * bound)": _CHANCE,
+    "planning/knapsack.py:89 1e-30 -> (1.0)": "a scale of the solver's rows, which both sides share",
+    "planning/knapsack.py:97 1e-30 -> (1.0)": "a scale of the solver's values, which is taken out again",
+    "planning/latency_table.py:38 0.25 -> (1.25)": _GRID,
+    "planning/latency_table.py:38 0.5 -> (1.5)": _GRID,
+    "planning/latency_table.py:40 0.25 -> (1.25)": _GRID,
+    "planning/latency_table.py:42 0.25 -> (1.25)": _GRID,
+    "planning/latency_table.py:82 self.multiples[each] <= FAST -> (self.multiples[each] < FAST)": _CHANCE,
+    "planning/latency_table.py:282 1.0 -> (2.0)": _PATIENCE,
+    "planning/latency_table.py:295 5 * seconds -> (5 / seconds)": _PATIENCE,
+    "planning/planner.py:115 found[name] >= NEAR * min(limit, dense[name]) -> "
+    "(found[name] > NEAR * min(limit, dense[name]))": _CHANCE,
+    "planning/planner.py:243 gained < GAP * worth(best) -> (gained <= GAP * worth(best))": _CHANCE,
+    "planning/planner.py:246 excess < 0.01 * limits[m] -> (excess <= 0.01 * limits[m])": _CHANCE,
+    "pruning/checks.py:190 error <= EXACT -> (error < EXACT)": _CHANCE,
+    "pruning/checks.py:192 distance(before[0], ours) > 1e-6 -> (distance(before[0], ours) >= 1e-06)": _CHANCE,
+}
 """Mutants that no test can tell from the package, by their key, with the reason."""
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -201,7 +227,7 @@ def read_tests(folder: Path, part: int) -> None:
 
     import coverage
 
-    measured = coverage.Coverage(data_file=str(folder / f"{part}.lines"), source=[str(PACKAGE)])
+    measured = coverage.Coverage(data_file=str(folder / f"{part}.lines"), config_file=False, source=[str(PACKAGE)])
     watch = Watch(measured)
     measured.start()
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:doctest", *_options(), *TESTS[part]], plugins=[watch])
@@ -352,7 +378,7 @@ def main() -> None:
     if any(ended(pid) for pid in [started(partial(read_tests, folder, part)) for part in missing]):
         raise SystemExit("The lines that the tests run could not be read.")
     lines, log = Lines(folder), arguments.output.with_suffix(".jsonl")
-    # What was judged already is kept: a call that was stopped goes on.
+    # What was judged already is kept: a call that was stopped goes on, and what is tried again counts as it ended last.
     kept = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() and not arguments.again else []
     done = {(row["file"], row["start"], row["new"]): row for row in kept}
     waiting = [one for one in drawn if (one.file, one.start, one.new) not in done]
@@ -376,7 +402,6 @@ def main() -> None:
     rows.sort(key=lambda row: (row["file"], row["start"], row["new"]))
     arguments.output.with_suffix(".md").write_text(summary(rows, arguments, len(every)), "utf-8")
     arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    log.unlink()
 
 
 def preload() -> None:

@@ -181,6 +181,29 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     assert half.merged(whole).points == half.points + whole.points[len(half.points) :]
 
 
+def test_predictions_are_in_proportion_to_the_calibration(table: LatencyTable, model: nn.Module) -> None:
+    anatomy = prunable(model).anatomy
+    whole = {group.name: group.size for group in anatomy.groups}
+    plain = table.predict(anatomy, whole)
+    for calibration, factor in ((None, 1.0), (2.0, 2.0), (0.5, 0.5)):
+        scaled = LatencyTable(setting=table.setting, points=table.points, calibration=calibration)
+        assert scaled.predict(anatomy, whole) == pytest.approx(factor * plain)
+
+
+def test_merged_tables_tell_the_times_of_one_machine(table: LatencyTable) -> None:
+    """Where the block takes twice as long, all the rest does."""
+    first = LatencyTable(setting=table.setting, points=table.points[:1], reference_ms=2.0)
+    other = LatencyTable(setting=table.setting, points=table.points[1:2], reference_ms=1.0)
+    assert first.merged(other).points[1]["ms"] == 2 * table.points[1]["ms"]
+    unknown = LatencyTable(setting=table.setting, points=table.points[1:2])
+    assert first.merged(unknown).points[1]["ms"] == table.points[1]["ms"]
+
+
+def test_an_unknown_runtime_is_refused_before_anything_is_timed(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="runtime"):
+        build_latency_table(model, runtime="eagr")
+
+
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
     whole = TimedModule(model, prunable(model).anatomy.input_shape)
     clock = latency_measurement.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")

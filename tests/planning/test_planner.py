@@ -369,6 +369,17 @@ def test_a_plan_names_the_sizes_of_its_groups() -> None:
         Plan(kept={"a": (0,)}, sizes={})
 
 
+def test_the_smallest_share_is_what_no_smaller_budget_reaches() -> None:
+    planner = Planner(anatomy(), scored({"head_dim", "mlp"}, 0), FREE, partial(costs_of, anatomy()))
+    for metric in ("macs", "params"):
+        least = planner.smallest(metric)
+        assert 0 < least < 1
+        made = planner.plan(Budget(**{metric: least + 1e-9}), fold=True)
+        assert cost_of(made)[metric] == pytest.approx(least * DENSE[metric])
+        with pytest.raises(BudgetError, match="cannot be reached"):
+            planner.plan(Budget(**{metric: least - 1e-3}), fold=True)
+
+
 def test_a_chain_goes_in_its_order_whatever_its_candidates_cost() -> None:
     """A later candidate that is cheaper to lose per multiply-add still waits for the earlier one."""
     dear = Candidate(units=(("a", 0),), score=1.0, value=1.0, chain=("a", 0))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.errors import PlanError, UnsupportedModelError
 from slimming.models.traced import channels
+from slimming.pruning.checks import distance
 
 
 def small(name: str, **arguments: Any) -> nn.Module:
@@ -154,6 +155,7 @@ class Tied(nn.Module):
 def test_shared_weights_stay_whole_and_shared(tmp_path: Path) -> None:
     found = slimming.check(Tied())
     assert not found.ok
+    assert (found.covered_params, found.covered_macs, found.kinds) == (0, 0, {})
     assert all(f"c{number}.channels: it is shared by several modules" in str(found) for number in (1, 2, 3))
 
     torch.manual_seed(0)
@@ -185,3 +187,12 @@ def test_wrappers_are_named() -> None:
         slimming.describe(torch.compile(model))
     with pytest.raises(PlanError, match="A model has no scores"):
         slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore
+
+
+def test_outputs_of_other_shapes_are_infinitely_far() -> None:
+    one, other = torch.ones(2, 3), torch.ones(2, 4)
+    assert distance([one], [other]) == float("inf")
+    assert distance([one, one], [one, other]) == float("inf")
+    assert distance([], []) == float("inf")
+    assert distance([2 * one], [one]) == 0.5
+    assert distance([one, one], [one, 1.25 * one]) == 0.25

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
-from slimming.errors import NonFiniteLossError
+from slimming.errors import NonFiniteLossError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.models import activations
 from slimming.pruning import compensation
@@ -238,3 +238,10 @@ def test_images_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteLossError, match="inputs of the layers are not finite"):
         slimming.cut(model, plan, images=[image])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_measured() -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
+    plan = Plan(kept={"blocks.99.mlp.hidden": (0,)}, sizes={"blocks.99.mlp.hidden": 4})
+    with pytest.raises(PlanError, match="does not have"):
+        slimming.cut(model, plan, images=[torch.randn(2, 3, 32, 32)])

@@ -1,0 +1,134 @@
+"""Files that are whole or not there, and what is said of those that cannot be read or written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimming.core.files import (
+    FORMAT,
+    atomic_directory,
+    atomic_json,
+    atomic_write_bytes,
+    check_format,
+    check_json,
+    explain,
+    new_directory,
+    read_json,
+    read_sealed,
+    seal,
+    unseal,
+)
+from slimming.errors import CheckpointError, ConfigError, OutputError
+
+
+def test_a_new_directory_is_empty_and_may_be_there_already(tmp_path: Path) -> None:
+    assert new_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert new_directory(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(OutputError, match="is not empty"):
+        new_directory(tmp_path / "a")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        new_directory(tmp_path / "file")
+
+
+def test_what_a_block_writes_is_there_at_its_end_only(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "a" / "b") as place:
+        (place / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "c" / "d"):
+        raise KeyError
+    assert not (tmp_path / "c").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_error_inside_names_the_place_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=rf"{tmp_path}/a cannot be written"), atomic_directory(tmp_path / "a") as at:
+        raise explain(OSError(errno.EACCES, "no"), at)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write_bytes(path, b"one")
+    atomic_write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, "The disk is full"),
+        (errno.EDQUOT, "The disk is full"),
+        (errno.EACCES, r"cannot be written \(why\)"),
+    ],
+    ids=["disk", "quota", "rights"],
+)
+def test_what_the_system_says_is_told(code: int, says: str) -> None:
+    with pytest.raises(OutputError, match=says):
+        raise explain(OSError(code, "why"), Path("here"))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"a": {1: 2}}, r"x\.a has the key 1"),
+        ({"a": [0.0, float("nan")]}, r"x\.a\[1\] is nan"),
+        ({"a": (float("inf"),)}, r"x\.a\[0\] is inf"),
+        ({"a": {"b": {1, 2}}}, r"x\.a\.b is of type set"),
+    ],
+    ids=["key", "nan", "infinite", "set"],
+)
+def test_what_json_cannot_hold_is_named_by_its_place(value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_json(value, "x")
+    check_json({"a": [1, 0.5, True, None, "b", {"c": ()}]}, "x")
+
+
+def test_nothing_is_written_that_json_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"file\.json\.a is nan"):
+        atomic_json(tmp_path / "file.json", {"a": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+    atomic_json(tmp_path / "file.json", {"a": 1})
+    assert (tmp_path / "file.json").read_text() == '{\n "a": 1\n}\n'
+    assert read_json(tmp_path / "file.json") == {"a": 1}
+
+
+def test_a_seal_is_of_the_content_whatever_its_order(tmp_path: Path) -> None:
+    sealed = seal({"a": 1, "b": [2]})
+    assert unseal(sealed) == ({"a": 1, "b": [2]}, True)
+    assert unseal({"b": [2], **sealed}) == ({"a": 1, "b": [2]}, True)
+    assert unseal({**sealed, "a": 2}) == ({"a": 2, "b": [2]}, False)
+    assert unseal({"a": 1}) == ({"a": 1}, True)
+    assert unseal([1]) == ([1], True)
+    atomic_json(tmp_path / "sealed.json", sealed)
+    assert read_sealed(tmp_path / "sealed.json") == {"a": 1, "b": [2]}
+    atomic_json(tmp_path / "sealed.json", {**sealed, "a": 2})
+    with pytest.raises(CheckpointError, match="its checksum differs"):
+        read_sealed(tmp_path / "sealed.json")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"a":')
+    with pytest.raises(CheckpointError, match="is truncated or not JSON"):
+        read_json(tmp_path / "half.json")
+
+
+@pytest.mark.parametrize("value", [[], {}, {"format": "1"}], ids=["list", "nothing", "text"])
+def test_a_file_without_a_format_is_none_of_ours(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="x is not a file of slimming"):
+        check_format(value, "x")
+
+
+def test_newer_formats_are_refused_and_this_one_is_read() -> None:
+    check_format({"format": FORMAT}, "x")
+    with pytest.raises(CheckpointError, match=rf"x has format {FORMAT + 1}, this version of slimming reads up to"):
+        check_format({"format": FORMAT + 1}, "x")
