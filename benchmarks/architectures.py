@@ -108,7 +108,7 @@ def one(name: str, settings: Any) -> dict[str, Any]:
         bench=slimming.BenchConfig(batch_sizes=(1, 32)),
         note=settings.note,
     )
-    found = slimming.run(config, place / "run", say=lambda text: print(name, text, file=sys.stderr, flush=True))
+    found = slimming.run(config, place / "run", log=lambda text: print(name, text, file=sys.stderr, flush=True))
     model = slimming.load(place / "dense")
     searched, val = slimming.load_search(place / "run" / "search"), slimming.open_data(images, model).val
     for row in found["rows"]:  # the same plan without compensation

@@ -40,7 +40,7 @@ from slimming.counting.measured import count
 from slimming.models.family import ORIGIN
 from slimming.models.traced.rebuild import input_shape
 from slimming.models.traced.verification import outputs
-from slimming.pruning.checks import examine
+from slimming.pruning.checks import check_with_trial
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, None)
 """Image sizes to try, the smallest that a model takes is used; None is its own."""
@@ -301,7 +301,7 @@ def in_process(work: Callable[[], dict[str, Any]], seconds: int) -> dict[str, An
 
 def judge(model: nn.Module, path: Path, onnx: bool) -> dict[str, Any]:
     """Run the contract, and leave the slim model with its output at ``path``."""
-    found, trial = examine(model)
+    found, trial = check_with_trial(model)
     reason = next((f"{step.name}: {step.detail}" for step in found.steps if not step.held), None)
     result: dict[str, Any] = {
         "ok": found.ok,

@@ -21,7 +21,7 @@ import torch
 import slimming
 from common import FIRST_ORDER, parser, store, table
 from slimming import demo
-from slimming.cli.jobs import from_values
+from slimming.cli.configs import config_from_values
 
 SETS = {
     "head dimensions, hidden units": ("head_dim", "mlp"),
@@ -58,7 +58,7 @@ def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
     """One run; the numbers of its budgets."""
     known, _, variant = name.rpartition(", ") if name not in SETS else (name, "", "")
     kinds = SETS[known]
-    base: slimming.RunConfig = from_values(slimming.RunConfig, demo.settings())
+    base: slimming.RunConfig = config_from_values(slimming.RunConfig, demo.settings())
     search = dataclasses.replace(base.search.train, steps=settings.search_steps, seed=seed, eval_every=0)
     config = dataclasses.replace(
         base,
@@ -73,7 +73,7 @@ def one(name: str, seed: int, settings: Any) -> list[dict[str, Any]]:
         retrain=dataclasses.replace(base.retrain, steps=settings.retrain_steps, seed=seed, eval_every=0),
     )
     place = settings.work / f"{seed}-{name.replace(', ', '-').replace(' ', '-')}"
-    found = slimming.run(config, place, say=lambda text: print(name, text, file=sys.stderr, flush=True))
+    found = slimming.run(config, place, log=lambda text: print(name, text, file=sys.stderr, flush=True))
     dense = found["dense"]
     return [
         {

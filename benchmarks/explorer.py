@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 import slimming
 from common import Spread, parser, table, write
-from slimming.planning.scores import Scores, save_scores
+from slimming.planning.scores import ScoredModel, save_scores
 from slimming.report import write_comparison
 from slimming.report.explored import Explored
 from slimming.report.model import Picture
@@ -40,7 +40,7 @@ def searched(name: str, directory: Path) -> None:
     """Leave what the explorer reads of a search: random scores of ``name``."""
     masks = slimming.attach(timm.create_model(name))
     scores = {group: torch.rand(mask.shape) for group, mask in masks.items()}
-    save_scores(directory / SCORES_FILE, Scores(anatomy=masks.anatomy, scores=scores))
+    save_scores(directory / SCORES_FILE, ScoredModel(anatomy=masks.anatomy, scores=scores))
     (directory / RECORD).write_text("{}", "utf-8")
 
 

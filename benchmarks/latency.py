@@ -30,7 +30,7 @@ from common import parser, ratios, table, write
 from slimming.benchmarking.runtimes import prepare
 from slimming.benchmarking.timing import paired_times
 from slimming.core.completion import complete
-from slimming.masks.attachment import prunable, searched
+from slimming.masks.attachment import prunable, select_kinds
 from slimming.planning.latency_table import ONE_SIZE, UNEVEN
 
 MODELS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50", "mobilenetv3_large_100")
@@ -74,7 +74,9 @@ def one(name: str, settings: Any) -> dict[str, Any]:
     start = time.perf_counter()
     every = slimming.describe(dense)
     by_dimension = any(group.kind == "head_dim" for group in every)
-    kinds = {group.kind for group in every} - {"head"} if by_dimension else {group.kind for group in searched(every)}
+    kinds = (
+        {group.kind for group in every} - {"head"} if by_dimension else {group.kind for group in select_kinds(every)}
+    )
     known = slimming.build_latency_table(
         dense,
         batch_size=settings.batch_size,
@@ -82,11 +84,11 @@ def one(name: str, settings: Any) -> dict[str, Any]:
         kinds=sorted(kinds),
         uneven_heads=settings.uneven_heads,
         path=path,
-        say=print,
+        log=print,
     )
     seconds = time.perf_counter() - start
     masked = copy.deepcopy(dense)
-    masks = slimming.attach(masked, searched(slimming.describe(masked), sorted(kinds)))
+    masks = slimming.attach(masked, select_kinds(slimming.describe(masked), sorted(kinds)))
     sets = [names for names in SETS if kinds.issuperset(names)] if by_dimension else [tuple(sorted(kinds))]
     scattered = [scatter(number, sets, dense, masked, masks, known, settings) for number in range(settings.plans)]
     shares = SHARES if settings.runtime == "eager" and not settings.uneven_heads else ()

@@ -98,7 +98,7 @@ def main() -> None:
         )
         found["run(config)"] = dict(
             walk(
-                lambda: slimming.run(config, Path(directory) / "run", say=lambda line: None),
+                lambda: slimming.run(config, Path(directory) / "run", log=lambda line: None),
                 lambda value: isinstance(value, slimming.RunConfig),
             )
         )

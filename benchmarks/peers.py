@@ -13,7 +13,7 @@ from timm.layers.mlp import Mlp
 from torch import nn
 
 from slimming.counting.measured import count
-from slimming.retraining.slimmable import settle_norms_
+from slimming.retraining.slimmable import recalibrate_batch_norms_
 
 
 def theirs(subject: Any, method: str, kinds: tuple[str, ...] | None, budget: float, seed: int) -> nn.Module:
@@ -35,7 +35,7 @@ def theirs(subject: Any, method: str, kinds: tuple[str, ...] | None, budget: flo
     if best is None:
         raise RuntimeError(f"{method} cannot reach {budget}")
     if "BatchNorm anew" in method:
-        settle_norms_(best[1], [images for images, _ in subject.calibration(seed)])
+        recalibrate_batch_norms_(best[1], [images for images, _ in subject.calibration(seed)])
     return best[1]
 
 

@@ -25,8 +25,8 @@ import jsonargparse
 import tyro
 
 from slimming import Budget, DataConfig, ModelConfig, RunConfig
+from slimming.cli.configs import config_from_values, read_config
 from slimming.cli.entry import make_parser
-from slimming.cli.jobs import from_values, read_job
 
 NEEDED = {"model": {"name": "m"}, "data": {"source": "d"}, "budgets": [{"macs": 0.5}]}
 FILES: tuple[dict[str, Any], ...] = (
@@ -60,7 +60,7 @@ FLAGS = (
 
 
 def by_slimming(values: Mapping[str, Any]) -> Any:
-    return from_values(RunConfig, values)
+    return config_from_values(RunConfig, values)
 
 
 def by_jsonargparse(values: Mapping[str, Any]) -> Any:
@@ -71,7 +71,7 @@ def by_jsonargparse(values: Mapping[str, Any]) -> Any:
 
 def flags_by_slimming(words: list[str]) -> Any:
     needed = ["--model.name", "m", "--data.source", "d", *([] if "--budget" in words else ["--budget", "macs=0.5"])]
-    return read_job(RunConfig, make_parser("run").parse_args([*needed, *words]))[0]
+    return read_config(RunConfig, make_parser("run").parse_args([*needed, *words]))[0]
 
 
 def flags_by_jsonargparse(words: list[str]) -> Any:

@@ -26,7 +26,7 @@ from accuracy import EMBEDDED, recipe, spread
 from common import FIRST_ORDER, parser, store, table
 from slimming.core.kinds import KINDS
 from slimming.counting.model_cost import per_group
-from slimming.masks.attachment import prunable, searched
+from slimming.masks.attachment import prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.training.batches import calibration_images
 from slimming.training.distillation import DistilTask
@@ -164,7 +164,7 @@ def unit_macs(model: nn.Module) -> dict[str, float]:
     anatomy = prunable(model).anatomy
     costs = per_group(anatomy, {group.name: group.size for group in anatomy.groups})
     found: dict[str, float] = {}
-    for group in searched(slimming.describe(model), None):
+    for group in select_kinds(slimming.describe(model), None):
         found[group.kind] = found.get(group.kind, 0.0) + float(costs[group.name].macs)
     return found
 

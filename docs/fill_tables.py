@@ -4,45 +4,55 @@
     python docs/fill_tables.py --check    only say which files are out of date
 
 A part lies between ``<!-- KIND:NAME -->`` and ``<!-- /KIND:NAME -->``. Kinds: ``results`` (a table of
-``benchmarks/results/NAME.json`` or ``NAME.md``), ``config`` (the fields of a dataclass of settings) and
-``api`` (signature and first sentence of a public name).
+``benchmarks/results/NAME.json`` or ``NAME.md``), ``summary`` (a short table of one of these files), ``registry`` (the
+entries of a registry of the package), ``config`` (the fields of a dataclass of settings) and ``api`` (signature and
+first sentence of a public name).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import slimming
+from slimming.core.kinds import KINDS
+from slimming.scoring.registry import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PART = re.compile(r"(<!-- (results|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (results|summary|registry|config|api):([\w.]+) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL)
 
-CONFIGS = {
-    "RunConfig": "slimming.runs.config",
-    "ModelConfig": "slimming.runs.setup",
-    "DataConfig": "slimming.training.config",
-    "SearchConfig": "slimming.searching.config",
-    "Layout": "slimming.plan",
-    "TrainConfig": "slimming.training.config",
-    "DistilConfig": "slimming.retraining.retrain",
-    "Budget": "slimming.plan",
-    "BenchConfig": "slimming.runs.results",
-}
+COLOURS = re.compile(r"\x1b?\[\d+m")
+"""Colours of a terminal, which messages of other tools bring along."""
+
+CONFIGS = (
+    "RunConfig",
+    "ModelConfig",
+    "DataConfig",
+    "SearchConfig",
+    "Layout",
+    "TrainConfig",
+    "DistilConfig",
+    "Budget",
+    "BenchConfig",
+)
+"""Public dataclasses of settings, each with a table in docs/configuration.md."""
+TORCH_PRUNING = ("magnitude", "taylor", "hessian")
+"""How the criteria of Torch-Pruning begin in the names of methods in ``accuracy.json``."""
 
 
 def documents() -> list[Path]:
-    """README.md and every page below docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README.md, every page below docs/ and the notes on benchmarks."""
+    notes = (ROOT / "benchmarks" / "notes").glob("*.md")
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes)]
 
 
 def filled(text: str) -> str:
@@ -53,13 +63,14 @@ def filled(text: str) -> str:
 def results_table(name: str) -> str:
     """The table of a committed result, or a line that says that there is none yet."""
     path = RESULTS / f"{name}.json"
-    if path.exists():
-        content = json.loads(path.read_text("utf-8"))
-        if "dense" in content and isinstance(content.get("rows"), list):  # of a run
-            return run_table(content)
-        written = path.with_suffix(".md").read_text("utf-8").strip()
-        return "\n".join(line for line in written.splitlines() if not line.startswith("# ")).strip()
-    return f"*Not measured yet: `benchmarks/results/{name}.json` does not exist.*"
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if "dense" in content and isinstance(content.get("rows"), list):  # of a run
+        return run_table(content)
+    written = path.with_suffix(".md")
+    if written.exists():
+        lines = [line for line in written.read_text("utf-8").splitlines() if not line.startswith("# ")]
+        return COLOURS.sub("", "\n".join(lines)).strip()
+    return f"*Not measured yet: `benchmarks/results/{name}.md` does not exist.*"
 
 
 def run_table(results: Mapping[str, Any]) -> str:
@@ -93,6 +104,76 @@ def run_table(results: Mapping[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
 
 
+def summary(name: str) -> str:
+    """A short table of a committed result."""
+    content = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    header, rows = SUMMARIES[name](content)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo_summary(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Size, speed and accuracy of the models of the demo: header and rows."""
+    sizes = list(results["dense"]["latency_ms"])
+    header = ["model", "params", "MACs", *(f"speed-up, batch {size}" for size in sizes)]
+    header += ["top-1, one-shot, no training", "top-1, search and retraining"]
+    rows = []
+    for row in (results["dense"], *results["rows"]):
+        slim = row is not results["dense"]
+        cells = [row["name"].replace("macs-0.", "MACs × 0."), f"{row['params'] / 1e6:.2f} M"]
+        cells.append(f"{row['macs'] / 1e6:.1f} M")
+        cells += [f"{row['speedup'][size]['median']:.2f}×" if slim else "1" for size in sizes]
+        rows.append([*cells, f"{row['top1_one_shot' if slim else 'top1']:.1%}", f"{row['top1']:.1%}" if slim else ""])
+    return header, rows
+
+
+def accuracy_summary(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One-shot, search and the best criterion of Torch-Pruning, after the cut and retrained: header and rows.
+
+    Means over seeds; retrained for the longest time that was tried.
+    """
+    methods = ("one-shot", "search", "Torch-Pruning")
+    header = ["model", "dense", "MACs left", *(f"cut: {method}" for method in methods)]
+    header += ["epochs", *(f"retrained: {method}" for method in methods)]
+    rows = []
+    for model, dense in content["dense"].items():
+        top1 = f"{mean(dense['top1'].values()):.1%}"
+        for budget in ("0.5", "0.3"):
+            cut, retrained = _by_method(content["rows"], model, budget)
+            longest = max(retrained["one-shot"], key=float)
+            after = {method: values[longest] for method, values in retrained.items() if longest in values}
+            cells = [model, top1, f"{float(budget):.0%}", *_three(cut)]
+            rows.append([*cells, f"{float(longest):g}", *_three(after)])
+    return header, rows
+
+
+def _by_method(
+    rows: Mapping[str, Any], model: str, budget: str
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Mean top-1 over seeds: method -> straight after the cut, and method -> epochs -> retrained."""
+    cut: dict[str, list[float]] = {}
+    retrained: dict[str, dict[str, list[float]]] = {}
+    for key, row in rows.items():
+        of, part, method, share, _ = key.split("/")
+        if (of, part, share) == (model, "all", budget):
+            cut.setdefault(method, []).append(row["top1"])
+            for epochs, top1 in row["retrained"].items():
+                retrained.setdefault(method, {}).setdefault(epochs, []).append(top1)
+    means = {method: {epochs: mean(top1) for epochs, top1 in found.items()} for method, found in retrained.items()}
+    return {method: mean(top1) for method, top1 in cut.items()}, means
+
+
+def _three(top1: Mapping[str, float]) -> list[str]:
+    best = max(value for method, value in top1.items() if method.startswith(TORCH_PRUNING))
+    return [f"{value:.1%}" for value in (top1["one-shot"], top1["search"], best)]
+
+
+SUMMARIES: Mapping[str, Callable[[Mapping[str, Any]], tuple[list[str], list[list[str]]]]] = {
+    "demo": demo_summary,
+    "accuracy": accuracy_summary,
+}
+
+
 def _spread(value: Mapping[str, float], digits: int, unit: str = "") -> str:
     return f"{value['median']:.{digits}f}{unit} ({value['p25']:.{digits}f}–{value['p75']:.{digits}f})"
 
@@ -103,7 +184,7 @@ def _percent(value: float) -> str:
 
 def config_table(name: str) -> str:
     """Key, default and meaning of every field of a dataclass of settings."""
-    cls = getattr(importlib.import_module(CONFIGS[name]), name)
+    cls = getattr(slimming, name)
     meanings = attributes(cls)
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
@@ -187,8 +268,41 @@ def _signature(name: str, value: Any) -> str:
     return f"slimming.{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){arrow}"
 
 
+def registry(name: str) -> str:
+    """The names of a registry of the package with their descriptions."""
+    header, rows = REGISTRIES[name]()
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def scores() -> tuple[list[str], list[list[str]]]:
+    """Every score: name, definition, and what it is computed from."""
+    rows = []
+    for name, score in SCORES.items():
+        needs = [
+            "images" if score.needs_images else "",
+            "labels" if score.needs_labels else "",
+            "" if score.one_shot else "a search",
+        ]
+        rows.append([f"`{name}`", score.description, ", ".join(filter(None, needs)) or "weights only"])
+    return ["score", "definition", "needs"], rows
+
+
+def kinds() -> tuple[list[str], list[list[str]]]:
+    """Every kind of unit: name, unit, and whether it has to be asked for."""
+    rows = [
+        [f"`{name}`", kind.description, "on request" if kind.on_request else "by default"]
+        for name, kind in KINDS.items()
+    ]
+    return ["kind", "unit", "pruned"], rows
+
+
+REGISTRIES: Mapping[str, Callable[[], tuple[list[str], list[list[str]]]]] = {"scores": scores, "kinds": kinds}
+
 MAKERS: Mapping[str, Callable[[str], str]] = {
     "results": results_table,
+    "summary": summary,
+    "registry": registry,
     "config": config_table,
     "api": api_entry,
 }

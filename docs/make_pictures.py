@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from slimming.report.markup import Html, join, svg, tag
+from slimming.report import rendering
+from slimming.report.charts import Figure, lines, look
 from slimming.report.model import Kept, Layer, Row, Tokens, parse
-from slimming.report.plot import Axis, Point, Series, chart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,18 +29,39 @@ BUDGETS = {0.3: "#0b7568", 0.5: "#4fa79b", 0.7: "#a5d3cc"}
 """Budget -> colour of the units that the model of this budget is the smallest to keep."""
 STYLE = f"""svg{{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}}
 text{{font-size:12px;fill:{INK}}}.soft,.tick{{font-size:11px;fill:{SOFT}}}.title{{font-size:11px;fill:{SOFT};font-weight:600}}
-.head{{font-weight:600}}.mid{{text-anchor:middle}}.end{{text-anchor:end}}.grid{{stroke:{GONE}}}.axis{{stroke:{SOFT}}}
-.rule{{stroke:{INK};stroke-dasharray:2 3}}
-.curve{{fill:none;stroke-width:2}}.arrow{{stroke:{SOFT};stroke-width:1.5;fill:none}}"""
+.head{{font-weight:600}}.mid{{text-anchor:middle}}.end{{text-anchor:end}}
+.arrow{{stroke:{SOFT};stroke-width:1.5;fill:none}}"""
 METHODS = {
-    "one-shot": ("one shot", "#0b7568", ""),
-    "search": ("search", "#1d61a4", "7 3"),
-    "paper": ("the paper's search", "#6b4c9a", "2 3"),
-    "hessian, global": ("Torch-Pruning, hessian", "#a34a00", ""),
-    "taylor, global": ("Torch-Pruning, taylor", "#c98f4e", "7 3"),
-    "magnitude, global": ("Torch-Pruning, magnitude", "#8a8f96", ""),
-    "random, per layer": ("random", "#b9bec4", "2 3"),
+    "one-shot": ("one shot", "#0b7568"),
+    "search": ("search", "#1d61a4"),
+    "paper": ("the paper's search", "#6b4c9a"),
+    "hessian, global": ("Torch-Pruning, hessian", "#a34a00"),
+    "taylor, global": ("Torch-Pruning, taylor", "#c98f4e"),
+    "magnitude, global": ("Torch-Pruning, magnitude", "#8a8f96"),
+    "random, per layer": ("random", "#b9bec4"),
 }
+
+
+class Html(str):
+    """Text that is markup already; any other string is escaped before it enters a picture."""
+
+
+def join(*children: Any) -> Html:
+    """Children one after another, escaped where they are not markup; None is left out, lists are opened."""
+    parts = [join(*child) if isinstance(child, list | tuple) else child for child in children if child is not None]
+    return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
+
+
+def tag(name: str, /, *children: Any, **attributes: str | int | float | None) -> Html:
+    """An element; underscores of attributes become hyphens, and coordinates have two digits."""
+    values = {
+        key.rstrip("_").replace("_", "-"): f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+        for key, value in attributes.items()
+        if value is not None
+    }
+    head = "".join(f' {key}="{escape(str(value))}"' for key, value in values.items())
+    inside = join(*children)
+    return Html(f"<{name}{head}>{inside}</{name}>" if inside else f"<{name}{head}/>")
 
 
 def text(words: str | int, x: float, y: float, class_: str | None = None, **more: str) -> Html:
@@ -55,8 +77,9 @@ def box(x: float, y: float, width: float, height: float, colour: str, **more: An
 def drawing(width: float, height: float, label: str, *parts: Any) -> str:
     """A picture that stands alone: with its style, on white."""
     ground = box(0, 0, width, height, "#fff")
-    picture = svg(float(width), float(height), label, tag("style", Html(STYLE)), ground, *parts)
-    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+    size = {"viewBox": f"0 0 {width:g} {height:g}", "width": float(width), "height": float(height)}
+    content = tag("style", Html(STYLE)), ground, *parts
+    return tag("svg", *content, xmlns="http://www.w3.org/2000/svg", **size, role="img", aria_label=label) + "\n"
 
 
 def accuracy() -> str:
@@ -67,25 +90,18 @@ def accuracy() -> str:
         model, part, method, budget, _ = key.split("/")
         if (model, part) == ("vit-cifar10", "all"):
             found[method][budget].append((100 * row["macs"], 100 * row["top1"]))
-    dense = content["dense"]["vit-cifar10"]["top1"]["0"]
-    series = []
-    for method, (name, colour, dash) in METHODS.items():
-        points = [Point(x=mean(x for x, _ in seeds), y=mean(y for _, y in seeds)) for seeds in found[method].values()]
-        points = sorted([*points, Point(x=100.0, y=100 * dense)], key=lambda point: point.x)
-        series.append(Series(name=name, points=points, colour=colour, dash=dash, marker="dot"))
+    dense = 100 * content["dense"]["vit-cifar10"]["top1"]["0"]
+    records, styles = [], {}
+    for place, (method, (name, colour)) in enumerate(METHODS.items()):
+        points = [(mean(x for x, _ in seeds), mean(y for _, y in seeds)) for seeds in found[method].values()]
+        styles[name] = look(place, colour)
+        records += [{"series": name, "x": x, "y": y} for x, y in sorted([*points, (100.0, dense)])]
+    x, y = "multiply-adds left, %", "top-1 straight after the cut, %"
     label = "Top-1 straight after the cut over the multiply-adds that are left, one line per method."
-    size = (470.0, 300.0)
-    axes = Axis(title="multiply-adds left, %", low=28.0, high=101.0), Axis(title="top-1 straight after the cut, %")
-    plot = chart(series[::-1], *axes, label=label, rule=100 * dense, size=size)
-    rows = []
-    for place, one in enumerate(series):
-        y = 40 + 22 * place
-        line = tag(
-            "line", x1=490, x2=520, y1=y, y2=y, class_="curve", stroke=one.colour, stroke_dasharray=one.dash or None
-        )
-        rows.append(join(line, text(one.name, 528, y + 4)))
-    rows.append(join(tag("line", x1=490, x2=520, y1=194, y2=194, class_="rule"), text("dense", 528, 198)))
-    return drawing(690, 310, label, plot, rows)
+    chart = lines(records, styles, {"series": "method", "x": x, "y": y}, x=x, y=y, x_domain=[28, 101], rule=dense,
+                  size=(620, 300))  # fmt: skip
+    figure = Figure(title="Dotted: the dense model", told=label, chart=chart, data={"points": records})
+    return rendering.files([figure], 0)["svg"].decode() + "\n"
 
 
 def structure(name: str = "macs-0.30") -> str:
@@ -97,9 +113,10 @@ def structure(name: str = "macs-0.30") -> str:
         text("hidden units of the MLP", 352, 20, "title"),
         text("patches that are seen", 560, 20, "title"),
     ]
-    for place, layer in enumerate(row.layers):
+    layers = row.layers or ()
+    for place, layer in enumerate(layers):
         parts.append(layer_picture(layer, place, 34 + 58 * place))
-    bottom = 34 + 58 * len(row.layers)
+    bottom = 34 + 58 * len(layers)
     parts.append(text(_sentence(row, results.dense), 12, bottom + 14, "soft"))
     label = f"What stays of the demo's Vision Transformer at {name}: heads, hidden units and patches of each layer."
     return drawing(720, bottom + 28, label, parts)
@@ -116,7 +133,7 @@ def _sentence(row: Row, dense: Row) -> str:
 def layer_picture(layer: Layer, place: int, y: float) -> Html:
     """One layer of `structure`, 50 pixels high."""
     parts = [text(f"layer {place + 1}", 12, y + 22, "soft")]
-    for head, (qk, v) in enumerate(zip(layer.qk, layer.v, strict=True)):
+    for head, (qk, v) in enumerate(zip(layer.per_head("qk"), layer.per_head("v"), strict=True)):
         x = 60 + 92 * head
         parts += [bar(qk, x, y + 4, 84, QK), bar(v, x, y + 22, 84, V)]
     if layer.mlp:
@@ -140,10 +157,11 @@ def bar(kept: Kept, x: float, y: float, width: float, colour: str, height: float
 
 def patches(tokens: Tokens, x: float, y: float) -> Html:
     """The grid of patches, those that stay in colour."""
-    size = 48 / tokens.rows
+    rows, columns = tokens.grid
+    size = 48 / rows
     cells = []
-    for index in range(tokens.rows * tokens.columns):
-        row, column = divmod(index, tokens.columns)
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
         colour = TOKEN if index in tokens.kept else GONE
         cells.append(box(x + column * size, y + row * size, size - 0.8, size - 0.8, colour))
     return join(cells)

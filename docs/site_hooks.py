@@ -1,7 +1,7 @@
 """Make the pages of the site that are no files of docs/; MkDocs calls the functions `on_…`.
 
 - README.md is the first page; CONTRIBUTING.md and CHANGELOG.md have a page each.
-- ``benchmarks/``: a page for every committed result, and benchmarks/README.md.
+- ``benchmarks/``: a page for every committed result with the note on it in benchmarks/notes, and benchmarks/README.md.
 - ``reference/``: docstrings of the public names, divided like api.md, and of the modules in `MODULES`.
 - ``commands.md``: the help of every command.
 
@@ -33,6 +33,7 @@ import fill_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NOTES = ROOT / "benchmarks" / "notes"
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -41,6 +42,8 @@ PAGES = {
 }
 """Pages that lie outside docs/: place in the repository -> place in the site."""
 ORIGINS = {site: source for source, site in PAGES.items()}
+HAS_PAGE = {"coverage": "models.md"}
+"""Results whose table is a page of docs/: they have no other page."""
 MODULES = {
     "Errors": ("slimming.errors",),
     "Training": ("slimming.training.tasks", "slimming.training.samples"),
@@ -50,8 +53,10 @@ MODULES = {
 """Modules whose docstrings are shown whole, for those who build on them: title -> modules."""
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-MATHS = re.compile(r"\$([^$]+)\$")
-MARKER = re.compile(r"^<!-- /?(results|config|api):[\w.]+ -->$", re.MULTILINE)
+MATHS = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$")
+MARKER = re.compile(r"^<!-- /?(results|summary|registry|config|api):[\w.]+ -->$", re.MULTILINE)
+TABLE_LINK = re.compile(r"^Table: .*\n", re.MULTILINE)
+"""The line of a note that leads to its table, which stands below it in the site."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -96,8 +101,11 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def formula(found: re.Match[str]) -> str:
-    """MathML of a formula, on one line."""
-    return latex2mathml.converter.convert(" ".join(found[1].split())).replace("\n", "")
+    """MathML of a formula, on one line; between double signs it is set apart."""
+    display = "block" if found[1] else "inline"
+    maths = latex2mathml.converter.convert(" ".join((found[1] or found[2]).split()), display).replace("\n", "")
+    # Markdown takes <math> at the beginning of a line for a paragraph of its own.
+    return maths if found[1] else f"<span>{maths}</span>"
 
 
 def in_repository(target: str, here: str) -> str | None:
@@ -119,7 +127,7 @@ def linked_files(text: str, here: str) -> set[str]:
     found: set[str] = set()
     for target in LINK.findall("".join(CODE.split(text)[::2])):
         path = in_repository(target, here)
-        if path and path not in PAGES and not path.startswith("docs/") and (ROOT / path).is_file():
+        if path and not page_of(path) and (ROOT / path).is_file():
             found.add(path)
     return found
 
@@ -130,8 +138,18 @@ def aim(target: str, here: str) -> str:
     if path is None:
         return target
     _, mark, anchor = target.partition("#")
-    site = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path) or as_file(path)
+    site = page_of(path) or as_file(path)
     return posixpath.relpath(site, posixpath.dirname(here) or ".") + mark + anchor
+
+
+def page_of(path: str) -> str | None:
+    """The place in the site of a page or picture of the repository; None for other files."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    result = re.fullmatch(r"benchmarks/(?:results|notes)/(\w+)\.md", path)
+    if result and result[1] in result_names():
+        return HAS_PAGE.get(result[1], f"benchmarks/{result[1]}.md")
+    return PAGES.get(path)
 
 
 def expanded(nav: list[Any], files: Files) -> list[Any]:
@@ -151,18 +169,28 @@ def expanded(nav: list[Any], files: Files) -> list[Any]:
 
 
 def benchmarks() -> Iterator[tuple[str, str]]:
-    """A page for every committed result: what is asked, how it is made, the table, the picture, all numbers."""
+    """A page for every committed result: what is asked, how it is made, what it shows, the table, all numbers."""
     questions = benchmark_questions()
-    for path in sorted(RESULTS.glob("*.json")):
-        name = path.stem
-        if not path.with_suffix(".md").exists() and name != "demo":
+    for name in result_names():
+        if name in HAS_PAGE:
             continue
-        up = "../../benchmarks/results"
-        parts = [f"# {name.replace('_', ' ').capitalize()}", questions.get(name, ""), fill_tables.results_table(name)]
-        if path.with_suffix(".svg").exists():
-            parts.append(f"![{name}: the picture of the table above]({up}/{name}.svg)")
-        parts.append(f"[All numbers, with settings, machine and versions]({up}/{name}.json)")
+        ORIGINS[f"benchmarks/{name}.md"] = f"benchmarks/notes/{name}.md"
+        note = NOTES / f"{name}.md"
+        parts = [f"# {name.replace('_', ' ').capitalize()}", questions.get(name, "")]
+        if note.exists():
+            parts = [*TABLE_LINK.sub(questions.get(name, "") + "\n", note.read_text("utf-8")).split("\n\n")]
+            parts.append("## The table")
+        parts.append(fill_tables.results_table(name))
+        if (RESULTS / f"{name}.svg").exists():
+            parts.append(f"![{name}: the picture of the table above](../results/{name}.svg)")
+        if (RESULTS / f"{name}.json").exists():
+            parts.append(f"[All numbers, with settings, machine and versions](../results/{name}.json)")
         yield f"benchmarks/{name}.md", "\n\n".join(part for part in parts if part)
+
+
+def result_names() -> list[str]:
+    """Results with a table; that of the demo is made from its numbers."""
+    return sorted({path.stem for path in RESULTS.glob("*.md")} | {"demo"})
 
 
 def benchmark_questions() -> dict[str, str]:
@@ -196,7 +224,7 @@ def reference() -> Iterator[tuple[str, str]]:
 
 
 def public_name(name: str) -> str:
-    """The docstring of one public name. It is named by where it lies, since `slimming.plan` is a module too."""
+    """The docstring of one public name, which Griffe finds where it is defined."""
     value = getattr(slimming, name)
     where = f"{value.__module__}.{value.__qualname__}"
     return f"::: {where}\n    options:\n      heading: slimming.{name}\n      toc_label: {name}"

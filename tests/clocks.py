@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimming.models.family import Timed
+from slimming.models.family import TimedModule
 
 
 class CountingClock:
-    """In place of `latency_table.Clock`: a piece takes as long as the operations that torch counts in it.
+    """In place of `latency_measurement.Clock`: a layer takes as long as the operations that torch counts in it.
 
     Attributes:
         asked: how often any such clock was asked for a time.
@@ -25,7 +25,7 @@ class CountingClock:
     def reference(self, seconds: float) -> float:
         return 1.0
 
-    def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+    def times(self, timed: TimedModule, seconds: float, reference_ms: float) -> dict[str, Any]:
         CountingClock.asked += 1
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             timed.module(torch.zeros(1, *timed.shape))

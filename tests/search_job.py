@@ -14,7 +14,7 @@ import timm
 import torch
 
 import slimming
-from slimming.training.processes import processes
+from slimming.training.distributed import distributed_state
 
 STEPS = 12
 
@@ -32,7 +32,7 @@ def main(source: str, out: str, resume: bool) -> None:
     )
     config = dataclasses.replace(base, train=train, mask_lr=10.0, sensitivity=128)
     result = slimming.search(model, data, config, directory=out, resume=resume)
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         # By scores alone: what cutting a kind does is near 0 in a model as small and as young as this one, and differs
         # in digits that no one promises.
         alone = dataclasses.replace(result, sensitivity=None)

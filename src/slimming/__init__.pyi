@@ -11,8 +11,8 @@ from .masks.attachment import attach as attach
 from .masks.attachment import describe as describe
 from .planning.budgeting import plan as plan
 from .planning.budgeting import plans as plans
+from .planning.latency_measurement import build_latency_table as build_latency_table
 from .planning.latency_table import LatencyTable as LatencyTable
-from .planning.latency_table import build_latency_table as build_latency_table
 from .pruning.checks import Check as Check
 from .pruning.checks import check as check
 from .pruning.costs import cost as cost
@@ -21,13 +21,13 @@ from .publishing.publish import as_transformers as as_transformers
 from .publishing.publish import push_to_hub as push_to_hub
 from .publishing.publish import register_with_timm as register_with_timm
 from .publishing.publish import register_with_transformers as register_with_transformers
+from .retraining.config import DistilConfig as DistilConfig
 from .retraining.progressive import train_progressive as train_progressive
-from .retraining.retrain import DistilConfig as DistilConfig
 from .retraining.retrain import train as train
 from .retraining.slimmable import train_slimmable as train_slimmable
+from .runs.config import ModelConfig as ModelConfig
 from .runs.config import RunConfig as RunConfig
 from .runs.pipeline import run as run
-from .runs.setup import ModelConfig as ModelConfig
 from .runs.setup import load_images as load_images
 from .runs.setup import open_data as open_data
 from .runs.setup import open_model as open_model

@@ -1,19 +1,19 @@
-"""Every error that slimming raises on purpose.
+"""Exceptions of slimming.
 
     SlimmingError
-     ├── UnsupportedModelError   no family reads the model, or a part that was asked for is not covered
-     ├── PlanError               a plan (or a set of groups) that does not fit the model
-     ├── BudgetError             a budget that is malformed or cannot be reached
-     ├── CheckpointError         a checkpoint that is missing, damaged, of a newer format or of another model
-     ├── ConfigError             a setting that is unknown, malformed or without effect
-     ├── DataError               data that is missing, empty, unreadable or inconsistent
-     ├── OutputError             an output place that is occupied, not writable or full
-     ├── ParityError             an exported file does not say what the model says
-     ├── NonFiniteLossError      training met a loss or a gradient that is NaN or infinite
+     ├── UnsupportedModelError   the model, or a part of it that was named, is not supported
+     ├── PlanError               a plan, or a set of groups, does not fit the model
+     ├── BudgetError             a budget is malformed or cannot be reached
+     ├── CheckpointError         a checkpoint is missing, damaged, of a newer format or of another model
+     ├── ConfigError             a setting is unknown, malformed or without effect
+     ├── DataError               data is missing, empty, unreadable or inconsistent
+     ├── OutputError             an output file or directory exists already, is not writable, or the disk is full
+     ├── ParityError             the outputs of an exported file differ from those of the model
+     ├── NonFiniteLossError      a loss or a gradient in training is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
      └── Interrupted             training was stopped by the user, after its state was saved
 
-Each message is for the person who made the mistake: what is wrong, where, and how to mend it.
+A message says what is wrong, where, and how to correct it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from collections.abc import Iterable
 
 
 class SlimmingError(Exception):
-    """Base of every error that slimming raises on purpose."""
+    """Base class of the exceptions of slimming."""
 
 
 class UnsupportedModelError(SlimmingError):
-    """No family reads the model, or a part that was asked for is not covered."""
+    """The model, or a part of it that was named, is not supported."""
 
 
 class PlanError(SlimmingError):
@@ -51,19 +51,19 @@ class DataError(SlimmingError):
 
 
 class OutputError(SlimmingError):
-    """An output place is occupied, not writable or full."""
+    """An output file or directory exists already, is not writable, or the disk is full."""
 
 
 class ParityError(SlimmingError):
-    """An exported file does not say what the model says."""
+    """The outputs of an exported file differ from those of the model."""
 
 
 class NonFiniteLossError(SlimmingError):
-    """Training met a loss or a gradient that is NaN or infinite."""
+    """A loss or a gradient in training is NaN or infinite."""
 
 
 class MissingExtraError(SlimmingError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message says how to install it."""
 
 
 class Interrupted(SlimmingError):
@@ -71,12 +71,12 @@ class Interrupted(SlimmingError):
 
 
 def nearest(name: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``name``, or an empty string.
+    """Return ``" Did you mean 'x'?"`` for the candidate closest to ``name``, or an empty string if none is close.
 
-    ``prefix`` is written before the candidate, and not compared.
+    ``prefix`` is written before the candidate but not compared.
 
     >>> nearest("batchsize", ["batch_size", "lr"], "train.")
     " Did you mean 'train.batch_size'?"
     """
-    found = difflib.get_close_matches(name, list(candidates), n=1)
-    return f" Did you mean {prefix + found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(name, list(candidates), n=1)
+    return f" Did you mean {prefix + matches[0]!r}?" if matches else ""

@@ -32,7 +32,7 @@ from slimming.core.files import atomic_directory, atomic_json, atomic_write_text
 from slimming.core.layout import Layout
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
-from slimming.planning.scores import Scores, load_scores, save_scores
+from slimming.planning.scores import ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from variants import VARIANTS, draw, image
 
@@ -182,8 +182,8 @@ def test_masked_models_are_not_saved_as_if_they_were_plain(tmp_path: Path) -> No
         ({"metrics": {"top1": torch.tensor(0.5)}}, "provenance.metrics.top1 is of type Tensor"),
         ({"data": {"source": Path("photos")}}, "provenance.data.source is of type PosixPath"),
         ({"sizes": {16: 1}}, "provenance.sizes has the key 16"),
-        ({"format": 2}, "provenance.format is an entry of the file itself"),
-        ({"sha256": ""}, "provenance.sha256 is an entry of the file itself"),
+        ({"format": 2}, "provenance.format is reserved"),
+        ({"sha256": ""}, "provenance.sha256 is reserved"),
     ],
     ids=["nan", "inf", "tensor", "path", "key", "format", "sha256"],
 )
@@ -498,13 +498,15 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
     scores = masks.scores()
     curves = {"mlp": ((0.5, 0.01), (0.2, 0.4)), "token": ((0.5, 0.3),)}
     measured = Sensitivity(curves=curves, spread="score", joint={"rank": ((0.7, 0.1),), "score": ((0.7, 0.05),)})
-    rating = Scores(anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured)
-    save_scores(tmp_path / "scores.safetensors", rating)
+    scored = ScoredModel(
+        anatomy=masks.anatomy, scores=scores, layout=Layout(multiple=4), fold=False, sensitivity=measured
+    )
+    save_scores(tmp_path / "scores.safetensors", scored)
     read = load_scores(tmp_path / "scores.safetensors")
-    assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, rating.layout, False, measured)
+    assert (read.anatomy, read.layout, read.fold, read.sensitivity) == (masks.anatomy, scored.layout, False, measured)
     assert read.scores.keys() == scores.keys()
     assert all(torch.equal(read.scores[name], score) for name, score in scores.items())
-    save_scores(tmp_path / "scores.safetensors", Scores(anatomy=masks.anatomy, scores=scores))
+    save_scores(tmp_path / "scores.safetensors", ScoredModel(anatomy=masks.anatomy, scores=scores))
     budget = Budget(macs=0.7)
     assert slimming.plan(str(tmp_path / "scores.safetensors"), budget) == slimming.plan(masks, budget)
 
@@ -512,7 +514,7 @@ def test_scores_make_the_same_plan_without_the_model(tmp_path: Path) -> None:
 def test_files_that_are_no_scores(saved: Path, tmp_path: Path) -> None:
     masks = slimming.attach(VARIANTS[0].make())
     path = tmp_path / "scores.safetensors"
-    save_scores(path, Scores(anatomy=masks.anatomy, scores=masks.scores()))
+    save_scores(path, ScoredModel(anatomy=masks.anatomy, scores=masks.scores()))
     whole = path.read_bytes()
     budget = Budget(macs=0.7)
     (tmp_path / "pickle").write_bytes(pickle.dumps(_Trap()))
@@ -582,9 +584,9 @@ def test_a_dense_model_that_is_missing_or_does_not_fit_is_named(own: tuple[Path,
     path, small = own
     with pytest.raises(CheckpointError, match=r"dense=model"):
         slimming.load(path)
-    with pytest.raises(CheckpointError, match=r"was cut from a .*Own, the model given as dense is a .*ReLU"):
+    with pytest.raises(CheckpointError, match=r"was cut from a .*Own, but the model given as dense is a .*ReLU"):
         slimming.load(path, dense=nn.ReLU())
-    with pytest.raises(CheckpointError, match="make it again as it was before"):
+    with pytest.raises(CheckpointError, match="has masks or was cut; create it anew"):
         slimming.load(path, dense=small)
     masked = Own()
     slimming.attach(masked)
@@ -596,7 +598,7 @@ def test_a_dense_model_that_is_missing_or_does_not_fit_is_named(own: tuple[Path,
         slimming.load(path, dense=other)
     other = Own()
     del other.stem
-    with pytest.raises(CheckpointError, match="does not take the sizes"):
+    with pytest.raises(CheckpointError, match="cannot be resized to"):
         slimming.load(path, dense=other)
 
 

@@ -319,7 +319,7 @@ def test_out_of_memory(
     monkeypatch.setattr("slimming.training.evaluation.validation_batches", lacking)
     refused(slimming("eval", finished / "macs-0.70" / "slim"), "Out of memory", "smaller")
     refused(slimming("run", site / "config.yaml", "--output", output), "Out of memory")
-    monkeypatch.setattr("slimming.training.loop.Run.step", lacking)
+    monkeypatch.setattr("slimming.training.loop.TrainingRun.train_step", lacking)
     refused(slimming("search", site / "config.yaml", "--output", output), "Out of memory", "accumulate")
 
 

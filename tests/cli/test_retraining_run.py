@@ -61,7 +61,7 @@ def test_a_budget_added_later_is_cut_from_the_shared_weights(
     more = [word for share in (0.5, 0.8, 0.65) for word in ("--budget", f"macs={share}")]
     shown = slimming("run", config, "--output", output, *more)
     assert shown.code == 0, shown.err
-    assert "together: trained before, for macs-0.50, macs-0.80" in shown.out
+    assert "together: already trained for macs-0.50, macs-0.80" in shown.out
     assert [row["name"] for row in results(output)["rows"]] == ["macs-0.50", "macs-0.80", "macs-0.65"]
     shared = library.load_search(output / "together")
     plan = library.Plan.load(output / "macs-0.65" / "plan.json")
@@ -96,7 +96,7 @@ def test_progressive(slimming: Call, site: Path, tmp_path: Path, monkeypatch: py
         assert slimming("run", config, "--output", output).code == 130
     shown = slimming("run", config, "--output", output)
     assert shown.code == 0, shown.err
-    assert "macs-0.80: done before" in shown.out
+    assert "macs-0.80: already done" in shown.out
     large, cut = (library.load(output / name) for name in ("macs-0.80/slim", "macs-0.50/cut"))
     assert torch.equal(large.get_parameter("head.weight"), cut.get_parameter("head.weight"))
     first = library.load(output / "macs-0.80/cut")
@@ -110,11 +110,11 @@ def test_hours(slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pipeline, "measure_pace", lambda *_: Pace(read_seconds=0.1, step_seconds=1.0))
     shown = slimming("run", config, "--output", output, "--hours", "0.01")
     assert shown.code == 0, shown.err
-    assert "0.01 h at 1 images/s: scores in one shot, retrain 50 steps for each budget" in shown.out
+    assert "0.01 h at 1 images/s: one-shot scores, retrain 50 steps for each budget" in shown.out
     found = results(output)
-    assert found["allotment"]["retrain_steps"] == 50
-    assert found["allotment"]["search_steps"] == 0
-    assert json.loads((output / "allotment.json").read_text()) == found["allotment"]
+    assert found["time_allocation"]["retrain_steps"] == 50
+    assert found["time_allocation"]["search_steps"] == 0
+    assert json.loads((output / "time_allocation.json").read_text()) == found["time_allocation"]
     assert found["settings"]["hours"] == 0.01
     state = torch.load(output / "macs-0.50" / "state.pt", weights_only=True)
     assert state["step"] == state["settings"]["total"] == 50
@@ -125,7 +125,7 @@ def test_hours(slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "nothing to do" in slimming("run", config, "--output", output, "--hours", "0.01").out
     (output / "results.json").unlink()
     assert slimming("run", config, "--output", output, "--hours", "0.01").code == 0
-    assert results(output)["allotment"] == found["allotment"]
+    assert results(output)["time_allocation"] == found["time_allocation"]
 
 
 def test_hours_that_make_no_sense(slimming: Call, site: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_hours_that_make_no_sense(slimming: Call, site: Path, tmp_path: Path) ->
         assert wrong in refused.err
     refused = slimming("run", start(site, tmp_path), "--output", output, "--hours", "1")
     assert refused.code == 2
-    assert "hours has nothing to decide" in refused.err
+    assert "hours has no effect" in refused.err
     refused = slimming("run", start(site, tmp_path), "--output", output, "--retraining", "togehter")
     assert "Did you mean 'together'" in refused.err
     assert not output.exists()

@@ -8,8 +8,15 @@ from typing import TypeVar
 
 import pytest
 
-from slimming.cli.flags import add_flags, attribute_texts, flags_of, given, parse_flag
-from slimming.cli.jobs import JOBS, SearchJob, TrainJob, as_yaml, differences, from_values
+from slimming.cli.configs import (
+    CONFIGS,
+    SearchCommandConfig,
+    TrainCommandConfig,
+    changed_settings,
+    config_from_values,
+    config_to_yaml,
+)
+from slimming.cli.flags import add_flags, attribute_docs, flag_values, flags_of, parse_flag
 from slimming.cli.settings import read_yaml
 from slimming.core.budget import Budget
 from slimming.errors import BudgetError, ConfigError
@@ -22,7 +29,7 @@ FEWEST = {"model": {"name": "m"}, "data": {"source": "d"}, "budgets": [{"macs": 
 
 
 def made(**more: object) -> RunConfig:
-    return from_values(RunConfig, {**FEWEST, **more})
+    return config_from_values(RunConfig, {**FEWEST, **more})
 
 
 def test_defaults_come_from_the_dataclasses() -> None:
@@ -56,12 +63,12 @@ def test_the_saved_settings_make_the_same_job(name: str, tmp_path: Path) -> None
 def again(job: T, directory: Path) -> T:
     """The job that the file of ``job`` makes."""
     path = directory / "config.yaml"
-    path.write_text(as_yaml(job), "utf-8")
-    return from_values(type(job), read_yaml(path))
+    path.write_text(config_to_yaml(job), "utf-8")
+    return config_from_values(type(job), read_yaml(path))
 
 
 def test_the_saved_settings_of_a_training_make_the_same_job(tmp_path: Path) -> None:
-    job = from_values(TrainJob, {"model": {"name": "m"}, "data": {"source": "d"}, "teacher": "t"})
+    job = config_from_values(TrainCommandConfig, {"model": {"name": "m"}, "data": {"source": "d"}, "teacher": "t"})
     assert again(job, tmp_path) == job
 
 
@@ -100,9 +107,9 @@ def test_a_mistake_is_named(values: dict[str, object], message: str) -> None:
 
 def test_a_missing_section_is_named_by_the_setting_that_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"data\.source is missing"):
-        from_values(RunConfig, {"model": {"name": "m"}, "budgets": [{"macs": 0.5}]})
+        config_from_values(RunConfig, {"model": {"name": "m"}, "budgets": [{"macs": 0.5}]})
     with pytest.raises(ConfigError, match=r"budgets is missing"):
-        from_values(RunConfig, {"model": {"name": "m"}, "data": {"source": "d"}})
+        config_from_values(RunConfig, {"model": {"name": "m"}, "data": {"source": "d"}})
 
 
 def test_a_bad_budget_is_named_with_its_place() -> None:
@@ -112,7 +119,9 @@ def test_a_bad_budget_is_named_with_its_place() -> None:
 
 def test_distil_needs_a_teacher() -> None:
     with pytest.raises(ConfigError, match="without a teacher"):
-        from_values(TrainJob, {"model": {"name": "m"}, "data": {"source": "d"}, "distil": {"alpha": 0.5}})
+        config_from_values(
+            TrainCommandConfig, {"model": {"name": "m"}, "data": {"source": "d"}, "distil": {"alpha": 0.5}}
+        )
 
 
 BAD_FILES = {
@@ -141,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def flags(*words: str) -> dict[str, object]:
     parser = argparse.ArgumentParser()
     add_flags(parser, RunConfig)
-    return given(parser.parse_args(words), RunConfig)
+    return flag_values(parser.parse_args(words), RunConfig)
 
 
 def test_flags_are_read_by_type() -> None:
@@ -159,7 +168,7 @@ def test_flags_are_read_by_type() -> None:
 
 
 BAD_FLAGS = {
-    "no pair": ("--budget macs", "'macs' is not name=value"),
+    "no pair": ("--budget macs", "'macs' is not of the form name=value"),
     "a name twice": ("--budget macs=0.5,macs=0.3", "macs is given twice"),
     "below what is off": ("--distil null --distil.alpha 0.3", "distil is given as null, so distil.alpha has no effect"),
     "off what is set": ("--distil.alpha 0.3 --distil null", "distil is given twice, or beside settings of its own"),
@@ -175,18 +184,18 @@ def test_a_bad_flag_is_named(words: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
-def test_every_flag_says_what_it_does(job: type) -> None:
-    assert [flag.name for flag in flags_of(job) if not flag.text] == []
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
+def test_every_flag_says_what_it_does(cls: type) -> None:
+    assert [flag.name for flag in flags_of(cls) if not flag.text] == []
 
 
 def test_attribute_texts_are_one_line_each() -> None:
-    assert attribute_texts(Budget)["macs"] == "multiply-adds of one image."
+    assert attribute_docs(Budget)["macs"] == "multiply-adds of one image."
 
 
 def test_the_printed_settings_are_those_that_differ() -> None:
     config = made(retrain={"lr": 0.5}, model={"name": "m", "arguments": {"img_size": 64}}, search={"preset": "paper"})
-    assert differences(config) == [
+    assert changed_settings(config) == [
         "model    name=m, arguments.img_size=64",
         "data     source=d",
         "budgets  macs=0.5",
@@ -194,7 +203,7 @@ def test_the_printed_settings_are_those_that_differ() -> None:
         "retrain  lr=0.5",
     ]
     given_again = made(budgets=[{"macs": 0.5}, {"keep": {"mlp": 0.5, "token": 0.7}}], distil=None, bench={"runs": 3})
-    assert differences(given_again) == [
+    assert changed_settings(given_again) == [
         "model    name=m",
         "data     source=d",
         "budgets  macs=0.5 keep.mlp=0.5,keep.token=0.7",
@@ -206,4 +215,4 @@ def test_the_printed_settings_are_those_that_differ() -> None:
 
 def test_a_search_job_knows_no_budgets() -> None:
     with pytest.raises(ConfigError, match="no setting budgets"):
-        from_values(SearchJob, FEWEST)
+        config_from_values(SearchCommandConfig, FEWEST)

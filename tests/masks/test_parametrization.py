@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import slimming
 from slimming.counting.measured import peak_bytes
 from slimming.masks.parametrization import Factor, Scaled
-from slimming.masks.tokens import Learning
+from slimming.masks.tokens import KeyBiasMask
 
 ALL = ("head_dim", "mlp", "token", "block", "width")
 
@@ -48,7 +48,7 @@ def test_a_bias_that_learns_has_the_gradients_of_a_mask(value_size: int, alive: 
     bias = torch.randn(1, 1, 1, 5, dtype=torch.float64)
     bias[..., 2] = bias[..., 2] if alive else -torch.inf
     bias.requires_grad_()
-    ours = F.scaled_dot_product_attention(*given, attn_mask=bias.as_subclass(Learning))
+    ours = F.scaled_dot_product_attention(*given, attn_mask=bias.as_subclass(KeyBiasMask))
     theirs = F.scaled_dot_product_attention(*given, attn_mask=bias)
     wanted = torch.randn_like(theirs)
     assert type(ours) is Tensor
@@ -66,7 +66,7 @@ def test_a_bias_that_learns_under_autocast_and_by_position() -> None:
     given = [torch.randn(2, 3, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
     bias = torch.randn(1, 1, 1, 5, requires_grad=True)
     found = []
-    for mask in (bias.as_subclass(Learning), bias):
+    for mask in (bias.as_subclass(KeyBiasMask), bias):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = F.scaled_dot_product_attention(*given, mask, 0.0, False)
         found += torch.autograd.grad(out.float().square().sum(), bias)
@@ -75,7 +75,7 @@ def test_a_bias_that_learns_under_autocast_and_by_position() -> None:
 
 
 def test_a_bias_that_learns_is_an_ordinary_tensor_elsewhere() -> None:
-    bias = torch.zeros(1, 1, 1, 5, requires_grad=True).as_subclass(Learning)
+    bias = torch.zeros(1, 1, 1, 5, requires_grad=True).as_subclass(KeyBiasMask)
     assert type(bias + 1.0) is Tensor
     with torch.no_grad():
         assert F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 4), attn_mask=bias).shape == (1, 2, 5, 4)

@@ -21,7 +21,7 @@ from slimming.core.budget import Budget
 from slimming.core.layout import FREE
 from slimming.demo import settings
 from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
-from slimming.masks.attachment import prunable, searched
+from slimming.masks.attachment import prunable, select_kinds
 from slimming.models.hosts import classes_of, reset_classes_
 from slimming.models.hosts import make as make_hosted
 from slimming.models.layers import SomeHeadsAttention
@@ -259,7 +259,7 @@ def test_large_models_of_torchvision_keep_the_contract(name: str, arguments: dic
 
 def half(model: nn.Module) -> nn.Module:
     """``model`` with half of each kind of units."""
-    groups = searched(slimming.describe(model))
+    groups = select_kinds(slimming.describe(model))
     budget = Budget(keep=dict.fromkeys({group.kind for group in groups}, 0.5))
     masks = slimming.attach(model)
     plan = slimming.plan(masks, budget, layout=FREE)

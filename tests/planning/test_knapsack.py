@@ -23,10 +23,10 @@ from slimming.core.layout import Layout
 from slimming.errors import BudgetError, ConfigError
 from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of
-from slimming.planning.candidates import all_chunks
+from slimming.planning.candidates import all_candidates
 from slimming.planning.knapsack import GAP, knapsack, silenced
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Scored, Scores
+from slimming.planning.scores import HasScores, ScoredModel
 
 number = st.integers(0, 20)
 items = st.lists(st.tuples(number, number, number), min_size=1, max_size=9)
@@ -64,16 +64,16 @@ def model() -> nn.Module:
     return timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4)
 
 
-class Scored(Scored):
+class Scored(HasScores):
     def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
         dice = torch.Generator().manual_seed(0)
         anatomy = prunable(model).anatomy
         groups = [g for g in anatomy.groups if g.role in ("qk", "v", "mlp", "token")]
         self.scores = {g.name: torch.rand(g.size, generator=dice) for g in groups}
-        self.found = Scores(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
+        self.found = ScoredModel(anatomy=anatomy, scores=self.scores, layout=layout or Layout())
 
     @property
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         return self.found
 
     def share(self, plan: slimming.Plan) -> float:
@@ -137,7 +137,7 @@ def test_a_large_last_step_does_not_leave_a_limit_far_above(model: nn.Module) ->
 
 
 def test_whole_branches_alone(model: nn.Module) -> None:
-    """Nothing is left for the solver where every chunk is a whole branch: the order's plan is the answer."""
+    """Nothing is left for the solver where every candidate is a whole branch: the order's plan is the answer."""
     image = torch.randn(1, *prunable(model).anatomy.input_shape)
     scored = slimming.score(model, [image], kinds=["block"], how="contribution")
     plan = slimming.plan(scored, Budget(macs=0.88))
@@ -176,10 +176,12 @@ def test_scarcity_divides_scores_by_the_share_that_is_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     group = next(group for group in prunable(net).anatomy.groups if group.kind == "channel")
     scores = {group.name: torch.arange(1.0, group.size + 1).flip(0)}
-    chunks = all_chunks([group], scores, Layout(multiple=1, scarcity=2.0))
+    candidates = all_candidates([group], scores, Layout(multiple=1, scarcity=2.0))
     expected = [(gone + 1) / (1 - gone / group.size) ** 2 for gone in range(group.size - 1)]
-    assert [chunk.worth for chunk in chunks] == pytest.approx(expected)
-    assert [chunk.units for chunk in chunks] == [((group.name, group.size - 1 - gone),) for gone in range(len(chunks))]
+    assert [candidate.value for candidate in candidates] == pytest.approx(expected)
+    assert [candidate.units for candidate in candidates] == [
+        ((group.name, group.size - 1 - gone),) for gone in range(len(candidates))
+    ]
     with pytest.raises(ConfigError, match=r"layout\.scarcity=-1: give a power of 0"):
         Layout(scarcity=-1)
 
@@ -214,7 +216,7 @@ def test_what_cannot_be_planned_is_named(model: nn.Module) -> None:
         slimming.plan(scored, Budget(macs=0.5), solver="exakt")
     with pytest.raises(BudgetError, match=r"Budget macs 1,000 cannot be reached.*macs 0\.\d+ \([\d,]+\) of the dense"):
         slimming.plan(scored, Budget(macs=1000))
-    with pytest.raises(BudgetError, match="Heads of several sizes have no formula"):
+    with pytest.raises(BudgetError, match="no formula for the memory of heads of several sizes"):
         slimming.plan(scored, Budget(memory_bytes=0.5), layout=Layout(equal_heads=False))
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     with pytest.raises(BudgetError, match="was read by tracing"):

@@ -1,4 +1,4 @@
-"""Latency tables: built of real pieces, but held against times that are made up, since no timing decides a test."""
+"""Latency tables, built from the layers of real models but with invented times, since no timing decides a test."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from slimming.core.completion import complete
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from slimming.masks.attachment import prunable, searched
-from slimming.models import family_of
-from slimming.models.family import Timed
-from slimming.planning import latency_table
-from slimming.planning.latency_table import LatencyTable, build_latency_table
+from slimming.masks.attachment import prunable, select_kinds
+from slimming.models import traced
+from slimming.models.family import TimedModule
+from slimming.models.traced.timed_layers import calls
+from slimming.planning import latency_measurement
+from slimming.planning.latency_measurement import build_latency_table
+from slimming.planning.latency_table import LatencyTable
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
 
 def cost_of(kind: str, sizes: Mapping[str, int]) -> float:
-    """A made-up time of a piece in ms: linear in each size, so that interpolation is exact."""
+    """A made-up time of a layer in ms: linear in each size, so that interpolation is exact."""
     rates = {"tokens": 0.01, "width": 0.02, "qkv": 0.03, "hidden": 0.015}
     product = 1.0
     for name, size in sizes.items():
@@ -46,7 +48,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def table(model: nn.Module) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_table, "Clock", CountingClock)
+        patch.setattr(latency_measurement, "Clock", CountingClock)
         built = build_latency_table(model, kinds=KINDS)
     axes = ("tokens", "width", "qkv", "hidden")
     points = tuple(
@@ -113,13 +115,13 @@ def test_sizes_are_multiples_of_what_is_fast(monkeypatch: pytest.MonkeyPatch, tm
     class Aligned(CountingClock):
         """MLPs take a fifth longer at sizes that are no multiple of 16."""
 
-        def times(self, timed: Timed, seconds: float, reference_ms: float) -> dict[str, Any]:
+        def times(self, timed: TimedModule, seconds: float, reference_ms: float) -> dict[str, Any]:
             found = super().times(timed, seconds, reference_ms)
             hidden = [module.out_features for name, module in timed.module.named_modules() if name.endswith("mlp.fc1")]
             slow = 1.2 if any(size % 16 for size in hidden) else 1.0
             return {name: value * slow if name == "ms" else value for name, value in found.items()}
 
-    monkeypatch.setattr(latency_table, "Clock", Aligned)
+    monkeypatch.setattr(latency_measurement, "Clock", Aligned)
     model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 128}).eval()
     table = build_latency_table(model, path=tmp_path / "table.json")
     assert table.multiple == 16
@@ -149,12 +151,12 @@ def test_milliseconds_from_a_file(table: LatencyTable, model: nn.Module, tmp_pat
 
 
 def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     CountingClock.asked = 0
     path = tmp_path / "table.json"
     whole = build_latency_table(model, kinds=KINDS, path=path)
     every = CountingClock.asked
-    once = 1 + 2 + len(latency_table.MULTIPLES)  # the whole model, and sizes that are multiples of something
+    once = 1 + 2 + len(latency_measurement.MULTIPLES)  # the whole model, and sizes that are multiples of something
     assert every == len(whole.points) + once
     half = LatencyTable(setting=whole.setting, points=whole.points[: len(whole.points) // 2], reference_ms=1.0)
     half.save(path)
@@ -166,7 +168,7 @@ def test_building_goes_on_where_it_stopped(model: nn.Module, monkeypatch: pytest
     fewer = build_latency_table(model, path=tmp_path / "fewer.json")
     assert len(fewer.points) < len(whole.points) / 2
     narrow = dict.fromkeys(("embedding",), 32)
-    with pytest.raises(PlanError, match=r"knows width 64 only, the model has 32.*--kinds"):
+    with pytest.raises(PlanError, match=r"has only width 64, but the model has 32.*--kinds"):
         fewer.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups} | narrow)
     more = build_latency_table(model, kinds=KINDS, path=tmp_path / "fewer.json")
     assert {json.dumps(p) for p in more.points} == {json.dumps(p) for p in whole.points}
@@ -203,24 +205,25 @@ def test_an_unknown_runtime_is_refused_before_anything_is_timed(model: nn.Module
 
 
 def test_the_clock_times_what_it_is_given(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
-    clock = latency_table.Clock(family, model, anatomy, batch_size=2, runtime="eager")
-    found = clock.times(Timed(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
+    whole = TimedModule(model, prunable(model).anatomy.input_shape)
+    clock = latency_measurement.Clock(whole, next(model.parameters()), batch_size=2, runtime="eager")
+    found = clock.times(TimedModule(clock.block.module, tuple(clock.block.x.shape[1:])), 0.01, 3.0)
     assert 0 < found["p25"] <= found["ms"] <= found["p75"]
     assert found["runs"] >= 2
     assert clock.reference(0.01) > 0
 
 
-def test_every_piece_computes_what_the_model_does(model: nn.Module) -> None:
-    anatomy, family = prunable(model).anatomy, family_of(model)
+def test_every_timed_layer_computes_what_the_model_does(model: nn.Module) -> None:
+    anatomy = prunable(model).anatomy
+    timed = prunable(model).family.timed_modules(model, anatomy)
     full = {group.name: group.size for group in anatomy.groups}
     x = torch.randn(1, 3, 64, 64)
     stages: dict[str, Any] = {"x": x}
     with torch.no_grad():
-        for piece in anatomy.pieces:
-            sizes = {name: dim.value(full) for name, dim in piece.axes}
-            module, shape, copies = family.piece_module(model, piece, sizes)
-            if piece.kind == "select":
+        for layer in anatomy.timed_layers:
+            sizes = {name: dim.value(full) for name, dim in layer.axes}
+            module, shape, copies = timed(layer, sizes)
+            if layer.kind == "select":
                 continue
             assert tuple(stages["x"].shape[1:]) == shape
             stages["x"] = (module[0] if copies > 1 else module)(stages["x"])  # pyright: ignore
@@ -244,22 +247,22 @@ TRACED = [
 
 
 @pytest.mark.parametrize(("name", "arguments", "kinds"), TRACED, ids=None)
-def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
+def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     name: str, arguments: dict[str, Any], kinds: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     overlay = {"input_size": (3, 56 if "eva" in name else 64, 56 if "eva" in name else 64)}
     model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
     model = model.eval().requires_grad_(False)
     built = build_latency_table(model, kinds=kinds)
     anatomy = prunable(model).anatomy
     twin = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments)
-    masks = slimming.attach(twin, searched(slimming.describe(twin), kinds))
+    masks = slimming.attach(twin, select_kinds(slimming.describe(twin), kinds))
     with torch.no_grad():
         for number, mask in enumerate(masks.values()):
             mask.copy_(torch.rand(mask.shape, generator=torch.Generator().manual_seed(number)))
     plan = slimming.plan(masks, Budget(latency=0.6), score="mask", latency=built)
-    counted = CountingClock().times(Timed(slimming.cut(model, plan), anatomy.input_shape), 0, 1)["ms"]
+    counted = CountingClock().times(TimedModule(slimming.cut(model, plan), anatomy.input_shape), 0, 1)["ms"]
     whole = built.predict(anatomy, {group.name: group.size for group in anatomy.groups})
     assert built.calibration == pytest.approx(1.0, abs=1e-5)
     assert predicted(built, model, plan) == pytest.approx(counted, rel=0.01)
@@ -268,8 +271,26 @@ def test_the_pieces_of_a_traced_model_sum_to_the_slim_model(
     assert ("width" in gone) == (kinds is not None)
 
 
+def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)}).eval()
+    slimming.describe(model)  # reading records them too, once per architecture
+    recorded: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        found = calls(*arguments)
+        recorded.append(len(found))
+        return found
+
+    monkeypatch.setattr(traced, "calls", counted)
+    table = build_latency_table(model)
+    assert len(table.points) > 20
+    assert len(recorded) == 1
+    assert recorded[0] > 10
+
+
 def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs a table of the device"):
+    with pytest.raises(ConfigError, match="needs a latency table of the device"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask")
     with pytest.raises(BudgetError, match=r"heads of one size.*--uneven-heads"):
         slimming.plan(masked(model), Budget(latency=0.5), score="mask", latency=table, layout=Layout(equal_heads=False))
@@ -289,12 +310,12 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="is damaged"):
         LatencyTable.load(tmp_path / "broken.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no latency table"):
+    with pytest.raises(CheckpointError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "other.json")
 
 
 def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "Clock", CountingClock)
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
     uneven = build_latency_table(model, uneven_heads=True)
     whole = uneven.predict(prunable(model).anatomy, {g.name: g.size for g in prunable(model).anatomy.groups})
     layout = Layout(equal_heads=False)
@@ -312,14 +333,15 @@ def test_plans_of_uneven_heads_have_a_table_of_their_own(model: nn.Module, monke
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5, 6], ids=lambda count: f"{count} heads")
-def test_pieces_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
+def test_timed_layers_of_uneven_heads_hold_as_many_dimensions(heads: int) -> None:
     size = {"img_size": 64, "depth": 1, "embed_dim": 64 * heads, "num_heads": heads}
     vit = timm.create_model("vit_tiny_patch16_224", **size)
-    anatomy, family = prunable(vit).anatomy, family_of(vit)
-    piece = next(each for each in anatomy.pieces if each.kind == "attention")
+    anatomy = prunable(vit).anatomy
+    timed = prunable(vit).family.timed_modules(vit, anatomy, uneven_heads=True)
+    layer = next(each for each in anatomy.timed_layers if each.kind == "attention")
     for each in (8, 16, 32, 48, 64):
         sizes = {"tokens": 17, "width": 64 * heads, "qkv": 3 * heads * each}
-        attention: Any = family.piece_module(vit, piece, sizes, uneven_heads=True).module[0].attn  # pyright: ignore
+        attention: Any = timed(layer, sizes).module[0].attn  # pyright: ignore
         assert attention.qkv.out_features == sizes["qkv"]
         found = {qk for qk, _ in getattr(attention, "heads", [(each, each)])}
         assert (len(found) > 1) == (heads > 1 and 8 < each < 64), (each, found)
@@ -332,7 +354,7 @@ def test_a_table_is_of_one_model(tmp_path: Path) -> None:
     first, other = (timm.create_model("test_vit", **small, num_heads=heads) for heads in (1, 2))
     table = build_latency_table(first, kinds=["mlp"], path=path, seconds=0.001)
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in a file of their own"):
+    with pytest.raises(ConfigError, match=r"different settings: model is .*build others in separate files"):
         build_latency_table(other, kinds=["mlp"], path=path, seconds=0.001)
     assert path.read_bytes() == before
     half = len(table.points) // 2

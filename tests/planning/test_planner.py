@@ -26,9 +26,9 @@ from slimming.core.pruning_plan import Plan
 from slimming.errors import BudgetError, CheckpointError, ConfigError, OutputError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of, plan
-from slimming.planning.candidates import Chunk, in_chain, sequence
+from slimming.planning.candidates import Candidate, chain_of, removal_order
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Scored, Scores
+from slimming.planning.scores import HasScores, ScoredModel
 from variants import SMALL, draw
 
 KIND_SETS = (
@@ -247,13 +247,13 @@ def test_the_smallest_plan_leaves_one_unit_everywhere(layout: Layout) -> None:
     assert len(made.kept["blocks.2.tokens"]) == 1
 
 
-class _Scores(Scored):
+class _Scores(HasScores):
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         self.scores = scores
 
     @property
-    def rating(self) -> Scores:
-        return Scores(anatomy=anatomy(), scores=self.scores, layout=Layout(multiple=2), fold=False)
+    def scored(self) -> ScoredModel:
+        return ScoredModel(anatomy=anatomy(), scores=self.scores, layout=Layout(multiple=2), fold=False)
 
 
 def test_a_rated_source_brings_its_layout_and_fold() -> None:
@@ -262,7 +262,7 @@ def test_a_rated_source_brings_its_layout_and_fold() -> None:
     assert not made.fold
     assert all(len(units) % 2 == 0 for units in made.kept.values())
     assert plan(source, Budget(macs=0.8), fold=True).fold
-    with pytest.raises(ConfigError, match="A score is chosen where there are masks"):
+    with pytest.raises(ConfigError, match="score applies to attached masks"):
         plan(source, Budget(macs=0.8), score="mask")
 
 
@@ -380,14 +380,14 @@ def test_the_smallest_share_is_what_no_smaller_budget_reaches() -> None:
             planner.plan(Budget(**{metric: least - 1e-3}), fold=True)
 
 
-def test_a_chain_goes_in_its_order_whatever_its_chunks_cost() -> None:
-    """A later chunk that is cheaper to lose per multiply-add still waits for the earlier one."""
-    dear = Chunk(units=(("a", 0),), score=1.0, worth=1.0, chain=("a", 0))
-    cheap = Chunk(units=(("a", 1), ("b", 0)), score=1.0, worth=1.0, chain=("a", 0))
-    other = Chunk(units=(("c", 0),), score=1.0, worth=1.0, chain=("c", 0))
-    assert sequence([dear, cheap, other], [1.0, 100.0, 2.0]) == [2, 0, 1]
+def test_a_chain_goes_in_its_order_whatever_its_candidates_cost() -> None:
+    """A later candidate that is cheaper to lose per multiply-add still waits for the earlier one."""
+    dear = Candidate(units=(("a", 0),), score=1.0, value=1.0, chain=("a", 0))
+    cheap = Candidate(units=(("a", 1), ("b", 0)), score=1.0, value=1.0, chain=("a", 0))
+    other = Candidate(units=(("c", 0),), score=1.0, value=1.0, chain=("c", 0))
+    assert removal_order([dear, cheap, other], [1.0, 100.0, 2.0]) == [2, 0, 1]
 
 
 def test_scores_along_a_chain_never_fall() -> None:
-    chunks = in_chain("a", 0, [[("a", 0)], [("a", 1), ("a", 2)], [("a", 3)]], {"a": [3.0, 1.0, 2.0, 5.0]})
-    assert [chunk.score for chunk in chunks] == [3.0, 3.0, 5.0]
+    candidates = chain_of("a", 0, [[("a", 0)], [("a", 1), ("a", 2)], [("a", 3)]], {"a": [3.0, 1.0, 2.0, 5.0]})
+    assert [candidate.score for candidate in candidates] == [3.0, 3.0, 5.0]

@@ -135,7 +135,7 @@ def test_what_stays_is_named_where_attention_has_no_heads() -> None:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert [group.kind for group in slimming.describe(model)] == ["mlp", "mlp"]
-    assert "layers.0.blocks.0.modulation heads: focal modulation has none" in str(found)
+    assert "layers.0.blocks.0.modulation heads: focal modulation has no heads" in str(found)
 
 
 class Tied(nn.Module):
@@ -185,7 +185,7 @@ def test_wrappers_are_named() -> None:
         slimming.describe(nn.DataParallel(model))
     with pytest.raises(UnsupportedModelError, match="OptimizedModule around a model: give its attribute _orig_mod"):
         slimming.describe(torch.compile(model))
-    with pytest.raises(PlanError, match="A model alone has no scores"):
+    with pytest.raises(PlanError, match="A model has no scores"):
         slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore
 
 

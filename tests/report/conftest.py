@@ -7,8 +7,10 @@ import io
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,22 @@ def _log(path: Path, shape: Shape, draw: random.Random, share: float) -> None:
             top1 = shape.top1 * (1 - 0.12 * (1.1 - share) * rate) + draw.gauss(0, 0.002)
             lines.append({"step": step, "epoch": epoch, "val_top1": top1, "val_loss": 0.3})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
+def script_data(html: str, name: str) -> Any:
+    """What a page gives its script under this name."""
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def tables(html: str) -> dict[str, list[list[str]]]:
+    """The tables beside charts: title -> rows of text."""
+    found = {}
+    for title, body in re.findall(r"<figure>\n<h4>(.*?)</h4>.*?<tbody>(.*?)</tbody>", html, re.DOTALL):
+        rows = re.findall(r"<tr>(.*?)</tr>", body)
+        found[title] = [[unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+    return found
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 from slimming.core.files import read_json
-from slimming.report.explored import Costs, Explored, Measured, Recipe, Step
-from slimming.report.model import Kept, Layer, Tokens, parse
-from slimming.report.page import RESULTS
+from slimming.report.explored import Costs, Explored, Recipe, Step
+from slimming.report.model import Head, Kept, Layer, Tokens, parse
+from slimming.report.pages import RESULTS
 
 from .conftest import Shape
 
@@ -24,11 +24,6 @@ def explored(run: Path, shape: Shape, *, latency: bool = True, seed: int = 0) ->
     order = {place: draw.sample(range(shape.grid**2), shape.grid**2) for place in range(shape.layers)}
     dense = _costs(shape, 1.0, latency)
 
-    def measured(row, share):
-        costs = Costs(params=row.params, macs=row.macs, memory_bytes=row.memory_bytes,
-                      latency_ms=shape.latency[0] * share if latency else None)  # fmt: skip
-        return Measured(label=row.label, costs=costs, top1=row.top1, top1_cut=row.top1_cut, limit="macs", share=share)
-
     metrics = ["macs", "params", *(["latency"] if latency else [])]
     return Explored(
         name=shape.name,
@@ -39,10 +34,10 @@ def explored(run: Path, shape: Shape, *, latency: bool = True, seed: int = 0) ->
             metric: tuple(_step(shape, metric, hundredth / 100, order, latency) for hundredth in range(20, 101))
             for metric in metrics
         },
-        measured=(
-            Measured(label="dense", costs=dense, top1=results.dense.top1),
-            *(measured(row, row.limits["macs"]) for row in results.rows),
-        ),
+        measured=(results.dense, *results.rows),
+        times={row.name: shape.latency[0] * row.limits.get("macs", 1.0) for row in (results.dense, *results.rows)}
+        if latency
+        else {},
         recipe=Recipe(
             command=(f"slimming cut {run} --budget ", f" --solver nested --output {run}-", ""),
             python=("plan = slimming.plan(result, slimming.Budget(", "))\nslimming.save(small, '", "')"),
@@ -68,14 +63,15 @@ def _step(shape: Shape, metric: str, share: float, order: dict[int, list[int]], 
         depth_share = share ** (0.4 + depth / shape.layers)
         units = 8 * max(1, round(shape.head_dim * depth_share / 8))
         gone = depth == shape.layers - 1 and share < 0.5
-        heads = tuple(Kept(kept=0 if gone and head == 1 else units, of=shape.head_dim) for head in range(shape.heads))
+        kept = [0 if gone and head == 1 else units for head in range(shape.heads)]
+        heads = tuple(Head(qk=one, v=one, of=shape.head_dim) for one in kept)
         count = max(1, round(shape.grid**2 * share ** (0.3 * depth)))
         alive = set(order[depth]) & alive if count >= len(alive) else set(sorted(alive, key=order[0].index)[:count])
         layers.append(
             Layer(
-                name=f"blocks.{depth}", label=str(depth), qk=heads, v=heads,
+                name=f"blocks.{depth}", label=str(depth), heads=heads,
                 mlp=Kept(kept=max(8, round(shape.hidden * depth_share)), of=shape.hidden),
-                tokens=Tokens(rows=shape.grid, columns=shape.grid, kept=frozenset(alive)),
+                tokens=Tokens(grid=(shape.grid, shape.grid), kept=frozenset(alive)),
             )
         )  # fmt: skip
     name = f"{metric}-{share:.2f}"

@@ -14,6 +14,8 @@ import pytest
 from slimming.errors import CheckpointError, OutputError
 from slimming.report import write_report
 
+from .conftest import script_data, tables
+
 MakeRun = Callable[..., Path]
 
 
@@ -23,23 +25,36 @@ def page_of(run: Path) -> str:
 
 def panel(html: str, index: int) -> str:
     """The part of the page that shows one budget."""
-    return html.split(f'class="choice choice-{index}"')[1].split('class="choice ')[0]
+    return html.split(f'class="choice choice-{index}"')[1].split('class="choice ')[0].split("</section>")[0]
 
 
-def test_every_kept_number_is_written_in_its_cell(make_run: MakeRun) -> None:
+def test_every_kept_number_stands_in_its_chart_and_in_the_table_beside_it(make_run: MakeRun) -> None:
     run = make_run()
     html = page_of(run)
     for index, row in enumerate(json.loads((run / "results.json").read_text())["rows"]):
-        shown = panel(html, index)
+        shown = tables(panel(html, index))
+        for role, title in (("qk", "Query and key dimensions, per head"), ("v", "Value dimensions, per head")):
+            wanted = [
+                [str(depth), str(place), f"{head[role]} of {head['of']}" if head[role] else "gone whole"]
+                for depth, layer in enumerate(row["layers"])
+                for place, head in enumerate(layer["heads"])
+            ]
+            assert shown[title] == wanted
+            drawn = chart_data(html, panel(html, index), title)["units"]
+            assert [[one["layer"], str(one["head"]), one["told"]] for one in drawn] == wanted
+        hidden = [[str(i), f"{one['mlp']['kept']} of {one['mlp']['of']}"] for i, one in enumerate(row["layers"])]
+        assert shown["MLP hidden units"] == hidden
+        maps = dict(shown["Token positions, block by block"])
         for depth, layer in enumerate(row["layers"]):
-            for place, head in enumerate(layer["heads"]):
-                for role in ("qk", "v"):
-                    text = f"{role.upper()} {head[role]} of {head['of']}" if head[role] else "gone whole"
-                    tips = re.findall(rf"<title>layer {depth}, head {place}: ([^<]*)</title>", shown)
-                    assert text in [tip.removeprefix("head ") for tip in tips]
-            assert f"<title>layer {depth}: {layer['mlp']['kept']} of {layer['mlp']['of']} " in shown
-            if "tokens" in layer:
-                assert f"block {depth}: {len(layer['tokens']['kept'])} of 64 " in shown
+            kept = f"{len(layer['tokens']['kept'])} of 64" if "tokens" in layer else "all positions"
+            assert maps[f"block {depth}"] == kept
+
+
+def chart_data(html: str, part: str, title: str) -> dict[str, Any]:
+    """What the chart of this title draws in a part of a page."""
+    found = re.search(rf'<h4>{title}</h4>.*?<div id="(chart-\d+)">', part, re.DOTALL)
+    assert found is not None
+    return script_data(html, "charts")[found[1]]["datasets"]
 
 
 def test_every_embedding_width_is_shown(make_run: MakeRun) -> None:
@@ -48,15 +63,16 @@ def test_every_embedding_width_is_shown(make_run: MakeRun) -> None:
         for row in results["rows"]:
             row["widths"] = [{"name": n, "kept": 40 + 8 * i, "of": 96 * (i + 1)} for i, n in enumerate(names)]
 
-    html = page_of(make_run(several))
-    assert "Embedding width" in html
-    for text in ("<title>stage layers.0: 40 of 96 ", "<title>stage layers.1: 48 of 192 "):
-        assert text in panel(html, 0)
+    shown = tables(panel(page_of(make_run(several)), 0))
+    assert shown["Embedding width"] == [["layers.0", "40 of 96"], ["layers.1", "48 of 192"]]
 
     def one(results: dict[str, Any]) -> None:
         results["rows"][0]["widths"] = [{"name": "embedding", "kept": 64, "of": 96}]
+        results["rows"][1]["widths"] = [{"name": "embedding", "kept": 96, "of": 96}]
 
-    assert "<title>stage all: 64 of 96 " in panel(page_of(make_run(one)), 0)
+    html = page_of(make_run(one))
+    assert tables(panel(html, 0))["Embedding width"] == [["all", "64 of 96"]]
+    assert "Embedding width" not in tables(panel(html, 1))
 
 
 def test_darkened_cells_are_those_that_are_cut(make_run: MakeRun) -> None:
@@ -66,9 +82,15 @@ def test_darkened_cells_are_those_that_are_cut(make_run: MakeRun) -> None:
         for layer in results["rows"][0]["layers"]:
             layer["tokens"] = {"grid": [8, 8], "kept": kept}
 
-    # 112 pixels of 8 cells: 14 each. Positions 0 and 1 lie together at the top left, 63 at the bottom right.
-    ways = set(re.findall(r'd="([^"]*)" class="dark"', page_of(make_run(change))))
-    assert ways == {"M0.0 0.0H28.0v14.0H0.0zM98.0 98.0H112.0v14.0H98.0z"}
+    html = page_of(make_run(change))
+    data = chart_data(html, panel(html, 0), "Token positions, block by block")
+    places = {(tile["column"], tile["row"]) for tile in data["tiles"]}
+    assert len(places) == len(data["tiles"]) == 9  # six blocks, and the last of them over three other images
+    cut = {(0.0, 0.0), (0.125, 0.0), (0.875, 0.875)}
+    assert sorted((cell["x"], cell["y"]) for cell in data["cells"]) == sorted(
+        (column + x, row + y) for column, row in places for x, y in cut
+    )
+    assert {round(cell["x2"] - cell["x"], 3) for cell in data["cells"]} == {0.125}
 
 
 def test_a_position_once_cut_stays_cut_where_a_block_names_none(make_run: MakeRun) -> None:
@@ -77,7 +99,8 @@ def test_a_position_once_cut_stays_cut_where_a_block_names_none(make_run: MakeRu
 
     run = make_run(change)
     before = json.loads((run / "results.json").read_text())["rows"][0]["layers"][2]["tokens"]["kept"]
-    assert f"block 3: {len(before)} of 64 " in panel(page_of(run), 0)
+    maps = dict(tables(panel(page_of(run), 0))["Token positions, block by block"])
+    assert maps["block 3"] == maps["block 2"] == f"{len(before)} of 64"
 
 
 def lack_heads(row: dict[str, Any]) -> None:
@@ -106,9 +129,14 @@ def lack_kinds(row: dict[str, Any]) -> None:
     ids=["heads", "kinds", "layers", "top1", "top1 of the cut", "a batch size", "latency", "a budget by kinds"],
 )
 def test_a_run_may_lack(make_run: MakeRun, lack: Callable[[dict[str, Any]], Any]) -> None:
-    html = re.sub('base64,[^"]*', "", page_of(make_run(lambda results: lack(results["rows"][0]))))
+    html = without_program(page_of(make_run(lambda results: lack(results["rows"][0]))))
     assert not re.search(r"\b(nan|None|inf)\b", html)
     assert page_of(make_run(lambda results: [lack(row) for row in results["rows"]]))
+
+
+def without_program(html: str) -> str:
+    """A page without images and without the libraries that it brings."""
+    return re.sub('base64,[^"]*', "", html.rpartition("<script>")[0])
 
 
 def test_a_run_may_lack_images_masks_and_search(make_run: MakeRun) -> None:
@@ -120,7 +148,7 @@ def test_a_run_may_lack_images_masks_and_search(make_run: MakeRun) -> None:
 def test_a_log_that_is_gone_is_named(make_run: MakeRun) -> None:
     run = make_run()
     (run / "search/log.jsonl").unlink()
-    assert re.search(r"were not there.*search/log\.jsonl", page_of(run))
+    assert re.search(r"were not there[^<]*\n<code>search/log\.jsonl", page_of(run))
 
 
 def test_a_log_line_cut_off_at_the_end_is_left_out_and_one_inside_is_refused(make_run: MakeRun) -> None:
@@ -136,12 +164,13 @@ def test_a_log_line_cut_off_at_the_end_is_left_out_and_one_inside_is_refused(mak
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda r: r["rows"][1].pop("macs"), "rows[1].macs is not there"),
-        (lambda r: r["rows"][0].update(params="many"), "rows[0].params is not a number"),
-        (lambda r: r["rows"][0].update(top1=95.0), "rows[0].top1 is not between 0 and 1"),
-        (lambda r: r["dense"]["latency_ms"]["1"].pop("p75"), "dense.latency_ms.1.p75 is not there"),
+        (lambda r: r["rows"][1].pop("macs"), "rows[1]: object missing required field `macs`"),
+        (lambda r: r["rows"][0].update(params="many"), "rows[0].params: expected `int`, got `str`"),
+        (lambda r: r["rows"][0].update(top1=95.0), "rows[0].top1: expected `float` <= 1.0"),
+        (lambda r: r["dense"]["latency_ms"]["1"].pop("p75"), "dense.latency_ms[...]: object missing required"),
+        (lambda r: r["rows"][0].update(budget={"macs": 7}), "budget.macs is neither a share"),
         (lambda r: r["rows"][0]["layers"][1]["tokens"]["kept"].append(64), "kept is not inside a grid of 8 by 8"),
-        (lambda r: r["rows"][0]["layers"][0]["heads"][0].update(qk=99), "qk is not a part of 32"),
+        (lambda r: r["rows"][0]["layers"][0]["heads"][0].update(qk=99), "layers[0].heads[0]: 99 is not a part of 32"),
         (lambda r: r["images"][0].update(png="aGVsbG8="), "png is not a PNG"),
         (lambda r: r["images"][0].update(png='"><script>'), "png is not base64"),
         (lambda r: r["search"].update(log="../elsewhere.jsonl"), "does not lie in"),

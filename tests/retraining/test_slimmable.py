@@ -18,9 +18,9 @@ from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.retraining import progressive
-from slimming.retraining.progressive import cut_on, onward
+from slimming.retraining.progressive import cut_from_last, rebase_plan
 from slimming.retraining.retrain import common_tokens
-from slimming.retraining.slimmable import InTurn, settle_norms_
+from slimming.retraining.slimmable import SandwichTask, recalibrate_batch_norms_
 from slimming.training.loop import History
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask
@@ -123,7 +123,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_the_largest_the_smallest_and_one_between(result: slimming.SearchResult, plans: list[Plan]) -> None:
-    turns = {count: InTurn(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
+    turns = {count: SandwichTask(ClassificationTask(), result.masks, plans[:1] * count, 0) for count in (1, 2, 3, 5)}
     drawn = {count: [turn.choice(call) % count for call in range(60)] for count, turn in turns.items()}
     assert set(drawn[1]) == {0}
     assert drawn[2] == [0, 1] * 30
@@ -180,7 +180,7 @@ def test_what_it_refuses(result: slimming.SearchResult, plans: list[Plan], data:
     with pytest.raises(ConfigError, match="Give the plans"):
         slimming.train_slimmable(result, data, [])
     distil = slimming.DistilConfig(relations=("blocks.1",))
-    with pytest.raises(ConfigError, match=r"Tokens may go \(blocks.*only masks"):
+    with pytest.raises(ConfigError, match=r"Plans may remove tokens \(blocks.*only masked"):
         slimming.train_slimmable(
             result, data, plans, slimming.TrainConfig(steps=1, batch_size=8), tiny(), distil=distil
         )
@@ -217,7 +217,7 @@ def test_running_statistics_are_taken_anew() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
     images = [torch.randn(6, 3, 4, 4) for _ in range(3)]
-    settle_norms_(model.eval(), images)
+    recalibrate_batch_norms_(model.eval(), images)
     outputs = [model[0](batch) for batch in images]
     first, second = model[1], model[4]
     torch.testing.assert_close(first.running_mean, torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0))
@@ -230,7 +230,7 @@ def test_running_statistics_are_taken_anew() -> None:
         second.running_mean, torch.stack([o.mean((0, 2, 3)) for o in after]).mean(0), atol=1e-2, rtol=0
     )
     before = copy.deepcopy(model.state_dict())
-    settle_norms_(model, [])
+    recalibrate_batch_norms_(model, [])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -251,7 +251,7 @@ def test_a_cut_of_a_cut_is_the_cut(variant: Variant) -> None:
         large = union(small, draw(anatomy, style, seed=5)[1])
         first = slimming.cut(dense, large)
         randomise_(first, seed=3)  # a plan says which units stay, whatever the training made of them
-        rest = onward(dense, large, small, first)
+        rest = rebase_plan(dense, large, small, first)
         second = slimming.cut(slimming.cut(dense, large), rest)
         off[style] = distance(second(x), slimming.cut(dense, small)(x))
         assert slimming.cost(first, rest).params == slimming.cost(dense, small).params, style
@@ -268,7 +268,7 @@ def test_a_cut_of_a_cut_of_a_traced_model(name: str) -> None:
     half = {n: tuple(sorted(dice.sample(range(size), max(1, size // 2)))) for n, size in sizes.items()}
     more = {n: tuple(sorted({*units, *dice.sample(range(sizes[n]), sizes[n] // 2)})) for n, units in half.items()}
     small, large = (Plan(kept=kept, sizes=sizes) for kept in (half, more))
-    again = cut_on(model, small, [(large, slimming.cut(model, large))])
+    again = cut_from_last(model, small, [(large, slimming.cut(model, large))])
     assert distance(again(x), slimming.cut(model, small)(x)) < 1e-9
 
 
@@ -281,7 +281,7 @@ def test_a_wrong_unit_is_seen() -> None:
         small = draw(prunable(dense).anatomy, "free", seed)[1]
         large = union(small, draw(prunable(dense).anatomy, "free", seed + 5)[1])
         first = slimming.cut(dense, large)
-        right = onward(dense, large, small, first)
+        right = rebase_plan(dense, large, small, first)
         by_place = {
             name: tuple(large.kept[name].index(unit) for unit in small.kept[name] if unit in large.kept[name])
             for name in right.kept
@@ -292,10 +292,10 @@ def test_a_wrong_unit_is_seen() -> None:
     assert wrong
 
 
-def test_onward_refuses_what_is_gone(result: slimming.SearchResult, plans: list[Plan]) -> None:
+def test_rebase_plan_refuses_what_is_gone(result: slimming.SearchResult, plans: list[Plan]) -> None:
     large, small = plans[SHARES.index(0.8)], plans[SHARES.index(0.3)]
-    with pytest.raises(PlanError, match="keeps units that the model was cut of"):
-        onward(result.model, small, large, slimming.cut(result.model, small))
+    with pytest.raises(PlanError, match="keeps units that were already removed"):
+        rebase_plan(result.model, small, large, slimming.cut(result.model, small))
 
 
 def test_each_model_is_cut_from_the_trained_one_above(

@@ -13,7 +13,7 @@ import slimming
 from slimming.benchmarking.config import BenchConfig
 from slimming.errors import ConfigError
 from slimming.runs.config import RunConfig
-from slimming.runs.time_budget import LEAST_RETRAIN, Allotment, Pace, allot, measure_pace
+from slimming.runs.time_budget import LEAST_RETRAIN, Pace, TimeAllocation, allocate, measure_pace
 
 PACE = Pace(read_seconds=0.002, step_seconds=0.008)
 EPOCH, SHARES = 40, (0.7, 0.3)
@@ -29,8 +29,8 @@ def config(hours: float = 1.0, **options: Any) -> RunConfig:
     return RunConfig(**base | options)
 
 
-def given(hours: float = 1.0, pace: Pace = PACE, **options: Any) -> Allotment:
-    return allot(config(hours, **options), pace, SHARES, epochs=(EPOCH, EPOCH), val_images=100)
+def given(hours: float = 1.0, pace: Pace = PACE, **options: Any) -> TimeAllocation:
+    return allocate(config(hours, **options), pace, SHARES, epochs=(EPOCH, EPOCH), val_images=100)
 
 
 def test_by_hand() -> None:
@@ -73,14 +73,14 @@ def test_more_time_is_more_training() -> None:
 
 def test_a_search_of_less_than_a_tenth_of_an_epoch_is_none() -> None:
     for hours in (0.05, 0.1, 0.12, 0.15, 0.2):
-        found = allot(config(hours), PACE, SHARES, epochs=(1000, 1000), val_images=0)
+        found = allocate(config(hours), PACE, SHARES, epochs=(1000, 1000), val_images=0)
         assert found.search_steps is not None
         assert not 0 < found.search_steps < 100
 
 
 def test_a_score_that_training_collects_is_not_left_without_training() -> None:
     search = slimming.SearchConfig(score="taylor")
-    found = allot(config(0.01, search=search), PACE, SHARES, epochs=(1000, 1000), val_images=0)
+    found = allocate(config(0.01, search=search), PACE, SHARES, epochs=(1000, 1000), val_images=0)
     assert found.search_steps == 100
     assert found.applied(config(0.01, search=search)).search.train.steps == 100
     assert "MORE than granted" in found.line(config(0.01, search=search))
@@ -122,7 +122,7 @@ def test_without_a_teacher_there_is_time_for_more() -> None:
 
 def test_it_survives_json_and_changes_nothing_else() -> None:
     found = given()
-    assert Allotment(**dataclasses.asdict(found)) == found
+    assert TimeAllocation(**dataclasses.asdict(found)) == found
     applied = found.applied(config())
     assert applied.hours is None
     back = dataclasses.replace(
@@ -143,7 +143,7 @@ def test_hours_with_nothing_to_decide_are_refused() -> None:
         "search": slimming.SearchConfig(train=slimming.TrainConfig(steps=5)),
         "retrain": slimming.TrainConfig(steps=5),
     }
-    with pytest.raises(ConfigError, match="hours has nothing to decide"):
+    with pytest.raises(ConfigError, match="hours has no effect"):
         config(**fixed)
     assert config(**{**fixed, "hours": None}).hours is None
 
@@ -179,4 +179,4 @@ def test_reading_that_is_slower_than_training_is_seen(workers: int, monkeypatch:
 
     monkeypatch.setattr(ImageDataset, "sample", slow)
     found = measure_pace(model, data, slimming.TrainConfig(batch_size=4, workers=workers))
-    assert found.work(1) >= 0.8 * 0.1 / max(1, workers)
+    assert found.training_seconds(1) >= 0.8 * 0.1 / max(1, workers)

@@ -14,7 +14,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.masks.attachment import prunable
 from slimming.scoring import iterative
 from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import half_later, iterative_scores
+from slimming.scoring.iterative import iterative_scores, raise_upper_half
 from slimming.scoring.one_shot import OneShot
 from slimming.training.batches import Batch
 
@@ -26,7 +26,7 @@ def test_a_round_halves_a_group_at_most() -> None:
     groups, costs = 4, {"0": torch.arange(1.0, 9.0)} | {str(i): torch.arange(1.0, 9.0) / 100 for i in range(1, 4)}
     stays = {name: torch.ones(8, dtype=torch.bool) for name in costs}
     stays["1"][:4] = False
-    ranked = {name: half_later(costs[name], stays[name], 10.0) for name in costs}
+    ranked = {name: raise_upper_half(costs[name], stays[name], 10.0) for name in costs}
     cheap = [int((scores < 1).sum()) for scores in ranked.values()]
     assert cheap == [0, 4 + 2, 4, 4], "units of 0 and of the cheap half"
     assert len(ranked) == groups

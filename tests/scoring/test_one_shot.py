@@ -49,7 +49,8 @@ def test_fisher_is_the_divergence_of_a_small_step() -> None:
 def trained() -> tuple[nn.Module, list[Tensor], Tensor]:
     """The demo's model, some of its images, and others to judge cuts on."""
     from slimming.demo import settings
-    from slimming.runs.setup import ModelConfig, open_model
+    from slimming.runs.config import ModelConfig
+    from slimming.runs.setup import open_model
 
     demo = settings()
     model = open_model(ModelConfig(**demo["model"]))[0].eval()

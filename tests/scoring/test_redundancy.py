@@ -75,7 +75,7 @@ def test_downdates_equal_inverses_made_anew(width: int) -> None:
     assert 0 < float(anew.unpredicted(units - 3).min()) < float(anew.unpredicted(units - 3).max()) < 1
     torch.testing.assert_close(layer.unpredicted(units), anew.unpredicted(units - 3))
     some = units[-3:]
-    torch.testing.assert_close(layer.only(some).unpredicted(some), layer.unpredicted(some))
+    torch.testing.assert_close(layer.restricted_to(some).unpredicted(some), layer.unpredicted(some))
 
 
 def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ from slimming.core.layout import Layout
 from slimming.errors import ConfigError
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.planning.budgeting import costs_of
-from slimming.planning.candidates import all_chunks, of_kind
+from slimming.planning.candidates import all_candidates, removal_order_of_kind
 from slimming.planning.planner import Planner
-from slimming.planning.sensitivity import SPREADS, Sensitivity, valued
+from slimming.planning.sensitivity import SPREADS, Sensitivity, with_measured_loss
 from slimming.scoring.sensitivity import BROKEN, JOINT, SHARES, sensitivity
 from slimming.training.samples import Data
 
@@ -77,31 +77,31 @@ def test_each_kind_is_cut_alone_and_the_model_stays(masks: SoftMasks) -> None:
 def test_the_order_within_a_kind_stays(masks: SoftMasks, losses: list[float], spread: str) -> None:
     curve = tuple(zip((0.8, 0.5, 0.3, 0.1), sorted(losses), strict=True))
     groups = list(masks.groups)
-    chunks = all_chunks(groups, masks.scores("mask"), Layout())
-    sizes = np.array([float(len(chunk.units)) for chunk in chunks])
+    candidates = all_candidates(groups, masks.scores("mask"), Layout())
+    sizes = np.array([float(len(candidate.units)) for candidate in candidates])
     for kind in KINDS:
-        new = valued(chunks, groups, Sensitivity(curves={kind: curve}, spread=spread), sizes)
-        places = of_kind(chunks, groups, kind)
+        new = with_measured_loss(candidates, groups, Sensitivity(curves={kind: curve}, spread=spread), sizes)
+        places = removal_order_of_kind(candidates, groups, kind)
         scores = [new[place].score for place in places]
         assert scores == sorted(scores)
         assert all(score > 0 for score in scores)
-        assert of_kind(new, groups, kind) == places
-        others = [place for place in range(len(chunks)) if place not in set(places)]
-        assert all(new[place] == chunks[place] for place in others)
+        assert removal_order_of_kind(new, groups, kind) == places
+        others = [place for place in range(len(candidates)) if place not in set(places)]
+        assert all(new[place] == candidates[place] for place in others)
 
 
 @pytest.mark.parametrize("spread", ["rank", "score"], ids=str)
-def test_chunks_are_worth_what_was_measured(masks: SoftMasks, spread: str) -> None:
+def test_candidates_have_the_value_that_was_measured(masks: SoftMasks, spread: str) -> None:
     groups = list(masks.groups)
-    chunks = all_chunks(groups, masks.scores("mask"), Layout(multiple=1))
+    candidates = all_candidates(groups, masks.scores("mask"), Layout(multiple=1))
     curve = tuple((1 - gone, gone**3) for gone in (0.1, 0.3, 0.5, 0.7, 0.9))
-    sizes = np.array([float(len(chunk.units)) for chunk in chunks])
-    new = valued(chunks, groups, Sensitivity(curves={"mlp": curve}, spread=spread), sizes)
+    sizes = np.array([float(len(candidate.units)) for candidate in candidates])
+    new = with_measured_loss(candidates, groups, Sensitivity(curves={"mlp": curve}, spread=spread), sizes)
     total = sum(group.size for group in groups if group.kind == "mlp")
     for kept, loss in curve[1:-1]:
-        gone = [new[place] for place in of_kind(new, groups, "mlp")][: round((1 - kept) * total)]
+        gone = [new[place] for place in removal_order_of_kind(new, groups, "mlp")][: round((1 - kept) * total)]
         # Between measurements the slope grows steadily, so that the sum is near, and not exactly, what was measured.
-        assert sum(chunk.worth for chunk in gone) == pytest.approx(loss, rel=0.25)
+        assert sum(candidate.value for candidate in gone) == pytest.approx(loss, rel=0.25)
 
 
 def test_limits_take_the_kind_that_costs_least_and_keep_ratios_do_not_care(masks: SoftMasks) -> None:
@@ -180,7 +180,7 @@ def test_a_measurement_that_fails_loses_no_search() -> None:
     data = Data(train=iter(batches), val=batches, classes=("a", "b"))
     config = slimming.SearchConfig(train=slimming.TrainConfig(steps=2, batch_size=4, eval_every=0), sensitivity=4)
     with (
-        pytest.warns(UserWarning, match="could not be taken"),
+        pytest.warns(UserWarning, match="could not be computed"),
         pytest.warns(UserWarning, match="could not be measured"),
     ):
         result = slimming.search(model, data, config)

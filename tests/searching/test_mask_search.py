@@ -185,7 +185,7 @@ def test_mean_and_std_of_the_data_take_the_place_of_the_models_own(folder: Path)
     dataset = slimming.open_data(plain, grey).val
     assert isinstance(dataset, ImageDataset)
     assert dataset.sample(0, 0).image.shape == (1, 32, 32)
-    with pytest.raises(DataError, match=r"data\.mean has 2 numbers, the model's images 3 channels"):
+    with pytest.raises(DataError, match=r"data\.mean has 2 numbers, the model's images have 3 channels"):
         slimming.open_data(dataclasses.replace(config, mean=(0.5, 0.5)), make())
     with pytest.raises(ConfigError, match="std is"):
         slimming.DataConfig(source=str(folder), std=(0.5, 0.0, 0.5))

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from slimming.errors import ConfigError, DataError, MissingExtraError
 from slimming.training import loop
-from slimming.training.batches import Share, train_batches, validation_batches
+from slimming.training.batches import BatchShard, train_batches, validation_batches
 from slimming.training.config import DataConfig, TrainConfig
-from slimming.training.data import open_data, open_pictures
+from slimming.training.data import open_data, open_unlabelled
 from slimming.training.evaluation import evaluate
-from slimming.training.images import ImageSpec, Unreadable, decode, make_transform
-from slimming.training.readers import Record
-from slimming.training.samples import Data, ImageDataset, Reader, StreamDataset
+from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
+from slimming.training.samples import Data, ImageDataset, SampleReader, StreamDataset
+from slimming.training.sources import Record
 
 from .tiny import (
     CLASSES,
@@ -118,7 +118,7 @@ def test_every_layout_gives_the_same_kind_of_data(write: Callable[[Path], Path],
 def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
     data = open_tiny(parquets(tmp_path), augment="none")
     assert isinstance(data.train, ImageDataset)
-    wanted = Reader(SPEC, None)(Record(picture(13, 4 % 3), 1, ""), 0, 0).image
+    wanted = SampleReader(SPEC, None)(Record(picture(13, 4 % 3), 1, ""), 0, 0).image
     image, label, name = data.train[13]
     assert torch.equal(image, wanted)
     assert label == 1
@@ -127,7 +127,7 @@ def test_a_parquet_row_is_the_picture_that_was_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [folders, tars, parquets], ids=["folders", "tars", "parquets"])
 def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[[Path], Path], tmp_path: Path) -> None:
-    pictures = open_pictures(DataConfig(source=str(write(tmp_path))), SPEC)
+    pictures = open_unlabelled(DataConfig(source=str(write(tmp_path))), SPEC)
     assert pictures is not None
     data = open_tiny(tmp_path, augment="none")
     assert isinstance(data.train, ImageDataset)
@@ -139,13 +139,13 @@ def test_pictures_without_labels_are_those_of_the_training_part(write: Callable[
 
 def test_one_file_of_pictures_needs_no_labels_and_no_other_part(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [{"bytes": encoded(picture(7, 1))}]}), tmp_path / "some.parquet")
-    pictures = open_pictures(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
+    pictures = open_unlabelled(DataConfig(source=str(tmp_path / "some.parquet")), SPEC)
     assert pictures is not None
-    assert torch.equal(pictures[0].image, Reader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
+    assert torch.equal(pictures[0].image, SampleReader(SPEC, None)(Record(picture(7, 1), 0, ""), 0, 0).image)
     with pytest.raises(DataError, match="no data at"):
-        open_pictures(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
+        open_unlabelled(DataConfig(source=str(tmp_path / "other.parquet")), SPEC)
     with pytest.raises(DataError, match=r"no column 'img', only 'image'"):
-        open_pictures(DataConfig(source=str(tmp_path / "some.parquet"), image_key="img"), SPEC)
+        open_unlabelled(DataConfig(source=str(tmp_path / "some.parquet"), image_key="img"), SPEC)
 
 
 def test_one_folder_with_a_split_fraction(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_all_kinds_of_images(kind: str, channels: int) -> None:
     image = damaged_images()[kind]
     data = encoded(image, {"cmyk": "JPEG", "huge": "JPEG"}.get(kind, "PNG"))
     for augment in (None, "overhead"):
-        tensor = Reader(spec, augment)(Record(data, 0, "x"), 0, 0).image
+        tensor = SampleReader(spec, augment)(Record(data, 0, "x"), 0, 0).image
         assert tensor.shape == (channels, 16, 16)
         assert 0 <= tensor.min() <= tensor.max() <= 1.0 + 1e-6
     if kind == "deep":
@@ -238,7 +238,7 @@ def test_a_huge_jpeg_is_decoded_at_a_reduced_scale() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(picture(0, 1, 200), "JPEG")[:900]], ids=len)
 def test_truncated_images_are_unreadable(data: bytes) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableImageError):
         decode(data, 3, 64)
 
 
@@ -342,7 +342,7 @@ def mixed_files(root: Path) -> Path:
         (negative_label, r"has label -1"),
         (other_classes, r"different classes \(only in training: green; only in validation: grean\)"),
         (no_validation, r"no validation part .* split_fraction"),
-        (truncated_parquet, r"no readable Parquet"),
+        (truncated_parquet, r"is not a readable Parquet file"),
         (truncated_tar, r"cannot be read as a WebDataset shard"),
         (unlabelled_tar, r"Sample 'a' .* has no label"),
         (mixed_files, r"mixes \.parquet and \.tar"),
@@ -364,8 +364,11 @@ def test_a_missing_column_names_the_others(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"image": [1, 2], "label": [0, 1]}, r"Column 'image' .* not images"),
-        ({"image": [{"bytes": b"x"}] * 2, "label": [0, None]}, r"Column 'label' .* not whole numbers without gaps"),
-        ({"image": [{"bytes": b"x"}] * 2, "label": ["a", "b"]}, r"Column 'label' .* not whole numbers"),
+        (
+            {"image": [{"bytes": b"x"}] * 2, "label": [0, None]},
+            r"Column 'label' .* not integers without missing values",
+        ),
+        ({"image": [{"bytes": b"x"}] * 2, "label": ["a", "b"]}, r"Column 'label' .* not integers"),
         ({"image": [], "label": []}, r"holds no rows"),
     ],
     ids=["images", "gaps", "words", "empty"],
@@ -423,20 +426,20 @@ def test_the_spec_comes_from_the_model() -> None:
     assert (spec.input_size, spec.crop_pct, spec.interpolation) == ((3, 16, 16), 0.8, "bicubic")
 
 
-def names(data: Data, share: Share, start: int, count: int) -> list[str]:
-    batches = train_batches(data, share, seed=3, start=start, workers=0)
+def names(data: Data, shard: BatchShard, start: int, count: int) -> list[str]:
+    batches = train_batches(data, shard, seed=3, start=start, workers=0)
     return [name for _ in range(count) for name in next(batches).names]
 
 
 def test_shares_of_all_processes_make_the_global_batch(tmp_path: Path) -> None:
     data = open_tiny(write_data(tmp_path))
-    whole = names(data, Share(8), 0, 12)
-    ranks = [names(data, Share(8, accumulate=2, rank=rank, world=2), 0, 24) for rank in (0, 1)]
+    whole = names(data, BatchShard(8), 0, 12)
+    ranks = [names(data, BatchShard(8, accumulate=2, rank=rank, world_size=2), 0, 24) for rank in (0, 1)]
     joined = [name for i in range(0, 48, 4) for rank in ranks for name in rank[i : i + 4]]
     assert joined == whole
     assert len(set(whole[:48])) == 48
     assert whole[:48] != whole[48:]
-    assert names(data, Share(8), 7, 5) == whole[7 * 8 :]
+    assert names(data, BatchShard(8), 7, 5) == whole[7 * 8 :]
 
 
 def test_validation_counts_every_image_once(tmp_path: Path) -> None:
@@ -450,15 +453,15 @@ def stream_of(count: int, length: int | None) -> StreamDataset:
         order = np.random.default_rng(epoch).permutation(count)
         return [Record(encoded(picture(int(i), int(i) % 3)), int(i) % 3, f"image {i}") for i in order]
 
-    return StreamDataset(epochs, Reader(SPEC, "light"), length, 0.01)
+    return StreamDataset(epochs, SampleReader(SPEC, "light"), length, 0.01)
 
 
 def test_a_stream_is_shared_out_and_resumed_like_other_data() -> None:
     data = Data(stream_of(20, 20), stream_of(10, 10), CLASSES)
-    whole = names(data, Share(8), 0, 5)
+    whole = names(data, BatchShard(8), 0, 5)
     assert len(set(whole[:16])) == 16
-    assert names(data, Share(8), 3, 2) == whole[24:]
-    halves = [names(data, Share(8, rank=rank, world=2), 0, 5) for rank in (0, 1)]
+    assert names(data, BatchShard(8), 3, 2) == whole[24:]
+    halves = [names(data, BatchShard(8, rank=rank, world_size=2), 0, 5) for rank in (0, 1)]
     assert [name for i in range(0, 20, 4) for half in halves for name in half[i : i + 4]] == whole
     assert evaluate(make_model(), data.val, batch_size=4)["images"] == 10
     model, other = make_model(), make_model()
@@ -472,11 +475,11 @@ def test_a_part_of_a_stream_whose_only_image_is_unreadable_takes_another_of_the_
         images = [encoded(picture(i, i % 3)) for i in range(8)]
         return [Record(b"broken" if i == 2 else image, i % 3, f"image {i}") for i, image in enumerate(images)]
 
-    stream = StreamDataset(epochs, Reader(SPEC, "light"), 8, 0.2)
+    stream = StreamDataset(epochs, SampleReader(SPEC, "light"), 8, 0.2)
     config = tiny_config(steps=4, batch_size=4, accumulate=4, eval_every=0.0)
     assert train(Data(stream, stream_of(10, 10), CLASSES), config, None, make_model()).steps == 4
-    assert names(Data(stream, [], CLASSES), Share(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
-    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, Reader(SPEC, "light"), 4, 1.0)
+    assert names(Data(stream, [], CLASSES), BatchShard(4, accumulate=4), 0, 4) == [f"image {i}" for i in (0, 1, 0, 3)]
+    broken = StreamDataset(lambda epoch: [Record(b"broken", 0, "only")] * 4, SampleReader(SPEC, "light"), 4, 1.0)
     with pytest.raises(DataError, match=r"No image of a part of batch 0 could be read: only"):
         train(Data(broken, [], CLASSES), tiny_config(steps=1, batch_size=4), None, make_model())
 
@@ -555,7 +558,7 @@ def test_hub_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = datasets.DatasetDict({"train": text, "test": text})
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda name, streaming: named)
-        with pytest.raises(DataError, match="does not hold whole numbers without gaps; set label_key"):
+        with pytest.raises(DataError, match="does not hold integers without missing values; set label_key"):
             open_data(DataConfig(source="hf:tiny"), SPEC)
     with pytest.raises(DataError, match="has the splits 'train', 'test'"):
         open_data(DataConfig(source="hf:tiny", val="dev"), SPEC)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimming.training.distillation import DistilTask
 from slimming.training.loop import fit
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Task
+from slimming.training.tasks import ClassificationTask, PenaltyTask, Task
 
 from .tiny import CLASSES, make_model, tiny_config
 
@@ -34,7 +34,7 @@ def trajectory(name: str) -> list[float]:
     tasks: dict[str, Task] = {
         "dense": ClassificationTask(0.1),
         "distilled": DistilTask(make_model(1), features=("blocks.0",)),
-        "penalised": AddPenalty(ClassificationTask(), lambda: {"l1": head.abs().sum()}),
+        "penalised": PenaltyTask(ClassificationTask(), lambda: {"l1": head.abs().sum()}),
     }
     config = tiny_config(epochs=4.0, warmup_epochs=1.0, accumulate=2, mixup=0.2 if name == "dense" else 0.0)
     history = fit(model, tasks[name], Data(loader, loader, CLASSES), config, title=None)

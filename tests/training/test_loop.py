@@ -29,7 +29,7 @@ from slimming.training import resume
 from slimming.training.evaluation import evaluate
 from slimming.training.loop import fit
 from slimming.training.optimisation import parameter_groups
-from slimming.training.tasks import AddPenalty, ClassificationTask
+from slimming.training.tasks import ClassificationTask, PenaltyTask
 
 from .tiny import make_model, open_tiny, run, tiny_config, train, write_data
 
@@ -172,12 +172,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path) -> Non
     # A shell that starts the tests in the background has them ignore interrupts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     model = make_model()
-    task = AddPenalty(ClassificationTask(0.1), Pressed())
+    task = PenaltyTask(ClassificationTask(0.1), Pressed())
     with pytest.raises(Interrupted, match=r"after step 5 of 12.*resume to go on"):
         fit(model, task, data, config, directory=tmp_path / "cut", title=None)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     again = make_model(seed=9)
-    quiet = AddPenalty(ClassificationTask(0.1), lambda: {})
+    quiet = PenaltyTask(ClassificationTask(0.1), lambda: {})
     fit(again, quiet, data, config, directory=tmp_path / "cut", resume=True, title=None)
     assert same(again.state_dict(), whole.state_dict())
 
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder: Path, tmp_
 
     config = tiny_config(checkpoint_seconds=0.0)
     with pytest.raises(NonFiniteLossError, match=r"extra nan.*at step 4,.*lower lr.*train.parquet row \d+"):
-        fit(model, AddPenalty(ClassificationTask(), penalty), data, config, directory=tmp_path, title=None)
+        fit(model, PenaltyTask(ClassificationTask(), penalty), data, config, directory=tmp_path, title=None)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes(
         return {"extra": (weight * 0).square().sum().sqrt() if len(calls) == 3 else weight.sum() * 0}
 
     config = tiny_config(checkpoint_seconds=0.0, clip_grad=clip_grad, precision=precision, ema=None)
-    task = AddPenalty(ClassificationTask(), penalty, lambda: looks.append(1))
+    task = PenaltyTask(ClassificationTask(), penalty, lambda: looks.append(1))
     with pytest.raises(NonFiniteLossError, match=r"^gradient nan at step 3,.*train.parquet row \d+"):
         fit(model, task, data, config, directory=tmp_path, title=None)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -224,7 +224,7 @@ def test_tied_parameters_are_trained_averaged_and_saved_once(folder: Path, tmp_p
         block.register_parameter("shared", shared)
     groups = parameter_groups(model, 0.05, lambda name: False, lambda name: 1.0)
     assert sum(p is shared for group in groups for p in group["params"]) == 1
-    task = AddPenalty(ClassificationTask(), lambda: {"pull": shared.square().sum()})
+    task = PenaltyTask(ClassificationTask(), lambda: {"pull": shared.square().sum()})
     history = fit(model, task, open_tiny(folder), tiny_config(steps=1, ema=0.5), directory=tmp_path, title=None)
     assert history.averaged is not None
     averaged = dict(history.averaged.named_parameters(remove_duplicate=False))
@@ -251,13 +251,13 @@ def test_parameter_groups() -> None:
 
 
 def test_collected_tensors_come_back(folder: Path, tmp_path: Path) -> None:
-    def task_with(total: Tensor, model: nn.Module) -> AddPenalty:
+    def task_with(total: Tensor, model: nn.Module) -> PenaltyTask:
         def collect() -> None:
             gradient = model.get_parameter("head.weight").grad
             assert gradient is not None
             total.add_(gradient.abs().sum())
 
-        return AddPenalty(ClassificationTask(0.1), lambda: {}, collect, {"total": total})
+        return PenaltyTask(ClassificationTask(0.1), lambda: {}, collect, {"total": total})
 
     data, config = open_tiny(folder), tiny_config(epochs=1.0)
     whole, model = torch.zeros(()), make_model()
@@ -335,7 +335,7 @@ def test_out_of_memory_is_advice(folder: Path) -> None:
     with pytest.raises(ConfigError, match="set accumulate to 2"):
         fit(
             make_model(),
-            AddPenalty(ClassificationTask(), penalty),
+            PenaltyTask(ClassificationTask(), penalty),
             open_tiny(folder),
             tiny_config(),
             title=None,
@@ -351,7 +351,7 @@ def test_out_of_memory_in_evaluation_is_advice(folder: Path) -> None:
         def forward(self, images: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ConfigError, match="in evaluation, with 7 images at once: make batch_size smaller"):
+    with pytest.raises(ConfigError, match="in evaluation with 7 images per forward pass: make batch_size smaller"):
         evaluate(Full(), open_tiny(folder).val, batch_size=7)
 
 

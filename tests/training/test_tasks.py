@@ -17,7 +17,7 @@ from slimming.training.config import TrainConfig
 from slimming.training.distillation import DistilTask, MatchLoss, relation_error
 from slimming.training.loop import fit
 from slimming.training.optimisation import make_mixup
-from slimming.training.tasks import AddPenalty, ClassificationTask, LossTask
+from slimming.training.tasks import ClassificationTask, LossTask, PenaltyTask
 
 from .tiny import make_model, open_tiny, tiny_config, write_data
 
@@ -125,7 +125,7 @@ def test_distillation_refuses() -> None:
 
 def test_penalties_are_added_and_named() -> None:
     one = logits(1)
-    task = AddPenalty(ClassificationTask(), lambda: {"head_dim": torch.tensor(2.0), "mlp": torch.tensor(0.5)})
+    task = PenaltyTask(ClassificationTask(), lambda: {"head_dim": torch.tensor(2.0), "mlp": torch.tensor(0.5)})
     found = task.loss(Fixed(one), images(), LABELS)
     assert list(found) == ["loss", "task", "head_dim", "mlp"]
     torch.testing.assert_close(found["loss"], F.cross_entropy(one, LABELS) + 2.5)
@@ -248,7 +248,7 @@ def test_relations_refuse() -> None:
     task = DistilTask(make_model(), relations=("blocks.1",), relation_heads=17)
     student = make_model()
     task.start(student, CPU)
-    with pytest.raises(ConfigError, match=r"relation_heads is 17, but blocks.1 gives 16 numbers"):
+    with pytest.raises(ConfigError, match=r"relation_heads is 17, but blocks.1 gives 16 features"):
         task.loss(student, images(), LABELS)
     task.stop()
 

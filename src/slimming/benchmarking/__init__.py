@@ -1,1 +1,1 @@
-"""How fast a model runs, in PyTorch and in other runtimes."""
+"""Measure the speed of models in PyTorch, `torch.compile` and ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Models as programs without Python: torch.export's, and ONNX made from it. The one exporter of the package."""
+"""Export models with `torch.export` and to ONNX, and open ONNX files in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,34 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from slimming.errors import ConfigError, UnsupportedModelError
 
 OPSET = 20
-"""The first opset with GELU as one operation; onnxruntime and onnxruntime-web run it since 1.17."""
+"""The first opset with GELU as one operation; supported by onnxruntime and onnxruntime-web since 1.17."""
 INPUT, OUTPUT = "image", "logits"
 
 
-def check_onnx() -> None:
-    """Raise MissingExtraError if what writes and runs ONNX is not installed."""
-    try:
-        import onnxruntime  # pyright: ignore # noqa: F401
-        import onnxscript  # pyright: ignore # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error
-
-
 def to_program(model: nn.Module, x: Tensor, *, any_batch: bool) -> Any:
-    """The torch.export program of ``model``.
+    """Return the `torch.export` program of ``model``.
 
     Args:
-        model: in evaluation mode; it is not changed.
-        x: an input, (B, C, H, W); with ``any_batch``, B is 2 or more.
-        any_batch: leave the batch size open, instead of that of ``x``.
+        model: a model in evaluation mode; it is not changed.
+        x: an input of shape (B, C, H, W); with ``any_batch``, B is at least 2.
+        any_batch: make the batch size dynamic, instead of fixing it to that of ``x``.
 
     Raises:
-        UnsupportedModelError: the model cannot be exported, or not with an open batch size.
+        UnsupportedModelError: the model cannot be exported, or not with a dynamic batch size.
     """
-    # By position, whatever the model calls its input.
+    # By position, since models name their input differently.
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},) if any_batch else None
     with _exporting(model, "exported"):
         return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
@@ -49,33 +40,33 @@ def to_program(model: nn.Module, x: Tensor, *, any_batch: bool) -> Any:
 def write_onnx(
     model: nn.Module, x: Tensor, file: Path, *, any_batch: bool = False, program: Any = None, opset: int = OPSET
 ) -> None:
-    """Write ``model`` to an ONNX file with all weights in it; its input is called `INPUT`, its output `OUTPUT`.
+    """Write ``model`` to an ONNX file that contains all weights; its input is called `INPUT`, its output `OUTPUT`.
 
     Args:
-        model: in evaluation mode; it is not changed.
-        x: an input, (B, C, H, W); with ``any_batch``, B is 2 or more.
-        file: where to.
-        any_batch: leave the batch size open, instead of that of ``x``.
-        program: what `to_program` made of the model, if it was made before.
-        opset: version of ONNX's operations.
+        model: a model in evaluation mode; it is not changed.
+        x: an input of shape (B, C, H, W); with ``any_batch``, B is at least 2.
+        file: path of the file.
+        any_batch: make the batch size dynamic, instead of fixing it to that of ``x``.
+        program: result of `to_program`, if the model was exported before.
+        opset: version of the ONNX operator set.
 
     Raises:
         UnsupportedModelError: the model cannot be exported, or is larger than one ONNX file may be (2 GB).
     """
     program = program if program is not None else to_program(model, x, any_batch=any_batch)
     with _exporting(model, "exported to ONNX"):
-        found = torch.onnx.export(
+        exported = torch.onnx.export(
             program, (), dynamo=True, verbose=False, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT]
         )
-        assert found is not None
-        found.save(file, external_data=False)
+        assert exported is not None
+        exported.save(file, external_data=False)
 
 
 def open_onnx(file: Path, provider: str = "CPUExecutionProvider") -> Any:
-    """An ONNX Runtime session of ``file``, with as many threads as PyTorch has.
+    """Return an ONNX Runtime session of ``file`` with the same number of threads as PyTorch.
 
     Raises:
-        ConfigError: this ONNX Runtime has no such provider.
+        ConfigError: the installed ONNX Runtime has no such provider.
     """
     import onnxruntime as ort  # pyright: ignore
 
@@ -89,7 +80,7 @@ def open_onnx(file: Path, provider: str = "CPUExecutionProvider") -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what exporters and runtimes say of themselves: on stdout, in warnings and in logs of advice."""
+    """Suppress the output of exporters and runtimes: on stdout, warnings, and log messages up to WARNING."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -101,18 +92,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exporting(model: nn.Module, what: str) -> Iterator[None]:
+def _exporting(model: nn.Module, action: str) -> Iterator[None]:
     with quiet(), torch.no_grad():
         try:
             yield
-        except OSError:  # of the disk, and not of the model
+        except OSError:  # caused by the disk, not by the model
             raise
-        except Exception as error:  # the exporter raises whatever it meets
+        except Exception as error:  # the exporter raises errors of many classes
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             first = (str(cause).strip().splitlines() or [""])[0][:200]
             raise UnsupportedModelError(
-                f"This {type(model).__name__} cannot be {what} ({type(cause).__name__}: {first}). "
-                "It runs in PyTorch, and is measured with runtime eager."
+                f"This {type(model).__name__} cannot be {action} ({type(cause).__name__}: {first}). "
+                "It can be run in PyTorch, and measured with runtime eager."
             ) from error

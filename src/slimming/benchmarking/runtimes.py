@@ -1,4 +1,4 @@
-"""What runs a model: PyTorch as it is, `torch.compile`, or ONNX Runtime."""
+"""Prepare a model for a runtime: eager PyTorch, `torch.compile`, or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,32 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.benchmarking.programs import check_onnx, open_onnx, write_onnx
+from slimming.benchmarking.config import check_runtime
+from slimming.benchmarking.programs import open_onnx, write_onnx
 from slimming.core.modules import in_evaluation
-from slimming.errors import ConfigError, nearest
-
-RUNTIMES = ("eager", "compile", "onnxruntime")
-
-
-def check_runtime(name: str) -> None:
-    """Raise ConfigError if there is no runtime called ``name``, MissingExtraError if its library is not installed."""
-    if name not in RUNTIMES:
-        raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
-    if name == "onnxruntime":
-        check_onnx()
 
 
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
-    """``model`` in evaluation mode as ``runtime`` runs it, for inputs like ``x``.
+    """Return a module that runs ``model`` in evaluation mode in ``runtime``, for inputs like ``x``.
 
     Args:
         model: any module; it is not changed.
-        x: an input of the batch size, type and device that it will get.
-        runtime: one of `RUNTIMES`.
+        x: an example input with the batch size, dtype and device of later inputs.
+        runtime: one of `slimming.benchmarking.config.RUNTIMES`.
 
     Raises:
-        ConfigError: there is no such runtime, or it cannot run where ``x`` is.
-        MissingExtraError: it is not installed.
+        ConfigError: there is no such runtime, or it does not support the device of ``x``.
+        MissingExtraError: the runtime is not installed.
         UnsupportedModelError: the model cannot be exported.
     """
     check_runtime(runtime)
@@ -48,8 +38,9 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
 def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
     """``model`` compiled for inputs of the shape of ``x``, in evaluation mode without gradients.
 
-    One graph for any shape would be slower than those that users compile. Each size of a class is a graph of its own,
-    and beyond a few of them PyTorch would go back to eager unseen; so the limits are out of the way for this one call.
+    Shapes are static, since a graph for dynamic shapes would be slower than what users compile. Modules of one class
+    with different sizes each need their own graph, and beyond a few graphs PyTorch silently falls back to eager mode;
+    the limits are therefore raised for this call.
     """
     compiled: Any = torch.compile(model, dynamic=False)
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
@@ -59,7 +50,7 @@ def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 class _OnnxRuntime(nn.Module):
-    """A model exported to ONNX in memory, run with as many threads as PyTorch has."""
+    """A model exported to ONNX, run with the same number of threads as PyTorch."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
@@ -71,5 +62,5 @@ class _OnnxRuntime(nn.Module):
         self.name = self.session.get_inputs()[0].name
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run; outputs lie on the CPU."""
+        """Run the model; the outputs are on the CPU."""
         return tuple(torch.from_numpy(out) for out in self.session.run(None, {self.name: x.detach().cpu().numpy()}))

@@ -1,4 +1,4 @@
-"""Measuring what a model really costs: counted operations, peak memory, latency."""
+"""Measure the latency of models, one after the other in each round, and describe the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ class Latency:
     """Time of one forward pass.
 
     Attributes:
-        median: milliseconds.
-        p25: milliseconds of the first quartile.
-        p75: milliseconds of the third quartile.
-        runs: number of timed blocks.
+        median: median in milliseconds.
+        p25: first quartile in milliseconds.
+        p75: third quartile in milliseconds.
+        runs: number of measurements.
     """
 
     median: float
@@ -37,7 +36,7 @@ class Latency:
     runs: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """The numbers as JSON takes them."""
+        """Return the numbers as JSON values."""
         return asdict(self)
 
 
@@ -52,10 +51,16 @@ def paired_times(
     like: Tensor | None = None,
     runtime: str = "eager",
 ) -> dict[str, list[float]]:
-    """Milliseconds per forward pass of each model, measured in turns: entry i of all lists is round i.
+    """Return the milliseconds per forward pass of each model by round, in which all models are measured in turn.
 
-    The input is of the type and on the device of ``like``, by default of the model's first parameter; ``runtime`` is
-    one of `slimming.benchmarking.runtimes.RUNTIMES`.
+    Args:
+        models: models by name.
+        input_shape: channels, height and width.
+        batch_size: images per forward pass.
+        runs: largest number of rounds; at least 5 are measured.
+        seconds: approximate time to measure each model.
+        like: tensor with the dtype and device of the input; by default the first parameter of the model.
+        runtime: one of `slimming.benchmarking.config.RUNTIMES`.
     """
     inputs = {}
     for name, model in models.items():
@@ -64,17 +69,17 @@ def paired_times(
     with ExitStack() as modes:
         for model in models.values():
             modes.enter_context(in_evaluation(model))
-        return _in_turns(models, inputs, runs=runs, seconds=seconds, runtime=runtime)
+        return _measure(models, inputs, runs=runs, seconds=seconds, runtime=runtime)
 
 
-def _in_turns(
+def _measure(
     models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, runs: int, seconds: float, runtime: str
 ) -> dict[str, list[float]]:
     models = {name: prepare(model, inputs[name], runtime) for name, model in models.items()}
-    # Two passes to warm up; the second tells how many passes make a block long enough for the clock.
+    # Two passes to warm up. From the second follows how many passes take 5 ms, which the clock measures well.
     warm = {name: [_seconds(model, inputs[name], 1) for _ in range(2)][-1] for name, model in models.items()}
     rounds = max(5, min(runs, int(seconds * len(models) / max(sum(warm.values()), 1e-9))))
-    passes = {name: max(1, round(0.005 / one)) for name, one in warm.items()}
+    passes = {name: max(1, round(0.005 / pass_seconds)) for name, pass_seconds in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -83,35 +88,35 @@ def _in_turns(
 
 
 def _seconds(model: nn.Module, x: Tensor, passes: int) -> float:
-    """Seconds per pass over ``passes`` passes in a row, waiting for a GPU to finish."""
-    wait = _nothing if x.device.type == "cpu" else partial(torch.accelerator.synchronize, x.device)
-    wait()
+    """Mean seconds per pass over ``passes`` passes, including the synchronisation of a GPU."""
+    _synchronize(x.device)
     began = time.perf_counter()
     for _ in range(passes):
         model(x)
-    wait()
+    _synchronize(x.device)
     return (time.perf_counter() - began) / passes
 
 
-def _nothing() -> None:
-    """A CPU is done when the call returns."""
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def summary(values: Sequence[float]) -> Latency:
-    """Median and quartiles of times in milliseconds."""
+    """Return the median and quartiles of times in milliseconds."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
     return Latency(median=statistics.median(values), p25=quartiles[0], p75=quartiles[2], runs=len(values))
 
 
 def speedup(dense: Sequence[float], slim: Sequence[float]) -> dict[str, float]:
-    """How many times faster: median and quartiles of the ratio round by round."""
+    """Return median and quartiles of the ratio of dense to slim time, taken round by round."""
     ratios = [before / after for before, after in zip(dense, slim, strict=True)]
-    found = summary(ratios)
-    return {"median": found.median, "p25": found.p25, "p75": found.p75}
+    ratio = summary(ratios)
+    return {"median": ratio.median, "p25": ratio.p25, "p75": ratio.p75}
 
 
 def machine() -> dict[str, Any]:
-    """The machine at hand, as reports print it."""
+    """Return a description of this machine for reports."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

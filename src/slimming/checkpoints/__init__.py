@@ -1,1 +1,1 @@
-"""Models on disk and on the Hugging Face hub, without pickle."""
+"""Save and load models on disk and on the Hugging Face hub, without pickle."""

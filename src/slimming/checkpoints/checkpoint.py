@@ -1,4 +1,4 @@
-"""Slim models on the disk: a directory of safetensors, structure and provenance, without any pickle."""
+"""Save and load models as directories with safetensors, structure and provenance; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -18,33 +18,42 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
-from slimming.core.files import FORMAT, atomic_directory, atomic_file, atomic_json, check_json, read_sealed, seal
+from slimming.core.files import (
+    FORMAT,
+    atomic_directory,
+    atomic_file,
+    atomic_json,
+    check_free,
+    check_json,
+    read_sealed,
+    seal,
+)
 from slimming.core.structure import Structure
-from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError
+from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
-from slimming.models import build as build
-from slimming.models import family_called
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
+from slimming.models.families import build as build
+from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import read
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
 
 
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write a dense or slim model to the directory ``path``, whole or not at all.
+    """Write a dense or slim model atomically to the directory ``path``.
 
     Args:
         model: a model without masks.
         path: a directory that is empty or does not exist yet.
-        provenance: where the model comes from: base model, data, settings, versions, metrics; JSON values.
+        provenance: origin of the model, as JSON values: base model, data, settings, versions, metrics.
 
     Raises:
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks attached.
-        ConfigError: the provenance holds what JSON cannot, or an entry of the file's own.
-        OutputError: the place is occupied, not writable or full.
+        ConfigError: the provenance contains values that JSON cannot hold, or a reserved entry.
+        OutputError: the directory is not empty or not writable, or the disk is full.
 
     >>> import timm, tempfile, slimming
     >>> model = timm.create_model("test_vit", num_classes=10)
@@ -62,8 +71,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     check_provenance(record)
     structure = read(model).anatomy.structure
     weights = untied(model.state_dict())
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; give another directory, or remove this one first.")
+    check_free(path)
     with atomic_directory(path) as partial:
         write_tensors(partial / WEIGHTS, weights)
         atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))
@@ -76,17 +84,17 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     The dense weights are not needed, and nothing in the directory is executed or unpickled.
 
     Args:
-        path: the directory, or ``hf-hub:owner/name`` (with ``@revision`` at its end, if need be). It may also hold a
-            model of timm or transformers, as they write it: a config.json and weights as safetensors.
-        device: where the model goes.
-        dense: for a model that no host makes by name, the dense model as you made it, with any weights; a copy of
-            it gets the sizes and weights of the checkpoint, and it stays as it was.
+        path: the directory, or ``hf-hub:owner/name``, optionally followed by ``@revision``. A directory that timm or
+            transformers saved (a config.json and weights as safetensors) can be loaded too.
+        device: device of the model.
+        dense: for a model that no library creates by name, the dense model with any weights; a copy of it gets the
+            sizes and weights of the checkpoint, and the model itself is not changed.
 
     Raises:
-        CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format, or ``dense`` is
-            not the model that it was cut from; or the hub has no such repository, or cannot be reached.
-        ConfigError: the address is not one of the hub's.
-        UnsupportedModelError: the directory is of a model that its host does not make.
+        CheckpointError: the directory is not a checkpoint, is damaged, or is of a newer format; ``dense`` is not the
+            model from which it was cut; or the hub has no such repository or cannot be reached.
+        ConfigError: the address of the repository is malformed.
+        UnsupportedModelError: the directory is of a model that its library cannot create.
     """
     path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
     if path.is_file():
@@ -94,31 +102,34 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
             f"{path} is a file; slimming loads directories that slimming.save wrote. A pickle is never loaded; "
             "for plain weights of a dense model use the dense start (model: NAME, checkpoint: FILE)."
         )
-    found = _structure_in(path)
-    if found is None:
+    saved = _structure_in(path)
+    if saved is None:
         if dense is not None:
-            raise CheckpointError(f"{path} is a model of its host's own; dense has no effect. Leave it out.")
+            raise CheckpointError(f"{path} was saved by timm or transformers; dense has no effect. Leave it out.")
         return open_directory(path).to(device).eval()
-    structure, weights = found
+    structure, weights = saved
     model = build(structure) if dense is None else _refit(dense, structure, path)
     state = unprefixed(read_tensors(weights), model)
     try:
-        fill_(model, state)
+        assign_state_(model, state)
     except RuntimeError as error:
         whose = "its structure" if dense is None else f"the {type(dense).__name__} given as dense"
         raise CheckpointError(f"The weights in {path} do not fit {whose}: {error}") from error
     unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if unfilled:
-        raise CheckpointError(f"{path} does not fill {unfilled[0]!r}; it was made with another version of its host.")
+        raise CheckpointError(
+            f"{path} does not fill {unfilled[0]!r}; it was saved with another version of the model's library. Install "
+            "the version with which it was saved."
+        )
     _same_type_(model, state)
     return model.to(device).eval()
 
 
 def _structure_in(path: Path) -> tuple[Structure, Path] | None:
-    """The structure in a directory, and its weights; None where a host's own model lies there.
+    """The structure and the file of weights in a directory; None if it contains a dense model of timm or transformers.
 
-    A directory made for the hub has the weights under the name that hosts look for, and the structure in config.json
-    too, which is all that is left where transformers saved the model again.
+    A directory written for the hub has the weights under the name that timm and transformers expect. It has the
+    structure in config.json too, which is the only copy left after transformers saved the model again.
     """
     sealed = path / STRUCTURE
     if not sealed.exists() and (path / CONFIG).exists():
@@ -128,36 +139,36 @@ def _structure_in(path: Path) -> tuple[Structure, Path] | None:
     structure = Structure.from_dict(raw, source=str(sealed))
     weights = path / (HOST_WEIGHTS if (path / HOST_WEIGHTS).exists() else WEIGHTS)
     if sha256(weights) != raw.get("weights_sha256"):
-        raise CheckpointError(f"{weights} is not as it was written: its checksum differs. Take an intact copy.")
+        raise CheckpointError(f"{weights} was changed after it was written: its checksum differs. Take an intact copy.")
     return structure, weights
 
 
 def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
-    """A copy of ``dense`` with the sizes of ``structure``.
+    """Return a copy of ``dense`` with the sizes of ``structure``.
 
     Raises:
-        CheckpointError: it has masks, was cut before, or is another model.
+        CheckpointError: ``dense`` has masks, was cut before, or is another model.
     """
     if attached(dense) is not None or SLIM in dense.__dict__:
-        raise CheckpointError("The model given as dense has masks or was cut; make it again as it was before.")
+        raise CheckpointError("The model given as dense has masks or was cut; create it anew.")
     cls = f"{type(dense).__module__}.{type(dense).__qualname__}"
     wanted = structure.base.get("class", cls)
     if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
-        raise CheckpointError(f"{path} was cut from a {wanted}, the model given as dense is a {cls}.")
+        raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
     family = family_called(structure.family)
     model = copy.deepcopy(dense)
     try:
         family.resize_(model, structure)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
         raise CheckpointError(
-            f"The {cls} given as dense does not take the sizes in {path} ({error}). Make the model from which it was "
+            f"The {cls} given as dense cannot be resized to {path} ({error}). Give the dense model from which it was "
             "cut."
         ) from error
     return model
 
 
 def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give what is not saved, such as tables of positions, the floating-point type of the weights."""
+    """Convert non-persistent buffers, such as tables of positions, to the floating-point dtype of the weights."""
     types = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(types) != 1:
         return
@@ -169,7 +180,7 @@ def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
-    """What `save` was told about where the model comes from.
+    """Return the provenance with which the model was saved.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -178,21 +189,21 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 
 
 def check_provenance(record: Mapping[str, Any]) -> None:
-    """Check before anything is written that a provenance file can hold ``record``.
+    """Check that ``record`` can be written as provenance.
 
     Raises:
-        ConfigError: it holds what JSON cannot, or an entry of the file's own.
+        ConfigError: it contains values that JSON cannot hold, or a reserved entry.
     """
     check_json(record, "provenance")
     for name in ("format", "sha256"):
         if name in record:
-            raise ConfigError(f"provenance.{name} is an entry of the file itself. Give yours another name.")
+            raise ConfigError(f"provenance.{name} is reserved. Give your entry another name.")
 
 
 def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as safetensors takes it: on the CPU, contiguous, each tensor in memory of its own.
+    """Return a state dict as safetensors requires it: on the CPU, contiguous, no two tensors sharing memory.
 
-    Only what is not so already is copied; of tied tensors, all but the first.
+    Only tensors that do not meet this are copied; of tied tensors, all but the first.
     """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -204,51 +215,51 @@ def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, plain: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write what `untied` gives to a safetensors file, whole or not at all.
+    """Write the result of `untied` atomically to a safetensors file.
 
-    The file is never held in memory; safetensors before 0.8 makes one copy of the tensors.
+    The content of the file is not held in memory; safetensors before 0.8 makes one copy of the tensors.
 
     Raises:
-        OutputError: the disk is full, or the place is not writable.
+        OutputError: the disk is full, or ``path`` is not writable.
     """
     with atomic_file(path) as temporary:
         try:
             save_file(plain, temporary, metadata)
         except SafetensorError as error:
-            # It holds what the system said as text: "(os error 28)", before safetensors 0.6 "Os { code: 28, …".
-            said = re.search(r"(?:os error|code:) (\d+)", str(error))
-            raise (OSError(int(said[1]), os.strerror(int(said[1]))) if said else OSError(str(error))) from error
+            # The message contains the error number: "(os error 28)", before safetensors 0.6 "Os { code: 28, …".
+            number = re.search(r"(?:os error|code:) (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        CheckpointError: it is missing, truncated or not safetensors.
+        CheckpointError: the file is missing, truncated or not safetensors.
     """
-    with _damage_named(path):
-        # load_file maps the file. Copies, since a mapped model changes or dies when its file is overwritten in place;
-        # they are also aligned in memory as other tensors are, which the file is not.
+    with _damage_explained(path):
+        # load_file maps the file into memory. Copy: overwriting the file would change or crash the model, and the
+        # tensors in the file are not aligned as others are.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The safetensors bytes of a small state dict; tied tensors are written once per name."""
+    """Return the safetensors bytes of a small state dict; tied tensors are written once per name."""
     return dump_safetensors(untied(state), metadata=dict(metadata or {}))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the texts that a safetensors file holds beside its tensors.
+    """Read the metadata of a safetensors file.
 
     Raises:
-        CheckpointError: it is missing, truncated or not safetensors.
+        CheckpointError: the file is missing, truncated or not safetensors.
     """
-    with _damage_named(path), safe_open(path, "pt") as file:
+    with _damage_explained(path), safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 
 
 @contextmanager
-def _damage_named(source: Path) -> Iterator[None]:
+def _damage_explained(source: Path) -> Iterator[None]:
     with _readable(source):
         source.open("rb").close()
     try:
@@ -260,15 +271,15 @@ def _damage_named(source: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, which is read in pieces.
+    """Return the SHA-256 of a file as hexadecimal digits.
 
     Raises:
-        CheckpointError: it is missing or not readable.
+        CheckpointError: the file is missing or not readable.
     """
     digest = hashlib.sha256()
     with _readable(path), path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: repositories to directories and back; nothing that comes from one is executed."""
+"""Download models from the Hugging Face hub and upload them; downloaded files are never executed."""
 
 from __future__ import annotations
 
@@ -10,79 +10,79 @@ from slimming.errors import CheckpointError, ConfigError, OutputError
 PREFIX = "hf-hub:"
 SETTINGS = ("config.json", "structure.json", "provenance.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "weights.safetensors")
-"""What is fetched of a repository: no code and no pickle, whatever else lies there."""
+"""Names of the files that are downloaded; code and pickles are not."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_address(name: str | Path) -> bool:
-    """Whether ``name`` is of a repository on the hub."""
+    """Return whether ``name`` is the address of a repository on the hub."""
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """Repository and revision of an address.
+    """Split an address into repository and revision; the revision is None if it is not given.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: the address is malformed.
 
     >>> split("hf-hub:owner/name@main")
     ('owner/name', 'main')
     """
     repository, at, revision = name.removeprefix(PREFIX).partition("@")
     if not _NAME.fullmatch(repository) or ".." in repository or (at and not revision):
-        raise ConfigError(f"{name!r} is no repository; give {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION.")
+        raise ConfigError(f"{name!r} is not a repository; give {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION.")
     return repository, revision or None
 
 
 def check_name(repository: str) -> None:
-    """Check that ``repository`` is a plain name to write to.
+    """Check that ``repository`` is a plain name that can be written to.
 
     Raises:
         ConfigError: it is not.
     """
     if is_address(repository) or split(repository)[1] is not None:
-        raise ConfigError(f"{repository!r} is no name to write to; give OWNER/NAME, without {PREFIX} and @REVISION.")
+        raise ConfigError(f"{repository!r} cannot be written to; give OWNER/NAME, without {PREFIX} and @REVISION.")
 
 
 def fetch(name: str, *, weights: bool = True) -> Path:
-    """Bring the files of a model to the local cache, and return their directory.
+    """Download the files of a model to the local cache and return their directory.
 
     Args:
-        name: ``hf-hub:owner/name``, with ``@revision`` at its end, if need be.
-        weights: False leaves the weights out.
+        name: ``hf-hub:owner/name``, optionally followed by ``@revision``.
+        weights: whether to download the weights too.
 
     Raises:
         ConfigError: the address is malformed.
-        CheckpointError: there is no such repository or revision, it may not be read, holds no model, or the hub cannot
-            be reached.
+        CheckpointError: there is no such repository or revision, access is denied, the repository contains no model, or
+            the hub cannot be reached.
     """
     import huggingface_hub
 
     repository, revision = split(name)
     try:
-        found = huggingface_hub.snapshot_download(
+        path = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=[*SETTINGS, *(WEIGHTS if weights else ())]
         )
     except _failures() as error:
-        raise CheckpointError(_said(repository, revision, error)) from error
-    directory = Path(found)
+        raise CheckpointError(_download_failure(repository, revision, error)) from error
+    directory = Path(path)
     if not (directory / "config.json").exists() and not (directory / "structure.json").exists():
-        raise CheckpointError(f"{name} holds no config.json: it is not a model of slimming, timm or transformers.")
+        raise CheckpointError(f"{name} has no config.json: it is not a model of slimming, timm or transformers.")
     if weights and not any(directory.glob("*.safetensors")):
-        raise CheckpointError(f"{name} holds no weights as model.safetensors; other kinds are not loaded from the hub.")
+        raise CheckpointError(f"{name} has no model.safetensors; weights in other formats are not loaded from the hub.")
     return directory
 
 
 def upload(directory: Path, repository: str, *, private: bool, message: str) -> str:
-    """Make the repository if it is not there, and put the files of ``directory`` into it as one commit.
+    """Create the repository if it does not exist, and upload the files of ``directory`` to it as one commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         ConfigError: the name is malformed.
-        OutputError: nobody is logged in, the repository may not be written, or the hub cannot be reached.
+        OutputError: no user is logged in, writing is not permitted, or the hub cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -101,22 +101,22 @@ def upload(directory: Path, repository: str, *, private: bool, message: str) -> 
                 f"{repository} may not be written ({reason}). Log in with a token that may write to it: hf auth login."
             ) from error
         raise OutputError(
-            f"{repository} was not written: the hub could not be reached, or refused ({reason}). Try again; what would "
-            "be pushed is written to a directory with --to DIRECTORY."
+            f"{repository} was not written: the hub could not be reached, or refused ({reason}). Try again, or write "
+            "the files to a directory with --to DIRECTORY."
         ) from error
     return str(done.commit_url)
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the library raises for the hub, the network (a `RuntimeError` where it uses Xet), the disk and bad names."""
+    """Errors that huggingface_hub raises for the hub, the network (RuntimeError with Xet), the disk and bad names."""
     from huggingface_hub import errors
 
-    # Of httpx, and before huggingface_hub 1.0 of requests.
+    # From httpx; before huggingface_hub 1.0, from requests.
     http_error: type[Exception] = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     return http_error, errors.EntryNotFoundError, OSError, ValueError, RuntimeError
 
 
-def _said(repository: str, revision: str | None, error: Exception) -> str:
+def _download_failure(repository: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):

@@ -1,4 +1,4 @@
-"""The command line: one short file per command, thin over the library."""
+"""Command line of slimming, with one module per command."""
 
 from slimming.cli.entry import main
 

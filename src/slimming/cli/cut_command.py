@@ -1,4 +1,4 @@
-"""``slimming cut``: from a search (or a plan) to slim checkpoints."""
+"""``slimming cut``: cut a model to budgets or by a plan, and save the slim checkpoints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from slimming.searching.mask_search import SearchResult
 
     Cut = tuple[nn.Module, list[Tensor], dict[str, Plan], dict[str, object]]
-    """The model to cut, images to compensate with, the plans by name, and where they come from."""
+    """The model to cut, calibration images for the compensation, the plans by name, and their provenance."""
 
 IMAGES = 512
 DESCRIPTION = """\
-Cut a model to one or more budgets. Each gets a directory of its own name in DIR, with plan.json and the slim
-checkpoint cut/, ready for slimming train, eval and bench. SOURCE is what slimming search or run wrote. With --one-shot
-it is a model that was not searched, by name or checkpoint: some hundred images without labels say in minutes what each
-unit matters. With --plan it may be any checkpoint.
+Cut a model to one or more budgets. For each budget, DIR contains a directory with the name of the budget, with
+plan.json and the slim checkpoint cut/ for slimming train, eval and bench. SOURCE is the directory of slimming search
+or slimming run. With --one-shot, SOURCE is a model without a search, by name or checkpoint; its units are scored in
+minutes from 128 to 512 unlabelled images. With --plan, SOURCE may be any checkpoint.
 
   slimming cut deit_small_patch16_224 --one-shot --data photos/ --budget macs=0.6 --output runs/cut
   slimming cut runs/search --data photos/ --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
@@ -34,40 +34,38 @@ unit matters. With --plan it may be any checkpoint.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    """Add the options to ``parser``."""
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.core.layout import Layout
 
     parser.add_argument(
         "source", metavar="SOURCE", help="directory of a search or run, or a checkpoint; with --one-shot, any model"
     )
-    add_common(parser, "--budget")
-    parser.add_argument("--one-shot", action="store_true", help="score the units of a model without a search")
-    parser.add_argument("--data", metavar="IMAGES", help="a folder of images, in class folders or not, or other data "
-                        "as in data.source; labels are not used. What goes is then predicted from what stays and "
-                        "folded into it (default: only with --one-shot)")  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", help="how many of them (default: 512)")
+    add_common_options(parser, "--budget")
+    parser.add_argument("--one-shot", action="store_true", help="score the units without a search")
+    parser.add_argument("--data", metavar="IMAGES", help="calibration images: a folder of images, with or without "
+                        "class folders, or other data as in data.source; labels are not used. The remaining weights "
+                        "are refitted to compensate for the removed units (needed with --one-shot)")  # fmt: skip
+    parser.add_argument("--images", type=int, metavar="N", help="number of calibration images (default: 512)")
     parser.add_argument("--model.checkpoint", metavar="FILE",
-                        help="with --one-shot: local weights, where SOURCE is a name")  # fmt: skip
-    add_common(parser, "--model.arguments")
-    parser.add_argument("--plan", metavar="FILE", help="a plan.json, in place of budgets")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="a directory that is empty or does not exist yet"
-    )
-    parser.add_argument("--latency-table", metavar="FILE", help="what slimming latency-table wrote, for budgets of "
+                        help="with --one-shot: local weights, if SOURCE is a name")  # fmt: skip
+    add_common_options(parser, "--model.arguments")
+    parser.add_argument("--plan", metavar="FILE", help="a plan.json, instead of budgets")
+    parser.add_argument("--output", metavar="DIR", required=True, help="an empty or new directory")
+    parser.add_argument("--latency-table", metavar="FILE", help="file of slimming latency-table, for budgets of "
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
                         help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
-    add_flags(parser, Layout, "layout", "as searched")
+    add_flags(parser, Layout, "layout", "as in the search")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it: all plans first, then all files in one rename."""
-    from slimming.cli.output import made
+    """Run the command: make all plans first, then write all files with one atomic rename."""
+    from slimming.cli.output import output_directory
     from slimming.core.files import atomic_directory
 
     output = Path(arguments.output)
-    with made(output):
+    with output_directory(output):
         model, images, plans, record = _one_shot(arguments) if arguments.one_shot else _searched(arguments)
         with atomic_directory(output) as partial:
             _write(model, plans, record, images, partial, output)
@@ -82,7 +80,7 @@ def _write(
     output: Path,
 ) -> None:
     from slimming.checkpoints.checkpoint import save
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -91,81 +89,83 @@ def _write(
         small = cut(model, chosen, images=images).eval()
         chosen.save(partial / name / "plan.json")
         save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
-        found = cost(small)
-        say(
-            f"{output / name}: {found.params / dense.params:.1%} of the params, "
-            f"{found.macs / dense.macs:.1%} of the MACs"
+        slim = cost(small)
+        echo(
+            f"{output / name}: {slim.params / dense.params:.1%} of the params, "
+            f"{slim.macs / dense.macs:.1%} of the MACs"
             + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
         )
 
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
-    """Score a model that was not searched, and plan."""
-    from slimming.cli.output import say
+    """Score the units of a model without a search, and plan."""
+    from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
     from slimming.planning.budgeting import plans
+    from slimming.runs.config import ModelConfig
     from slimming.runs.results import versions
-    from slimming.runs.setup import ModelConfig, check_input, open_model
+    from slimming.runs.setup import check_input, open_model
     from slimming.scoring.one_shot import score
 
     if arguments.plan:
-        raise ConfigError("--one-shot makes its own plans; drop it or --plan.")
+        raise ConfigError("--one-shot and --plan exclude each other; drop one of them.")
     if arguments.data is None:
         raise ConfigError("--one-shot needs images: give --data with a folder of them.")
     budgets = _budgets(arguments)
-    given = vars(arguments)
+    options = vars(arguments)
     config = ModelConfig(
-        name=arguments.source, checkpoint=given["model.checkpoint"], arguments=given["model.arguments"]
+        name=arguments.source, checkpoint=options["model.checkpoint"], arguments=options["model.arguments"]
     )
     model, notes = open_model(config)
     for note in notes:
-        say(note)
+        echo(note)
     check_input(model)
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
-    made = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
+    planned = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
     record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
-    named = {budget.name: one for budget, one in zip(budgets, made, strict=True)}
+    named = {budget.name: plan for budget, plan in zip(budgets, planned, strict=True)}
     return scored.model, images, named, {**record, "versions": versions()}
 
 
 def _searched(arguments: argparse.Namespace) -> Cut:
-    """Plan from a search, or take a plan that is given."""
+    """Load a search and plan, or load a checkpoint and the plan of ``--plan``."""
     from slimming.cli.models import load_checkpoint
+    from slimming.core.files import json_values
     from slimming.core.pruning_plan import Plan
     from slimming.errors import CheckpointError, ConfigError
     from slimming.planning.budgeting import plans
-    from slimming.runs.results import plain, versions
+    from slimming.runs.results import versions
     from slimming.searching.mask_search import load_search, search_directory
 
     source = Path(arguments.source)
-    found = search_directory(source)
-    _refuse(arguments, "without --one-shot", ("--model.checkpoint", "--model.arguments"))
+    directory = search_directory(source)
+    _check_unused(arguments, "without --one-shot", ("--model.checkpoint", "--model.arguments"))
     if arguments.plan:
         layout = (f"--layout.{name}" for name in ("equal_heads", "equal_qkv", "multiple", "scarcity"))
-        _refuse(arguments, "with --plan", (*layout, "--solver", "--latency-table"))
+        _check_unused(arguments, "with --plan", (*layout, "--solver", "--latency-table"))
     if arguments.data is None:
-        _refuse(arguments, "without --data", ("--images",))
+        _check_unused(arguments, "without --data", ("--images",))
     if arguments.plan:
         if arguments.budgets:
             raise ConfigError("Give --budget (once or more), or --plan.")
-        given = Plan.load(arguments.plan)
-        model = load_search(found).model if found is not None else load_checkpoint(arguments.source)
-        named, record = {"plan": given}, {"source": str(source), "versions": versions()}
+        loaded = Plan.load(arguments.plan)
+        model = load_search(directory).model if directory is not None else load_checkpoint(arguments.source)
+        named, record = {"plan": loaded}, {"source": str(source), "versions": versions()}
     else:
         budgets = _budgets(arguments)
-        if found is None:
+        if directory is None:
             raise CheckpointError(
                 f"{source} holds no finished search. Give a directory that slimming search wrote, or --one-shot with "
                 "--data to cut a model without a search."
             )
-        result = load_search(found)
+        result = load_search(directory)
         layout = _layout(arguments, result.config.layout)
-        record = {"source": str(source), "search": plain(result.config), "versions": versions()}
-        made = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
-        _say_layout_costs(result, budgets, layout, made, arguments)
-        model, named = result.model, {budget.name: one for budget, one in zip(budgets, made, strict=True)}
+        record = {"source": str(source), "search": json_values(result.config), "versions": versions()}
+        planned = plans(result, budgets, layout=layout, solver=arguments.solver, latency=arguments.latency_table)
+        _print_layout_costs(result, budgets, layout, planned, arguments)
+        model, named = result.model, {budget.name: plan for budget, plan in zip(budgets, planned, strict=True)}
     images = _images(arguments, model) if arguments.data is not None else []
     return model, images, named, record
 
@@ -176,11 +176,11 @@ def _images(arguments: argparse.Namespace, model: nn.Module) -> list[Tensor]:
     return load_images(arguments.data, model, IMAGES if arguments.images is None else arguments.images)
 
 
-def _refuse(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> None:
-    """Refuse flags that were given in vain.
+def _check_unused(arguments: argparse.Namespace, when: str, flags: Sequence[str]) -> None:
+    """Check that flags without an effect are not given.
 
     Raises:
-        ConfigError: one of them was given.
+        ConfigError: one of them is given.
     """
     from slimming.errors import ConfigError
 
@@ -198,39 +198,45 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
         raise ConfigError("Give --budget (once or more), or --plan.")
     budgets = [build(Budget, values) for values in arguments.budgets]
     if len({budget.name for budget in budgets}) < len(budgets):
-        raise ConfigError("A budget is given twice; take one of them out.")
+        raise ConfigError("A budget is given twice; remove one of them.")
     return budgets
 
 
-def _say_layout_costs(
-    result: SearchResult, budgets: Sequence[Budget], layout: Layout, made: Sequence[Plan], arguments: argparse.Namespace
+def _print_layout_costs(
+    result: SearchResult,
+    budgets: Sequence[Budget],
+    layout: Layout,
+    planned: Sequence[Plan],
+    arguments: argparse.Namespace,
 ) -> None:
-    """Say what score is lost for the sizes that the layout asks for, budget by budget."""
+    """Print, for each budget, the score that is lost with this layout and without its constraints."""
     from dataclasses import replace
 
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.core.budget import METRICS
     from slimming.core.layout import FREE, Layout
     from slimming.planning.budgeting import plans
 
-    for budget, chosen in zip(budgets, made, strict=True):
+    for budget, chosen in zip(budgets, planned, strict=True):
         if not budget.limits:
             continue
-        # Memory and time have no formula for heads of several sizes.
-        whole = budget.memory_bytes is not None or any(METRICS[metric].timed for metric in budget.limits)
-        free = replace(Layout(multiple=1) if whole else FREE, scarcity=layout.scarcity)
+        # There is no formula for the memory and the time of heads of different sizes.
+        equal_heads = budget.memory_bytes is not None or any(METRICS[metric].timed for metric in budget.limits)
+        free = replace(Layout(multiple=1) if equal_heads else FREE, scarcity=layout.scarcity)
         if free == layout:
             continue
-        (other,) = plans(result, [budget], layout=free, solver=arguments.solver, latency=arguments.latency_table)
-        lost, least = chosen.solution["lost_score"], other.solution["lost_score"]
-        sizes = "heads of one size, each any" if whole else "any sizes"
-        what = "of loss are expected" if result.sensitivity else "of score go"
-        say(f"{budget.name}: {lost:.3g} {what} with this layout, {least:.3g} with {sizes}")
+        (unconstrained,) = plans(
+            result, [budget], layout=free, solver=arguments.solver, latency=arguments.latency_table
+        )
+        lost, least = chosen.solution["lost_score"], unconstrained.solution["lost_score"]
+        sizes = "equal heads of any size" if equal_heads else "any sizes"
+        quantity = "expected increase of the loss" if result.sensitivity else "score lost"
+        echo(f"{budget.name}: {quantity} {lost:.3g} with this layout, {least:.3g} with {sizes}")
 
 
 def _layout(arguments: argparse.Namespace, base: Layout) -> Layout:
-    from slimming.cli.flags import given
+    from slimming.cli.flags import flag_values
     from slimming.cli.settings import build
     from slimming.core.layout import Layout
 
-    return build(Layout, given(arguments, Layout, "layout"), "layout", base)
+    return build(Layout, flag_values(arguments, Layout, "layout"), "layout", base)

@@ -1,4 +1,4 @@
-"""``slimming demo``: the whole chain on what comes with slimming."""
+"""``slimming demo``: the whole pipeline on an embedded model and embedded images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 DESCRIPTION = """\
-The whole chain on an embedded Vision Transformer and embedded satellite images (EuroSAT): one search, three
-budgets, retraining, measuring, a report. It takes some minutes on two CPU cores and needs no network.
+Run the whole pipeline on an embedded Vision Transformer and embedded satellite images (EuroSAT): one search, three
+budgets, retraining, measurements, and a report. It takes a few minutes on two CPU cores and needs no network.
 
   slimming demo
   slimming demo --output runs/second-demo
@@ -15,15 +15,15 @@ budgets, retraining, measuring, a report. It takes some minutes on two CPU cores
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (%(default)s)")
+    """Add the options to ``parser``."""
+    parser.add_argument("--output", metavar="DIR", default="runs/demo", help="output directory (default: %(default)s)")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     from slimming import demo
-    from slimming.cli.jobs import from_values
-    from slimming.cli.run_command import run_into
+    from slimming.cli.configs import config_from_values
+    from slimming.cli.run_command import run_in_directory
     from slimming.runs.config import RunConfig
 
-    run_into(from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])
+    run_in_directory(config_from_values(RunConfig, demo.settings()), Path(arguments.output), "demo", [])

@@ -1,6 +1,7 @@
-"""From the words of a command line to an exit code.
+"""Entry point of the command line: parse arguments, run a command, turn errors into exit codes.
 
-0: done. 2: the user's mistake, in one sentence on stderr. 130: stopped by Ctrl-C, after saving. 1: our mistake.
+Exit codes: 0 success, 1 internal error, 2 error in the input (reported in one sentence on stderr), 130 stopped by
+Ctrl-C after the state was saved.
 """
 
 from __future__ import annotations
@@ -20,44 +21,44 @@ from typing import NoReturn
 from slimming.errors import ConfigError, Interrupted, SlimmingError, nearest
 
 COMMANDS = {
-    "run": "the whole chain: search, cut every budget, retrain, measure, report",
+    "run": "run the whole pipeline: search, cut to every budget, retrain, measure, report",
     "search": "train weights and soft masks together, once for all budgets",
-    "cut": "cut a searched model to one or more budgets",
+    "cut": "cut a model to one or more budgets, from a search or in one shot",
     "train": "train a dense model, or retrain a cut one with a teacher",
-    "eval": "top-1 of checkpoints on validation images",
-    "bench": "what models cost: params, MACs, memory, measured latency",
-    "export": "files for ONNX Runtime, OpenVINO and others, checked against the model",
-    "latency-table": "measure the pieces of a model here, for budgets of latency",
-    "inspect": "what can go in a model, and what each part costs",
-    "push": "put a model on the Hugging Face hub, or write what would be put there",
-    "report": "write a run's report again and show its table",
-    "demo": "the whole chain on an embedded model and embedded images",
+    "eval": "evaluate the top-1 accuracy of checkpoints on validation images",
+    "bench": "count params, MACs and memory of models, and measure their latency",
+    "export": "export to ONNX, OpenVINO and others, and compare the files with the model",
+    "latency-table": "measure the layers of a model on this device, for budgets of latency",
+    "inspect": "list the prunable groups of a model and what they cost",
+    "push": "upload a model to the Hugging Face hub, or write its files to a directory",
+    "report": "write the report of a run again and print its table",
+    "demo": "run the whole pipeline on an embedded model and embedded images",
 }
-REPORT_TO = "This is a mistake of slimming's, not yours. Please report it with the lines above and your command."
-OURS, YOURS, STOPPED = 1, 2, 130
+INTERNAL_ERROR_MESSAGE = "This is a bug in slimming. Please report it with the lines above and your command."
+INTERNAL_ERROR, INPUT_ERROR, STOPPED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (by default that of the process) names, and return its exit code."""
+    """Run the command line ``argv`` (by default the arguments of the process) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    again = shlex.join(["slimming", *words])
+    command_line = shlex.join(["slimming", *words])
     words = [word for word in words if word != "--debug"]
     try:
-        with _world_errors():
+        with _explain_system_errors():
             return _run(words)
     except Interrupted as error:
-        return _fail(error, f"{error} To go on: {again}", STOPPED, debug)
+        return _fail(error, f"{error} To go on: {command_line}", STOPPED, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, f"Stopped; what was saved before stays. To go on or start again: {again}", STOPPED, debug)
+        return _fail(error, f"Stopped; saved files are kept. To go on or start again: {command_line}", STOPPED, debug)
     except SlimmingError as error:
-        return _fail(error, f"error: {error}", YOURS, debug)
+        return _fail(error, f"error: {error}", INPUT_ERROR, debug)
     except BrokenPipeError:
         sys.stderr.close()
-        return OURS
+        return INTERNAL_ERROR
     except Exception as error:
         traceback.print_exception(error)
-        return _fail(error, REPORT_TO, OURS, debug=False)
+        return _fail(error, INTERNAL_ERROR_MESSAGE, INTERNAL_ERROR, debug=False)
 
 
 def _run(words: Sequence[str]) -> int:
@@ -77,48 +78,48 @@ def _run(words: Sequence[str]) -> int:
     except SystemExit as done:  # --help was printed
         return int(done.code or 0)
     if getattr(arguments, "print_config", False):
-        from slimming.cli.jobs import as_yaml, read_job
+        from slimming.cli.configs import config_to_yaml, read_config
 
-        job, notes = read_job(arguments.job, arguments)
-        print("".join(f"# {note}\n" for note in notes) + as_yaml(job), end="")
+        config, notes = read_config(arguments.config_class, arguments)
+        print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
         command(name).execute(arguments)
     return 0
 
 
 def command(name: str) -> ModuleType:
-    """The module of a command: ``DESCRIPTION``, ``arguments(parser)`` and ``execute(arguments)``."""
+    """Return the module of a command, with ``DESCRIPTION``, ``arguments(parser)`` and ``execute(arguments)``."""
     return import_module(f"slimming.cli.{name.replace('-', '_')}_command")
 
 
 def overview() -> str:
-    """What ``slimming --help`` prints."""
+    """Return the text of ``slimming --help``."""
     lines = [f"  {name:<13} {line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
             "usage: slimming COMMAND ...",
             "",
-            "Turn a pretrained vision model into a family of smaller, really faster ones.",
+            "Prune pretrained vision models into smaller models that are faster in practice.",
             "",
             "commands:",
             *lines,
             "",
-            "slimming COMMAND --help says more, with an example. First try: slimming demo",
-            "Every command takes --debug (show where an error arose); slimming --version.",
-            "Exit codes: 0 done, 1 a mistake of slimming's, 2 a mistake in the input, 130 stopped by Ctrl-C.",
+            "slimming COMMAND --help describes a command with examples. To begin, run: slimming demo",
+            "Every command takes --debug, which prints the traceback of an error. Version: slimming --version",
+            "Exit codes: 0 success, 1 internal error, 2 error in the input, 130 stopped by Ctrl-C.",
         ]
     )
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as `ConfigError`, and names the nearest option of an unknown one."""
+    """Argument parser that raises `ConfigError` and suggests the closest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse found as a `ConfigError`."""
+        """Raise the error of argparse as a `ConfigError`."""
         raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
 
     def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse ``words``; unknown options are found first, before they are mistaken for something else."""
+        """Parse ``words``, after a check for unknown options, which argparse may take for values."""
         for word in words:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
@@ -130,28 +131,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(name: str) -> Parser:
-    """The parser of one command."""
-    found = command(name)
+    """Return the parser of a command."""
+    module = command(name)
     parser = Parser(
         prog=f"slimming {name}",
-        description=found.DESCRIPTION,
+        description=module.DESCRIPTION,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    found.arguments(parser)
+    module.arguments(parser)
     return parser
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and leaves room for long option names."""
+    """Keep the line breaks of the description and leave room for long option names."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=110)
 
     def add_usage(self, usage: str | None, actions: object, groups: object, prefix: str | None = None) -> None:
-        """Leave the settings (and --help) out of the usage; they are listed below it."""
-        shown = [action for action in actions if action.default is not argparse.SUPPRESS]  # pyright: ignore
-        super().add_usage(usage, shown, [], prefix)
+        """Omit the settings and --help from the usage line; they are listed below it."""
+        visible = [action for action in actions if action.default is not argparse.SUPPRESS]  # pyright: ignore
+        super().add_usage(usage, visible, [], prefix)
 
 
 def _fail(error: BaseException, line: str, code: int, debug: bool) -> int:
@@ -162,8 +163,8 @@ def _fail(error: BaseException, line: str, code: int, debug: bool) -> int:
 
 
 @contextmanager
-def _world_errors() -> Iterator[None]:
-    """Turn a lack of memory, disk or permission, met anywhere, into a sentence."""
+def _explain_system_errors() -> Iterator[None]:
+    """Turn errors of memory, disk space and permissions into errors with advice."""
     try:
         yield
     except OSError as error:
@@ -173,11 +174,11 @@ def _world_errors() -> Iterator[None]:
 
         raise explain(error, Path(error.filename or "the output")) from error
     except (MemoryError, RuntimeError) as error:
-        # torch's own class is told by its name, so that this file does not wait for torch.
-        lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not lacking and "can't allocate memory" not in str(error):
+        # Compare torch.OutOfMemoryError by name, because importing torch takes seconds.
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
         raise ConfigError(
-            "Out of memory. Take a smaller batch (train.batch_size, bench.batch_sizes), a smaller model or "
+            "Out of memory. Use a smaller batch (train.batch_size, bench.batch_sizes), a smaller model or "
             "image size, or a machine with more memory."
         ) from error

@@ -1,4 +1,4 @@
-"""``slimming eval``: top-1 of checkpoints."""
+"""``slimming eval``: evaluate the top-1 accuracy of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Top-1 of checkpoints on validation images: those given, or those of the data that the checkpoint was trained on.
+Evaluate the top-1 accuracy of checkpoints on validation images. By default these are the validation images of the
+data that the checkpoint was trained on.
 
   slimming eval runs/demo/macs-0.50/slim
   slimming eval runs/dense/model runs/cut/macs-0.50/cut --data.source flowers/ --data.split_fraction 0.1
@@ -15,67 +16,71 @@ Top-1 of checkpoints on validation images: those given, or those of the data tha
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.flags import add_common, add_flags
+    """Add the options to ``parser``."""
+    from slimming.cli.flags import add_common_options, add_flags
     from slimming.training.config import DataConfig
 
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="directories, or hf-hub:OWNER/NAME")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags win over it")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass (default 256)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
-    add_common(parser, "--device", "--json")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with a section data; flags override it")
+    parser.add_argument(
+        "--batch_size", type=int, default=256, metavar="N", help="images per forward pass (default 256)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="worker processes that read images (default 0)"
+    )
+    add_common_options(parser, "--device", "--json")
     add_flags(parser, DataConfig, "data")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     import json
 
     from slimming.cli.models import choose_device, load_checkpoint
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.runs.setup import check_input, open_data
     from slimming.training.evaluation import evaluate
 
     device = choose_device(arguments.device)
-    found = {}
+    results = {}
     for name in arguments.checkpoints:
         model = load_checkpoint(name)
         config = _data(arguments, name)
         data = open_data(config, model)
         check_input(model)
-        _fits(model, data, name, config.source)
-        found[name] = evaluate(
+        _check_classes(model, data, name, config.source)
+        results[name] = evaluate(
             model, data.val, batch_size=arguments.batch_size, workers=arguments.workers, device=device
         )
         if not arguments.json:
-            metrics = found[name]
-            say(
+            metrics = results[name]
+            echo(
                 f"{name}: top-1 {metrics['top1']:.2%}, loss {metrics['loss']:.4f}, {metrics['images']} images of "
                 f"{config.source}"
             )
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(results, indent=1))
 
 
 def _data(arguments: argparse.Namespace, name: str) -> Any:
-    """The data of the file and the flags, over those of the checkpoint's provenance."""
+    """Return the data settings of the config file and the flags, or of the checkpoint with the flags."""
     from slimming.checkpoints import hub
     from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
-    from slimming.cli.flags import given
-    from slimming.cli.jobs import EvalJob, from_values, read_job
+    from slimming.cli.configs import EvalCommandConfig, config_from_values, read_config
+    from slimming.cli.flags import flag_values
     from slimming.errors import DataError
 
-    values = given(arguments, EvalJob)
+    values = flag_values(arguments, EvalCommandConfig)
     if arguments.config is not None or "source" in values.get("data", {}):
-        return read_job(EvalJob, arguments)[0].data
-    place = hub.fetch(name) if hub.is_address(name) else Path(name)
-    stored = read_provenance(place).get("data") if (place / PROVENANCE).exists() else None
+        return read_config(EvalCommandConfig, arguments)[0].data
+    directory = hub.fetch(name) if hub.is_address(name) else Path(name)
+    stored = read_provenance(directory).get("data") if (directory / PROVENANCE).exists() else None
     if not stored:
-        raise DataError(f"{name} does not say on which data it was trained; give --data.source.")
-    return from_values(EvalJob, {"data": {**stored, **values.get("data", {})}}).data
+        raise DataError(f"{name} does not record the data that it was trained on; give --data.source.")
+    return config_from_values(EvalCommandConfig, {"data": {**stored, **values.get("data", {})}}).data
 
 
-def _fits(model: Any, data: Any, name: str, source: str) -> None:
+def _check_classes(model: Any, data: Any, name: str, source: str) -> None:
     from slimming.errors import DataError
     from slimming.models.hosts import classes_of
 

@@ -1,4 +1,4 @@
-"""Flags ``--section.key value`` for every field of a dataclass, with help from its docstring."""
+"""Command-line flags ``--section.key value`` for the fields of a dataclass, with help texts from its docstring."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
-from slimming.cli.settings import default_of, unwrap
+from slimming.cli.settings import field_default, strip_optional
 from slimming.core.same_settings import flatten
 from slimming.errors import ConfigError
 
 BUDGETS = "budgets"
-"""The setting that is given by one flag ``--budget`` per budget."""
+"""Name of the setting that the repeated flag ``--budget`` gives."""
 PRESET = "search.preset"
-"""The flag that no field stands for: what the other settings of the search start from."""
+"""The only flag without a field: the preset with the defaults of the other settings of the search."""
 
 
 class Flag(NamedTuple):
-    """One setting that a flag can give."""
+    """A setting that can be given by a flag."""
 
     name: str
-    """Its dotted name."""
+    """Dotted name."""
     hint: Any
-    """Its type; None for a section that is only switched off."""
+    """Type; None for an optional section, which the flag can only set to null."""
     default: Any
-    """What it is where no flag gives it."""
+    """Default value."""
     text: str
-    """What it means."""
+    """Help text."""
 
 
 def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Flag]:
-    """Every setting of a dataclass, sections below it included, in the order of its fields."""
-    texts, hints = attribute_texts(cls), get_type_hints(cls)
+    """Yield the settings of a dataclass and of its nested sections, in the order of the fields."""
+    texts, hints = attribute_docs(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = f"{section}.{field.name}" if section else field.name
-        default = default_of(field) if base is None else getattr(base, field.name)
-        hint, optional = unwrap(hints[field.name])
+        default = field_default(field) if base is None else getattr(base, field.name)
+        hint, optional = strip_optional(hints[field.name])
         if not dataclasses.is_dataclass(hint):
             if name != BUDGETS:
                 yield Flag(name, hints[field.name], default, texts.get(field.name, ""))
@@ -51,47 +51,47 @@ def flags_of(cls: type[Any], section: str = "", base: Any = None) -> Iterator[Fl
         yield from flags_of(hint, name, default if isinstance(default, hint) else None)
 
 
-def attribute_texts(cls: type[Any]) -> dict[str, str]:
-    """What the ``Attributes:`` of a class's docstring say, as plain text in one line each."""
+def attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """Return the texts of ``Attributes:`` in the docstring of a class, each as one line of plain text."""
     block = re.search(r"\n\s*Attributes:\n(.*?)(\n\s*\n\s*\w+:\n|\Z)", cls.__doc__ or "", re.DOTALL)
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for entry in re.split(r"\n {8}(?=\w)", "\n" + block[1].rstrip()) if block else []:
         name, colon, text = entry.partition(":")
         if colon:
-            found[name.strip()] = re.sub(r"\s+", " ", _for_flags(text)).strip()
-    return found
+            docs[name.strip()] = re.sub(r"\s+", " ", _for_flags(text)).strip()
+    return docs
 
 
 def _for_flags(text: str) -> str:
-    """A docstring's words as one types them: no markup, YAML's names of values."""
+    """Remove the markup of a docstring, and write values as in YAML."""
     for word, typed in (("`", ""), ('"', "'"), ("None", "null"), ("True", "true"), ("False", "false")):
         text = text.replace(word, typed)
     return text
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[Any], section: str = "", otherwise: str = "") -> None:
-    """Give ``parser`` one flag per setting of ``cls``, grouped by section, and ``--budget`` where it has budgets.
+def add_flags(parser: argparse.ArgumentParser, cls: type[Any], section: str = "", default_text: str = "") -> None:
+    """Add a flag to ``parser`` for each setting of ``cls``, grouped by section, and ``--budget`` if it has budgets.
 
     Args:
-        parser: the parser of a command.
+        parser: parser of a command.
         cls: the dataclass.
-        section: dotted name of ``cls`` itself.
-        otherwise: what is taken where a flag is not given; empty: the defaults of ``cls``.
+        section: dotted name of ``cls``.
+        default_text: description of the defaults in the help texts; by default the defaults of ``cls`` are shown.
     """
     if any(field.name == BUDGETS for field in dataclasses.fields(cls)):
-        add_common(parser, "--budget")
+        add_common_options(parser, "--budget")
     title = f"settings of {section}" if section else "settings"
     groups: dict[str, argparse._ArgumentGroup] = {section: parser.add_argument_group(title)}
     for flag in flags_of(cls, section):
-        of = flag.name if flag.hint is None else flag.name.rpartition(".")[0]
-        if of not in groups:
-            groups[of] = parser.add_argument_group(f"settings of {of}")
-            if of == "search":
+        parent = flag.name if flag.hint is None else flag.name.rpartition(".")[0]
+        if parent not in groups:
+            groups[parent] = parser.add_argument_group(f"settings of {parent}")
+            if parent == "search":
                 from slimming.searching.config import PRESETS
 
-                text = f"what the other settings of the search start from: {', '.join(PRESETS)}; without it, default"
-                _add(groups[of], PRESET, str, text)
-        _add(groups[of], flag.name, flag.hint, f"{flag.text.rstrip('.')}{_default(flag, otherwise)}")
+                text = f"preset with the defaults of the search: {', '.join(PRESETS)} (default: default)"
+                _add(groups[parent], PRESET, str, text)
+        _add(groups[parent], flag.name, flag.hint, f"{flag.text.rstrip('.')}{_default(flag, default_text)}")
 
 
 def _add(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> None:
@@ -104,17 +104,17 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> Non
     )
 
 
-def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Give ``parser`` options that several commands have."""
+def add_common_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the options ``names``, which several commands share, to ``parser``."""
     common: dict[str, dict[str, Any]] = {
-        "--device": {"metavar": "NAME", "help": "such as cpu or cuda:0 (default: a GPU where there is one)"},
-        "--threads": {"type": int, "metavar": "N", "help": "CPU threads (default: as torch chooses)"},
+        "--device": {"metavar": "NAME", "help": "such as cpu or cuda:0 (default: a GPU if there is one)"},
+        "--threads": {"type": int, "metavar": "N", "help": "number of CPU threads (default: chosen by PyTorch)"},
         "--json": {"action": "store_true", "help": "print JSON"},
         "--model.arguments": {
             "type": partial(parse_flag, dict[str, Any], where="--model.arguments"),
             "default": {},
             "metavar": "A=1,B=2",
-            "help": "arguments of the host's constructor, such as timm's img_size",
+            "help": "arguments of the model's constructor, such as timm's img_size",
         },
         "--budget": {
             "type": partial(parse_pairs, where="--budget"),
@@ -122,38 +122,38 @@ def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
             "action": "append",
             "default": [],
             "metavar": "LIMITS",
-            "help": "macs=0.5, params=0.5, or keep ratios: keep.mlp=0.7,keep.head_dim=0.7; once for each slim model",
+            "help": "macs=0.5, params=0.5, or keep ratios: keep.mlp=0.7,keep.head_dim=0.7; repeat for several models",
         },
     }
     for name in names:
         parser.add_argument(name, **common[name])
 
 
-def given(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
-    """The settings of ``cls``, called ``section``, that flags gave, as nested values."""
+def flag_values(arguments: argparse.Namespace, cls: type[Any], section: str = "") -> dict[str, Any]:
+    """Return the settings of ``cls`` that are given by flags, as nested values; ``section`` is the name of ``cls``."""
     names = {PRESET, *(flag.name for flag in flags_of(cls, section))}
     values: dict[str, Any] = {}
     for name, value in vars(arguments).items():
         if name in names or (name == BUDGETS and value):
-            _put(values, name, value, f"--{name}")
+            _set_nested(values, name, value, f"--{name}")
     return values.get(section, {}) if section else values
 
 
 _OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]{}]*[\]}])")
-"""Commas between parts, not those of lists such as ``[1,2]``."""
+"""Commas between parts, but not within lists such as ``[1,2]``."""
 
 
 def parse_flag(hint: Any, text: str, where: str) -> Any:
-    """The value that the text of a flag stands for; its type is checked where the dataclass is made.
+    """Parse the text of a flag; `slimming.cli.settings.build` checks the type of the value later.
 
     >>> parse_flag(tuple[int, ...], "1,32", "--bench.batch_sizes")
     [1, 32]
     """
-    off = text.lower() in ("null", "none")
-    if hint is None and not off:
-        raise ConfigError(f"{where} takes null only; its settings have flags of their own.")
-    hint, optional = unwrap(hint)
-    if off and (optional or hint is None):
+    is_null = text.lower() in ("null", "none")
+    if hint is None and not is_null:
+        raise ConfigError(f"{where} takes null only; set its settings with their own flags.")
+    hint, optional = strip_optional(hint)
+    if is_null and (optional or hint is None):
         return None
     origin = get_origin(hint)
     if hint is str:
@@ -166,7 +166,7 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
 
 
 def parse_pairs(text: str, where: str) -> dict[str, Any]:
-    """Read ``a=1,b.c=[2,3]`` as ``{"a": 1, "b": {"c": [2, 3]}}``.
+    """Parse ``a=1,b.c=[2,3]`` to ``{"a": 1, "b": {"c": [2, 3]}}``.
 
     Raises:
         ConfigError: a part has no ``=``, or a name is given twice.
@@ -175,23 +175,25 @@ def parse_pairs(text: str, where: str) -> dict[str, Any]:
     for part in filter(None, _OUTSIDE_BRACKETS.split(text)):
         name, equals, value = part.partition("=")
         if not equals or not name:
-            raise ConfigError(f"{where} {text!r}: {part!r} is not name=value.")
-        _put(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
+            raise ConfigError(f"{where} {text!r}: {part!r} is not of the form name=value.")
+        _set_nested(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
     return values
 
 
-def _put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Put ``value`` below the dotted ``name``.
+def _set_nested(values: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Set ``value`` at the dotted ``name`` in nested dicts.
 
     Raises:
-        ConfigError: there is something already, there or above.
+        ConfigError: ``name`` or one of its parents has a value already.
     """
     *path, last = name.split(".")
-    for place, part in enumerate(path):
+    for index, part in enumerate(path):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            above = ".".join(path[: place + 1])
-            raise ConfigError(f"{where}: {above} is given as {shown(values)}, so {name} has no effect; drop one.")
+            parent = ".".join(path[: index + 1])
+            raise ConfigError(
+                f"{where}: {parent} is given as {format_value(values)}, so {name} has no effect; drop one."
+            )
     if last in values:
         raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
@@ -205,30 +207,32 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    hint, _ = unwrap(hint)
+    hint, _ = strip_optional(hint)
     single = {None: "null", str: "TEXT", int: "N", float: "X", bool: "true|false"}
     return single.get(hint) or ("A,B" if get_origin(hint) is tuple else "A=1,B=2")
 
 
-def _default(flag: Flag, otherwise: str) -> str:
-    if otherwise:
-        return f" (default: {otherwise})"
+def _default(flag: Flag, default_text: str) -> str:
+    if default_text:
+        return f" (default: {default_text})"
     if flag.default is dataclasses.MISSING:
-        return " (needed)"
+        return " (required)"
     without = flag.hint is None or flag.default in ("", {}, (), None)
-    return "" if without else f" (default {shown(flag.default)})"
+    return "" if without else f" (default {format_value(flag.default)})"
 
 
-def shown(value: Any) -> str:
-    """A value as a flag takes it; budgets as one flag each takes them.
+def format_value(value: Any) -> str:
+    """Format a value as the text of a flag; several budgets are separated by spaces.
 
-    >>> shown((1, 32)), shown({"keep": {"mlp": 0.5}}), shown(None), shown(True)
+    >>> format_value((1, 32)), format_value({"keep": {"mlp": 0.5}}), format_value(None), format_value(True)
     ('1,32', 'keep.mlp=0.5', 'null', 'true')
     """
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={shown(entry)}" for name, entry in flatten(value).items()) or "{}"
+        return ",".join(f"{name}={format_value(entry)}" for name, entry in flatten(value).items()) or "{}"
     if isinstance(value, (list, tuple)):
-        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(map(shown, value)) or "[]"
+        return (" " if any(isinstance(entry, Mapping) for entry in value) else ",").join(
+            map(format_value, value)
+        ) or "[]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)

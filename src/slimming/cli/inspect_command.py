@@ -1,4 +1,4 @@
-"""``slimming inspect``: what can go in a model, without training."""
+"""``slimming inspect``: list the prunable groups of a model and what they cost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from slimming.counting.model_cost import Cost
 
 DESCRIPTION = """\
-List what can go in a model: groups of units, the parameters and multiply-adds that go with each, and what is not
-covered. MODEL is a timm name, transformers:NAME (its config is fetched; or a local directory), torchvision:NAME, or a
-checkpoint directory; weights are not downloaded. Nothing is trained.
+List the prunable groups of units of a model, the parameters and multiply-adds that are removed with each, and the
+parts of the model that are not covered. MODEL is a timm name, transformers:NAME (whose config is downloaded; or a local
+directory), torchvision:NAME, or a checkpoint directory. Weights are not downloaded, and nothing is trained.
 
   slimming inspect deit_small_patch16_224
   slimming inspect vit_tiny_patch16_224 --model.arguments img_size=64,patch_size=8 --json
@@ -20,17 +20,17 @@ checkpoint directory; weights are not downloaded. Nothing is trained.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.flags import add_common
+    """Add the options to ``parser``."""
+    from slimming.cli.flags import add_common_options
 
-    parser.add_argument("model", metavar="MODEL", help="name of a model, or checkpoint directory")
-    add_common(parser, "--model.arguments")
+    parser.add_argument("model", metavar="MODEL", help="name of a model, or a checkpoint directory")
+    add_common_options(parser, "--model.arguments")
     parser.add_argument("--groups", action="store_true", help="list every group with its units and limits")
-    parser.add_argument("--json", action="store_true", help="print JSON, every group included")
+    parser.add_argument("--json", action="store_true", help="print JSON with all groups")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     import json
 
     from slimming.cli.models import open_named
@@ -40,23 +40,23 @@ def execute(arguments: argparse.Namespace) -> None:
 
     model = open_named(arguments.model, vars(arguments)["model.arguments"], device="meta")
     check_input(model)
-    anatomy, groups, found = prunable(model).anatomy, describe(model), cost(model)
+    anatomy, groups, costs = prunable(model).anatomy, describe(model), cost(model)
     if arguments.json:
-        print(json.dumps(as_json(arguments.model, anatomy, groups, found), indent=1))
+        print(json.dumps(as_json(arguments.model, anatomy, groups, costs), indent=1))
         return
-    _print(arguments.model, anatomy, groups, found, each=arguments.groups)
+    _print(arguments.model, anatomy, groups, costs, each=arguments.groups)
 
 
-def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> dict[str, Any]:
-    """Everything that the tables show, and every group."""
+def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost) -> dict[str, Any]:
+    """Return the content of the tables and all groups as plain values."""
     return {
         "model": name,
         "family": anatomy.structure.family,
         "input": list(anatomy.input_shape),
-        "params": found.params,
-        "macs": found.macs,
-        "memory_bytes": found.memory_bytes,
-        "kinds": by_kind(anatomy, groups),
+        "params": costs.params,
+        "macs": costs.macs,
+        "memory_bytes": costs.memory_bytes,
+        "kinds": totals_by_kind(anatomy, groups),
         "groups": [
             {
                 "name": group.name,
@@ -64,8 +64,8 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost)
                 "size": group.size,
                 "minimum": group.limits.minimum,
                 "heads": list(group.limits.parts),
-                "params": found.groups[group.name].params,
-                "macs": found.groups[group.name].macs,
+                "params": costs.groups[group.name].params,
+                "macs": costs.groups[group.name].macs,
             }
             for group in groups
         ],
@@ -73,8 +73,8 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost)
     }
 
 
-def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:
-    """Groups and units per kind, and the params and MACs that go when all of them go."""
+def totals_by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:
+    """Return, for each kind, the number of groups and units, and the params and MACs of all of them together."""
     from slimming.core.groups import keep_all
     from slimming.counting.model_cost import together
 
@@ -88,48 +88,48 @@ def by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, 
     return result
 
 
-def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], found: Cost, *, each: bool) -> None:
-    from slimming.cli.output import console, count, say
+def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost, *, each: bool) -> None:
+    from slimming.cli.output import console, echo, format_count
 
     shape = " x ".join(map(str, anatomy.input_shape))
-    say(f"{name}: read as {anatomy.structure.family}, images of {shape}")
-    say(
-        f"{count(found.params)} params, {count(found.macs)} MACs (one multiply-add is one), "
-        f"{count(found.memory_bytes, 'B')} (weights and peak activations, batch 1)"
+    echo(f"{name}: read as {anatomy.structure.family}, images of {shape}")
+    echo(
+        f"{format_count(costs.params)} params, {format_count(costs.macs)} MACs (multiply-adds), "
+        f"{format_count(costs.memory_bytes, 'B')} (weights and peak activations, batch 1)"
     )
-    say("")
-    say("What can go, by kind. Params and MACs are those that go when all units of the kind go and the rest stays;")
-    say("whole heads and the dimensions in them are two views of the same.")
-    console().print(_kinds_table(anatomy, groups, found))
-    say("")
-    say("Block by block")
-    console().print(_blocks_table(anatomy, groups, found))
+    echo("")
+    echo("Prunable units by kind. Params and MACs are removed if all units of only this kind are removed; whole heads")
+    echo("and the dimensions in them are two views of the same weights.")
+    console().print(_kinds_table(anatomy, groups, costs))
+    echo("")
+    echo("Prunable units by block")
+    console().print(_blocks_table(anatomy, groups, costs))
     if each:
-        say("")
-        console().print(_groups_table(groups, found))
-    say("")
+        echo("")
+        console().print(_groups_table(groups, costs))
+    echo("")
     for part in anatomy.uncovered:
-        say(f"not covered: {part}")
+        echo(f"not covered: {part}")
 
 
 def _table(*columns: str) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for place, title in enumerate(columns):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+    for column, title in enumerate(columns):
+        table.add_column(title, justify="left" if column == 0 else "right", no_wrap=True)
     return table
 
 
-def _kinds_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> Any:
+def _kinds_table(anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost) -> Any:
     table = _table("kind", "groups", "units", "params", "share", "MACs", "share")
-    for kind, sums in by_kind(anatomy, groups).items():
-        table.add_row(kind, str(sums["groups"]), f"{sums['units']:,}", *_costs(sums["params"], sums["macs"], found))
+    for kind, sums in totals_by_kind(anatomy, groups).items():
+        table.add_row(kind, str(sums["groups"]), f"{sums['units']:,}", *_costs(sums["params"], sums["macs"], costs))
     return table
 
 
-def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> Any:
-    """One line per block: the sizes of its groups, and what goes with all of them but tokens."""
+def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost) -> Any:
+    """Return a table with the sizes of the groups of each block, and what all of them except tokens cost."""
     from slimming.core.groups import keep_all
     from slimming.counting.model_cost import together
 
@@ -137,7 +137,7 @@ def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> A
     by_dimension = {group.site for group in groups if group.kind == "head_dim"}
     blocks: dict[str, list[Group]] = {}
     for group in groups:
-        # A width is of many blocks.
+        # The width belongs to all blocks.
         if group.kind != "width" and not (group.kind == "head" and group.site in by_dimension):
             blocks.setdefault(_block(group), []).append(group)
     titles = {"qk": "QK", "v": "V", "head": "heads", "mlp": "hidden", "channel": "channels", "token": "tokens"}
@@ -145,28 +145,28 @@ def _blocks_table(anatomy: Anatomy, groups: tuple[Group, ...], found: Cost) -> A
     roles = [role for role in titles if role in present]
     table = _table("block", *(titles[role] for role in roles), "params", "share", "MACs", "share")
     for block, members in blocks.items():
-        shown = ["+".join(_size(group) for group in members if group.role == role) or "-" for role in roles]
-        # What goes with a whole attention or MLP is what goes with all its units.
+        sizes = ["+".join(_size(group) for group in members if group.role == role) or "-" for role in roles]
+        # A whole attention or MLP costs as much as all of its units, so groups of kind block are left out.
         cost = together(anatomy, whole, [group.name for group in members if group.kind not in ("token", "block")])
-        table.add_row(block, *shown, *_costs(cost.params, cost.macs, found))
+        table.add_row(block, *sizes, *_costs(cost.params, cost.macs, costs))
     return table
 
 
 def _block(group: Group) -> str:
-    """The block that a group is in: its name up to the attention, the MLP, or the last number."""
+    """Return the block of a group: its name up to the attention, the MLP, or the last number."""
     for part in (".attn", ".mlp"):
         if part in group.name:
             return group.name.partition(part)[0]
     parts = group.name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else ".".join(parts[:-1]) or group.name
 
 
-def _groups_table(groups: tuple[Group, ...], found: Cost) -> Any:
+def _groups_table(groups: tuple[Group, ...], costs: Cost) -> Any:
     table = _table("group", "kind", "units", "at least", "params", "share", "MACs", "share")
     for group in groups:
-        own = found.groups[group.name]
-        row = [group.kind, _size(group), str(group.limits.minimum), *_costs(own.params, own.macs, found)]
+        cost = costs.groups[group.name]
+        row = [group.kind, _size(group), str(group.limits.minimum), *_costs(cost.params, cost.macs, costs)]
         table.add_row(group.name, *row)
     return table
 
@@ -179,7 +179,7 @@ def _size(group: Group) -> str:
     return f"{len(parts)} x {parts[0]}" if same else "+".join(map(str, parts))
 
 
-def _costs(params: int, macs: int, found: Cost) -> list[str]:
-    from slimming.cli.output import count
+def _costs(params: int, macs: int, costs: Cost) -> list[str]:
+    from slimming.cli.output import format_count
 
-    return [count(params), f"{params / found.params:.1%}", count(macs), f"{macs / found.macs:.1%}"]
+    return [format_count(params), f"{params / costs.params:.1%}", format_count(macs), f"{macs / costs.macs:.1%}"]

@@ -1,4 +1,4 @@
-"""Models as the command line names them."""
+"""Open models, checkpoints and devices by the names on the command line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 from slimming.checkpoints import checkpoint, hub
 from slimming.errors import CheckpointError, ConfigError
 from slimming.masks.attachment import prunable
-from slimming.models import family_of
 from slimming.models.create import create_untrained
 from slimming.models.directories import CONFIG, open_directory
+from slimming.models.families import family_of
 from slimming.models.hosts import is_hosted
 
 
 def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
-    """Open a checkpoint directory, or make a model without its weights, for looking and timing only.
+    """Load a checkpoint, or create a model with random weights, to inspect or time it.
 
     Raises:
-        CheckpointError: no such directory, or a damaged one.
-        UnsupportedModelError: the host has no such model, or no family reads it.
-        ConfigError: arguments with a checkpoint, which has its own.
+        CheckpointError: the directory does not exist or is damaged.
+        UnsupportedModelError: there is no model of this name, or it is not supported.
+        ConfigError: ``arguments`` are given for a checkpoint, which contains its own.
     """
     if hub.is_address(name):
         fetched = hub.fetch(name, weights=False)
@@ -36,7 +36,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
     path = Path(name)
     if path.exists():
         if arguments:
-            raise ConfigError(f"{path} is a whole model: model.arguments have no effect; drop them.")
+            raise ConfigError(f"{path} is a checkpoint, for which model.arguments have no effect; drop them.")
         return load_checkpoint(path)
     if (os.sep in name and not is_hosted(name)) or name in (".", ".."):
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote, or a timm name.")
@@ -48,14 +48,14 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
 
 
 def load_checkpoint(name: str | Path) -> nn.Module:
-    """Load a checkpoint directory, and say what to give where a whole run or search was given.
+    """Load a checkpoint; the error for the directory of a run or search lists the checkpoints in it.
 
     Args:
-        name: the directory, or ``hf-hub:owner/name``.
+        name: a directory, or ``hf-hub:owner/name``.
 
     Raises:
-        CheckpointError: no such directory or repository, a damaged one, or one that holds no checkpoint.
-        ConfigError: the address is not one of the hub's.
+        CheckpointError: the directory or repository does not exist, is damaged, or holds no checkpoint.
+        ConfigError: the hub address is malformed.
     """
     if hub.is_address(name):
         return checkpoint.load(name)
@@ -64,25 +64,27 @@ def load_checkpoint(name: str | Path) -> nn.Module:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Check that ``path`` is a checkpoint directory, without reading it.
+    """Check that ``path`` is a checkpoint directory, without loading it.
 
     Raises:
-        CheckpointError: it is not; the message says what to give where a whole run or search was given.
+        CheckpointError: it is not; the message lists the checkpoints in the directory of a run or search.
     """
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint directory {path}. Give one that slimming wrote.")
     if path.is_dir() and not any((path / file).exists() for file in (checkpoint.STRUCTURE, CONFIG)):
-        inside = sorted(str(found.parent) for found in path.glob(f"*/{checkpoint.STRUCTURE}"))
-        inside += sorted(str(found.parent) for found in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
-        if inside:
-            raise CheckpointError(f"{path} holds several files of a run; give a checkpoint in it: {', '.join(inside)}.")
+        checkpoints = sorted(str(file.parent) for file in path.glob(f"*/{checkpoint.STRUCTURE}"))
+        checkpoints += sorted(str(file.parent) for file in path.glob(f"*/*/{checkpoint.STRUCTURE}"))
+        if checkpoints:
+            raise CheckpointError(
+                f"{path} holds several files of a run; give a checkpoint in it: {', '.join(checkpoints)}."
+            )
 
 
-def use_threads(count: int | None) -> None:
-    """Let torch use ``count`` threads; None leaves them as they are.
+def set_threads(count: int | None) -> None:
+    """Set the number of threads of PyTorch; None keeps the current number.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: ``count`` is below 1.
     """
     if count is None:
         return
@@ -92,10 +94,10 @@ def use_threads(count: int | None) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``; by default a GPU where there is one.
+    """Return the device ``name``; by default a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: the device does not exist on this machine.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +105,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"There is no device {name!r} here; try --device cpu.") from error
+        raise ConfigError(f"There is no device {name!r} on this machine; try --device cpu.") from error
     if device.type == "meta":
-        raise ConfigError("The meta device computes nothing; try --device cpu.")
+        raise ConfigError("The meta device cannot compute; try --device cpu.")
     return device

@@ -1,4 +1,7 @@
-"""What commands print, and the directories that they write: claimed before any work, left clean by mistakes."""
+"""Console output and output directories of the commands.
+
+An output directory is created and checked before any work. It is removed again if a command fails before it saves work.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,41 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.jobs import as_yaml, differences, document, from_values
+from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
 from slimming.cli.settings import read_yaml
-from slimming.core.files import atomic_write_text, explain, new_directory, read_json
+from slimming.core.files import atomic_write_text, explain, json_values, new_directory, read_json
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.errors import ConfigError, OutputError
 from slimming.runs.config import FREE_SECTIONS
-from slimming.runs.results import plain
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
 BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
-"""Files that may lie in a directory before there is anything to go on from."""
+"""Files that a failed run may leave without any work to resume from."""
 
 
-def is_main() -> bool:
-    """Whether this is the process that writes and speaks (launchers number their processes in RANK)."""
+def is_main_process() -> bool:
+    """Return whether this process prints and writes files; launchers set RANK."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def console() -> Console:
-    """Where results go: standard output, of the first process only."""
-    # Tables in a file or a pipe must not be squeezed into 80 columns.
+    """Return a console on the standard output of the main process; other processes print nothing."""
+    # Without a terminal, rich would limit tables to 80 columns.
     width = None if sys.stdout.isatty() else 160
-    # Names of places may have brackets, which are not rich's.
-    return Console(quiet=not is_main(), highlight=False, markup=False, soft_wrap=True, width=width)
+    # Paths may contain brackets, which rich would read as markup.
+    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
-def say(line: str) -> None:
-    """Print one line as it is."""
+def echo(line: str) -> None:
+    """Print a line without markup."""
     console().print(line)
 
 
-def count(number: float, unit: str = "") -> str:
-    """A number with three digits or more, in thousands, millions or billions.
+def format_count(number: float, unit: str = "") -> str:
+    """Format a number with the prefix k, M or G.
 
-    >>> count(22050664), count(4598882304), count(9812, "B")
+    >>> format_count(22050664), format_count(4598882304), format_count(9812, "B")
     ('22.05 M', '4.60 G', '9.81 kB')
     """
     for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -55,28 +57,28 @@ def count(number: float, unit: str = "") -> str:
     return f"{number:g} {unit}".rstrip()
 
 
-def announce(command: str, job: Any, directory: Path, notes: list[str]) -> None:
-    """Print the settings that matter: what has no default, and what differs from it."""
-    say(f"slimming {command}, into {directory}")
-    for line in differences(job):
-        say(f"  {line}")
-    say(f"  every setting: {directory / CONFIG}")
+def print_settings(command: str, config: Any, directory: Path, notes: list[str]) -> None:
+    """Print the settings that differ from the defaults or have no default."""
+    echo(f"slimming {command}, output: {directory}")
+    for line in changed_settings(config):
+        echo(f"  {line}")
+    echo(f"  all settings: {directory / CONFIG}")
     for note in notes:
-        say(note)
+        echo(note)
 
 
 @contextmanager
-def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
-    """Hold ``directory`` for ``job``: a new or empty one, or that of an earlier call with the same settings.
+def run_directory(directory: Path, config: Any, command: str) -> Iterator[None]:
+    """Prepare ``directory``, which must be new, empty, or from an earlier call with the same settings.
 
-    ``config.yaml`` is written into it. If the block fails before it has written anything, what was made here
-    is removed again.
+    ``config.yaml`` is written to it. If the block fails before it saves any work, the new files and directories are
+    removed.
 
     Raises:
-        OutputError: it holds something else, or cannot be written.
-        ConfigError: the earlier call had other settings; the message names them.
+        OutputError: the directory contains other files or is not writable.
+        ConfigError: the earlier call had other settings; the message lists them.
     """
-    if not is_main():
+    if not is_main_process():
         yield
         return
     missing = _missing(directory)
@@ -85,10 +87,10 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
         if fresh:
             new_directory(directory)
         else:
-            same_settings(directory, job, command)
+            check_config(directory, config, command)
             _check_writable(directory)
         text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += as_yaml(job)
+        text += config_to_yaml(config)
         if fresh or (directory / CONFIG).read_text("utf-8") != text:
             atomic_write_text(directory / CONFIG, text)
         yield
@@ -97,45 +99,45 @@ def claimed(directory: Path, job: Any, command: str) -> Iterator[None]:
         raise
 
 
-def same_settings(directory: Path, job: Any, command: str) -> None:
-    """Check that the earlier call in ``directory`` had the settings of ``job``.
+def check_config(directory: Path, config: Any, command: str) -> None:
+    """Check that an earlier call in ``directory`` had the settings of ``config``.
 
     Raises:
-        OutputError: it was a call of another command.
+        OutputError: it was another command.
         ConfigError: a setting differs.
     """
     path = directory / CONFIG
     try:
-        before = from_values(type(job), read_yaml(path))
+        before = config_from_values(type(config), read_yaml(path))
     except ConfigError as error:
         raise OutputError(
-            f"{path} is not of a `slimming {command}` that can go on ({error}) Give another directory."
+            f"{path} is not of a `slimming {command}` that can be resumed ({error}) Choose another directory."
         ) from error
     check_same_settings(
         directory,
-        document(before),
-        document(job),
+        config_to_values(before),
+        config_to_values(config),
         free=FREE_SETTINGS,
         free_sections=FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
 
 
-def is_complete(directory: Path, job: Any) -> dict[str, Any] | None:
-    """The results of a finished run in ``directory``, if they are of exactly these settings."""
+def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
+    """Return the results of a finished run in ``directory`` with these settings, or None."""
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
     results = read_json(target)
-    return None if differing(results["settings"], plain(job), free=FREE_SETTINGS) else results
+    return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
 
 
 @contextmanager
-def made(directory: Path) -> Iterator[None]:
-    """Hold a new or empty ``directory``; if the block fails and leaves it empty, it is removed again.
+def output_directory(directory: Path) -> Iterator[None]:
+    """Create ``directory``, which must be new or empty; if the block fails and leaves it empty, it is removed.
 
     Raises:
-        OutputError: it holds something, or cannot be written.
+        OutputError: the directory is not empty or not writable.
     """
     missing = _missing(directory)
     try:
@@ -147,7 +149,7 @@ def made(directory: Path) -> Iterator[None]:
 
 
 def _missing(directory: Path) -> list[Path]:
-    """``directory`` and those above it that do not exist yet, the deepest first."""
+    """Return ``directory`` and its parents as far as they do not exist, the deepest first."""
     return [path for path in (directory, *directory.parents) if not path.exists()]
 
 
@@ -161,13 +163,13 @@ def _check_writable(directory: Path) -> None:
 
 
 def _clean(directory: Path, missing: list[Path], fresh: bool) -> None:
-    """Remove what was made, if no work was saved yet: a corrected call must not meet the old settings."""
-    left = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
-    if fresh and all(path.name in BEFORE_WORK for path in left):
-        for path in left:
+    """Remove new files and directories if no work was saved, so that a corrected call can use the directory."""
+    files = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
+    if fresh and all(path.name in BEFORE_WORK for path in files):
+        for path in files:
             path.unlink()
-        inside = [path for path in directory.rglob("*") if path.is_dir()]
-        _remove_empty(sorted(inside, reverse=True) + missing)
+        directories = [path for path in directory.rglob("*") if path.is_dir()]
+        _remove_empty(sorted(directories, reverse=True) + missing)
 
 
 def _remove_empty(directories: list[Path]) -> None:

@@ -1,12 +1,12 @@
-"""``slimming push``: a model to the Hugging Face hub."""
+"""``slimming push``: upload a model to the Hugging Face hub."""
 
 from __future__ import annotations
 
 import argparse
 
 DESCRIPTION = """\
-Put a saved model on the Hugging Face hub, with a model card made from its provenance, so that slimming, timm and
-transformers load it by name. With --to it is written to a directory instead, and nothing is sent.
+Upload a saved model to the Hugging Face hub, with a model card made from its provenance, so that slimming, timm and
+transformers can load it by name. With --to the files are written to a directory instead, and nothing is uploaded.
 
   slimming push runs/demo/macs-0.50/slim me/demo-half
   slimming push runs/demo/macs-0.50/slim me/demo-half --to demo-half
@@ -14,26 +14,28 @@ transformers load it by name. With --to it is written to a directory instead, an
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="directory that slimming wrote")
-    parser.add_argument("repository", metavar="OWNER/NAME", nargs="?", help="repository; made if it is not there")
-    parser.add_argument("--to", metavar="DIRECTORY", help="write what would be pushed here, and send nothing")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--license", metavar="NAME", help="of the weights, for the card, such as apache-2.0")
+    """Add the options to ``parser``."""
+    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
+    parser.add_argument("repository", metavar="OWNER/NAME", nargs="?", help="repository; created if it does not exist")
+    parser.add_argument("--to", metavar="DIRECTORY", help="write the files to this directory and upload nothing")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
+    parser.add_argument(
+        "--license", metavar="NAME", help="license of the weights for the model card, such as apache-2.0"
+    )
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import say
+    from slimming.cli.output import echo
     from slimming.publishing.publish import push_to_hub
 
-    load_checkpoint(arguments.model)  # says what to give where a whole run was given
-    place = push_to_hub(
+    load_checkpoint(arguments.model)  # checks that it is a checkpoint
+    destination = push_to_hub(
         arguments.model,
         arguments.repository,
         to=arguments.to,
         private=arguments.private,
         license=arguments.license,
     )
-    say(f"written: {place}" if arguments.to else f"pushed: {place}")
+    echo(f"written: {destination}" if arguments.to else f"pushed: {destination}")

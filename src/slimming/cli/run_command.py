@@ -1,4 +1,4 @@
-"""``slimming run``: the whole chain."""
+"""``slimming run``: the whole pipeline, from a search to a report."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Search once, cut to every budget, retrain each from the dense model, measure, and write a report.
-Stopped anywhere, the same command goes on where it was.
+Search once, cut to every budget, retrain each slim model with the dense model as teacher, measure, and write a report.
+If it is interrupted, the same command resumes it.
 
   slimming run config.yaml --output runs/flowers
   slimming run --model.name deit_small_patch16_224 --data.source flowers/ --budget macs=0.7 --budget macs=0.5
@@ -24,51 +24,51 @@ config.yaml:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.jobs import add_job
+    """Add the options to ``parser``."""
+    from slimming.cli.configs import add_config_options
     from slimming.runs.config import RunConfig
 
-    add_job(parser, RunConfig)
+    add_config_options(parser, RunConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
-    from slimming.cli.jobs import read_job
+    """Run the command."""
+    from slimming.cli.configs import read_config
     from slimming.runs.config import RunConfig
 
-    config, notes = read_job(RunConfig, arguments)
-    run_into(config, output_of(arguments, "run"), "run", notes)
+    config, notes = read_config(RunConfig, arguments)
+    run_in_directory(config, output_path(arguments, "run"), "run", notes)
 
 
-def output_of(arguments: argparse.Namespace, otherwise: str) -> Path:
-    """The output directory: as given, or named after the config file."""
+def output_path(arguments: argparse.Namespace, default_name: str) -> Path:
+    """Return ``--output``, or by default a directory in runs/ with the name of the config file or ``default_name``."""
     if arguments.output is not None:
         return Path(arguments.output)
-    return Path("runs") / (Path(arguments.config).stem if arguments.config is not None else otherwise)
+    return Path("runs") / (Path(arguments.config).stem if arguments.config is not None else default_name)
 
 
-def run_into(config: Any, directory: Path, command: str, notes: list[str]) -> None:
-    """Run the chain in ``directory``, or show what it found there before, and end with the table."""
-    from slimming.cli.output import announce, claimed, is_complete, is_main, say
+def run_in_directory(config: Any, directory: Path, command: str, notes: list[str]) -> None:
+    """Run the pipeline in ``directory`` unless it is complete, and print the results."""
+    from slimming.cli.output import echo, finished_results, is_main_process, print_settings, run_directory
     from slimming.runs.pipeline import run
 
-    results = is_complete(directory, config)
+    results = finished_results(directory, config)
     if results is not None:
-        say(f"{directory} is complete; nothing to do. Give another --output to run again.")
+        echo(f"{directory} is complete; nothing to do. Choose another --output to run again.")
     else:
-        with claimed(directory, config, command):
-            announce(command, config, directory, notes)
-            results = run(config, directory, say=say)
-    if is_main():
-        show(results, directory)
+        with run_directory(directory, config, command):
+            print_settings(command, config, directory, notes)
+            results = run(config, directory, log=echo)
+    if is_main_process():
+        print_results(results, directory)
 
 
-def show(results: dict[str, Any], directory: Path) -> None:
-    """Print the one table, and where everything lies."""
-    from slimming.cli.output import console, say
+def print_results(results: dict[str, Any], directory: Path) -> None:
+    """Print the table of results and the paths of the report and the results."""
+    from slimming.cli.output import console, echo
     from slimming.report.console import print_table
 
-    say("")
+    echo("")
     print_table(results, console())
-    say(f"report:  {directory / 'report.html'}")
-    say(f"numbers: {directory / 'results.json'}")
+    echo(f"report:  {directory / 'report.html'}")
+    echo(f"results: {directory / 'results.json'}")

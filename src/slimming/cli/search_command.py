@@ -1,12 +1,12 @@
-"""``slimming search``: one search, from which every budget is read."""
+"""``slimming search``: one search, from which models of all budgets can be cut."""
 
 from __future__ import annotations
 
 import argparse
 
 DESCRIPTION = """\
-Train weights and soft masks together, once. Any number of budgets is cut from the result with slimming cut.
-Stopped anywhere, the same command goes on where it was.
+Train weights and soft masks together, once. slimming cut then cuts models of any number of budgets from the result.
+If it is interrupted, the same command resumes it.
 
   slimming search config.yaml --output runs/search
   slimming search --model.name deit_tiny_patch16_224 --data.source flowers/ --search.preset paper
@@ -14,38 +14,41 @@ Stopped anywhere, the same command goes on where it was.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.jobs import SearchJob, add_job
+    """Add the options to ``parser``."""
+    from slimming.cli.configs import SearchCommandConfig, add_config_options
 
-    add_job(parser, SearchJob)
+    add_config_options(parser, SearchCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     from functools import partial
 
-    from slimming.cli.jobs import SearchJob, read_job
-    from slimming.cli.output import announce, claimed, is_main, say
-    from slimming.cli.run_command import output_of
+    from slimming.cli.configs import SearchCommandConfig, read_config
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
+    from slimming.cli.run_command import output_path
     from slimming.runs.setup import open_start
     from slimming.searching.mask_search import RECORD, search
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_job(SearchJob, arguments)
-    directory = output_of(arguments, "search")
-    with claimed(directory, job, "search"):
+    config, notes = read_config(SearchCommandConfig, arguments)
+    directory = output_path(arguments, "search")
+    with run_directory(directory, config, "search"):
         if (directory / RECORD).exists():
-            say(f"{directory} holds the finished search already; nothing to do.")
+            echo(f"{directory} holds the finished search already; nothing to do.")
             return
-        announce("search", job, directory, notes)
-        model, data, replaced = open_start(job.model, job.data, job.search.train.seed)
-        for note in replaced:
-            say(note)
-        judge = partial(
-            evaluate, images=data.val, batch_size=min(256, job.search.train.at_once), workers=job.search.train.workers
+        print_settings("search", config, directory, notes)
+        model, data, messages = open_start(config.model, config.data, config.search.train.seed)
+        for message in messages:
+            echo(message)
+        evaluate_model = partial(
+            evaluate,
+            images=data.val,
+            batch_size=min(256, config.search.train.images_per_pass),
+            workers=config.search.train.workers,
         )
-        result = search(model, data, job.search, directory=directory, resume=True, evaluate=judge)
-        if is_main():
+        result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
+        if is_main_process():
             result.save(directory)
-        say(f"search: done, masked model at top-1 {100 * result.metrics['top1']:.1f} %")
-        say(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")
+        echo(f"search: done, top-1 of the masked model {100 * result.metrics['top1']:.1f} %")
+        echo(f"next: slimming cut {directory} --budget macs=0.5 --output DIR")

@@ -1,6 +1,6 @@
-"""Frozen dataclasses from nested values, as a YAML file or flags give them.
+"""Create frozen dataclasses from nested values of a YAML file or of flags.
 
-A misspelt key is answered with the nearest one and a wrong type in one line that names the setting.
+The error for an unknown key suggests the closest one, and the error for a wrong type names the setting.
 `docs/design.md` compares this reader with jsonargparse and tyro.
 """
 
@@ -18,11 +18,11 @@ from slimming.errors import BudgetError, ConfigError, nearest
 
 T = TypeVar("T")
 SCALARS = {str: "text (put it in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
-"""Types of single values, in the words of a message."""
+"""Types of single values and their descriptions in messages."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice."""
+    """YAML loader that raises an error for duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
     Raises:
-        ConfigError: it is missing, no YAML, or not a mapping.
+        ConfigError: the file does not exist, is not YAML, or does not contain a mapping.
     """
     try:
         value = yaml.load(path.read_text("utf-8"), _Loader)
@@ -52,60 +52,60 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``under`` with the values of ``over`` put in its place, mapping by mapping.
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` updated with the values of ``override``, recursively for nested mappings.
 
     >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
     {'a': {'b': 1, 'c': 3}}
     """
-    result = dict(under)
-    for key, value in over.items():
-        below = result.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[key] = merge(below, value) if both else value  # pyright: ignore[reportArgumentType]
+    result = dict(base)
+    for key, value in override.items():
+        current = result.get(key)
+        nested = isinstance(current, Mapping) and isinstance(value, Mapping)
+        result[key] = merge(current, value) if nested else value  # pyright: ignore[reportArgumentType]
     return result
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
-    """Make a dataclass from nested values.
+    """Create a dataclass from nested values.
 
     Args:
         cls: the dataclass.
-        values: field -> value; what is not given comes from ``base``, or else from the field's default.
+        values: values by name of the field.
         where: dotted name of the section, for messages.
-        base: what to start from.
+        base: instance with the defaults of the fields that are not given; by default those of ``cls``.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value of the wrong type.
+        ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
     dot = f"{where}." if where else ""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    hints, found = get_type_hints(cls), {}
+    hints, arguments = get_type_hints(cls), {}
     for key in values:
         if key not in fields:
             hint = nearest(str(key), fields, dot) or f" {where or 'The file'} takes {', '.join(fields)}."
             raise ConfigError(f"There is no setting {dot}{key}.{hint}")
     for name, field in fields.items():
-        own = default_of(field) if base is None else getattr(base, name)
-        if name in values or (own is dataclasses.MISSING and dataclasses.is_dataclass(hints[name])):
-            own = convert(hints[name], values.get(name, {}), f"{dot}{name}", own)
-        found[name] = own
-        if own is dataclasses.MISSING:
+        value = field_default(field) if base is None else getattr(base, name)
+        if name in values or (value is dataclasses.MISSING and dataclasses.is_dataclass(hints[name])):
+            value = convert(hints[name], values.get(name, {}), f"{dot}{name}", value)
+        arguments[name] = value
+        if value is dataclasses.MISSING:
             raise ConfigError(f"{dot}{name} is missing; give it in the config file or as a flag.")
     try:
-        return cls(**found)
+        return cls(**arguments)
     except (ConfigError, BudgetError) as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default of a field, or ``dataclasses.MISSING``."""
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue]
+def field_default(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field, or ``dataclasses.MISSING``."""
+    has_factory = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if has_factory else field.default  # pyright: ignore[reportCallIssue]
 
 
-def unwrap(hint: Any) -> tuple[Any, bool]:
-    """A type without its ``None``, and whether it had one."""
+def strip_optional(hint: Any) -> tuple[Any, bool]:
+    """Return a type without ``None``, and whether it was optional."""
     if get_origin(hint) in (Union, types.UnionType):
         rest = [arg for arg in get_args(hint) if arg is not type(None)]
         return rest[0], len(rest) < len(get_args(hint))
@@ -113,41 +113,41 @@ def unwrap(hint: Any) -> tuple[Any, bool]:
 
 
 def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
-    """``value`` as the type that ``hint`` says; of sections and mappings, ``base`` is what is not given.
+    """Convert ``value`` to the type ``hint``; values missing in sections and mappings are taken from ``base``.
 
     Raises:
-        ConfigError: it is of another type.
+        ConfigError: the value has another type.
     """
-    hint, optional = unwrap(hint)
+    hint, optional = strip_optional(hint)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (value is None and optional):
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise _wrong(value, where, "a list, such as [a, b]")
-        return tuple(convert(args[0], entry, f"{where}[{place}]") for place, entry in enumerate(value))
+            raise _wrong_type(value, where, "a list, such as [a, b]")
+        return tuple(convert(args[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value
         return build(hint, _mapping(value, where), where, base if dataclasses.is_dataclass(base) else None)
     if hint not in SCALARS:
-        given = merge(base if isinstance(base, Mapping) else {}, _mapping(value, where))
-        return {str(key): convert(args[1], entry, f"{where}.{key}") for key, entry in given.items()}
+        merged = merge(base if isinstance(base, Mapping) else {}, _mapping(value, where))
+        return {str(key): convert(args[1], entry, f"{where}.{key}") for key, entry in merged.items()}
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML reads 1e-4 as text
         try:
             return float(value)
         except ValueError:
             pass
     if type(value) is not hint:
-        raise _wrong(value, where, SCALARS[hint])
+        raise _wrong_type(value, where, SCALARS[hint])
     return value
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong(value, where, "a mapping of names to values")
+        raise _wrong_type(value, where, "a mapping of names to values")
     return value
 
 
-def _wrong(value: Any, where: str, wanted: str) -> ConfigError:
+def _wrong_type(value: Any, where: str, wanted: str) -> ConfigError:
     return ConfigError(f"{where} is {value!r}; it must be {wanted}.")

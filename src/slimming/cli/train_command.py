@@ -1,4 +1,4 @@
-"""``slimming train``: dense training, or retraining with a teacher."""
+"""``slimming train``: train a model, or retrain it with a teacher."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 DESCRIPTION = """\
-Train a model on images; with --teacher it learns mostly from that model's outputs. The trained model goes to
-DIR/model. Stopped anywhere, the same command goes on where it was.
+Train a model on images; with --teacher it is distilled from the outputs of that model. The trained model is saved to
+DIR/model. If the training is interrupted, the same command resumes it.
 
   slimming train --model.name deit_tiny_patch16_224 --data.source flowers/ --train.epochs 20 --output runs/dense
   slimming train --model.name runs/cut/macs-0.50/cut --teacher runs/dense/model --data.source flowers/
@@ -15,60 +15,76 @@ DIR/model. Stopped anywhere, the same command goes on where it was.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    from slimming.cli.jobs import TrainJob, add_job
+    """Add the options to ``parser``."""
+    from slimming.cli.configs import TrainCommandConfig, add_config_options
 
-    add_job(parser, TrainJob)
+    add_config_options(parser, TrainCommandConfig)
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Do it."""
+    """Run the command."""
     from functools import partial
 
     from slimming.checkpoints import checkpoint
-    from slimming.cli.jobs import TrainJob, document, read_job
+    from slimming.cli.configs import TrainCommandConfig, config_to_values, read_config
     from slimming.cli.models import load_checkpoint
-    from slimming.cli.output import announce, claimed, is_main, say
-    from slimming.cli.run_command import output_of
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
+    from slimming.cli.run_command import output_path
     from slimming.retraining.retrain import train
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
 
-    job, notes = read_job(TrainJob, arguments)
-    directory = output_of(arguments, "train")
-    with claimed(directory, job, "train"):
+    config, notes = read_config(TrainCommandConfig, arguments)
+    directory = output_path(arguments, "train")
+    with run_directory(directory, config, "train"):
         if (directory / "model").exists():
-            say(f"{directory / 'model'} is trained already; nothing to do.")
+            echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
-        announce("train", job, directory, notes)
-        model, data, replaced = open_start(job.model, job.data, job.train.seed)
-        for note in replaced:
-            say(note)
-        teacher = load_checkpoint(job.teacher) if job.teacher is not None else None
+        print_settings("train", config, directory, notes)
+        model, data, messages = open_start(config.model, config.data, config.train.seed)
+        for message in messages:
+            echo(message)
+        teacher = load_checkpoint(config.teacher) if config.teacher is not None else None
         if teacher is not None:
-            _fits(teacher, model, job.teacher)
-        judge = partial(evaluate, images=data.val, batch_size=min(256, job.train.at_once), workers=job.train.workers)
-        history = train(
-            model, data, job.train, teacher, distil=job.distil, directory=directory, resume=True, evaluate=judge
+            _check_teacher(teacher, model, config.teacher)
+        evaluate_model = partial(
+            evaluate, images=data.val, batch_size=min(256, config.train.images_per_pass), workers=config.train.workers
         )
-        if is_main():
-            record = {"settings": document(job), "data": document(job)["data"], "metrics": history.metrics}
+        history = train(
+            model,
+            data,
+            config.train,
+            teacher,
+            distil=config.distil,
+            directory=directory,
+            resume=True,
+            evaluate=evaluate_model,
+        )
+        if is_main_process():
+            record = {
+                "settings": config_to_values(config),
+                "data": config_to_values(config)["data"],
+                "metrics": history.metrics,
+            }
             trained = history.averaged if history.averaged is not None else model
             checkpoint.save(trained, directory / "model", record)
-        say(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
+        echo(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
 
 
-def _fits(teacher: Any, model: Any, name: str | None) -> None:
+def _check_teacher(teacher: Any, model: Any, name: str | None) -> None:
     from slimming.errors import ConfigError
     from slimming.masks.attachment import prunable
     from slimming.models.hosts import classes_of
 
-    known, wanted = classes_of(teacher), classes_of(model)
-    if known != wanted:
+    teacher_classes, model_classes = classes_of(teacher), classes_of(model)
+    if teacher_classes != model_classes:
         raise ConfigError(
-            f"The teacher {name} knows {known} classes, the model {wanted}; give a teacher "
+            f"The teacher {name} knows {teacher_classes} classes, the model {model_classes}; give a teacher "
             "that was trained on this data."
         )
-    taken, given = prunable(teacher).anatomy.input_shape, prunable(model).anatomy.input_shape
-    if taken != given:
-        raise ConfigError(f"The teacher {name} takes images of {taken}, the model of {given}; they must be the same.")
+    teacher_input, model_input = prunable(teacher).anatomy.input_shape, prunable(model).anatomy.input_shape
+    if teacher_input != model_input:
+        raise ConfigError(
+            f"The teacher {name} takes images of {teacher_input}, the model of {model_input}; give a teacher with the "
+            "same input."
+        )

@@ -1,1 +1,1 @@
-"""Plain data that every step shares: groups, plans, budgets, cost formulas, and safe files."""
+"""Plain data shared by all steps: groups, plans, budgets, cost formulas; and atomic, checksummed files."""

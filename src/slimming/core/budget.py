@@ -1,4 +1,4 @@
-"""Budgets: what a slim model may cost."""
+"""Budgets: limits on the cost of a slim model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from slimming.core.kinds import check_kinds
 from slimming.errors import BudgetError
 
 LEAST_ABSOLUTE = 1000
-"""Limits from here on are absolute numbers; a limit between 1 and this is taken for a mistake."""
+"""Limits of at least this are absolute numbers; a limit between 1 and this is an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Something that a budget can limit.
+    """A cost that a budget can limit.
 
     Attributes:
-        label: what it is called in tables and texts.
-        description: what it counts.
-        share: whether a limit up to 1 is a share of the dense model's.
+        label: name in tables and texts.
+        description: what is counted.
+        share: whether a limit of at most 1 is a share of the dense model's cost.
         absolute: whether a limit may be an absolute number.
-        timed: whether it is looked up in a latency table.
+        timed: whether the cost is looked up in a latency table.
     """
 
     label: str
@@ -44,26 +44,26 @@ METRICS: Mapping[str, Metric] = {
     ),
     "latency_ms": Metric(label="latency", description="milliseconds of one pass", share=False, timed=True),
 }
-"""Every metric by name: what `slimming.counting.model_cost.Cost` counts, and what a latency table predicts."""
+"""The metrics by name: fields of `slimming.counting.model_cost.Cost`, and the times that a latency table predicts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the slim model may cost.
+    """Limits on the cost of a slim model.
 
-    Give keep ratios per kind, or one or more limits, which then all hold. A limit of ``params``, ``macs`` or
-    ``memory_bytes`` in (0, 1] is a share of the dense model, one of 1000 or more is absolute.
+    Give keep ratios by kind, or one or more limits, all of which then hold. A limit of ``params``, ``macs`` or
+    ``memory_bytes`` in (0, 1] is a share of the dense model's cost; a limit of 1000 or more is absolute.
 
     Attributes:
-        keep: kind of unit -> share of its units that may stay, over the whole network (ViT-Slim, section 3.3).
-        params: parameters.
-        macs: multiply-adds of one image.
-        memory_bytes: weights and peak activations of one image, in float32; see `slimming.cost`.
-        latency: share of the dense model's time of one pass, by a latency table.
-        latency_ms: milliseconds of one pass, by a latency table.
+        keep: kind of unit -> share of its units to keep, over the whole network (ViT-Slim, section 3.3).
+        params: number of parameters.
+        macs: multiply-adds for one image.
+        memory_bytes: bytes of the weights and the peak activations for one image, in float32; see `slimming.cost`.
+        latency: share of the dense model's time of one forward pass, predicted by a latency table.
+        latency_ms: milliseconds of one forward pass, predicted by a latency table.
 
     Raises:
-        BudgetError: nothing was given, or a limit is neither a share nor an absolute number.
+        BudgetError: no limit was given, or a limit is neither a share nor an absolute number.
 
     >>> Budget(macs=0.5).name, Budget(macs=1.2e9, params=0.7).name
     ('macs-0.50', 'macs-1.2G_params-0.70')
@@ -82,7 +82,7 @@ class Budget:
             self._check(name, value, absolute=METRICS[name].absolute)
         if self.keep is not None:
             if not self.keep or limits:
-                raise BudgetError(f"A budget takes keep ratios alone (at least one), or {', '.join(METRICS)}.")
+                raise BudgetError(f"A budget takes either keep ratios (at least one), or {', '.join(METRICS)}.")
             for kind, ratio in self.keep.items():
                 check_kinds([kind], BudgetError)
                 self._check(f"keep[{kind!r}]", ratio, absolute=False)
@@ -103,24 +103,24 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that were given, by metric."""
+        """The given limits by metric."""
         return {name: value for name in METRICS if (value := getattr(self, name)) is not None}
 
     def absolute(self, dense: Mapping[str, float]) -> dict[str, float]:
-        """The limits as numbers, given those of the dense model."""
+        """Return the limits as absolute numbers, given the costs of the dense model."""
         return {name: value * dense[name] if self.is_share(name) else value for name, value in self.limits.items()}
 
     def alone(self, name: str) -> Budget:
-        """The budget with one of its limits."""
+        """Return the budget with only the limit ``name``."""
         return replace(self, **{other: None for other in METRICS if other != name})
 
     def is_share(self, name: str) -> bool:
-        """Whether the limit ``name`` is a share of the dense model."""
+        """Return whether the limit ``name`` is a share of the dense model's cost."""
         return METRICS[name].share and self.limits[name] <= 1
 
     @property
     def name(self) -> str:
-        """A name for files and tables, such as ``"macs-0.50"``."""
+        """Name in files and tables, such as ``"macs-0.50"``."""
         values = self.keep if self.keep is not None else self.limits
         return "_".join(
             f"{key}-{values[key]:g}" if key == "latency_ms" else f"{key}-{_short(values[key])}"
@@ -128,12 +128,12 @@ class Budget:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The limits that were given, as JSON takes them."""
+        """Return the given limits as JSON values."""
         return {"keep": dict(self.keep)} if self.keep is not None else dict(self.limits)
 
 
 def _short(value: float) -> str:
-    """A share with two digits or as many as it has, or an absolute number with its unit."""
+    """A share with at least two digits, or an absolute number with a unit prefix."""
     if value <= 1:
         return max(f"{value:.2f}", f"{value:.6g}", key=len)
     size, letter = next(unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= unit[0])

@@ -1,4 +1,4 @@
-"""Complete a plan: which units of every group stay, given those that a plan names."""
+"""Complete a plan: derive the kept units of every group from those of the groups that the plan names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from slimming.errors import PlanError
 
 
 def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Check ``plan`` against the model and give the kept units of every group.
+    """Check ``plan`` against the model and return the kept units of every group.
 
     Raises:
-        PlanError: the plan was made for another model, or leaves a group without a unit.
+        PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
     """
     kept = resolve_plan(anatomy, plan)
-    gone = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
-    # What the plan itself leaves empty comes first: other groups go only because of it.
+    removed = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
+    # Groups that the plan itself empties are reported first: they are the cause for others to be empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
-        if group.role != "qkv" and group.site not in gone and len(kept[group.name]) < group.limits.minimum:
+        if group.role != "qkv" and group.site not in removed and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(
                 f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
                 f"at least {group.limits.minimum} must stay."
@@ -27,7 +27,7 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _check_heads(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
-    """A head needs QK as long as it has V."""
+    """Raise PlanError if a head keeps V dimensions but no QK dimension."""
     for v in (group for group in anatomy.groups if group.role == "v"):
         qk = next((g for g in anatomy.groups if g.site == v.site and g.role == "qk"), None)
         if qk is None:
@@ -40,7 +40,7 @@ def _check_heads(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
 
 
 def resolve_plan(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Check ``plan`` against a model and complete it, see `resolve`.
+    """Check that ``plan`` fits the sizes of the model and complete it, see `resolve`.
 
     Raises:
         PlanError: the plan was made for another model.

@@ -1,7 +1,8 @@
-"""Writing files so that a failure leaves nothing half-written."""
+"""Atomic writes, and JSON files with a checksum and a format number."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,12 @@ from slimming.errors import CheckpointError, ConfigError, OutputError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Lend an empty file beside ``path`` to write to: afterwards ``path`` is whole, or what was there is untouched.
+    """Yield an empty temporary file, and move it to ``path`` when the block ends.
 
-    When the block ends, what it wrote is flushed to the disk and renamed into place; when it raises, it is removed.
-    The file has the mode that the umask says.
+    If the block raises, the temporary file is removed and ``path`` is unchanged. The file mode follows the umask.
 
     Raises:
-        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
+        OutputError: the disk is full, or ``path`` is not writable; an `OSError` in the block is raised as OutputError.
     """
     temporary = None
     try:
@@ -36,7 +36,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        # Opened only now, since the block may have put another file in its place.
+        # Opened after the block, which may have replaced the file.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
@@ -50,15 +50,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Lend an empty directory beside ``path`` to fill: afterwards ``path`` is whole, or nothing was made.
+    """Yield an empty temporary directory, and move it to ``path`` when the block ends.
 
-    The directory has the mode that the umask says.
+    If the block raises, nothing is left behind. The mode of the directory follows the umask.
 
     Args:
-        path: does not exist yet, or is an empty directory.
+        path: a directory that does not exist yet or is empty.
 
     Raises:
-        OutputError: the disk is full, or the place is not writable; an `OSError` of the block counts as that.
+        OutputError: the disk is full, or ``path`` is not writable; an `OSError` in the block is raised as OutputError.
     """
     missing = [parent for parent in path.parents if not parent.exists()]
     partial = None
@@ -70,7 +70,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise explain(error, path) from error
-    except OutputError as error:  # of a file in it: the message shall name the place that the caller knows
+    except OutputError as error:  # for a file in the temporary directory: the message should name `path`
         raise OutputError(str(error).replace(str(partial), str(path))) from error
     finally:
         if partial is not None:
@@ -81,7 +81,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A new name in the same directory; unlike what `tempfile` makes, what is made there keeps to the umask."""
+    """A new name in the same directory. Not made by `tempfile`, whose files ignore the umask."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
@@ -103,16 +103,16 @@ def atomic_json(path: Path, value: Any) -> None:
 
 
 def check_json(value: Any, name: str) -> None:
-    """Check that JSON holds ``value``, called ``name``, as it is, before anything is written.
+    """Check that ``value``, called ``name`` in messages, can be written as JSON without change.
 
     Raises:
-        ConfigError: something in it is no text, finite number, truth value, None, list, or dict with texts as keys;
-            the message names its key.
+        ConfigError: an entry is not a string, finite number, bool, None, list, or dict with strings as keys; the
+            message names its key.
     """
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{name} has the key {key!r}, and keys of JSON are texts. Give {str(key)!r}.")
+                raise ConfigError(f"{name} has the key {key!r}; keys in JSON are strings. Give {str(key)!r}.")
             check_json(entry, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         for place, entry in enumerate(value):
@@ -121,21 +121,39 @@ def check_json(value: Any, name: str) -> None:
         raise ConfigError(f"{name} is {value}, which JSON cannot hold. Leave it out, or give None.")
     elif not (value is None or isinstance(value, (str, int, float))):
         kind = type(value).__name__
-        raise ConfigError(f"{name} is of type {kind}, which JSON cannot hold. Give a number, a text or a list of them.")
+        raise ConfigError(f"{name} is of type {kind}, which JSON cannot hold. Give a number, a string or a list.")
 
 
-def new_directory(path: Path) -> Path:
-    """Make ``path`` an empty, writable directory and return it.
+def json_values(value: Any) -> Any:
+    """Return a dataclass, or nested values, as JSON values: dataclasses become dicts, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    return [json_values(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_free(path: Path) -> None:
+    """Check that ``path`` does not exist or is an empty directory.
 
     Raises:
-        OutputError: it holds something already, is a file, or cannot be written.
+        OutputError: it is a file, or a directory that is not empty.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; give a directory that is empty or does not exist yet.")
+    if path.exists() and any(path.iterdir()):
+        raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
+
+
+def new_directory(path: Path) -> Path:
+    """Create ``path`` as an empty, writable directory and return it.
+
+    Raises:
+        OutputError: it is a file, is not empty, or cannot be written.
+    """
     try:
+        check_free(path)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise OutputError(f"{path} is not empty; give another directory, or empty this one first.")
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -144,10 +162,10 @@ def new_directory(path: Path) -> Path:
 
 
 def explain(error: OSError, path: Path) -> OutputError:
-    """Return the `OutputError` that tells a user what the operating system said of ``path``."""
+    """Return an `OutputError` that explains the error of the operating system for ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"The disk is full: {path} was not written. Free some space and run the command again.")
-    return OutputError(f"{path} cannot be written ({error.strerror or error}). Give a place that you may write to.")
+    return OutputError(f"{path} cannot be written ({error.strerror or error}). Give a path that you may write to.")
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +174,7 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(value: Any) -> tuple[Any, bool]:
-    """Return ``value`` without its ``"sha256"`` entry, and whether that entry is right or absent."""
+    """Return ``value`` without its ``"sha256"`` entry, and whether that entry is correct or absent."""
     if not isinstance(value, dict) or "sha256" not in value:
         return value, True
     rest = {key: entry for key, entry in value.items() if key != "sha256"}
@@ -168,14 +186,14 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 FORMAT = 1
-"""Version of the JSON formats below; a file with a larger number is refused."""
+"""Version of the package's JSON formats; files with a larger number are refused."""
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: the file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -186,22 +204,22 @@ def read_json(path: Path) -> Any:
 
 
 def read_sealed(path: Path) -> Any:
-    """Read a JSON file that carries its own checksum.
+    """Read a JSON file that contains its own checksum.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or not as it was written.
+        CheckpointError: the file is missing, is not JSON, or was changed after it was written.
     """
     value, intact = unseal(read_json(path))
     if not intact:
         raise CheckpointError(
-            f"{path} is not as it was written: its checksum differs. Take an intact copy, or, if you changed it on "
-            'purpose, remove its "sha256" entry.'
+            f"{path} was changed after it was written: its checksum differs. Take an intact copy, or, if you changed "
+            'it on purpose, remove its "sha256" entry.'
         )
     return value
 
 
 def check_format(value: Any, source: str) -> None:
-    """Check that ``value`` is a mapping with a format number that this version reads.
+    """Check that ``value`` is a dict with a format number that this version can read.
 
     Raises:
         CheckpointError: it is not.

@@ -1,4 +1,4 @@
-"""The cost of a forward pass as plain data: sums of products of dimensions, and those sums evaluated fast."""
+"""Cost formulas of a forward pass: sums of products of dimensions, as plain data and compiled to arrays."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, kw_only=True)
 class Dim:
-    """One dimension of an operation: ``fixed`` plus, per named group, ``weight`` times its kept units."""
+    """One dimension of an operation: ``fixed`` plus, for each pair (group, weight), the weight times its kept units."""
 
     fixed: int = 0
     groups: tuple[tuple[str, int], ...] = ()
 
     def value(self, kept: Mapping[str, int]) -> int:
-        """The dimension when group ``name`` keeps ``kept[name]`` units."""
+        """Return the dimension when group ``name`` keeps ``kept[name]`` units."""
         return self.fixed + sum(weight * kept[name] for name, weight in self.groups)
 
     def __add__(self, other: Dim) -> Dim:
@@ -30,15 +30,15 @@ Product = tuple[Dim, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """The cost of one step of the forward pass at batch 1, as sums of products of dimensions.
+    """The cost of one step of the forward pass at batch size 1, as sums of products of dimensions.
 
     Attributes:
-        name: the module, for reports.
-        macs: multiply-adds of matrix products and convolutions; element-wise work is not counted.
-        params: elements of the parameters that it owns.
-        live: elements of the tensors that are alive while it runs, its own output included and the input
-            image excluded.
-        live_if_fewer: (group, units, product): a product that is also alive once the group keeps fewer units.
+        name: name of the module, for reports.
+        macs: multiply-adds of matrix products and convolutions; element-wise operations are not counted.
+        params: elements of its parameters.
+        live: elements of the tensors that are in memory while it runs, including its output and excluding the input
+            image.
+        live_if_fewer: triples (group, units, product): the product is in memory too if the group keeps fewer units.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Operation:
 
 
 def evaluate(products: Iterable[Product], kept: Mapping[str, int]) -> int:
-    """Sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
+    """Return the sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
     return sum(math.prod(dim.value(kept) for dim in product) for product in products)
 
 
 class Formulas:
-    """The costs of all operations, compiled to arrays: evaluating them takes some ten microseconds.
+    """The costs of all operations, compiled to arrays so that one evaluation takes tens of microseconds.
 
-    Numbers are float64, exact below 2**53, about 9e15.
+    Numbers are float64, which is exact below 2**53 (about 9e15).
 
     Args:
         operations: the forward pass.
-        names: the groups, in the order in which kept units are read.
+        names: names of the groups.
     """
 
     def __init__(self, operations: Sequence[Operation], names: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ class Formulas:
         self._fixed, self._weights = compiler.matrices()
 
     def evaluate(self, kept: Mapping[str, int]) -> tuple[int, int, int]:
-        """Parameters, multiply-adds and the most elements alive at once when ``name`` keeps ``kept[name]`` units."""
+        """Return parameters, multiply-adds and peak elements in memory, given the kept units per group."""
         counts = np.array([kept[name] for name in self._names], dtype=float)
         values = self._fixed + self._weights @ counts
         alive = values[self._live].prod(1)
@@ -88,20 +88,20 @@ class Formulas:
 
 
 class _Compiler:
-    """Gives every different dimension a number."""
+    """Assigns an index to each distinct dimension."""
 
     def __init__(self, place: Mapping[str, int]) -> None:
         self.place = place
         self.dims: dict[Dim, int] = {Dim(fixed=1): 0}
 
     def products(self, products: Iterable[Product]) -> npt.NDArray[np.int_]:
-        """Numbers of the dimensions of each product, shape (products, most dimensions), filled up with that of 1."""
+        """Indices of the dimensions of each product, shape (products, most dimensions), padded with the dimension 1."""
         rows = [[self.dims.setdefault(dim, len(self.dims)) for dim in product] for product in products]
         longest = max((len(row) for row in rows), default=1)
         return np.array([row + [0] * (longest - len(row)) for row in rows], dtype=int).reshape(len(rows), longest)
 
     def matrices(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Fixed parts, shape (dimensions,), and weights, shape (dimensions, groups)."""
+        """Return the fixed parts, shape (dimensions,), and the weights, shape (dimensions, groups)."""
         weights = np.zeros((len(self.dims), len(self.place)))
         for dim, row in self.dims.items():
             for name, weight in dim.groups:

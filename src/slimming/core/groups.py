@@ -1,8 +1,8 @@
-"""What can be cut, as plain data: units, groups, operations, and the anatomy of a whole model.
+"""Groups of prunable units, and the anatomy of a whole model, as plain data.
 
-A *unit* is the smallest thing that can be cut: one head dimension, one hidden unit, one token position, one
-head. A *group* is an ordered set of units of one kind in one place, with every tensor slice that goes with
-each unit. A family reads a model into an `Anatomy`; nothing above the families looks at a model's classes.
+A *unit* is the smallest prunable part: one head dimension, one hidden unit, one token position, one head. A *group* is
+an ordered set of units of one kind in one place, with the tensor slices of each unit. A family reads a model into an
+`Anatomy`; the later steps use the anatomy and do not look at the model's classes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Mask = npt.NDArray[np.bool_]
 Place = tuple[str, int]
 """A dimension of a tensor."""
 _Shared = tuple[Place, npt.NDArray[np.int_], npt.NDArray[np.int_]]
-"""A dimension that several groups have slices of; places along it; and the unit that owns each."""
+"""A dimension of which several groups have slices, indices along it, and the unit to which each index belongs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """Where a group's units lie in one tensor: unit ``u`` owns ``index[u]`` along dimension ``dim``.
+    """The slices of a group's units in one tensor: unit ``u`` has the indices ``index[u]`` along dimension ``dim``.
 
     Attributes:
         tensor: name of a parameter or buffer.
         dim: dimension of the tensor.
-        index: the places of each unit along ``dim``.
-        side: what the slice does for the unit, one of `SIDES`: it ``"produces"`` its value or ``"consumes"`` it. A
-            dimension of queries and keys has a ``"query"`` and a ``"key"`` side in their place.
+        index: indices of each unit along ``dim``.
+        side: role of the slice, one of `SIDES`: it ``"produces"`` or ``"consumes"`` the unit's value. Dimensions of
+            queries and keys have a ``"query"`` and a ``"key"`` side instead.
     """
 
     tensor: str
@@ -49,7 +49,7 @@ class Slices:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Where a group's soft mask multiplies: ``tensor`` at ``index[u]`` along ``dim`` by the factor of ``u``."""
+    """A tensor scaled by a group's soft mask: ``index[u]`` along ``dim`` is multiplied by the mask of unit u."""
 
     tensor: str
     dim: int
@@ -58,10 +58,10 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a plan must respect in one group.
+    """Constraints on the kept units of one group.
 
     Attributes:
-        minimum: fewest units that may stay; 0 only where nothing else needs one.
+        minimum: smallest number of units to keep; 0 only if no other part of the model needs one.
         parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
     """
 
@@ -71,17 +71,17 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSite:
-    """Where a token group acts.
+    """Where the tokens of a group are masked and removed.
 
     Attributes:
-        depth: index of the block; a token that leaves here is gone in all deeper blocks.
-        block: name of the block in front of which tokens are selected.
-        attention: name of the attention module whose keys the factor biases.
-        norms: names of the norms whose outputs the paper's variant multiplies.
-        prefix: number of class, distillation and register tokens in front, which are never cut.
-        positions: the patch position of each unit in the dense model's grid, row by row.
-        mean_pool: name of the module whose output is averaged over tokens after the last block, if any.
-        pool_prefix: whether pooling includes the prefix tokens.
+        depth: index of the block; a token that is removed here is missing in all deeper blocks.
+        block: name of the block before which tokens are selected.
+        attention: name of the attention module whose keys get the mask as a bias.
+        norms: names of the norms whose outputs the mask multiplies in the variant of the paper.
+        prefix: number of class, distillation and register tokens at the start, which are never removed.
+        positions: patch position of each unit in the grid of the dense model, row by row.
+        mean_pool: name of the module whose output is averaged over the tokens after the last block, if any.
+        pool_prefix: whether the pooling includes the prefix tokens.
         attention_pool: name of the module that pools by attention after the last block, if any.
     """
 
@@ -101,16 +101,16 @@ class Group:
     """An ordered set of units of one kind in one place.
 
     Attributes:
-        name: unique in the model, for example ``"blocks.0.attn.v"``.
+        name: name, unique in the model, for example ``"blocks.0.attn.v"``.
         kind: one of `slimming.core.kinds.KINDS`.
         size: number of units.
-        site: the module that the group belongs to; groups of one attention module share it.
-        role: ``"qk"``, ``"v"`` or ``"qkv"`` for head dimensions, else equal to the kind.
-        limits: what a plan must respect.
-        slices: every tensor slice that goes with each unit; empty for tokens.
-        scales: where the soft mask multiplies; empty for tokens.
-        token: where a token group acts; None for other kinds.
-        norms: names of the norms that take statistics over the units: once some go, over those that stay.
+        site: name of the module that the group belongs to; the groups of one attention module share it.
+        role: ``"qk"``, ``"v"`` or ``"qkv"`` for head dimensions, ``"branch"`` for blocks, else equal to the kind.
+        limits: constraints on the kept units.
+        slices: the tensor slices of each unit; empty for tokens.
+        scales: the tensors that the soft mask scales; empty for tokens.
+        token: where tokens are masked and removed; None for other kinds.
+        norms: names of the norms that normalise over the units; after pruning, over the kept units.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Group:
 
     @cached_property
     def part_of_unit(self) -> tuple[int, ...]:
-        """Index of the head that each unit belongs to; all 0 for kinds without parts."""
+        """Index of the head to which each unit belongs; all 0 for kinds without parts."""
         if not self.limits.parts:
             return (0,) * self.size
         return tuple(part for part, size in enumerate(self.limits.parts) for _ in range(size))
@@ -138,35 +138,35 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """The sizes of one module as functions of what the groups keep.
+    """The sizes of one module as functions of the numbers of kept units.
 
     Attributes:
         tensors: name of a parameter or buffer -> its dimensions.
         attributes: name of an attribute that holds a size -> its value.
-        unbound: whether the module's forward works out its head size from the embedding width, and so needs
+        free_heads: whether the module's forward works out its head size from the embedding width, and so needs
             that expression replaced once heads are gone.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim] = field(default_factory=dict)
-    unbound: bool = False
+    free_heads: bool = False
 
 
 REST = "rest"
-"""Kind of the piece that stands for all that is no piece of its own, see `Piece`."""
+"""Kind of the timed layer that stands for everything outside the other ones, see `TimedLayer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A step of the forward pass that takes time, by what its time depends on.
+class TimedLayer:
+    """A step of the forward pass whose time is looked up in a latency table.
 
     Attributes:
-        name: the module, or another name where it is none.
-        kind: what it does, for example ``"attention"``; `REST` for what the whole model takes beyond its pieces.
-        like: what else tells two pieces of one kind apart.
-        axes: sizes that its time depends on, by name.
-        alive: a product that is 0 once the piece is gone.
-        unless_same: the piece does nothing, and is not there, while its tokens are as many as these.
+        name: name of the module, or of the step if it is not a module.
+        kind: what it does, for example ``"attention"``; `REST` for the time of the model beyond its other layers.
+        like: what else distinguishes layers of one kind; layers with equal kind and ``like`` share measurements.
+        axes: name -> size that its time depends on.
+        alive: a product that is 0 once the layer is removed.
+        unless_same: the number of tokens at which the layer does nothing and is left out of the model.
     """
 
     name: str
@@ -179,16 +179,16 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Everything that the other stages need to know of a model, as plain data.
+    """What the later steps need to know about a model, as plain data.
 
     Attributes:
-        groups: every group the family can cut, the coupled alternatives (role ``"qkv"``) included.
-        operations: the forward pass, for the cost formulas.
-        structure: how to build the model again.
-        uncovered: parts that cannot be cut, each with the reason.
-        input_shape: channels, height and width of the image that the model takes.
-        sizes: module -> its sizes, for families that resize modules by them.
-        pieces: the forward pass, for latency tables; empty where the family has none.
+        groups: all groups that can be pruned, including the coupled alternatives (role ``"qkv"``).
+        operations: the operations of the forward pass, for the cost formulas.
+        structure: the record from which the model can be rebuilt.
+        uncovered: parts that cannot be pruned, each with the reason.
+        input_shape: channels, height and width of the input image.
+        sizes: name of a module -> its sizes, for families that resize modules by this table.
+        timed_layers: the forward pass, for latency tables; empty if the family cannot time its layers.
     """
 
     groups: tuple[Group, ...]
@@ -197,11 +197,11 @@ class Anatomy:
     uncovered: tuple[str, ...]
     input_shape: tuple[int, int, int]
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
-    pieces: tuple[Piece, ...] = ()
+    timed_layers: tuple[TimedLayer, ...] = ()
 
     @cached_property
     def couplings(self) -> Couplings:
-        """Which units go because others do."""
+        """The units that are removed with others."""
         return Couplings(self.groups)
 
     @cached_property
@@ -210,7 +210,7 @@ class Anatomy:
         return Formulas(self.operations, [group.name for group in self.groups])
 
     def group(self, name: str) -> Group:
-        """The group called ``name``.
+        """Return the group called ``name``.
 
         Raises:
             PlanError: the model has no such group.
@@ -223,15 +223,15 @@ class Anatomy:
 
 
 def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
-    """The kept units per group when nothing is cut."""
+    """Return the kept units of each group when no unit is removed."""
     return {group.name: tuple(range(group.size)) for group in groups}
 
 
 def resolve(anatomy: Anatomy, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Complete a plan: the units that stay in *every* group, given those that some groups keep, see `Couplings`.
+    """Return the kept units of every group, given those of some groups, see `Couplings`.
 
     Raises:
-        PlanError: a group that the model does not have, or a unit outside its group.
+        PlanError: the model has no such group, or a unit is outside its group.
     """
     check_kept(anatomy.groups, kept)
     sizes = {group.name: group.size for group in anatomy.groups}
@@ -240,11 +240,11 @@ def resolve(anatomy: Anatomy, kept: Mapping[str, Sequence[int]]) -> dict[str, tu
 
 
 class Couplings:
-    """Which units go because others do.
+    """Units of different groups that are removed together.
 
-    A unit goes when all of a tensor slice of it goes through another group: a head takes its dimensions along,
-    a coupled group its QK and V, and the last V dimension its head. A token goes when its position left in a
-    shallower block.
+    A unit is removed when one of its tensor slices is removed completely through another group: the dimensions of a
+    head with the head, QK and V with the units of the coupled group, and a head with its last V dimension. A token is
+    removed when its position was removed in a shallower block.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -256,14 +256,14 @@ class Couplings:
         for group in groups:
             for slices in group.slices:
                 at = (slices.tensor, slices.dim)
-                if users[at] > 1:  # what one group alone has no other can take along
+                if users[at] > 1:  # a dimension of one group alone couples nothing
                     places = np.fromiter(chain.from_iterable(slices.index), dtype=int)
-                    units = np.repeat(np.arange(group.size), [len(own) for own in slices.index])
+                    units = np.repeat(np.arange(group.size), [len(indices) for indices in slices.index])
                     self._slices[group.name].append((at, places, units))
                     self._extent[at] = max(self._extent.get(at, 0), int(places.max(initial=-1)) + 1)
 
     def left(self, kept: Mapping[str, Mask]) -> dict[str, Mask]:
-        """What stays in every group, given what some keep; masks of shape (size,)."""
+        """Return the kept units of every group, given those of some groups; masks of shape (size,)."""
         gone = {at: np.zeros(extent, dtype=bool) for at, extent in self._extent.items()}
         by: dict[Place, set[str]] = {at: set() for at in gone}
         whole = {group.name: np.ones(group.size, dtype=bool) for group in self._groups}
@@ -271,7 +271,7 @@ class Couplings:
             if group.name in kept:
                 self._drop_(gone, by, group, ~kept[group.name])
         for group in self._groups:
-            # A head that lost its last V is gone for good, so that its QK, which no one reads any more, goes too.
+            # A head that lost its last V is removed, and so its QK, which would have no effect, is removed too.
             if group.role == "head":
                 self._drop_(gone, by, group, ~self._left(gone, by, group, whole[group.name]))
         result: dict[str, Mask] = {}
@@ -289,22 +289,22 @@ class Couplings:
         return result
 
     def _drop_(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> None:
-        """Note the slices of ``units`` as gone."""
+        """Mark the slices of ``units`` as removed."""
         if units.any():
             for at, places, owners in self._slices[group.name]:
                 gone[at][places[units[owners]]] = True
                 by[at].add(group.name)
 
     def _left(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> Mask:
-        """Those of ``units`` that keep something of every slice."""
+        """The ``units`` that keep at least one index of each of their slices."""
         for at, places, owners in self._slices[group.name]:
-            if by[at].difference((group.name,)):  # its own drops a group knows already
+            if by[at].difference((group.name,)):  # units that the group itself lost are not in `units`
                 units = units & (np.bincount(owners[~gone[at][places]], minlength=group.size) > 0)
         return units
 
 
 def check_kept(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> None:
-    """Check that ``kept`` names groups of the model and units inside them, each once.
+    """Check that ``kept`` names groups of the model, and units of these without repetition.
 
     Raises:
         PlanError: it does not.

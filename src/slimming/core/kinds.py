@@ -1,4 +1,4 @@
-"""The kinds of unit that can be cut: the one registry that budgets, searches, reports and commands read."""
+"""The registry of kinds of prunable units, used by budgets, searches, reports and commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Kind:
     """One kind of unit.
 
     Attributes:
-        units: what its units are called in tables, in the plural.
+        units: plural name of the units in tables.
         description: what one unit is.
-        penalty: default weight of its penalty in a search, on the mean of |mask|. For DeiT-S the weights of
+        penalty: default weight of the l1 penalty in a search, on the mean of |mask|. For DeiT-S the weights of
             ``head_dim``, ``mlp`` and ``token`` equal the paper's W1, W2 and W3 on sums (ViT-Slim, joint search).
-        on_request: whether it is left whole unless it is named.
+        on_request: whether units of this kind are pruned only if it is named.
     """
 
     units: str
@@ -28,23 +28,23 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "head_dim": Kind(
-        units="head dimensions", description="one dimension of the queries and keys, or values, of a head"
+        units="head dimensions", description="one dimension of the queries and keys, or of the values, of a head"
     ),
     "head": Kind(units="heads", description="one attention head"),
     "mlp": Kind(units="hidden units", description="one hidden unit of an MLP"),
     "channel": Kind(units="channels", description="one channel of a convolution, with all layers that share it"),
-    "token": Kind(units="tokens", description="one token position, from one block on to the last", penalty=0.25),
+    "token": Kind(units="tokens", description="one token position, from one block to the last", penalty=0.25),
     "block": Kind(units="blocks", description="one whole attention or MLP with its residual branch", on_request=True),
     "width": Kind(units="embedding", description="one feature of the residual stream", on_request=True),
 }
-"""Every kind by name, in the order in which kinds are shown."""
+"""The kinds by name, in the order in which they are shown."""
 
 
 def check_kinds(names: Iterable[str], error: type[SlimmingError]) -> None:
     """Check that each of ``names`` is a kind.
 
     Raises:
-        SlimmingError: of class ``error``, which names the kinds there are.
+        SlimmingError: one is not; raised as class ``error``, with the known kinds in the message.
     """
     for name in names:
         if name not in KINDS:

@@ -1,4 +1,4 @@
-"""Layouts: which sizes a plan may give to the layers."""
+"""Layouts: the sizes that a plan may give to the layers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from slimming.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which sizes a plan may give to the layers; sizes decide how fast the hardware runs.
+    """The sizes that a plan may give to the layers. Sizes affect the speed on hardware.
 
     Attributes:
-        equal_heads: all heads of a layer keep the same number of dimensions, QK and V alike, so that the
-            host's own attention module stays. Otherwise each head keeps what its scores say.
-        equal_qkv: a head's QK and V keep the same number of dimensions, which fused attention kernels ask for; heads
-            of one size always do.
-        multiple: head dimensions (per head) and hidden units stay in multiples of this; null: of what a latency table
-            found fast on its device where a plan is made with one, of 8 elsewhere. It is halved where a layer would
-            otherwise have fewer than four sizes to choose from.
-        scarcity: a channel's score is divided by the share of its group that is still there at its turn, to this power;
-            0: it counts the same however few are left. Scores tell what single channels matter while the others are
-            there, and too little of a layer that loses nearly all of them.
+        equal_heads: all heads of a layer keep the same number of dimensions, of QK and V alike, so that the attention
+            module of the model can be used as it is. Otherwise the number of each head follows from its scores.
+        equal_qkv: QK and V of a head keep the same number of dimensions, which fused attention kernels require; always
+            so with ``equal_heads``.
+        multiple: head dimensions (per head) and hidden units are kept in multiples of this; null takes the multiple
+            that the latency table found fast if the plan uses one, else 8. It is halved for layers that would
+            otherwise have fewer than four possible sizes.
+        scarcity: the score of a channel is divided by the share of its group that remains when it is removed, raised to
+            this power; 0 leaves scores unchanged. Scores measure the effect of removing single channels, which
+            underestimates the effect of removing nearly all channels of a layer.
 
     Raises:
-        ConfigError: ``multiple`` is below 1, or ``scarcity`` below 0.
+        ConfigError: ``multiple`` is below 1, or ``scarcity`` is below 0.
     """
 
     equal_heads: bool = True
@@ -41,7 +41,7 @@ class Layout:
 
 
 SOLVERS = ("nested", "exact")
-"""Ways to make a plan under limits, see `slimming.plan`."""
+"""Solvers that make a plan under limits, see `slimming.plan`."""
 
 FREE = Layout(equal_heads=False, equal_qkv=False, multiple=1, scarcity=0.0)
-"""Every unit on its own, as in the paper."""
+"""Layout without constraints, as in the ViT-Slim paper."""

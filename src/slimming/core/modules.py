@@ -1,4 +1,4 @@
-"""Modes of modules, given back as they were."""
+"""Switch modules to evaluation mode and back, and check that a model can be trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slimming.errors import ConfigError
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode and give every module its own mode back afterwards."""
+    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -24,7 +24,7 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Check that ``model`` has its weights in float32 or float64, as training needs.
+    """Check that the weights of ``model`` are float32 or float64, as training requires.
 
     Raises:
         ConfigError: they are in half precision.
@@ -32,13 +32,13 @@ def check_trainable(model: nn.Module) -> None:
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ConfigError(
-            f"The model's weights are {str(half).removeprefix('torch.')}, too coarse to train in: call model.float() "
-            "first, and train with precision 'bf16' or 'fp16' to save time and memory."
+            f"The model's weights are {str(half).removeprefix('torch.')}, which is too coarse for training: call "
+            "model.float() first, and train with precision 'bf16' or 'fp16' to save time and memory."
         )
 
 
 def train_heads_apart_(model: nn.Module, apart: bool) -> None:
-    """Let a model with a distillation head give both heads' logits in training; others have no such mode."""
+    """Set whether a model with a distillation head returns the logits of both heads in training; no-op for others."""
     switch = getattr(model, "set_distilled_training", None)  # timm's
     if switch is not None:
         switch(apart)

@@ -1,4 +1,4 @@
-"""Budgets, plans and structures: the plain data that decides what a slim model is, with their JSON."""
+"""Plans: the kept units of each group, and their JSON files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from slimming.errors import CheckpointError, PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which units stay, per group. Nothing else decides a cut.
+    """The kept units of each group, which fully determine a cut.
 
     Attributes:
         kept: group name -> kept units, ascending.
-        sizes: group name -> number of units in the model that the plan was made for.
-        budget: the budget that it answers, as `Budget.to_dict` gives it.
-        solution: how the units were chosen under limits: ``solver``, ``kept_score`` (share of the total score that
-            stays) and ``lost_score`` (the total of what goes: where sensitivity was measured, by how much the loss is
-            expected to grow); of the exact solver also ``gap`` (by how much of the total score a better choice could
-            be, at most), and with a latency table the ``latency_ms`` that it says.
-        fold: True multiplies the learned factors into the weights at the cut (exact); False makes the masks of
-            what stays 1, as the paper does.
+        sizes: group name -> number of units in the model for which the plan was made.
+        budget: the budget of the plan, as returned by `Budget.to_dict`.
+        solution: how the units were chosen under limits: ``solver``, ``kept_score`` (share of the total score that is
+            kept) and ``lost_score`` (total score of the removed units; if sensitivity was measured, the expected
+            increase of the loss). The exact solver adds ``gap`` (upper bound on the share of the total score that an
+            optimal choice could keep in addition), a latency table the predicted ``latency_ms``.
+        fold: True multiplies the learned masks into the weights at the cut (exact); False sets the masks of kept units
+            to 1, as in the ViT-Slim paper.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -41,22 +41,22 @@ class Plan:
         """Write the plan as JSON, atomically.
 
         Raises:
-            OutputError: the place is not writable, or the disk is full.
+            OutputError: ``path`` is not writable, or the disk is full.
         """
         atomic_json(Path(path), seal(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON takes it."""
+        """Return the plan as JSON values."""
         groups = {name: {"size": self.sizes[name], "kept": list(units)} for name, units in self.kept.items()}
         how = {"budget": dict(self.budget), "solution": dict(self.solution), "fold": self.fold}
         return {"format": FORMAT, **how, "groups": groups}
 
     @staticmethod
     def from_dict(value: Any, *, source: str = "plan") -> Plan:
-        """Read what `to_dict` wrote.
+        """Build a plan from what `to_dict` returned.
 
         Raises:
-            CheckpointError: it is malformed or of a newer format.
+            CheckpointError: ``value`` is malformed or of a newer format.
         """
         check_format(value, source)
         try:

@@ -1,4 +1,4 @@
-"""Compare the settings that a directory was started with with those that it is to go on with."""
+"""Check that work is resumed with the settings with which it was started."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from slimming.errors import ConfigError
 
 SHOWN = 5
-"""Differing settings that a message names; the others are counted."""
+"""Number of differing settings that a message names; further ones are counted."""
 
 
 def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested values by dotted name.
+    """Return nested values by dotted name.
 
     >>> flatten({"a": {"b": 1}, "c": [2]})
     {'a.b': 1, 'c': [2]}
@@ -32,13 +32,13 @@ def differing(
     free: Collection[str] = (),
     free_sections: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, by dotted name, with both values; one that is missing counts as None.
+    """Return the settings that differ: dotted name -> both values, where a missing value is None.
 
     Args:
         before: nested settings.
         now: nested settings.
-        free: settings that may differ, by the last part of their dotted names.
-        free_sections: sections that may differ, by the first part.
+        free: settings that may differ, by the last part of the dotted name.
+        free_sections: sections that may differ, by the first part of the dotted name.
 
     >>> differing({"lr": 0.1, "log": {"every": 1}}, {"lr": 0.2, "log": {"every": 5}}, free_sections=("log",))
     {'lr': (0.1, 0.2)}
@@ -62,25 +62,25 @@ def check_same_settings(
     free_sections: Collection[str] = (),
     again: str | None = None,
 ) -> None:
-    """Check that work in ``directory`` goes on with the settings that it was started with.
+    """Check that work in ``directory`` is resumed with the settings with which it was started.
 
     Args:
-        directory: where the work is, for the message.
-        before: the nested settings that it was started with.
-        now: those that were given now.
+        directory: directory of the work, for the message.
+        before: nested settings with which it was started.
+        now: nested settings that were given now.
         free: see `differing`.
         free_sections: see `differing`.
-        again: the command that goes on with the same settings, for the message.
+        again: command that resumes with the same settings, for the message.
 
     Raises:
         ConfigError: settings differ; the message names them with both values.
     """
-    found = differing(before, now, free=free, free_sections=free_sections)
-    if not found:
+    differences = differing(before, now, free=free, free_sections=free_sections)
+    if not differences:
         return
-    parts = [f"{name} {_short(old)} (now {_short(new)})" for name, (old, new) in list(found.items())[:SHOWN]]
-    if len(found) > SHOWN:
-        parts.append(f"{len(found) - SHOWN} more")
+    parts = [f"{name} {_short(old)} (now {_short(new)})" for name, (old, new) in list(differences.items())[:SHOWN]]
+    if len(differences) > SHOWN:
+        parts.append(f"{len(differences) - SHOWN} more")
     raise ConfigError(
         f"{directory} was started with {', '.join(parts)}; go on with the same settings"
         f"{f' ({again})' if again else ''}, or give another directory."

@@ -1,4 +1,4 @@
-"""Structures: what a model looks like without its weights."""
+"""Structures: the architecture of a model without its weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from slimming.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What a model looks like without its weights: enough to build it again.
+    """The architecture of a model without its weights, from which the model can be rebuilt.
 
     Attributes:
-        family: name of the family that reads and builds it.
-        base: how the host makes the dense architecture (names and arguments, plain data).
-        layers: what differs from it, layer by layer; empty for a dense model.
+        family: name of the family that reads and builds the model.
+        base: name and arguments with which its library creates the dense architecture, as plain data.
+        layers: differences from the dense architecture by layer; empty for a dense model.
     """
 
     family: str
@@ -24,15 +24,15 @@ class Structure:
     layers: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The structure as JSON takes it."""
+        """Return the structure as JSON values."""
         return {"format": FORMAT, **asdict(self)}
 
     @staticmethod
     def from_dict(value: Any, *, source: str = "structure") -> Structure:
-        """Read what `to_dict` wrote.
+        """Build a structure from what `to_dict` returned.
 
         Raises:
-            CheckpointError: it is malformed or of a newer format.
+            CheckpointError: ``value`` is malformed or of a newer format.
         """
         check_format(value, source)
         try:

@@ -1,1 +1,1 @@
-"""What a model costs: parameters, multiply-adds and memory, by formula and by counting."""
+"""Cost of a model: parameters, multiply-adds and memory, by formula and by counting."""

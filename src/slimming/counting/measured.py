@@ -1,4 +1,4 @@
-"""Count what one forward pass costs: parameters, multiply-adds and peak memory."""
+"""Count the parameters, multiply-adds and peak memory of one forward pass."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from slimming.counting.operations import MacCounter, unfused
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """What a forward pass at batch 1 was seen to cost.
+    """The counted cost of a forward pass at batch size 1.
 
     Attributes:
         params: elements of all parameters.
-        macs: multiply-adds, from the shapes that the dispatcher saw.
-        memory_bytes: parameters plus the peak of living activations, the input excluded.
+        macs: multiply-adds, from the shapes of the dispatched operations.
+        memory_bytes: bytes of the parameters plus the peak of the activations, excluding the input.
     """
 
     params: int
@@ -33,7 +33,7 @@ class Counted:
 
 @torch.no_grad()
 def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
-    """Run one image through ``model`` and count: the check of the formulas in `slimming.cost`.
+    """Run one image through ``model`` and count its cost, which checks the formulas of `slimming.cost`.
 
     Args:
         model: any module, on the CPU or a GPU.
@@ -50,9 +50,9 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors made by ``work`` that are alive at once; those that it was given do not count.
+    """Return the peak bytes of the tensors created by ``work``, not counting tensors that existed before.
 
-    What a kernel takes for itself while it runs is not seen. The count is the same on every machine.
+    Temporary memory inside kernels is not counted, so the result is the same on every machine.
 
     >>> peak_bytes(lambda: torch.zeros(4).exp().sum())
     32
@@ -63,7 +63,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Follows which storages are alive, other than those of ``owned``."""
+    """Tracks the storages in memory, except those of the tensors in ``owned``."""
 
     def __init__(self, owned: Sequence[Tensor]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Alive(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
-            # Views, and results in place of what was there before, are no storages of their own.
+            # Views and results of in-place operations have no storage of their own.
             if key not in self.owned and key not in self.alive and key not in given:
                 self.alive[key] = storage.nbytes()
                 self.total += self.alive[key]

@@ -1,4 +1,4 @@
-"""What a model costs under a plan, by formula: parameters, multiply-adds, memory."""
+"""Cost of a model under a plan by formula: parameters, multiply-adds and memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from slimming.core.groups import Anatomy
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCost:
-    """What all units of one group cost together.
+    """The cost of all units of one group together.
 
     Attributes:
-        params: parameters that go when all its units go.
-        macs: multiply-adds that go with them, everything else staying whole.
+        params: parameters that are removed with all its units.
+        macs: multiply-adds that are removed with them, with all other groups whole.
     """
 
     params: int
@@ -24,15 +24,15 @@ class GroupCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model costs for one image.
+    """The cost of a model for one image.
 
     Attributes:
         params: elements of all parameters.
-        macs: multiply-adds of the matrix products and convolutions, attention included; a multiply-add is one.
-            Element-wise work (norms, activations, softmax) is not counted.
-        memory_bytes: parameters plus the largest sum of activations alive at once, at batch 1 in eager
-            inference with fused attention; the input image and the framework itself are not counted.
-        groups: what each group accounts for.
+        macs: multiply-adds of matrix products and convolutions, including attention; one multiply-add counts as one.
+            Element-wise operations (norms, activations, softmax) are not counted.
+        memory_bytes: bytes of the parameters plus the peak of the activations, at batch size 1 in eager inference with
+            fused attention; the input image and the framework itself are not counted.
+        groups: cost of each group.
     """
 
     params: int
@@ -42,11 +42,11 @@ class Cost:
 
 
 def total(anatomy: Anatomy, kept: Mapping[str, int], *, element_bytes: int = 4) -> Cost:
-    """The cost when group ``name`` keeps ``kept[name]`` units (complete: one entry per group).
+    """Return the cost when group ``name`` keeps ``kept[name]`` units.
 
     Args:
         anatomy: the model.
-        kept: number of kept units per group.
+        kept: number of kept units, with an entry for every group.
         element_bytes: bytes of one parameter or activation.
     """
     params, macs, live = anatomy.formulas.evaluate(kept)
@@ -54,31 +54,32 @@ def total(anatomy: Anatomy, kept: Mapping[str, int], *, element_bytes: int = 4) 
 
 
 def per_group(anatomy: Anatomy, kept: Mapping[str, int]) -> dict[str, GroupCost]:
-    """What each group accounts for: the cost that goes when all its kept units go and the rest stays."""
+    """Return, for each group, the cost that is saved by removing all its kept units and nothing else."""
     return {group.name: together(anatomy, kept, [group.name]) for group in anatomy.groups}
 
 
 def together(anatomy: Anatomy, kept: Mapping[str, int], names: Iterable[str]) -> GroupCost:
-    """The cost that goes when all kept units of the groups ``names`` go at once and the rest stays."""
-    gone = dict(kept)
+    """Return the cost that is saved by removing all kept units of the groups ``names`` and nothing else."""
+    left = dict(kept)
     for name in names:
-        gone[name] = 0
+        left[name] = 0
         for other in linked(anatomy, name):
-            gone[other] = 0
-    touched = [o for o in anatomy.operations if _mentions(o.params, gone, kept) or _mentions(o.macs, gone, kept)]
+            left[other] = 0
+    changed = [o for o in anatomy.operations if _differs(o.params, left, kept) or _differs(o.macs, left, kept)]
     return GroupCost(
-        params=sum(evaluate(o.params, kept) - evaluate(o.params, gone) for o in touched),
-        macs=sum(evaluate(o.macs, kept) - evaluate(o.macs, gone) for o in touched),
+        params=sum(evaluate(o.params, kept) - evaluate(o.params, left) for o in changed),
+        macs=sum(evaluate(o.macs, kept) - evaluate(o.macs, left) for o in changed),
     )
 
 
 def linked(anatomy: Anatomy, name: str) -> tuple[str, ...]:
-    """Groups whose units are the same slices as those of ``name``: QK and V of a coupled group or of heads."""
+    """Return the groups with the same slices as group ``name``: QK and V of a coupled group or of heads."""
     group = anatomy.group(name)
     if group.role not in ("qkv", "head"):
         return ()
     return tuple(g.name for g in anatomy.groups if g.site == group.site and g.role in ("qk", "v"))
 
 
-def _mentions(products: tuple[tuple, ...], gone: Mapping[str, int], kept: Mapping[str, int]) -> bool:
-    return any(gone[name] != kept[name] for product in products for dim in product for name, _ in dim.groups)
+def _differs(products: tuple[tuple, ...], left: Mapping[str, int], kept: Mapping[str, int]) -> bool:
+    """Whether the products have a group whose number of units differs between ``left`` and ``kept``."""
+    return any(left[name] != kept[name] for product in products for dim in product for name, _ in dim.groups)

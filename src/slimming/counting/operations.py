@@ -1,4 +1,4 @@
-"""Count multiply-adds with PyTorch's `FlopCounterMode`, and raise on a product that it has no formula for."""
+"""Count multiply-adds by the formulas of PyTorch's `FlopCounterMode`, and raise on a matrix product without one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimming.errors import ConfigError
 
 PRODUCTS = ("attention", "conv", "einsum", "gru", "lstm", "matmul", "rnn")
-"""Parts of the names of operations that multiply matrices, as all do whose names end in "mm"."""
+"""Operations that have one of these in their name multiply matrices, as do those whose names end in "mm"."""
 
 
 def _scaled_dot_product(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    *batch, rows, size = query
-    scores = rows * key[-2]
-    for number in batch:
-        scores *= number
-    return 2 * scores * (size + value[-1])
+    scores = torch.Size(query[:-1]).numel() * key[-2]
+    return 2 * scores * (query[-1] + value[-1])
 
 
 def _matrix_vector(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * torch.Size(matrix).numel()
+
+
+def _linear(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * torch.Size(rows).numel() * weight[0]
 
 
 def _add_matrix_vector(added: Sequence[int], matrix: Sequence[int], *_: Any, **__: Any) -> int:
@@ -33,17 +34,20 @@ def _add_matrix_vector(added: Sequence[int], matrix: Sequence[int], *_: Any, **_
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
+    # In inference mode, in which operations are not taken apart.
+    torch.ops.aten.linear: _linear,
+    torch.ops.aten.scaled_dot_product_attention: _scaled_dot_product,
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.dot: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
-    # Before PyTorch 2.15 the first has no formula, and those of the others want as many heads of keys as of queries.
+    # Before PyTorch 2.15 the first has no formula, and those of the others need equal numbers of query and key heads.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_flash_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_efficient_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_cudnn_attention: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _scaled_dot_product,
 }
-"""What PyTorch's counter lacks: floating-point operations, two per multiply-add, from the shapes of the arguments."""
+"""Formulas that PyTorch's counter lacks: shapes of the arguments -> floating-point operations, two per multiply-add."""
 
 
 class MacCounter(TorchDispatchMode):
@@ -51,50 +55,44 @@ class MacCounter(TorchDispatchMode):
 
     A multiply-add counts as one. Element-wise operations, norms and softmax count as none.
 
+    Attributes:
+        total: multiply-adds so far.
+
     Args:
-        note: called after each operation with multiply-adds, with its arguments and their number.
+        note: called after each operation that has multiply-adds, with its arguments and their number.
 
     Raises:
-        ConfigError: in the model's forward: an operation looks like a matrix product, but there is no formula for it.
+        ConfigError: raised from the model's forward if an operation looks like a matrix product but has no formula.
     """
 
     def __init__(self, note: Callable[[Sequence[Any], int], None] = lambda args, macs: None) -> None:
         super().__init__()
+        self.total = 0
         self._note = note
-        self._flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-
-    @property
-    def total(self) -> int:
-        """Multiply-adds since it was entered last."""
-        return self._flops.get_total_flops() // 2
-
-    def __enter__(self) -> MacCounter:
-        self._flops.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._flops.__exit__(*error)
+        # Its formulas, without entering it: it registers hooks for gradients on the inputs of modules, and fails where
+        # these are views of parameters made without gradients, such as the latent of a pooling by attention.
+        self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.total
-        out = func(*args, **(kwargs or {}))
-        macs, operation = self.total - before, func._overloadpacket
-        name = operation.__name__
-        if macs:
-            self._note(args, macs)
-        elif operation not in self._flops.flop_registry and (name.endswith("mm") or any(p in name for p in PRODUCTS)):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation, name = func._overloadpacket, func._overloadpacket.__name__
+        if operation in self._formulas:
+            macs = self._formulas[operation](*args, **kwargs, out_val=out) // 2
+            self.total += macs
+            if macs:
+                self._note(args, macs)
+        elif name.endswith("mm") or any(part in name for part in PRODUCTS):
             raise ConfigError(
-                f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Put the "
-                "layer that does it into other operations, such as torch.matmul."
+                f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Write the "
+                "layer that calls it with other operations, such as torch.matmul."
             )
         return out
 
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Have torch's own attention do its products one by one: the dispatcher sees nothing inside its fused layers."""
+    """Disable the fast path of `torch.nn.MultiheadAttention`, whose products the dispatcher does not see."""
     was = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""The embedded job: a small Vision Transformer trained on EuroSAT, and a subset of its images."""
+"""The settings and files of the demo: a small Vision Transformer trained on EuroSAT, and a subset of the images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ HERE = Path(__file__).parent
 
 
 def settings() -> dict[str, Any]:
-    """The settings of the demo's run, with the embedded files where this installation has them.
+    """Return the settings of the demo with the paths of the embedded files.
 
-    Paths below the working directory are relative to it: results and reports are passed on, a machine's paths are not.
+    Paths below the working directory are relative, so that results do not contain paths of this machine.
     """
     here = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
     values = yaml.safe_load((HERE / "demo.yaml").read_text("utf-8"))

@@ -1,1 +1,1 @@
-"""Files that run a model without this package, each checked against the model before anyone gets it."""
+"""Export models to files that run without this package, and check each file against the model."""

@@ -1,4 +1,4 @@
-"""From a model to files that are known to say what it says."""
+"""Export a model to one or more targets, and compare the outputs of each file with those of the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
-from slimming.core.files import atomic_directory, atomic_json
-from slimming.errors import ConfigError, DataError, OutputError, ParityError, PlanError
+from slimming.core.files import atomic_directory, atomic_json, check_free
+from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
 from slimming.exporting.targets import Job, Run, Target, choose
 from slimming.masks.attachment import prunable
@@ -25,27 +25,27 @@ from slimming.masks.soft_masks import attached
 from slimming.models.hosts import classes_of, unplain
 from slimming.runs.setup import image_spec, read_images
 from slimming.training.config import DataConfig
-from slimming.training.tasks import both_heads
+from slimming.training.tasks import logits_by_head
 
 STEM = "model"
 CALIBRATION = 128
-"""Images, at most, from which static quantisation takes its ranges."""
+"""Largest number of calibration images of static quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A file that was checked against the model.
+    """An exported file that was checked against the model.
 
     Attributes:
-        target: what kind of file.
-        file: where it lies; what belongs to it lies beside it.
-        bytes: its size, with what belongs to it.
-        difference: the largest difference of a logit, over all images.
+        target: name of the target.
+        file: path of the file; companion files are in the same directory.
+        bytes: size of the file and its companions.
+        difference: largest absolute difference of a logit over all images.
         relative: the same as a share of the model's largest logit.
-        agreement: the share of images whose first class is the model's; None for a model without classes.
-        images: how many were compared.
-        latency_ms: median milliseconds for one image, here.
-        speedup: over the model in PyTorch, batch 1, measured in turns: median and quartiles.
+        agreement: share of images with the same top-1 class as the model; None for a model without classes.
+        images: number of compared images.
+        latency_ms: median milliseconds for one image on this machine.
+        speedup: speed-up over the model in PyTorch at batch size 1: median and quartiles.
     """
 
     target: str
@@ -69,32 +69,33 @@ def export(
     agreement: float | None = None,
     opset: int = OPSET,
 ) -> tuple[Exported, ...]:
-    """Write ``model`` in the forms that runtimes take, for any batch size, each checked against it on real images.
+    """Export ``model`` with a dynamic batch size, and check the outputs of each file on real images.
 
-    ``directory`` then holds one file for each target, and ``model.json``: how an image becomes the input, the names of
-    the classes, and what was measured. The same description lies inside each file. If one target fails, nothing is
-    written.
+    ``directory`` then contains one file for each target, and ``model.json`` with the preprocessing, the names of the
+    classes, and the measurements. Preprocessing and class names are also embedded in each file. If one target fails,
+    nothing is written.
 
     Args:
         model: a dense or slim model without masks, the directory of one, or ``hf-hub:owner/name``.
-        directory: one that is empty or does not exist yet.
-        to: ``"pt2"`` (torch.export), ``"onnx"``, ``"onnx-int8-dynamic"``, ``"onnx-int8-static"``, ``"openvino"``,
-            ``"openvino-fp16"``, or several.
-        images: batches of shape (B, C, H, W), as the model takes them; or a folder of images or other data, see
-            `slimming.load_images`; None reads the data that the directory of the model names. With two or more, the
-            first half, at most 128, are for static quantisation, and the others are compared.
-        tolerance: the largest difference of a logit, as a share of the model's largest; by default 1e-5 for pt2, 1e-4
-            for ONNX and OpenVINO in float32, 1e-2 for weights in float16, and none for 8 bits.
-        agreement: the least share of images with the same first class; by default 0.95 for 8 bits, and none for others.
-        opset: version of ONNX's operations.
+        directory: a directory that is empty or does not exist yet.
+        to: one or more of ``"pt2"`` (torch.export), ``"onnx"``, ``"onnx-int8-dynamic"``, ``"onnx-int8-static"``,
+            ``"openvino"`` and ``"openvino-fp16"``.
+        images: preprocessed batches of shape (B, C, H, W), or a source of images, see `slimming.load_images`; None
+            reads the data named in the directory of the model. The first half, at most 128 images, calibrates static
+            quantisation, and the others are compared; a single image is used for both.
+        tolerance: largest difference of a logit as a share of the model's largest logit; by default 1e-5 for pt2, 1e-4
+            for ONNX and OpenVINO in float32, 1e-2 for float16 weights, and not checked for 8 bits.
+        agreement: smallest share of images with the same top-1 class; by default 0.95 for 8 bits, and not checked for
+            other targets.
+        opset: version of the ONNX operator set.
 
     Raises:
-        ParityError: a file does not say what the model says.
+        ParityError: the outputs of a file differ from those of the model.
         UnsupportedModelError: the model cannot be exported, or has no layers to quantise.
-        ConfigError: no such target, or a limit that is none.
+        ConfigError: there is no such target, or a limit is out of range.
         MissingExtraError: the library of a target is not installed.
         DataError: there are no images.
-        OutputError: the directory is occupied, not writable or full.
+        OutputError: the directory is not empty or not writable, or the disk is full.
 
     >>> import tempfile, timm, torch, slimming
     >>> model = timm.create_model("test_efficientnet", num_classes=10)
@@ -115,11 +116,11 @@ def export(
     known = classes_of(model) > 0
     if not known and any(target.tolerance is None for target in targets) and tolerance is None:
         raise ConfigError(
-            "The model has no classes, so 8 bits cannot be judged by them; give a tolerance, such as 0.1."
+            "The model has no classes, so the agreement of 8-bit files cannot be checked; give a tolerance, such as "
+            "0.1."
         )
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} is not empty; give another directory, or empty this one first.")
+    check_free(directory)
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
@@ -128,29 +129,29 @@ def export(
     with atomic_directory(directory) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as workplace:
             job = Job(plain, words, calibration, opset, Path(workplace))
-            found = [
-                _made(target, job, partial, reference, compared, _limits(target, tolerance, agreement, known))
+            exported = [
+                _export_target(target, job, partial, reference, compared, _limits(target, tolerance, agreement, known))
                 for target in targets
             ]
-        rows = [{**asdict(one), "file": one.file.name} for one in found]
-        stack = {"opset": opset, "machine": machine(), "torch": torch.__version__}
-        atomic_json(partial / f"{STEM}.json", {**words, "made": stack, "files": rows})
-    return tuple(Exported(**{**vars(one), "file": directory / one.file.name}) for one in found)
+        rows = [{**asdict(entry), "file": entry.file.name} for entry in exported]
+        environment = {"opset": opset, "machine": machine(), "torch": torch.__version__}
+        atomic_json(partial / f"{STEM}.json", {**words, "made": environment, "files": rows})
+    return tuple(Exported(**{**vars(entry), "file": directory / entry.file.name}) for entry in exported)
 
 
 class _Logits(nn.Module):
-    """The logits alone, of hosts that give more."""
+    """A model whose only output is the logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        return both_heads(self.model(image))[0]
+        return logits_by_head(self.model(image))[0]
 
 
 class _Timed(nn.Module):
-    """A runtime as a module, for the clock."""
+    """A runtime as a module, for timing."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ class _Timed(nn.Module):
 
 
 def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple[nn.Module, DataConfig | None]:
-    """The model of a directory, and what it was trained on, split as it was then, unless other data is given."""
+    """The model of a directory; and the given data, else the data on which it was trained with the same split."""
     path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
     model = checkpoint.load(path)
     stored = checkpoint.read_provenance(path).get("data") if (path / checkpoint.PROVENANCE).exists() else None
@@ -170,11 +171,11 @@ def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple
     if not needed and data is None:
         return model, None
     if not source:
-        raise DataError(f"{name} does not say on which data it was trained; give images to compare on.")
+        raise DataError(f"{name} does not name the data on which it was trained; give images to compare on.")
     if source != stored.get("source"):
         return model, data
     return model, DataConfig(
-        **unplain({one.name: stored[one.name] for one in fields(DataConfig) if one.name in stored})
+        **unplain({field.name: stored[field.name] for field in fields(DataConfig) if field.name in stored})
     )
 
 
@@ -188,13 +189,14 @@ def _check_limits(tolerance: float | None, agreement: float | None) -> None:
 def _limits(
     target: Target, tolerance: float | None, agreement: float | None, known: bool
 ) -> tuple[float | None, float | None]:
-    own = target.tolerance if tolerance is None else tolerance
-    same = target.agreement if agreement is None else agreement
-    return own, same if known else None
+    """Tolerance and agreement of a target; ``known`` is whether the model has classes."""
+    tolerance = target.tolerance if tolerance is None else tolerance
+    agreement = target.agreement if agreement is None else agreement
+    return tolerance, agreement if known else None
 
 
 def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The images for static quantisation and those that are compared; one image does both."""
+    """The images for static quantisation, and those that are compared; a single image is used for both."""
     shape = prunable(model).anatomy.input_shape
     given: list[Any] = [batches] if isinstance(batches, Tensor) else list([] if batches is None else batches)
     if not given or any(not isinstance(batch, Tensor) or batch.shape[1:] != shape for batch in given):
@@ -208,14 +210,14 @@ def _images(batches: str | Sequence[Tensor] | None, model: nn.Module) -> tuple[T
 
 @torch.no_grad()
 def _outputs(run: Run, images: Tensor) -> np.ndarray:
-    """All logits, (N, K), by batches of one, two and more."""
+    """All logits, (N, K), computed in batches of 1, 2 and 32 images."""
     sizes = [1, 2] + [32] * (len(images) // 32 + 1)
     starts = np.cumsum([0, *sizes])
     parts = [images[start : start + size].numpy() for start, size in zip(starts, sizes, strict=False)]
     return np.concatenate([np.asarray(run(part)) for part in parts if len(part)])
 
 
-def _made(
+def _export_target(
     target: Target,
     job: Job,
     directory: Path,
@@ -223,28 +225,28 @@ def _made(
     images: Tensor,
     limits: tuple[float | None, float | None],
 ) -> Exported:
-    """Write one target and check it.
+    """Write the file of one target and check it.
 
     Raises:
-        ParityError: it does not say what the model says.
+        ParityError: its outputs differ from those of the model.
     """
     files = target.files(directory, STEM)
     target.write(job, files[0])
     run = target.open(files[0])
-    found = _outputs(run, images)
-    difference = float(np.abs(found - reference).max()) if np.isfinite(found).all() else float("inf")
+    logits = _outputs(run, images)
+    difference = float(np.abs(logits - reference).max()) if np.isfinite(logits).all() else float("inf")
     relative = difference / max(float(np.abs(reference).max()), 1e-12)
-    same = float((found.argmax(1) == reference.argmax(1)).mean())
+    same = float((logits.argmax(1) == reference.argmax(1)).mean())
     tolerance, agreement = limits
-    said = f"The {target.name} file does not say what the model says, on {len(images)} images: "
+    differs = f"The outputs of the {target.name} file differ from those of the model on {len(images)} images: "
     if tolerance is not None and not relative <= tolerance:
         raise ParityError(
-            f"{said}logits differ by up to {relative:.2g} of the largest, and {tolerance:g} is allowed. "
+            f"{differs}logits differ by up to {relative:.2g} of the largest, and {tolerance:g} is allowed. "
             "Nothing was written. Take another target, or give a larger tolerance."
         )
     if agreement is not None and not same >= agreement:
         raise ParityError(
-            f"{said}the first class is the same for {same:.1%}, and at least {agreement:.1%} are asked for. "
+            f"{differs}the top-1 class is the same for {same:.1%}, and at least {agreement:.1%} is required. "
             "Nothing was written. Take another target, or give a smaller agreement."
         )
     times = paired_times(

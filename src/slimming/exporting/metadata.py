@@ -1,4 +1,4 @@
-"""What a file has to say besides its weights: how an image becomes its input, and what its outputs are called."""
+"""Metadata of exported files: the preprocessing of images and the names of the classes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from slimming.models.hosts import classes_of
 from slimming.training.images import ImageSpec
 
 KEY = "slimming"
-"""Under which the description lies in a file, as JSON."""
+"""Key of the description in the metadata of a file; its value is JSON."""
 FITS = {"center": "cover", "squash": "stretch", "border": "inside"}
-"""How an image is scaled, by timm's name of it."""
+"""timm's crop mode -> how an image is scaled, see `description`."""
 
 
 def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int]) -> dict[str, Any]:
-    """The description that travels with every file.
+    """Return the description that is embedded in every file.
 
-    An image is decoded as RGB (or grey), scaled until it just covers ``resize`` (height, width), or as ``fit`` says
-    stretched to it or just inside of it, cut or padded with ``mean`` to the middle ``crop``, divided by 255, and
-    normalised by ``mean`` and ``std`` of each channel.
+    An image is decoded as RGB (or grey) and resized: depending on ``fit``, so that it just covers ``resize`` (height,
+    width), is stretched to it, or fits inside it. It is cropped at the centre, or padded with ``mean``, to ``crop``,
+    divided by 255, and normalised by ``mean`` and ``std`` of each channel.
 
     Args:
-        spec: what the model takes.
-        classes: names of the classes, or nothing if they have none.
-        outputs: the shape of what the model gives for one image.
+        spec: input specification of the model.
+        classes: names of the classes; empty if they are not known.
+        outputs: shape of the model's output for one image.
     """
     channels, *size = spec.input_size
     return {
@@ -50,6 +50,6 @@ def description(spec: ImageSpec, classes: Sequence[str], outputs: Sequence[int])
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the classes that travel with ``model``; none if it has no names, or names of other classes."""
+    """Return the names of the classes stored in ``model``; empty if there are none, or not one for each class."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
     return tuple(map(str, names)) if len(names) == classes_of(model) else ()

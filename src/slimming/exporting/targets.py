@@ -1,4 +1,4 @@
-"""The kinds of file that a model can be exported to: how each is written, and how it is run."""
+"""The registry of export targets, with the functions that write and run their files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimming.benchmarking.programs import INPUT, check_onnx, open_onnx, quiet, to_program, write_onnx
+from slimming.benchmarking.config import check_onnx
+from slimming.benchmarking.programs import INPUT, open_onnx, quiet, to_program, write_onnx
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.exporting.metadata import KEY
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""From images (B, C, H, W) to logits (B, K)."""
+"""A function from images (B, C, H, W) to logits (B, K)."""
 
 
 class Job:
-    """One model on its way into files; what several of them need is made once.
+    """The export of one model; the program and the ONNX file are created once for all targets.
 
     Args:
-        model: gives logits (B, K), in evaluation mode, float32, on the CPU.
+        model: a model with logits (B, K) as output, in evaluation mode, float32, on the CPU.
         description: see `slimming.exporting.metadata.description`.
-        calibration: images (N, C, H, W) from which static quantisation takes its ranges.
-        opset: version of ONNX's operations.
-        workplace: a directory for what is thrown away.
+        calibration: calibration images of static quantisation, (N, C, H, W).
+        opset: version of the ONNX operator set.
+        workplace: a directory for temporary files.
     """
 
     def __init__(
@@ -37,12 +38,12 @@ class Job:
     ) -> None:
         self.model, self.calibration, self.opset, self.workplace = model, calibration, opset, workplace
         self.description = json.dumps(description)
-        # torch takes sizes 0 and 1 for constants.
+        # torch.export treats sizes 0 and 1 as constants.
         self.example = torch.zeros(2, *calibration.shape[1:])
 
     @cached_property
     def program(self) -> Any:
-        """The model as a program of torch.export, for any batch size."""
+        """The model as a `torch.export` program with a dynamic batch size."""
         return to_program(self.model, self.example, any_batch=True)
 
     @cached_property
@@ -56,19 +57,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of file.
+    """An export target.
 
     Attributes:
-        name: what ``to`` calls it.
-        suffix: of the file.
-        what: what it is, in a few words.
-        tolerance: the largest difference from the model that it may show, as a share of the model's largest logit;
-            None: it is judged by ``agreement``.
-        agreement: the least share of images whose first class must be that of the model; None: not asked.
-        check: raises if its library is missing.
-        write: writes it.
-        open: makes it run here.
-        companions: suffixes of further files that belong to it, in place of ``suffix``.
+        name: name in ``slimming.export(to=...)``.
+        suffix: suffix of the file.
+        what: description in a few words.
+        tolerance: largest difference from the model as a share of the model's largest logit; None: not checked.
+        agreement: smallest share of images with the same top-1 class as the model; None: not checked.
+        check: raises MissingExtraError if the library is not installed.
+        write: writes the file.
+        open: returns a function that runs the file.
+        companions: suffixes of further files of the target, which replace ``suffix``.
     """
 
     name: str
@@ -82,16 +82,16 @@ class Target:
     companions: tuple[str, ...] = ()
 
     def files(self, directory: Path, stem: str) -> list[Path]:
-        """Its files; the first is the one that is opened."""
+        """Return the paths of the files; the first is the one to open."""
         return [directory / f"{stem}{suffix}" for suffix in (self.suffix, *self.companions)]
 
 
 def choose(names: str | Sequence[str]) -> list[Target]:
-    """The targets called ``names``, whose libraries are there.
+    """Return the targets called ``names`` after checking that their libraries are installed.
 
     Raises:
-        ConfigError: no such target, one twice, or none at all.
-        MissingExtraError: its library is not installed.
+        ConfigError: there is no such target, a target is given twice, or none is given.
+        MissingExtraError: the library of a target is not installed.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names or len(set(names)) < len(names):
@@ -110,22 +110,22 @@ def choose(names: str | Sequence[str]) -> list[Target]:
 def _describe_onnx(file: Path, description: str) -> None:
     import onnx  # pyright: ignore
 
-    found = onnx.load(file)
-    # Notes of the exporter on each node hold names of modules and lines of source: of no use, and half of a small file.
-    for part in (*found.graph.node, *found.graph.input, *found.graph.output):
+    proto = onnx.load(file)
+    # The exporter stores module names and source lines with each node, which make up half of a small file.
+    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]
         part.doc_string = ""
-    del found.graph.value_info[:]  # every runtime infers shapes; those of PyTorch 2.8's exporter can be wrong
-    del found.graph.metadata_props[:]
-    del found.metadata_props[:]
-    found.producer_name = "slimming"
-    entry = found.metadata_props.add()
+    del proto.graph.value_info[:]  # runtimes infer the shapes; those of the exporter of PyTorch 2.8 can be wrong
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+    proto.producer_name = "slimming"
+    entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, description
-    onnx.save(found, file)
+    onnx.save(proto, file)
 
 
 def _nothing() -> None:
-    """PyTorch is there."""
+    """PyTorch is always installed."""
 
 
 def _write_pt2(job: Job, file: Path) -> None:
@@ -151,7 +151,7 @@ def _open_onnx(file: Path) -> Run:
 def _write_dynamic(job: Job, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore
 
-    # ONNX Runtime has no integer convolution for these weights on a CPU.
+    # ONNX Runtime has no integer convolution with per-channel int8 weights on CPUs.
     _check_quantised(job, ("MatMul", "Gemm"), "onnx-int8-static quantises convolutions")
     with quiet():
         quantize_dynamic(
@@ -180,7 +180,7 @@ def _write_static(job: Job, file: Path) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            # The products of attention hold no weights: in 8 bits they cost accuracy and make no file smaller.
+            # Matrix products in attention have no weights: quantising them reduces accuracy and not the file size.
             extra_options={"MatMulConstBOnly": True},
         )
     _describe_onnx(file, job.description)
@@ -192,7 +192,7 @@ def _check_quantised(job: Job, kinds: tuple[str, ...], instead: str) -> None:
     graph = onnx.load(job.onnx, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     if not any(node.op_type in kinds and node.input[1] in weights for node in graph.node):
-        raise UnsupportedModelError(f"The model has no layers for onnx-int8-dynamic; {instead}.")
+        raise UnsupportedModelError(f"The model has no layers that onnx-int8-dynamic quantises; {instead}.")
 
 
 def _check_openvino() -> None:
@@ -207,15 +207,15 @@ def _write_openvino(job: Job, file: Path, *, half: bool) -> None:
     import openvino  # pyright: ignore
 
     with quiet():
-        found = openvino.convert_model(job.onnx)
-        found.set_rt_info(job.description, [KEY])
-        openvino.save_model(found, file, compress_to_fp16=half)
+        converted = openvino.convert_model(job.onnx)
+        converted.set_rt_info(job.description, [KEY])
+        openvino.save_model(converted, file, compress_to_fp16=half)
 
 
 def _open_openvino(file: Path) -> Run:
     import openvino  # pyright: ignore
 
-    # Left alone, some CPUs compute in bfloat16.
+    # By default, OpenVINO computes in bfloat16 on some CPUs.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
     return lambda images: compiled(images)[0]
@@ -237,7 +237,7 @@ TARGETS: Mapping[str, Target] = {
             tolerance=None, agreement=0.95, check=check_onnx, write=_write_dynamic, open=_open_onnx,
         ),
         Target(
-            name="onnx-int8-static", suffix=".int8-static.onnx", what="ONNX, layers and what they read in 8 bits",
+            name="onnx-int8-static", suffix=".int8-static.onnx", what="ONNX, weights and activations in 8 bits",
             tolerance=None, agreement=0.95, check=check_onnx, write=_write_static, open=_open_onnx,
         ),
         Target(

@@ -1,1 +1,1 @@
-"""Soft masks: the learnable factors of units, attached to a model for a search."""
+"""Soft masks: learnable factors of units, attached to a model for a search."""

@@ -1,4 +1,4 @@
-"""The stages as functions of a model: describe, attach, plan, cut, cost."""
+"""List the prunable groups of a model, and attach soft masks to them: `describe` and `attach`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimming.models.prunable import PrunableModel, read, read_as
 
 
 def prunable(model: nn.Module) -> PrunableModel:
-    """Read ``model``, with or without masks attached.
+    """Read ``model``, which may have masks attached.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -24,14 +24,14 @@ def prunable(model: nn.Module) -> PrunableModel:
 
 
 def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
-    """List what can go in ``model``, with sizes and limits. The model is not changed.
+    """Return the prunable groups of ``model``. The model is not changed.
 
     Args:
-        model: a model that a family reads, dense or slim.
-        coupled: True gives one group per attention for QK and V together, as in the paper; False gives two.
+        model: a dense or slim model that a family reads.
+        coupled: whether QK and V of an attention form one group, as in the ViT-Slim paper, or two.
 
     Raises:
-        UnsupportedModelError: no family reads the model, or one of its parts.
+        UnsupportedModelError: no family reads the model or one of its parts.
 
     >>> import timm, slimming
     >>> groups = slimming.describe(timm.create_model("test_vit"))
@@ -43,12 +43,12 @@ def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
 
 
 def independent(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Those of a model's groups that have one group each for the QK and the V of an attention."""
+    """Return the groups without the coupled ones, so that QK and V of an attention are separate groups."""
     return tuple(group for group in groups if group.role != "qkv")
 
 
 def joint(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Those of a model's groups that have one group for QK and V of an attention together, where there is one."""
+    """Return the groups with QK and V coupled, in every attention that has a coupled group."""
     sites = {group.site for group in groups if group.role == "qkv"}
     return tuple(group for group in groups if not (group.site in sites and group.role in ("qk", "v")))
 
@@ -65,18 +65,18 @@ def attach(
 
     Args:
         model: a model that a family reads.
-        groups: any of `describe`; by default all head dimensions, hidden units and tokens.
-        tokens: ``"bias"`` (exact removal) or ``"multiply"`` (the paper's variant, which starts at tanh(3)).
-        penalty: kind -> weight of its penalty, by default that of `slimming.core.kinds.KINDS`.
-        norms: take the scales of BatchNorms as the masks of the channels that pass them, without parameters of
-            their own (Network Slimming, section 3). ``masks[name]`` is then the scale of the first such norm.
+        groups: groups to mask, from `describe`; by default those that `select_kinds` returns.
+        tokens: ``"bias"`` (exact removal) or ``"multiply"`` (the variant of the paper, which starts at tanh(3)).
+        penalty: kind -> weight of its penalty; by default the weights of `slimming.core.kinds.KINDS`.
+        norms: use the scales of BatchNorms as the masks of their channels instead of separate parameters (Network
+            Slimming, section 3). ``masks[name]`` is then the scale of the first BatchNorm of the group.
 
     Returns:
         A mapping from group name to the float32 parameter of its mask.
 
     Raises:
         UnsupportedModelError: no family reads the model.
-        PlanError: masks are attached already, or the groups are of another model or share units.
+        PlanError: the model has masks already, or the groups belong to another model or share units.
 
     >>> import timm, slimming
     >>> model = timm.create_model("test_vit")
@@ -84,27 +84,27 @@ def attach(
     >>> masks["blocks.0.mlp.hidden"].shape
     torch.Size([192])
     """
-    found = prunable(model)
-    groups = searched(independent(found.anatomy.groups)) if groups is None else groups
+    read_model = prunable(model)
+    groups = select_kinds(independent(read_model.anatomy.groups)) if groups is None else groups
     penalty = {name: kind.penalty for name, kind in KINDS.items()} if penalty is None else penalty
-    return attach_(found, groups, tokens=tokens, penalty=penalty, norms=norms)
+    return attach_(read_model, groups, tokens=tokens, penalty=penalty, norms=norms)
 
 
-def searched(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
-    """Those of ``groups`` that get a mask.
+def select_kinds(groups: Sequence[Group], kinds: Sequence[str] | None = None) -> list[Group]:
+    """Return the groups of the given kinds.
 
     Args:
-        groups: what `describe` gives.
-        kinds: kinds to take; None takes all except whole attentions and MLPs, the embedding width, and heads whose
-            dimensions can go on their own: such a head goes when its last V dimension does.
+        groups: groups from `describe`.
+        kinds: kinds to select; None selects all except blocks, the embedding width, and heads whose dimensions can be
+            removed individually (such a head is removed with its last V dimension).
 
     Raises:
-        ConfigError: there is no group of one of ``kinds``.
+        ConfigError: the model has no group of one of ``kinds``.
     """
     if kinds is None:
         has_dimensions = {group.site for group in groups if group.kind == "head_dim"}
-        inner = [group for group in groups if not KINDS[group.kind].on_request]
-        return [group for group in inner if group.kind != "head" or group.site not in has_dimensions]
+        default = [group for group in groups if not KINDS[group.kind].on_request]
+        return [group for group in default if group.kind != "head" or group.site not in has_dimensions]
     missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
     if missing:
         raise ConfigError(f"This model has no groups of kind {missing[0]!r}; take it out of search.kinds.")

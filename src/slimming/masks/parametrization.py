@@ -1,4 +1,4 @@
-"""Masks on weights: a tensor times the factors of the groups that scale it, as a parametrisation."""
+"""Masks on weights: a `torch.nn.utils.parametrize` parametrisation that scales a tensor by the masks of groups."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize
 
 
 class Scaled(nn.Module):
-    """The parametrisation of one tensor by the masks of the groups that scale it: factors along some dimension each.
+    """Parametrisation of one tensor that multiplies it by the masks of one or more groups.
 
-    Training keeps the scaled tensor for the layer that reads it, and nothing else beside what is there anyway, however
-    many masks there are.
+    For the backward pass only the scaled tensor is stored in addition to the weight and the masks, regardless of the
+    number of masks.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Scaled(nn.Module):
         self.factors = nn.ModuleList()
 
     def add(self, factor: Factor) -> None:
-        """Let one more group scale the tensor."""
+        """Add the mask of another group."""
         self.factors.append(factor)
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -36,13 +36,13 @@ class Scaled(nn.Module):
 
 
 class Factor(nn.Module):
-    """One group's mask as a factor of a tensor.
+    """The mask of one group as a factor of a tensor.
 
     Args:
         mask: one factor per unit, float32.
         dim: dimension of the tensor that is scaled.
-        index: places of each unit along it.
-        length: size of the tensor along it.
+        index: indices of each unit along ``dim``.
+        length: size of the tensor along ``dim``.
     """
 
     places: Tensor | None
@@ -58,7 +58,7 @@ class Factor(nn.Module):
         self.register_buffer("places", None if whole else places.to(mask.device), persistent=False)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """The factor in the type of ``tensor``, of its length along `dim` and of length 1 along all others."""
+        """Return the factor in the dtype of ``tensor``, with its size along `dim` and size 1 along all others."""
         factor = self.mask
         if self.places is not None:
             factor = torch.cat([factor.new_ones(1), factor]).index_select(0, self.places)
@@ -68,7 +68,7 @@ class Factor(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """A tensor times several factors that broadcast to it; products of some are made again for the gradients."""
+    """Product of a tensor and several factors that broadcast to it; partial products are recomputed in backward."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *factors: Tensor) -> Tensor:
@@ -77,16 +77,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        every: list[Tensor] = list(ctx.saved_tensors)
-        found: list[Tensor | None] = []
-        for place, wanted in enumerate(ctx.needs_input_grad):
-            others = (each for at, each in enumerate(every) if at != place)
-            found.append(math.prod(others, start=grads[0]).sum_to_size(every[place].shape) if wanted else None)
-        return tuple(found)
+        inputs: list[Tensor] = list(ctx.saved_tensors)
+        input_grads: list[Tensor | None] = []
+        for index, needed in enumerate(ctx.needs_input_grad):
+            others = (tensor for other, tensor in enumerate(inputs) if other != index)
+            grad = math.prod(others, start=grads[0]).sum_to_size(inputs[index].shape) if needed else None
+            input_grads.append(grad)
+        return tuple(input_grads)
 
 
 def scaled(model: nn.Module, tensor: str) -> Scaled:
-    """The parametrisation of the tensor called ``tensor``, which gets one if it has none."""
+    """Return the `Scaled` parametrisation of the tensor called ``tensor``; registers one if it has none."""
     module_name, _, name = tensor.rpartition(".")
     module = model.get_submodule(module_name)
     if parametrize.is_parametrized(module, name):
@@ -99,7 +100,7 @@ def scaled(model: nn.Module, tensor: str) -> Scaled:
 
 
 def original(model: nn.Module, tensor: str) -> Tensor:
-    """The tensor called ``tensor`` without its masks."""
+    """Return the tensor called ``tensor`` without its masks."""
     module_name, _, name = tensor.rpartition(".")
     module = model.get_submodule(module_name)
     if parametrize.is_parametrized(module, name):
@@ -109,17 +110,17 @@ def original(model: nn.Module, tensor: str) -> Tensor:
 
 
 def flat(index: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The unit and the place of every entry of ``index``, both of shape (entries,)."""
+    """Return the unit and the index of every entry of ``index``, both of shape (entries,)."""
     pairs = [(unit, place) for unit, places in enumerate(index) for place in places]
     both = torch.tensor(pairs, dtype=torch.int64, device=device)
     return both[:, 0], both[:, 1]
 
 
 def own_class_(module: nn.Module) -> None:
-    """Give a parametrised module a class of its own.
+    """Give a parametrised module its own copy of its class.
 
-    torch makes one class per parametrised module, which a deep copy shares; removing the parametrisation changes
-    that class, and would break the other one.
+    PyTorch creates a class for each parametrised module, which a deep copy of the module shares. Removing the
+    parametrisation changes the class and would break the copy.
     """
     old: Any = type(module)
     body = {name: entry for name, entry in vars(old).items() if name not in ("__dict__", "__weakref__")}

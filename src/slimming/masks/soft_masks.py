@@ -1,8 +1,8 @@
-"""Soft masks: the learnable factors of groups, attached to a model for the search.
+"""Soft masks of a model: learnable factors of its units, with their penalties, scores and removal.
 
-Masks over head dimensions, heads and hidden units are parametrisations of the weights they scale, so that the
-host's forward is untouched and a mask folds into its weight exactly. Masks over tokens act where tokens mix:
-as an additive bias log(m) on the keys, which is the same as removal when m reaches 0.
+Masks of head dimensions, heads, hidden units and channels are parametrisations of the weights that they scale: the
+model's forward is unchanged, and a mask can be folded exactly into its weight. A token mask m acts where tokens mix, as
+a bias log(m) on the attention keys, which equals removal at m = 0.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimming.core.completion import resolve_plan
-from slimming.core.groups import SIDES, Anatomy, Group
+from slimming.core.groups import Anatomy, Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, PlanError
-from slimming.masks.parametrization import Factor, flat, original, own_class_, scaled
-from slimming.masks.tokens import BIAS, MULTIPLY, RAW_INIT, attach_token_gates, token_factor
-from slimming.models.family import silence_
-from slimming.models.masked_norms import keep_in_norms
+from slimming.masks.group_tensors import batch_norms, weight_norms
+from slimming.masks.options import BIAS, MULTIPLY
+from slimming.masks.parametrization import Factor, original, own_class_, scaled
+from slimming.masks.tokens import RAW_INIT, attach_token_gates, token_factor
+from slimming.models.family import zero_slices_
+from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel
 
 ATTRIBUTE = "slimming_masks"
 """Attribute of a masked model that holds its `SoftMasks`."""
 
 _DECAY = 0.99
+"""Decay per step of the moving average in `SoftMasks.collect`."""
 
 
 class SoftMasks(Mapping[str, nn.Parameter]):
     """The soft masks of a model: group name -> float32 parameter with one factor per unit.
 
-    The parameters belong to the model (its ``parameters()`` and ``state_dict()`` hold them); this object finds
-    them and knows what to do with them. Made by `slimming.attach`.
+    The parameters belong to the model and are in its ``parameters()`` and ``state_dict()``. Created by
+    `slimming.attach`.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
     def __repr__(self) -> str:
         return f"SoftMasks({len(self)} groups, {sum(p.numel() for p in self.values())} units)"
 
-    # A mapping compares by content; masks are state, so two of them are the same only if they are one.
+    # Mapping compares by content; masks are mutable state and compare by identity.
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -72,18 +75,18 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return id(self)
 
     def of_kind(self, kind: str) -> list[Group]:
-        """The attached groups of one kind, in the model's order."""
+        """Return the masked groups of one kind, in the order of the model."""
         return [group for group in self.groups if group.kind == kind]
 
     def own(self) -> dict[str, nn.Parameter]:
-        """The masks that are parameters of their own; the others are scales of a BatchNorm of the model."""
+        """Return the masks that are separate parameters; the others are scales of BatchNorms."""
         return {name: mask for name, mask in self.items() if name not in self._norms}
 
     def factor(self, group: Group) -> Tensor:
-        """The factor of each unit, shape (size,): the mask itself, or its tanh for the paper's token masks.
+        """Return the factor of each unit, shape (size,): the mask, or its tanh for ``tokens="multiply"``.
 
-        Where scales of BatchNorms are the masks, it is the mean of their absolute values over the norms that the
-        unit passes: one norm in the paper, several where channels are coupled.
+        If scales of BatchNorms are the masks, it is the mean of their absolute values over the norms of the unit: one
+        norm in the paper, several if channels are coupled.
         """
         if group.name in self._norms:
             scales = [scale[places].abs().mean(1) for scale, places in self._norms[group.name]]
@@ -92,13 +95,13 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return token_factor(mask, self.tokens) if group.token is not None else mask
 
     def penalties(self) -> dict[str, Tensor]:
-        """The weighted l1 penalty of each attached kind, as scalars (ViT-Slim, eq. 4)."""
+        """Return the weighted l1 penalty of each masked kind, as scalars (ViT-Slim, eq. 4)."""
         result: dict[str, Tensor] = {}
         for kind in dict.fromkeys(group.kind for group in self.groups):
             factors = [self.factor(group).abs() for group in self.of_kind(kind)]
             weight = self.penalty_weights.get(kind, 0.0)
             if self.penalty_sum:
-                # A unit that passes several norms has several scales, and each is one term.
+                # A unit with several norms has several scales, each of which is a term of the sum.
                 scales = [self._scales(group) for group in self.of_kind(kind)]
                 result[kind] = weight * torch.stack([f.sum() * n for f, n in zip(factors, scales, strict=True)]).sum()
             else:
@@ -109,30 +112,30 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return sum(places.shape[1] for _, places in self._norms.get(group.name, [])) or 1
 
     def penalty(self) -> Tensor:
-        """The penalty to add to a loss, a scalar.
+        """Return the penalty to add to a loss, a scalar.
 
-        By default each kind's weight multiplies the *mean* of |factor| over its units, so that a weight means
-        the same for every model, batch and world size. The paper's preset takes sums.
+        By default, the weight of a kind multiplies the *mean* of |factor| over its units, so that its effect does not
+        depend on the size of the model. With ``penalty_sum`` it multiplies the sum, as in the paper.
         """
         return torch.stack(list(self.penalties().values())).sum()
 
     def before_step(self) -> None:
-        """Add the gradient of the penalty to the gradients of a loss without it, and `collect`.
+        """Add the gradient of the penalty to the gradients of the loss, and call `collect`.
 
-        For loops that are not one's own: it is called with the unscaled gradients, right before the optimiser's step.
-        ``optimizer.register_step_pre_hook(lambda *_: masks.before_step())`` does that in plain loops.
+        Call it with unscaled gradients right before the optimizer's step. In training loops that cannot be changed,
+        ``optimizer.register_step_pre_hook(lambda *_: masks.before_step())`` does this.
         """
-        with torch.enable_grad():  # optimisers step without
+        with torch.enable_grad():  # optimizers disable gradients in their step
             self.penalty().backward()
         self.collect()
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Note what the loss's gradient says of each unit; call it after backward, before the optimiser step.
+        """Update the Taylor score of each unit from the gradients; call it after backward, before the optimizer step.
 
-        Keeps an average of (factor x gradient of the task loss)^2: the first-order estimate of what cutting
-        the unit would change (Molchanov et al., CVPR 2019, eq. 8). The penalty's own gradient is taken out.
-        A gradient that is not finite, as fp16 gives now and then, is passed over.
+        The score is a moving average of (factor x gradient of the task loss)^2, the first-order estimate of the squared
+        change of the loss when the unit is removed (Molchanov et al., CVPR 2019, eq. 8). The gradient of the penalty is
+        subtracted. Steps with gradients that are not finite, which occur with fp16, are skipped.
         """
         squares: dict[str, Tensor] = {}
         for kind in dict.fromkeys(group.kind for group in self.groups):
@@ -143,7 +146,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         if not squares:
             return
         finite = torch.cat(list(squares.values())).isfinite().all()
-        # The first value as it is, then a moving average; in place, so that checkpoints see it. All on the device.
+        # Starts with the first value. In place, so that checkpoints contain it, and without synchronising the device.
         steps = self.collected["steps"] = self.collected["steps"].to(finite.device)
         share = finite * torch.where(steps == 0, 1.0, 1 - _DECAY)
         for name, square in squares.items():
@@ -152,12 +155,12 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         steps += finite
 
     def _squares(self, groups: Sequence[Group], weight: float) -> dict[str, Tensor]:
-        """(factor x gradient of the task loss)^2 per unit, for the masks of one kind that are parameters."""
+        """(factor x gradient of the task loss)^2 per unit, for the masks of one kind that are separate parameters."""
         pairs = [(group.name, self[group.name].grad) for group in groups if group.name not in self._norms]
         grads = {name: grad for name, grad in pairs if grad is not None}
         if not grads:
             return {}
-        # All groups of a kind at once: the vectors are short, and one operation costs more than its numbers.
+        # All groups of a kind in one operation: the vectors are short, so that launching operations dominates.
         mask, grad = torch.cat([self[name].detach() for name in grads]), torch.cat(list(grads.values()))
         factor, slope = mask, torch.ones_like(mask)
         if groups[0].token is not None and self.tokens == MULTIPLY:
@@ -169,15 +172,15 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return dict(zip(grads, squares, strict=True))
 
     def _norm_squares(self, groups: Sequence[Group], weight: float) -> dict[str, Tensor]:
-        """The same where scales of BatchNorms are the masks: a unit goes with all its scales at once."""
+        """The same for masks that are scales of BatchNorms: a unit is removed with all its scales."""
         result = {}
         for group in groups:
-            found = [(scale, scale.grad, places) for scale, places in self._norms.get(group.name, [])]
-            # A mean over a unit's scales is what was penalised, where the sum over units is not asked for.
-            share = weight if self.penalty_sum or not found else weight / sum(p.shape[1] for _, _, p in found)
+            scales = [(scale, scale.grad, places) for scale, places in self._norms.get(group.name, [])]
+            # Without `penalty_sum`, the mean over the scales of a unit is penalised.
+            share = weight if self.penalty_sum or not scales else weight / sum(p.shape[1] for _, _, p in scales)
             changes = [
                 (scale[places] * (grad[places] - share * scale[places].sign())).sum(1)
-                for scale, grad, places in found
+                for scale, grad, places in scales
                 if grad is not None
             ]
             if changes:
@@ -185,20 +188,20 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         return result
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict as it would be without masks: plain names, masks left out."""
+        """Return the state dict of the model without masks, with the names of the plain model."""
         masks = {id(mask) for mask in self.own().values()}
         state = self.model.state_dict(keep_vars=True)
         plain = {name: tensor for name, tensor in state.items() if id(tensor) not in masks}
         return {_plain_name(name): tensor.detach() for name, tensor in plain.items()}
 
     def scores(self, how: str | None = None) -> dict[str, Tensor]:
-        """One score per unit: what cutting it would cost. float32 on the CPU, shape (size,) per group.
+        """Return one score per unit, an estimate of the cost of removing it: float32 on the CPU, shape (size,).
 
         Args:
-            how: one of `MASK_SCORES`. Default: ``"taylor"`` if `collect` was called, else ``"contribution"``.
+            how: one of `MASK_SCORES`; by default ``"taylor"`` if `collect` was called, else ``"contribution"``.
 
         Raises:
-            ConfigError: there is no such score, or nothing was collected for taylor.
+            ConfigError: there is no such score, or `collect` was not called for ``"taylor"``.
         """
         how = how or ("taylor" if bool(self.collected["steps"] > 0) else "contribution")
         if how not in MASK_SCORES:
@@ -207,46 +210,46 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
     @torch.no_grad()
     def apply_(self, plan: Plan) -> None:
-        """Set what ``plan`` drops to exactly 0, so that the masked model equals the cut one.
+        """Set the masks of removed units to exactly 0, so that the masked model equals the cut model.
 
-        Kept tokens become exactly 1: a token's factor cannot be folded into a weight. With ``plan.fold`` False
-        every kept unit becomes 1, as in the paper.
+        The masks of kept tokens are set to 1, since they cannot be folded into a weight. With ``plan.fold`` False the
+        masks of all kept units are set to 1, as in the paper.
 
         Raises:
-            PlanError: the plan cuts a group that has no mask here, or is of another model.
+            PlanError: the plan removes units of a group without a mask, or was made for another model.
         """
         kept = resolve_plan(self.anatomy, plan)
         for name, units in plan.kept.items():
             if name not in self and len(units) < plan.sizes[name]:
-                raise PlanError(f"The plan cuts {name!r}, which has no mask here. Attach that group too.")
+                raise PlanError(f"The plan removes units of {name!r}, which has no mask. Attach that group too.")
         self._undo_(self._widen_norms)
         for group in self.groups:
             mask = self[group.name]
-            stays = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
-            stays[list(kept[group.name])] = True
+            is_kept = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
+            is_kept[list(kept[group.name])] = True
             if group.name in self._norms:
-                self._silence_(group, [unit for unit in range(group.size) if not stays[unit]])
+                self._silence_(group, [unit for unit in range(group.size) if not is_kept[unit]])
                 continue
-            one = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
+            unmasked = 1.0 if group.token is None or self.tokens == BIAS else float("inf")
             if group.token is not None or not plan.fold:
-                mask[stays] = one
-            mask[~stays] = 0.0
+                mask[is_kept] = unmasked
+            mask[~is_kept] = 0.0
             if group.norms:
-                self._widen_norms += keep_in_norms(self.model, group, kept[group.name])
+                self._widen_norms += mask_norms(self.model, group, kept[group.name])
 
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
-        """Let nothing read ``units``: a scale of 0 leaves the norm's shift, which goes with the channel too."""
+        """Set the weights that read ``units`` to 0: a scale of 0 alone would leave the shift of the norm."""
         for slices in group.slices:
             if slices.side == "consumes":
-                silence_(original(self.model, slices.tensor), slices, units)
+                zero_slices_(original(self.model, slices.tensor), slices, units)
 
     def fold_(self) -> None:
-        """Multiply the masks into the weights and take them away; token masks, which no weight holds, stay."""
+        """Multiply the masks into the weights and remove them; token masks, which cannot be folded, are kept."""
         self._remove_scales(fold=True)
         self._drop([group for group in self.groups if group.token is None])
 
     def detach_(self) -> None:
-        """Take every mask away and give the weights back as they are without."""
+        """Remove all masks without folding them; the weights are those of the model without masks."""
         self._remove_scales(fold=False)
         self._undo_(self._remove_gates)
         self._undo_(self._widen_norms)
@@ -278,10 +281,10 @@ class SoftMasks(Mapping[str, nn.Parameter]):
 
 @torch.no_grad()
 def taylor_scores(masks: SoftMasks) -> dict[str, Tensor]:
-    """The average change of the loss that `SoftMasks.collect` estimated, one unit at a time.
+    """Return the root mean square change of the loss per unit, as estimated by `SoftMasks.collect`.
 
     Raises:
-        ConfigError: nothing was collected.
+        ConfigError: `SoftMasks.collect` was not called.
     """
     if not bool(masks.collected["steps"] > 0):
         raise ConfigError("Score 'taylor' needs gradients: call masks.collect() after each backward.")
@@ -290,18 +293,20 @@ def taylor_scores(masks: SoftMasks) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def contribution_scores(masks: SoftMasks) -> dict[str, Tensor]:
-    """|factor| times the norms of the weights that produce and consume the unit, over the mean of its kind."""
-    found = {g.name: masks.factor(g).float().abs() * weight_norms(masks, g) for g in masks.groups}
+    """Return |factor| times the norms of the weights that produce and consume the unit, over the mean of its kind."""
+    scores = {
+        g.name: masks.factor(g).float().abs() * weight_norms(masks.model, g, masks[g.name].device) for g in masks.groups
+    }
     for kind in {group.kind for group in masks.groups}:
         names = [group.name for group in masks.of_kind(kind)]
-        mean = torch.cat([found[name] for name in names]).mean().clamp_min(1e-12)
-        found |= {name: found[name] / mean for name in names}
-    return {name: score.cpu() for name, score in found.items()}
+        mean = torch.cat([scores[name] for name in names]).mean().clamp_min(1e-12)
+        scores |= {name: scores[name] / mean for name in names}
+    return {name: score.cpu() for name, score in scores.items()}
 
 
 @torch.no_grad()
 def mask_values(masks: SoftMasks) -> dict[str, Tensor]:
-    """The signed factor itself, as in the paper (ViT-Slim, section 3.3)."""
+    """Return the signed factor of each unit, as in the paper (ViT-Slim, section 3.3)."""
     return {group.name: masks.factor(group).float().detach().cpu().clone() for group in masks.groups}
 
 
@@ -310,25 +315,7 @@ MASK_SCORES: Mapping[str, Callable[[SoftMasks], dict[str, Tensor]]] = {
     "contribution": contribution_scores,
     "mask": mask_values,
 }
-"""Scores that masks alone have."""
-
-
-def weight_norms(masks: SoftMasks, group: Group) -> Tensor:
-    """Product over the sides of a unit of the norm of its slices; ones for tokens. Shape (size,)."""
-    squares: dict[str, Tensor] = {}
-    device = masks[group.name].device
-    for slices in group.slices:
-        if is_buffer(masks.model, slices.tensor):
-            continue
-        tensor = original(masks.model, slices.tensor).float()
-        each = tensor.square().movedim(slices.dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
-        owners, places = flat(slices.index, device)
-        total = torch.zeros(group.size, device=device).index_add_(0, owners, each[places])
-        squares[slices.side] = squares.get(slices.side, torch.zeros_like(total)) + total
-    result = torch.ones(group.size, device=device)
-    for side in SIDES:
-        result = result * squares[side].sqrt() if side in squares else result
-    return result
+"""Scores that are computed from the masks and what they collected, by name."""
 
 
 def attach_(
@@ -342,28 +329,28 @@ def attach_(
     """Attach a soft mask to each of ``groups``, in place. With ``tokens="bias"`` the outputs do not change.
 
     Args:
-        prunable: the model, without masks.
-        groups: some of its groups.
+        prunable: a model without masks.
+        groups: groups of the model.
         tokens: ``"bias"`` (a key bias, exact) or ``"multiply"`` (the paper's multiplication of norm outputs).
         penalty: kind -> weight of its penalty.
-        norms: take the scales of a group's BatchNorms as its masks, where it has some (Network Slimming).
+        norms: use the scales of BatchNorms as the masks of the groups that have some (Network Slimming).
 
     Raises:
-        PlanError: masks are attached already, a group is not of this model, or two groups share units.
-        ConfigError: ``tokens`` is neither.
+        PlanError: the model has masks already, a group belongs to another model, or two groups share units.
+        ConfigError: there is no such variant of token masks.
     """
     model, anatomy = prunable.model, prunable.anatomy
     _check(model, anatomy, groups, tokens)
-    # Its own: taking masks away puts the parameters of a module into another order, and with them the slices.
+    # The groups of this anatomy: removing masks changes the order of a module's parameters, and so of the slices.
     groups = [anatomy.group(group.name) for group in groups]
     masks = SoftMasks(model, anatomy, groups, tokens, penalty)
     device = next(model.parameters()).device
     for group in groups:
         masks.collected[group.name] = torch.zeros(group.size, device=device)
-        found = batch_norms(model, group) if norms else []
-        if found:
-            masks._norms[group.name] = found
-            masks._parameters[group.name] = found[0][0]
+        scales = batch_norms(model, group) if norms else []
+        if scales:
+            masks._norms[group.name] = scales
+            masks._parameters[group.name] = scales[0][0]
             continue
         init = RAW_INIT if group.token is not None and tokens == MULTIPLY else 1.0
         masks._parameters[group.name] = nn.Parameter(torch.full((group.size,), init, device=device))
@@ -379,30 +366,13 @@ def attach_(
 
 
 def attached(model: nn.Module) -> SoftMasks | None:
-    """The masks that are attached to ``model``, if any."""
+    """Return the masks that are attached to ``model``, or None."""
     masks: Any = model.__dict__.get(ATTRIBUTE)
     return masks
 
 
-def batch_norms(model: nn.Module, group: Group) -> list[tuple[nn.Parameter, Tensor]]:
-    """The scales of the BatchNorms that the units of ``group`` pass, each with the units' places, (size, places)."""
-    found = []
-    for slices in group.slices:
-        module_name, _, name = slices.tensor.rpartition(".")
-        module = model.get_submodule(module_name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":
-            found.append((module.weight, torch.tensor(slices.index, device=module.weight.device)))
-    return found
-
-
-def is_buffer(model: nn.Module, tensor: str) -> bool:
-    """Whether ``tensor`` is a statistic of a norm or another tensor that is not trained."""
-    module_name, _, name = tensor.rpartition(".")
-    return name in dict(model.get_submodule(module_name).named_buffers(recurse=False))
-
-
 def _plain_name(name: str) -> str:
-    """The name of a tensor before a parametrisation took it in."""
+    """The name that a tensor had before its parametrisation."""
     module, marker, rest = name.partition(".parametrizations.")
     return f"{module}.{rest.removesuffix('.original')}" if marker else name
 
@@ -416,8 +386,8 @@ def _check(model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], tokens: 
         raise PlanError("No group was given; slimming.describe(model) lists those of the model.")
     seen: dict[str, str] = {}
     for group in groups:
-        own = anatomy.group(group.name)
-        if (own.kind, own.size, own.limits, own.token) != (group.kind, group.size, group.limits, group.token):
+        known = anatomy.group(group.name)
+        if (known.kind, known.size, known.limits, known.token) != (group.kind, group.size, group.limits, group.token):
             raise PlanError(f"Group {group.name!r} has other sizes in this model; call slimming.describe(model) again.")
         keys = {group.name} if group.role != "qkv" else {group.name, f"{group.site}.qk", f"{group.site}.v"}
         for key in keys:

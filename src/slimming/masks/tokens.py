@@ -1,6 +1,6 @@
-"""Where token masks act: hooks on the attention modules, the pooling and, for the paper's variant, the norms.
+"""Apply token masks by hooks on the attention modules, the pooling and, for the variant of the paper, the norms.
 
-Shape suffixes: B batch, H heads, N tokens (prefix included), D embedding width, X size of a head.
+Shape suffixes: B batch, H heads, N tokens (including the prefix), D embedding width, X size of a head.
 """
 
 from __future__ import annotations
@@ -13,45 +13,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, TokenSite
+from slimming.masks.options import BIAS, MULTIPLY
 
-BIAS = "bias"
-MULTIPLY = "multiply"
 RAW_INIT = 3.0
-"""Start of the paper's raw token masks: tanh(3) is almost 1 (authors' code)."""
+"""Initial value of token masks in the variant of the paper: tanh(3) is almost 1 (code of the authors)."""
 
 NEVER = -1e4
-"""A key bias that no kernel tells from -inf, and that gives no NaN where it is multiplied by 0."""
+"""A key bias that acts like -inf in every kernel, and gives no NaN when multiplied by 0."""
 
 Source = tuple[nn.Parameter, Tensor | None]
-"""A mask and the places of the wanted positions in it (None: all of them, in order)."""
+"""A mask, and the indices of the required positions in it (None: all positions, in order)."""
 
 
 def token_factor(mask: Tensor, tokens: str) -> Tensor:
-    """The factor of each token: its mask from 0 up, or tanh of it for the paper's variant."""
+    """Return the factor of each token: its mask clamped to at least 0, or its tanh for the variant of the paper."""
     return torch.tanh(mask) if tokens == MULTIPLY else mask.clamp_min(0)
 
 
 class _Gate:
-    """What all gates share: the product of the masks on the way to here."""
+    """Base of the hooks: the product of the token masks of this block and all blocks before it."""
 
     def __init__(self, sources: list[Source], prefix: int) -> None:
         self.sources = sources
         self.prefix = prefix
 
     def _stacked(self) -> Tensor:
-        """Factors of every mask so far, shape (masks, positions)."""
+        """Factors of the masks, shape (masks, positions)."""
         picked = [mask if places is None else mask[places.to(mask.device)] for mask, places in self.sources]
         return torch.stack(picked).clamp_min(0)
 
     def product(self) -> Tensor:
-        """Product over the masks, shape (positions,)."""
+        """Return the product of the masks, shape (positions,)."""
         return self._stacked().prod(0)
 
     def bias(self) -> Tensor:
-        """Logarithm of the product with a zero per prefix token, shape (N,); -inf where a factor is 0."""
+        """Return the log of the product, preceded by 0 for the prefix tokens, shape (N,); -inf for a factor of 0."""
         stacked = self._stacked()
         alive = stacked > 0
-        # The inner where keeps log away from 0, whose infinite slope would turn into NaN.
+        # The inner where avoids log(0), whose infinite derivative would become NaN.
         total = torch.where(alive, stacked, 1.0).log().sum(0)
         total = torch.where(alive.all(0), total, -torch.inf)
         return torch.cat([total.new_zeros(self.prefix), total])
@@ -68,18 +67,18 @@ class KeyBias(_Gate):
             given = torch.zeros(given.shape, dtype=bias.dtype, device=given.device).masked_fill(~given, -torch.inf)
         joined = bias if given is None else bias + given
         if given is None:
-            joined = joined.as_subclass(Learning)
+            joined = joined.as_subclass(KeyBiasMask)
         if len(positional) > 1:
             positional[1] = joined
             return tuple(positional), kwargs
         return args, {**kwargs, "attn_mask": joined}
 
 
-class Learning(Tensor):
-    """An attention mask (1, 1, 1, N) with one number per key, which hosts hand on to the attention kernel.
+class KeyBiasMask(Tensor):
+    """An attention mask (1, 1, 1, N) with one bias per key, which models pass on to the attention kernel.
 
-    The fused kernel of CPUs gives no gradient of a mask, and is left for one that keeps the attention weights of all
-    heads, (B, heads, N, N). With this mask it stays. Those of GPUs give one.
+    On CPUs the fused kernel gives no gradient of a mask, so PyTorch would use a kernel that stores the attention
+    weights of all heads, (B, H, N, N). With this class the fused kernel is used. The kernels of GPUs give a gradient.
     """
 
     @classmethod
@@ -100,24 +99,24 @@ def _attend(
     is_causal: bool = False,
     **others: Any,
 ) -> Tensor:
-    """Attention with a key bias (1, 1, 1, N), on CPUs by PyTorch's private operators where the bias learns.
+    """Attention with a key bias (1, 1, 1, N); on CPUs, a bias with a gradient uses private operators of PyTorch.
 
-    They are worth it for memory more than for time. Without them a search step of DeiT-S holds 1.17 times as much at
-    224 pixels and 1.54 times as much at 384, and takes 1.03 and 1.05 times as long. `_KeyBiased` alone calls them.
+    These save more memory than time: without them, a search step of DeiT-S needs 1.17 times the memory at 224 pixels
+    and 1.54 times at 384, and takes 1.03 and 1.05 times as long. Only `_KeyBiased` calls them.
     """
-    learns = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
-    alike = query.shape == value.shape and query.dtype == key.dtype == value.dtype
-    if not (learns and alike) or dropout_p or is_causal or others.get("enable_gqa"):
+    needs_gradient = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
+    same_shape = query.shape == value.shape and query.dtype == key.dtype == value.dtype
+    if not (needs_gradient and same_shape) or dropout_p or is_causal or others.get("enable_gqa"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
     out: Any = _KeyBiased.apply(query, key, value, attn_mask.to(query.dtype), others.get("scale"))
     return out
 
 
 class _KeyBiased(torch.autograd.Function):
-    """Fused attention on a CPU whose key bias has a gradient.
+    """Fused attention on a CPU with a gradient of the key bias.
 
-    The kernel's backward pass sees the bias as one more dimension, 1 in the queries and the bias in the keys, of which
-    it gives the gradient like that of all others.
+    In the backward pass, the bias is given to the kernel as an additional head dimension, which is 1 in the queries and
+    the bias in the keys. The gradient of the bias is then part of the gradient of the keys.
     """
 
     @staticmethod
@@ -134,7 +133,7 @@ class _KeyBiased(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, out, total = ctx.saved_tensors
         column = bias.view(1, 1, -1).clamp_min(NEVER) / ctx.scale
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads_wide = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _wider(grads[0], 0.0),
             _wider(query, 1.0),
             _wider(key, column),
@@ -145,8 +144,8 @@ class _KeyBiased(torch.autograd.Function):
             False,
             scale=ctx.scale,
         )
-        along_bias = found[1][..., -1].sum((0, 1)).view_as(bias) / ctx.scale
-        return *(each[..., :-1] for each in found), along_bias, None
+        bias_grad = grads_wide[1][..., -1].sum((0, 1)).view_as(bias) / ctx.scale
+        return *(grad[..., :-1] for grad in grads_wide), bias_grad, None
 
 
 def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
 
 
 class MeanPoolWeight(_Gate):
-    """Forward hook of the module in front of average pooling: turns the mean into the weighted mean."""
+    """Forward hook of the module before average pooling: turns the mean over tokens into a weighted mean."""
 
     def __init__(self, sources: list[Source], prefix: int, pool_prefix: bool) -> None:
         super().__init__(sources, prefix)
@@ -175,7 +174,7 @@ class MeanPoolWeight(_Gate):
 
 
 class Multiply(_Gate):
-    """Forward hook of a norm: the paper's variant, which multiplies its output by tanh of this block's mask."""
+    """Forward hook of a norm: multiplies its output by tanh of the mask of this block, as in the paper."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output_BND: Tensor) -> Tensor:
         mask, _ = self.sources[-1]
@@ -186,16 +185,16 @@ class Multiply(_Gate):
 def attach_token_gates(
     model: nn.Module, sites: Sequence[Group], masks: Mapping[str, nn.Parameter], tokens: str
 ) -> list[Callable[[], None]]:
-    """Register each token mask on its block and the hooks that apply it, from its block to the pooling.
+    """Register each token mask as a parameter of its block, and the hooks that apply it from there to the pooling.
 
     Args:
         model: the model.
-        sites: every token group of the model, from shallow to deep.
-        masks: masks of some of them, by group name.
+        sites: all token groups of the model, from shallow to deep.
+        masks: masks of some of these groups by name.
         tokens: ``"bias"`` or ``"multiply"``.
 
     Returns:
-        Functions that take everything away again.
+        Functions that remove the parameters and hooks.
     """
     removers: list[Callable[[], None]] = []
     seen: list[tuple[TokenSite, nn.Parameter]] = []
@@ -213,7 +212,7 @@ def attach_token_gates(
             gate = Multiply(sources, site.prefix)
             removers += [model.get_submodule(name).register_forward_hook(gate).remove for name in site.norms]
         elif tokens == BIAS and sources:
-            # A block without a mask of its own still sees the tokens that left before it.
+            # A block without a mask still needs the masks of the blocks before it.
             hook = KeyBias(sources, site.prefix)
             attention = model.get_submodule(site.attention)
             removers.append(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -223,7 +222,7 @@ def attach_token_gates(
 
 
 def _gate_pool(model: nn.Module, last: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
-    """Gate the pooling by the product of all masks; nothing to do where the class token is read."""
+    """Apply the product of all masks in the pooling; models that use the class token have none."""
     removers: list[Callable[[], None]] = []
     if last.mean_pool is not None:
         weight = MeanPoolWeight(sources, last.prefix, last.pool_prefix)

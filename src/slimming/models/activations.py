@@ -1,4 +1,4 @@
-"""What layers read while a model runs over images, on one process or shared out over many."""
+"""Capture the inputs of layers during forward passes, and sum their statistics over processes."""
 
 from __future__ import annotations
 
@@ -11,81 +11,86 @@ import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.processes import rank_and_world
+from slimming.training.distributed import rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WIDEST = 8192
-"""Layers that read more than this have no covariance of their inputs: it would take over 0.5 GB."""
+MAX_COVARIANCE_INPUTS = 8192
+"""Largest number of inputs of a layer for which a covariance is computed; a larger one would take over 0.5 GB."""
 GIGABYTES = 1.0
-"""At most so much memory for covariances in one pass over the images."""
+"""Largest memory for covariances in one pass over the images."""
 
-RIDGE, DOUBT = 1e-4, 0.1
+RIDGE, RIDGE_PER_INPUT = 1e-4, 0.1
 
 
 def ridge(inputs: int, samples: Tensor) -> Tensor:
-    """What is added to the diagonal of a covariance before it is inverted, as a share of the mean variance."""
-    return RIDGE + DOUBT * inputs / samples
+    """The ridge term of a least-squares problem, as a share of the mean variance; larger for few samples.
+
+    Args:
+        inputs: number of variables.
+        samples: number of samples from which the covariance was estimated.
+    """
+    return RIDGE + RIDGE_PER_INPUT * inputs / samples
 
 
 def reads_all(module: nn.Module) -> bool:
-    """Whether every output of ``module`` is a weighted sum of all its inputs, at one place or around it."""
+    """Whether every output of ``module`` depends on all input channels: a Linear or a convolution without groups."""
     return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1)
 
 
 @contextmanager
 def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the layers called ``names`` read while the context lasts: one tensor of rows per call, shape (N, C)."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    """Capture the inputs of the layers called ``names`` inside the context: a tensor of shape (N, C) per call."""
+    captured: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             rows = x.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else x
-            found[name].append(rows.reshape(-1, rows.shape[-1]))
+            captured[name].append(rows.reshape(-1, rows.shape[-1]))
 
-        return keep
+        return capture
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in found]
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in captured]
     try:
-        yield found
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def precise(rows: Tensor) -> Tensor:
-    """``rows`` in the precision in which their products are summed: double on the CPU, single elsewhere."""
+    """``rows`` in the precision in which their products are summed: float64 on the CPU, float32 on other devices."""
     return rows.double() if rows.device.type == "cpu" else rows.float()
 
 
 def own_share(batches: Sequence[T]) -> Sequence[T]:
-    """The batches that this process runs; all of them where there is one process."""
-    rank, world = rank_and_world()
+    """The batches of this process, which are all batches if there is only one process."""
+    rank, world = rank_and_world_size()
     return batches if world == 1 else batches[rank::world]
 
 
 def add_up(*sums: Tensor) -> None:
-    """Add up what the processes found, in place and on each."""
-    if rank_and_world()[1] > 1:
-        for one in sums:
-            torch.distributed.all_reduce(one)
+    """Replace ``sums`` by their sums over all processes, in place."""
+    if rank_and_world_size()[1] > 1:
+        for tensor in sums:
+            torch.distributed.all_reduce(tensor)
 
 
 class Moments:
-    """Sums over rows x and, with ``others``, y that come with them, in double precision.
+    """Sums and sums of products of rows x, and of rows y that belong to them, in float64.
 
     Attributes:
-        count: how many rows.
-        x: their sum, shape (size,).
-        xx: the sum of their products with themselves, shape (size, size).
-        y: the sum of the others, shape (others,).
-        yx: the sum of their products with x, shape (others, size).
+        count: number of rows.
+        x: sum of x, shape (size,).
+        xx: sum of the products of x with itself, shape (size, size).
+        y: sum of y, shape (others,).
+        yx: sum of the products of y with x, shape (others, size).
 
     Args:
-        size: numbers in a row x.
-        device: where the sums are.
-        others: numbers in a row y.
+        size: length of a row x.
+        device: device of the sums.
+        others: length of a row y; 0 if there is no y.
     """
 
     def __init__(self, size: int, device: torch.device, others: int = 0) -> None:
@@ -96,7 +101,7 @@ class Moments:
         self.y, self.yx = zeros(others), zeros(others, size)
 
     def add(self, x_NC: Tensor, y_ND: Tensor | None = None) -> None:
-        """Count rows in; they come in the precision that `precise` gives."""
+        """Add rows in the precision of `precise`."""
         self.count += len(x_NC)
         self.x += x_NC.sum(0)
         self.xx += x_NC.T @ x_NC
@@ -105,46 +110,46 @@ class Moments:
             self.yx += y_ND.T @ x_NC
 
     def add_up(self) -> None:
-        """Add up what the processes found, on each."""
+        """Replace the sums by their sums over all processes."""
         add_up(self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
 
 
 def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | None = None) -> Iterator[list[T]]:
-    """Cut ``items`` into runs that are done in one pass over the images: `GIGABYTES` together, or one item.
+    """Divide ``items`` into parts that need one pass over the images each: `GIGABYTES` of memory, or one item.
 
     Args:
-        items: in their order.
-        gigabytes: memory that one takes.
-        most: items in a run, at most.
+        items: the items, in order.
+        gigabytes: memory of an item.
+        most: largest number of items in a part.
     """
     part: list[T] = []
-    size = 0.0
+    part_size = 0.0
     for item in items:
-        own = gigabytes(item)
-        if part and (len(part) == most or size + own > GIGABYTES):
+        size = gigabytes(item)
+        if part and (len(part) == most or part_size + size > GIGABYTES):
             yield part
-            part, size = [], 0.0
+            part, part_size = [], 0.0
         part.append(item)
-        size += own
+        part_size += size
     if part:
         yield part
 
 
 def feeds_layers(group: Group) -> bool:
-    """Whether the units of ``group`` lie between a layer that makes them and one that reads them.
+    """Whether the units of ``group`` are outputs of one layer and inputs of another.
 
-    Norms lie between features of the embedding and their readers; an attention or MLP that goes has no reader; QK and V
-    are groups of their own beside the coupled one.
+    This is not so for features of the embedding, which norms separate from the layers that read them, for a whole
+    attention or MLP, and for coupled dimensions, which are in the groups of QK and V too.
     """
     return not group.norms and group.role not in ("branch", "qkv")
 
 
 def layers_reading(model: nn.Module, group: Group) -> list[Slices]:
-    """The slices by which layers whose inputs have a covariance read the units of ``group``: columns of weights."""
+    """The slices of ``group`` in weights of layers whose inputs have a covariance: Linears and convolutions."""
     return [
-        one
-        for one in group.slices
-        if one.side == "consumes" and one.dim == 1 and one.tensor.endswith(".weight")
-        and reads_all(layer := model.get_submodule(one.tensor.rpartition(".")[0]))
-        and layer.get_parameter("weight").shape[1] <= WIDEST
+        part
+        for part in group.slices
+        if part.side == "consumes" and part.dim == 1 and part.tensor.endswith(".weight")
+        and reads_all(layer := model.get_submodule(part.tensor.rpartition(".")[0]))
+        and layer.get_parameter("weight").shape[1] <= MAX_COVARIANCE_INPUTS
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dense starts: a model by name, with weights from the hub or from a local file of plain tensors."""
+"""Create dense models by name, with weights from the Hugging Face hub or a local file of plain tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from slimming.errors import CheckpointError, UnsupportedModelError, nearest
 from slimming.models.family import ORIGIN
 from slimming.models.hosts import classes_of, classifier_of, is_hosted, make, reset_classes_
 
-WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
-"""Keys under which training scripts keep the state dict inside a file."""
+STATE_KEYS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
+"""Keys of the state dict in files that training scripts write."""
 
 
 def create_dense(
@@ -30,20 +30,20 @@ def create_dense(
     classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """Make a dense model with pretrained weights.
+    """Create a dense model with pretrained weights.
 
     Args:
-        name: a timm model name, with or without tag, or ``hf-hub:owner/name``; or one that `hosts.make` takes.
-        checkpoint: a ``.safetensors`` file, or a ``.pth`` of plain tensors; None takes the host's pretrained weights.
-        classes: number of classes wanted; the classifier is replaced if the weights have another number.
+        name: a timm model name with or without tag, ``hf-hub:owner/name``, or a name with prefix for `hosts.make`.
+        checkpoint: a ``.safetensors`` file, or a ``.pth`` file of plain tensors; None loads the pretrained weights.
+        classes: number of classes; the classifier is replaced if the weights have another number.
         arguments: further arguments of the host's constructor.
 
     Returns:
-        The model, and notes for the user on what was replaced.
+        The model, and messages for the user about layers that were replaced.
 
     Raises:
-        UnsupportedModelError: the host has no such model, or it does not take the arguments.
-        CheckpointError: the weights are missing, damaged, of another model, or more than plain tensors.
+        UnsupportedModelError: the host has no such model, or rejects the arguments.
+        CheckpointError: the weights are missing, damaged, of another model, or not plain tensors.
     """
     options = dict(arguments or {})
     _check_name(name)
@@ -61,18 +61,19 @@ def create_dense(
 def create_untrained(
     name: str, arguments: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Make a dense model with random weights, or on the ``"meta"`` device without any.
+    """Create a dense model with random weights, or without weights on the ``"meta"`` device.
 
     Raises:
-        UnsupportedModelError: the host has no such model, or it does not take the arguments.
+        UnsupportedModelError: the host has no such model, or rejects the arguments.
+        CheckpointError: the configuration of the model could not be fetched.
     """
     _check_name(name)
     options = dict(arguments or {})
-    if is_hosted(name):  # read by running it, so never without values
+    if is_hosted(name):  # not on the meta device, because it is read by running it
         return make(name, options, pretrained=False)
     try:
         with torch.device(device):
-            return _signed(timm.create_model(name, pretrained=False, **options), name, options)
+            return _with_origin(timm.create_model(name, pretrained=False, **options), name, options)
     except (TypeError, AssertionError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
     except OSError as error:
@@ -81,8 +82,8 @@ def create_untrained(
         ) from error
 
 
-def _signed(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
-    """Note on the model how it was made: some arguments cannot be read off it again."""
+def _with_origin(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """``model`` with a record of how it was created, because some arguments cannot be read from a model."""
     model.__dict__[ORIGIN] = {"name": name, "arguments": dict(options)}
     return model
 
@@ -98,7 +99,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict of plain tensors.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds anything but tensors.
+        CheckpointError: the file is missing or damaged, or holds anything but tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file. Give a .safetensors file or a .pth of plain tensors.")
@@ -106,7 +107,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it refuses a moment later
+            warnings.simplefilter("ignore")  # torch warns about pickles before it rejects them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         called = re.search(r"(?:GLOBAL|global) ([\w.]+\.\w+)", str(error))
@@ -117,9 +118,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    for key in STATE_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
             break
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of tensors.")
@@ -141,7 +142,7 @@ def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[
             f"The pretrained weights of {name} could not be loaded ({str(error).splitlines()[0]}). "
             "Check the network, or give a local file of weights: checkpoint, as a flag --model.checkpoint FILE."
         ) from error
-    _signed(model, name, options)
+    _with_origin(model, name, options)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if classes is not None and known is not None and known != classes:
         return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
@@ -157,7 +158,7 @@ def _from_host(name: str, classes: int | None, options: dict[str, Any]) -> tuple
 
 
 def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> list[str]:
-    """Load ``state``, leaving a classifier of another number of classes as it was made."""
+    """Load ``state`` except a classifier with another number of classes, and return messages about it."""
     own = model.state_dict()
     heads = tuple(f"{head}." for head in _classifiers(model))
     replaced = [key for key in state if key.startswith(heads) and key in own and state[key].shape != own[key].shape]
@@ -180,6 +181,6 @@ def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> li
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """Names of the classifier modules, as timm's own configuration gives them; of other hosts, the last layer."""
+    """Names of the classifier modules: those in timm's configuration, or the last layer of models of other hosts."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or classifier_of(model) or "head"
     return [names] if isinstance(names, str) else list(names)

@@ -1,4 +1,4 @@
-"""Directories with a config.json, as timm and transformers write them, and what slimming puts into one."""
+"""Read directories with a config.json, as timm, transformers and slimming write them, and make models from them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from slimming.core.files import read_json
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
-from slimming.models import build_filled
+from slimming.models.families import build_filled
 from slimming.models.family import ORIGIN
 from slimming.models.hosts import TRANSFORMERS, classes_of, make
 from slimming.models.prunable import read
 
 CONFIG, HOST_WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "slimming"
-"""What slim models are called in timm's registry and among transformers' types of model."""
+"""Name of slim models in timm's registry, and their model type in transformers."""
 INNER = "model"
-"""Attribute of the model of transformers that holds the slim one."""
+"""Attribute of the transformers model that holds the slim model."""
 TIMM_FIELDS = (
     *("mean", "std", "interpolation", "crop_pct", "crop_mode", "fixed_input_size"),
     *("first_conv", "classifier", "label_names", "license"),
@@ -32,19 +32,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of ``config.json`` in the directory ``path``.
 
     Raises:
-        CheckpointError: it is missing, or no JSON object.
+        CheckpointError: the file is missing or does not hold a JSON object.
     """
-    found = read_json(path / CONFIG)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path / CONFIG} holds no JSON object. Take an intact copy.")
-    return found
+    content = read_json(path / CONFIG)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path / CONFIG} does not hold a JSON object. Take an intact copy.")
+    return content
 
 
 def structure_in(config: Mapping[str, Any]) -> Structure | None:
-    """The structure of a slim model in the content of a config.json; None where it is of another model.
+    """The structure in the content of a config.json; None if it is not the config.json of a slim model.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the structure is damaged.
     """
     if MODEL_TYPE not in (config.get("model_type"), config.get("architecture")):
         return None
@@ -53,11 +53,11 @@ def structure_in(config: Mapping[str, Any]) -> Structure | None:
 
 
 def timm_config(model: nn.Module) -> dict[str, Any]:
-    """What timm calls the pretrained configuration of ``model``, plain data, without where its weights came from."""
-    found = getattr(model, "pretrained_cfg", None) or {}
-    config = {key: found[key] for key in TIMM_FIELDS if found.get(key) is not None}
+    """The pretrained configuration of ``model`` in timm's format, without the source of its weights."""
+    stored = getattr(model, "pretrained_cfg", None) or {}
+    config = {key: stored[key] for key in TIMM_FIELDS if stored.get(key) is not None}
     shape, classes = read(model).anatomy.input_shape, classes_of(model)
-    for key in ("mean", "std"):  # a model for grey images keeps the three numbers of its ImageNet entry
+    for key in ("mean", "std"):  # models for grey-scale images may still have three values
         if key in config and len(config[key]) != shape[0]:
             config[key] = (sum(config[key]) / len(config[key]),) * shape[0]
     if len(config.get("label_names") or ()) != classes:
@@ -66,7 +66,7 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
 
 
 def unprefixed(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict as ``model`` has it, also where transformers saved it with its model around."""
+    """A state dict with the names of ``model``, without the prefix that transformers saves it with."""
     own = model.state_dict().keys()
     if state and not own & state.keys() and all(name.startswith(f"{INNER}.") for name in state):
         return {name.removeprefix(f"{INNER}."): tensor for name, tensor in state.items()}
@@ -76,24 +76,24 @@ def unprefixed(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
 def open_directory(
     path: Path, arguments: Mapping[str, Any] | None = None, *, pretrained: bool = True, classes: int | None = None
 ) -> nn.Module:
-    """Make the model in a directory of timm or transformers, or one of slimming without its weights.
+    """Make the model in a directory of timm or transformers, or a slim model without its weights.
 
     Args:
-        path: holds config.json, and for ``pretrained`` the weights as safetensors.
+        path: directory with config.json, and with weights as safetensors if ``pretrained``.
         arguments: further arguments of the host's constructor.
-        pretrained: take the weights; otherwise random ones.
-        classes: number of classes; a classifier of another number is replaced by an untrained one.
+        pretrained: load the weights; otherwise weights are random.
+        classes: number of classes; if the model has another number, its classifier is replaced by an untrained one.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        UnsupportedModelError: the host has no such model, or it does not take the arguments.
+        UnsupportedModelError: the host has no such model, or rejects the arguments.
     """
     config, options = read_config(path), dict(arguments or {})
     structure = structure_in(config)
     if structure is not None and not pretrained and not options:
         return build_filled(structure)
     if pretrained and not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} has no {HOST_WEIGHTS}; other kinds of weights are not read from a directory.")
+        raise CheckpointError(f"{path} has no {HOST_WEIGHTS}; weights in other formats are not read from a directory.")
     if "architecture" in config:
         return _from_timm(path, config, options, pretrained, classes)
     if "model_type" in config:
@@ -115,7 +115,7 @@ def _from_timm(
     if classes is not None:
         options["num_classes"] = classes
     overlay = dict(options.get("pretrained_cfg_overlay") or {})
-    if pretrained:  # timm would take pickles before some of these, and before 1.0.26 opens these as pickles too
+    if pretrained:  # timm may prefer pickles, and before 1.0.26 it opens some safetensors as pickles
         weights = min(path.glob("*.safetensors"), key=lambda file: (file.name != HOST_WEIGHTS, file.name))
         overlay |= {"source": "", "file": str(weights), "custom_load": False}
     try:
@@ -126,7 +126,6 @@ def _from_timm(
         raise UnsupportedModelError(f"timm cannot make the {name} in {path} with {options}: {error}") from error
     except (RuntimeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {path} are damaged or of another model than {name}: {error}") from error
-    given = {**(config.get("model_args") or {}), **options}
     if name != MODEL_TYPE:
-        model.__dict__[ORIGIN] = {"name": name, "arguments": given}
+        model.__dict__[ORIGIN] = {"name": name, "arguments": {**(config.get("model_args") or {}), **options}}
     return model

@@ -1,38 +1,39 @@
-"""What a family is: the reader of one kind of model, and the only code that names its host's classes."""
+"""Interface of a model family, which reads one kind of model into plain data, and helpers that families share."""
 
 from __future__ import annotations
 
 import abc
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Piece, Slices
+from slimming.core.groups import Anatomy, Group, Slices, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 
 STRUCTURE = "slimming_structure"
-"""Attribute of a slim model that holds its structure as plain data."""
+"""Attribute of a slim model with its `Structure`."""
 
 ORIGIN = "slimming_origin"
-"""Attribute of a model that slimming made: the name and arguments that its host was given."""
+"""Attribute of a model that slimming created with the name and arguments that were passed to its host."""
 
-FACTORS = ".parametrizations."
-"""In the names of masks, and of what they scale."""
+PARAMETRIZATIONS = ".parametrizations."
+"""Part of the names of masks and of the tensors that they scale."""
 
 Kept = Mapping[str, tuple[int, ...]]
+"""Group -> its kept units."""
 
 
-class Timed(NamedTuple):
-    """A module to time in place of a piece.
+class TimedModule(NamedTuple):
+    """A module whose time is measured in place of a layer's.
 
     Attributes:
         module: takes one tensor.
-        shape: of that tensor, without the batch.
-        copies: how many of the piece run in it.
+        shape: shape of that tensor without the batch dimension.
+        copies: number of copies of the layer that run in one call.
     """
 
     module: nn.Module
@@ -40,76 +41,78 @@ class Timed(NamedTuple):
     copies: int = 1
 
 
+TimedModules = Callable[[TimedLayer, Mapping[str, int]], TimedModule]
+"""Gives the module to time for a timed layer and the sizes (axis -> size) that it is timed at."""
+
+
 class Family(abc.ABC):
-    """Reads one kind of model into plain data, and rebuilds and resizes it."""
+    """Reads one kind of model into plain data, builds it again and resizes it."""
 
     name: ClassVar[str]
     runs_models: ClassVar[bool] = False
-    """Whether reading runs the model, which then cannot be on the meta device."""
+    """Whether `read` runs the model, which then cannot be on the meta device."""
 
     @abc.abstractmethod
     def reads(self, model: nn.Module) -> bool:
-        """Whether the model is of this family."""
+        """Whether this family supports ``model``."""
 
     @abc.abstractmethod
     def read(self, model: nn.Module) -> Anatomy:
         """Read the model.
 
         Raises:
-            UnsupportedModelError: a part has no reader.
-        """
-
-    @abc.abstractmethod
-    def base(self, model: nn.Module) -> dict[str, Any]:
-        """How the host makes this (dense) model again: names and arguments, plain data.
-
-        Raises:
-            UnsupportedModelError: no way was found that gives the same modules.
+            UnsupportedModelError: a part of the model is not supported.
         """
 
     @abc.abstractmethod
     def build(self, base: Mapping[str, Any]) -> nn.Module:
-        """Make the dense model on the meta device.
+        """Build the dense model, with undefined weights, or on the meta device.
+
+        Args:
+            base: `Structure.base` as `read` gives it.
 
         Raises:
-            CheckpointError: the host does not know the architecture or its arguments.
+            CheckpointError: the host does not have the architecture or rejects an argument.
         """
 
     def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
-        """Whether the operations of ``anatomy`` say what is alive while they run when ``kept`` stays."""
+        """Whether the operations of ``anatomy`` give the live tensors of the model that is cut to ``kept``."""
         return False
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
-        """A module that does what ``piece`` does at ``sizes``, for timing.
+    def timed_modules(self, model: nn.Module, anatomy: Anatomy, *, uneven_heads: bool = False) -> TimedModules:
+        """Prepare the timing of ``model``, which happens once for all its timed layers.
 
         Args:
-            model: the dense model.
-            piece: one of its pieces.
-            sizes: axis -> size.
-            uneven_heads: heads of an attention differ in size, as they do where a plan is free to choose.
+            model: the dense model in evaluation mode, on the device and in the dtype that are timed.
+            anatomy: what `read` returns for it.
+            uneven_heads: the heads of an attention layer differ in size, as in plans without equal heads.
+
+        Returns:
+            A function that makes the module to time for one of ``anatomy.timed_layers``.
+
+        Raises:
+            UnsupportedModelError: the family does not time layers, or not with uneven heads.
         """
-        raise UnsupportedModelError(f"Family {self.name} has no pieces to time.")
+        raise UnsupportedModelError(f"Family {self.name} does not time layers.")
 
     @abc.abstractmethod
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
-        """The structure that is left when ``kept`` (complete, see `slimming.core.groups.resolve`) stays."""
+        """The structure of the model that is cut to ``kept``, complete as `slimming.core.groups.resolve` gives it."""
 
     @abc.abstractmethod
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of the slim model, taken from that of the model that ``anatomy`` describes."""
+        """The state dict of the slim model, selected from that of the model that ``anatomy`` describes."""
 
     @abc.abstractmethod
     def resize_(self, model: nn.Module, structure: Structure) -> None:
-        """Give the modules the sizes of ``structure``; the contents of resized parameters are undefined."""
+        """Resize the modules to ``structure``; the contents of resized parameters are undefined."""
 
 
-def fill_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Put the tensors of ``state`` in place of the model's own.
+def assign_state_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Replace the tensors of ``model`` by those of ``state``.
 
-    Modules are told that the tensors are of their own version: some hosts change what comes without one. Parameters
-    that several modules share stay shared.
+    The version metadata of the model is added, because some hosts convert state dicts without it. Parameters that
+    several modules share remain shared.
     """
     shared = shared_parameters(model)
     versioned = OrderedDict(state)
@@ -122,27 +125,27 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True)
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter that has more than one; masks have, and are not meant."""
+    """The names of every parameter that several modules share, except masks."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if FACTORS not in name:
+        if PARAMETRIZATIONS not in name:
             names[id(parameter)].append(name)
-    return [own for own in names.values() if len(own) > 1]
+    return [aliases for aliases in names.values() if len(aliases) > 1]
 
 
-def of_one_name(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """Those of ``groups`` whose tensors have one name each, and why the others stay whole."""
+def untied_groups(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """Those of ``groups`` without shared parameters, and for each of the others the reason why it cannot be cut."""
     shared = {name for names in shared_parameters(model) for name in names}
-    single = [group for group in groups if not any(one.tensor in shared for one in group.slices)]
-    return single, [f"{group.name}: it is shared by several modules" for group in groups if group not in single]
+    untied = [group for group in groups if not any(part.tensor in shared for part in group.slices)]
+    return untied, [f"{group.name}: it is shared by several modules" for group in groups if group not in untied]
 
 
-def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:
-    """Select ``indices[dim]`` along each dimension; the tensor itself where nothing goes.
+def select_indices(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:
+    """Select ``indices[dim]`` along each dimension; returns the tensor itself if nothing is removed.
 
     Args:
         tensor: any shape.
-        indices: dimension -> places to keep.
+        indices: dimension -> indices to keep.
     """
     for dim, index in indices.items():
         if list(index) != list(range(tensor.shape[dim])):
@@ -151,8 +154,8 @@ def take(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tensor:
 
 
 def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    """A Linear of another size with the device, dtype, bias, mode and training flags of ``old``."""
-    # Made on the meta device first, which spares an initialisation that nobody reads.
+    """A Linear of another size with the device, dtype, bias, mode and ``requires_grad`` of ``old``."""
+    # The meta device avoids an initialisation whose values would be overwritten.
     new = nn.Linear(in_features, out_features, bias=old.bias is not None, device="meta", dtype=old.weight.dtype)
     new.to_empty(device=old.weight.device)
     for name, parameter in old.named_parameters():
@@ -162,13 +165,19 @@ def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linea
 
 
 def difference(wanted: nn.Module, made: nn.Module) -> str | None:
-    """The first way in which two models differ in modules or parameter shapes, in words."""
-    ours, theirs = dict(wanted.named_modules()), dict(made.named_modules())
-    for name in sorted(ours.keys() ^ theirs.keys()):
+    """A sentence about the first difference in modules or tensor shapes; None if there is none.
+
+    Args:
+        wanted: the model.
+        made: what its host builds.
+    """
+    modules, made_modules = dict(wanted.named_modules()), dict(made.named_modules())
+    for name in sorted(modules.keys() ^ made_modules.keys()):
         return f"module {name!r} exists in only one of the two"
-    for name, module in ours.items():
-        if type(module) is not type(theirs[name]) or module.extra_repr() != theirs[name].extra_repr():
-            return f"module {name!r} is {_describe(module)}, its host makes {_describe(theirs[name])}"
+    for name, module in modules.items():
+        other = made_modules[name]
+        if type(module) is not type(other) or module.extra_repr() != other.extra_repr():
+            return f"module {name!r} is {_describe(module)}, its host makes {_describe(other)}"
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     for name, tensor in wanted.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -180,7 +189,7 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
 
 
-def silence_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
+def zero_slices_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
     """Set the slices of ``units`` in ``tensor`` to 0."""
-    places = [place for unit in units for place in slices.index[unit]]
-    tensor.index_fill_(slices.dim, torch.tensor(places, dtype=torch.int64, device=tensor.device), 0.0)
+    indices = [index for unit in units for index in slices.index[unit]]
+    tensor.index_fill_(slices.dim, torch.tensor(indices, dtype=torch.int64, device=tensor.device), 0.0)

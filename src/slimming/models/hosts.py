@@ -1,4 +1,4 @@
-"""Dense models of transformers and torchvision by name, and what classifiers of all hosts have in common."""
+"""Create dense models of transformers and torchvision by name; get and set the classes of models of all hosts."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModel
 
 TRANSFORMERS, TORCHVISION = "transformers:", "torchvision:"
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
-"""What timm's field ``pretrained_cfg``, which other hosts get too, says of images and classes, and checkpoints keep."""
+"""Keys of timm's field ``pretrained_cfg`` about images and classes, which checkpoints keep for models of all hosts."""
 
 
 def is_hosted(name: str) -> bool:
-    """Whether ``name`` is of another host than timm: ``transformers:…`` or ``torchvision:…``."""
+    """Whether ``name`` has a prefix of another host than timm: ``transformers:…`` or ``torchvision:…``."""
     return name.startswith((TRANSFORMERS, TORCHVISION))
 
 
 def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: int | None = None) -> nn.Module:
-    """Make an image classifier by name.
+    """Create an image classifier by name.
 
     Args:
-        name: ``transformers:owner/name`` or ``transformers:DIRECTORY``, with a config.json; or ``torchvision:name``.
-        arguments: fields of transformers' configuration, or arguments of torchvision's constructor.
-        pretrained: take the host's weights; otherwise random ones.
-        classes: number of classes; a classifier of another number is replaced by an untrained one.
+        name: ``transformers:owner/name``, ``transformers:DIRECTORY`` with a config.json, or ``torchvision:name``.
+        arguments: fields of the transformers configuration, or arguments of torchvision's constructor.
+        pretrained: load the host's pretrained weights; otherwise weights are random.
+        classes: number of classes; if the model has another number, its classifier is replaced by an untrained one.
 
     Raises:
-        UnsupportedModelError: the host has no such classifier, or does not take the arguments.
-        CheckpointError: its files or weights could not be loaded.
+        UnsupportedModelError: the host has no such classifier, or rejects the arguments.
+        CheckpointError: files or weights could not be loaded.
         MissingExtraError: transformers is not installed.
     """
     host, _, bare = name.partition(":")
@@ -40,10 +40,11 @@ def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: 
     try:
         model = maker(bare, dict(arguments), pretrained)
     except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
-        raise UnsupportedModelError(f"{host} cannot make {bare!r} with {dict(arguments)}: {_line(error)}") from error
+        message = f"{host} cannot make {bare!r} with {dict(arguments)}: {_first_line(error)}"
+        raise UnsupportedModelError(message) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{bare!r} of {host} could not be loaded ({_line(error)}). Check the name and the network, or give a "
+            f"{bare!r} of {host} could not be loaded ({_first_line(error)}). Check the name and the network, or give a "
             "local directory or a local file of weights."
         ) from error
     if classes is not None and classes != classes_of(model):
@@ -51,7 +52,7 @@ def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool, classes: 
     return model
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -63,20 +64,20 @@ def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -
             "Models of transformers need an extra: pip install 'slimming[transformers]'."
         ) from error
     maker: Any = transformers.AutoModelForImageClassification
-    safe = {"trust_remote_code": False}  # nor asked about, which is the default
-    # In float32, whatever the files say: half precision is no type to train in.
-    if pretrained:  # safetensors only: nothing is unpickled
+    safe = {"trust_remote_code": False}  # by default transformers asks the user
+    # In float32 even if the files are in half precision, which is not suited to training.
+    if pretrained:  # from safetensors only, never from a pickle
         model = maker.from_pretrained(name, use_safetensors=True, **safe, **{"dtype": torch.float32, **arguments})
     else:
         config = transformers.AutoConfig.from_pretrained(name, **safe, **arguments)
         model = maker.from_config(config, dtype=arguments.get("dtype", torch.float32))
     mixin: Any = transformers.ImageProcessingMixin
     try:
-        found = mixin.get_image_processor_dict(name)[0]
+        processor = mixin.get_image_processor_dict(name)[0]
     except OSError:
-        found = {}
-    own = {"mean": found.get("image_mean"), "std": found.get("image_std")}
-    model.pretrained_cfg = {key: tuple(value) for key, value in own.items() if value}
+        processor = {}
+    settings = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    model.pretrained_cfg = {key: tuple(value) for key, value in settings.items() if value}
     return model.eval()
 
 
@@ -94,7 +95,7 @@ def _from_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) ->
 
 
 def classes_of(model: nn.Module) -> int:
-    """How many classes ``model`` tells apart; 0 if it has no classifier that could say."""
+    """Number of classes of ``model``; 0 if it has no classifier."""
     known = getattr(model, "num_classes", None)  # timm
     if known is None:
         known = getattr(getattr(model, "config", None), "num_labels", None)  # transformers
@@ -106,7 +107,7 @@ def classes_of(model: nn.Module) -> int:
 
 
 def classifier_of(model: nn.Module) -> str | None:
-    """Name of the layer that gives the logits: the last Linear or 1 x 1 convolution."""
+    """Name of the layer that computes the logits: the last Linear or 1 x 1 convolution."""
     layers = [
         name
         for name, module in model.named_modules()
@@ -116,10 +117,10 @@ def classifier_of(model: nn.Module) -> str | None:
 
 
 def reset_classes_(model: Any, classes: int) -> None:
-    """Replace the classifier of ``model`` by an untrained one for so many classes; both of them, where it has two.
+    """Replace the classifier of ``model`` by an untrained one for ``classes`` classes; both classifiers if it has two.
 
     Raises:
-        UnsupportedModelError: there is no classifier, or none that gives the classes of the model.
+        UnsupportedModelError: the model has no classifier, or its last layer does not have one output per class.
     """
     if (reset := getattr(model, "reset_classifier", None)) is not None:  # timm
         reset(classes)
@@ -127,13 +128,13 @@ def reset_classes_(model: Any, classes: int) -> None:
     last, known = classifier_of(model), classes_of(model)
     if last is None:
         raise UnsupportedModelError(f"This {type(model).__name__} has no classifier to replace.")
-    # Models that learn from a teacher have a second one beside it, and GoogLeNet auxiliary ones: known by their names,
-    # since a hidden layer may have as many outputs.
+    # Distilled models have a second classifier, and GoogLeNet has auxiliary ones. They are recognised by their names,
+    # because a hidden layer may have the same number of outputs.
     names = [name for name, module in model.named_modules() if _is_classifier(name, module, last, known)]
     if last not in names:
         raise UnsupportedModelError(
-            f"This {type(model).__name__} has {known} classes, its last layer {last!r} another number of outputs; "
-            "replace its classifier before it is given to slimming."
+            f"This {type(model).__name__} has {known} classes, but its last layer {last!r} has another number of "
+            "outputs; replace its classifier before you pass it to slimming."
         )
     for name in names:
         old: Any = model.get_submodule(name)
@@ -148,32 +149,32 @@ def reset_classes_(model: Any, classes: int) -> None:
 
 
 def _is_classifier(name: str, module: nn.Module, last: str, classes: int) -> bool:
-    """Whether ``module`` gives the classes: the ``last`` layer, or one that is called a classifier or auxiliary."""
+    """Whether ``module`` computes logits: it is the ``last`` layer, or its name is that of an auxiliary classifier."""
     outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
     return outputs == classes and (name == last or any(word in name.lower() for word in ("classifier", "aux")))
 
 
 def name_classes(model: Any, classes: tuple[str, ...]) -> None:
-    """Let the names of the classes travel with the model, in timm's field for them."""
+    """Store the names of the classes in ``pretrained_cfg`` of the model, so that they are saved with it."""
     give_image_settings_(model, {"label_names": list(classes)})
 
 
 def image_settings(model: nn.Module) -> dict[str, Any]:
-    """What ``model`` says of its images and classes, as JSON has it."""
+    """The settings of ``model`` for images and classes, see `SETTINGS`, as JSON values."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return {key: plain(config[key]) for key in SETTINGS if config.get(key) is not None}
 
 
 def give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
-    """Let ``settings``, some of `SETTINGS`, take the place of what ``model`` says."""
+    """Set some of the settings of ``model`` for images and classes, see `SETTINGS`."""
     model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **unplain(settings)}
 
 
 def plain(value: Any) -> Any:
-    """An argument of a host's constructor as JSON has it; `unplain` goes back."""
+    """An argument of a host's constructor as a JSON value; `unplain` is the inverse."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def unplain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as hosts take them: tuples where JSON has lists."""
+    """Arguments of a host's constructor from JSON values: lists become tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}

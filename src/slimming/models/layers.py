@@ -1,4 +1,4 @@
-"""The few modules that a cut may leave behind.
+"""Modules that replace those of the host in slim models.
 
 Shape suffixes: B batch, N tokens, D embedding width, Q and V the sums of the heads' QK and V sizes.
 """
@@ -17,11 +17,11 @@ from slimming.errors import UnsupportedModelError
 
 
 class TokenSelect(nn.Module):
-    """Keep the tokens at fixed places of the sequence: an index selection in front of a block.
+    """Select the tokens at fixed positions of the sequence, before a block.
 
     Args:
-        index: places to keep in the incoming sequence, prefix tokens included, ascending.
-        incoming: length of the incoming sequence.
+        index: positions of the input sequence to keep, prefix tokens included, ascending.
+        incoming: length of the input sequence.
     """
 
     index: Tensor
@@ -29,18 +29,18 @@ class TokenSelect(nn.Module):
     def __init__(self, index: Sequence[int], incoming: int) -> None:
         super().__init__()
         self.incoming = incoming
-        # The structure is the one record of the positions, so the buffer stays out of the state dict.
+        # Not in the state dict, because the structure holds the positions.
         self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Select tokens: (B, N, D) -> (B, len(index), D).
 
         Raises:
-            UnsupportedModelError: the sequence has another length, or an attention mask came along.
+            UnsupportedModelError: the sequence has another length, or an attention mask is given.
         """
         if x.shape[1] != self.incoming:
             raise UnsupportedModelError(
-                f"Tokens were cut for sequences of {self.incoming} tokens, this image makes {x.shape[1]}: "
+                f"Tokens were cut for sequences of {self.incoming} tokens, but this image has {x.shape[1]}: "
                 "use the image size that the model was slimmed at, or plan without tokens."
             )
         if attn_mask is not None or is_causal:
@@ -51,18 +51,18 @@ class TokenSelect(nn.Module):
         return f"{self.incoming} -> {self.index.numel()}"
 
 
-class Refusal:
-    """Stands in for a method that a cut made meaningless; calling it says why.
+class UnavailableMethod:
+    """Replacement of a method that cannot work after a cut; raises an error with the reason when it is called.
 
     Args:
-        reason: one sentence, what was cut and what to do instead.
+        reason: a sentence about what was cut and what to do instead.
     """
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def __call__(self, *args: object, **kwargs: object) -> None:
-        """Refuse.
+        """Raise the error.
 
         Raises:
             UnsupportedModelError: always.
@@ -71,20 +71,20 @@ class Refusal:
 
 
 class UnevenAttention(nn.Module):
-    """Multi-head self-attention whose heads have sizes of their own, QK apart from V.
+    """Multi-head self-attention with a QK size and a V size per head.
 
-    Heads lie ordered by size, so that each distinct size is one slice of the projections and one call of the
+    Heads are ordered by size, so that the heads of one size are one slice of the projections and one call of the
     attention kernel, without padding. Parameter names are those of timm's ``Attention``.
 
     Args:
         dim: embedding width D of the input.
         heads: (QK size, V size) of each head, ordered.
-        scale: factor of the logits, the dense model's ``head_dim ** -0.5``.
+        scale: factor of the logits, ``head_dim ** -0.5`` of the dense model.
         qkv_bias: whether the joint projection has a bias.
         proj_bias: whether the output projection has a bias.
         dim_out: embedding width of the output.
-        q_norm: normalisation over each query's dimensions, if any.
-        k_norm: normalisation over each key's dimensions, if any.
+        q_norm: norm over the dimensions of each query, if any.
+        k_norm: norm over the dimensions of each key, if any.
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
     """
@@ -125,11 +125,11 @@ class UnevenAttention(nn.Module):
         batch, tokens, _ = x.shape
         q_BNQ, k_BNQ, v_BNV = self.qkv(x).split([self.qk_dim, self.qk_dim, self.v_dim], dim=-1)
         outputs: list[Tensor] = []
-        at_qk = at_v = 0
+        qk_start = v_start = 0
         for count, qk, v in self.runs:
-            q = q_BNQ[..., at_qk : at_qk + count * qk].reshape(batch, tokens, count, qk).transpose(1, 2)
-            k = k_BNQ[..., at_qk : at_qk + count * qk].reshape(batch, tokens, count, qk).transpose(1, 2)
-            value = v_BNV[..., at_v : at_v + count * v].reshape(batch, tokens, count, v).transpose(1, 2)
+            q = q_BNQ[..., qk_start : qk_start + count * qk].reshape(batch, tokens, count, qk).transpose(1, 2)
+            k = k_BNQ[..., qk_start : qk_start + count * qk].reshape(batch, tokens, count, qk).transpose(1, 2)
+            value = v_BNV[..., v_start : v_start + count * v].reshape(batch, tokens, count, v).transpose(1, 2)
             out = F.scaled_dot_product_attention(
                 self.q_norm(q),
                 self.k_norm(k),
@@ -140,8 +140,8 @@ class UnevenAttention(nn.Module):
                 scale=self.scale,
             )
             outputs.append(out.transpose(1, 2).reshape(batch, tokens, count * v))
-            at_qk += count * qk
-            at_v += count * v
+            qk_start += count * qk
+            v_start += count * v
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return self.proj_drop(self.proj(joined))
 
@@ -150,13 +150,13 @@ class UnevenAttention(nn.Module):
 
 
 class PartialBlock(nn.Module):
-    """A transformer block of timm that lost its attention, its MLP, or both; what is left keeps its names.
+    """A timm transformer block without its attention, its MLP, or both; the other modules keep their names.
 
     Args:
-        block: the block whose modules it takes over.
-        attention: whether the attention with its norm stays.
-        mlp: whether the MLP with its norm stays.
-        post_norm: whether norms follow attention and MLP instead of leading to them.
+        block: the block whose modules are used.
+        attention: whether the attention and its norm are kept.
+        mlp: whether the MLP and its norm are kept.
+        post_norm: whether the norms follow the attention and the MLP.
     """
 
     attn: Any
@@ -172,16 +172,16 @@ class PartialBlock(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         branches = ((attention, ("norm1", "attn", "ls1", "drop_path1")), (mlp, ("norm2", "mlp", "ls2", "drop_path2")))
-        for stays, names in branches:
+        for is_kept, names in branches:
             for name in names:
-                # What is gone is an attribute, no child: its weights are then refused like any that do not fit.
-                setattr(self, name, getattr(block, name, None) if stays else None)
+                # A removed module is None and not a child, so loading weights for it is an error.
+                setattr(self, name, getattr(block, name, None) if is_kept else None)
         self.train(block.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Add what is left of the branches: (B, N, D) -> (B, N, D)."""
+        """Add the outputs of the kept branches: (B, N, D) -> (B, N, D)."""
         if self.attn is not None:
-            causal = {"is_causal": True} if is_causal else {}  # unknown to the attention of older timm
+            causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not have the argument
             branch = self.attn(x if self.post_norm else self.norm1(x), attn_mask=attn_mask, **causal)
             x = x + self.drop_path1(self.norm1(branch) if self.post_norm else self.ls1(branch))
         if self.mlp is not None:
@@ -190,19 +190,19 @@ class PartialBlock(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        gone = [name for name in ("attn", "mlp") if getattr(self, name) is None]
-        return f"without {' and '.join(gone)}"
+        removed = [name for name in ("attn", "mlp") if getattr(self, name) is None]
+        return f"without {' and '.join(removed)}"
 
 
 class SomeHeadsAttention(nn.MultiheadAttention):
-    """torch's attention with fewer heads than its width is made of; each head keeps its size.
+    """``nn.MultiheadAttention`` whose number of heads times their size may differ from the embedding width.
 
-    Takes over the parameters of a ``nn.MultiheadAttention``: the class of a module is changed, none is made anew.
+    It has no constructor arguments: the class of an existing ``nn.MultiheadAttention`` is set to this one.
     """
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # torch's fused encoder works out the size of a head from the width; this keeps it away.
+        # Disables torch's fused encoder, which infers the head size from the embedding width.
         return False
 
     def forward(
@@ -220,9 +220,9 @@ class SomeHeadsAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         batch_dim = 0 if self.batch_first or not batched else 1
         q, k, v = (
-            self._heads(x if batched else x[None], place, batch_dim) for place, x in enumerate((query, key, value))
+            self._heads(x if batched else x[None], part, batch_dim) for part, x in enumerate((query, key, value))
         )
-        mask = _added(attn_mask, key_padding_mask, q)
+        mask = _additive_mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -237,30 +237,31 @@ class SomeHeadsAttention(nn.MultiheadAttention):
             return out[0], weights if weights is None else weights[0]
         return out.transpose(0, batch_dim), weights
 
-    def _heads(self, x: Tensor, place: int, batch_dim: int) -> Tensor:
-        """Project to queries (place 0), keys or values: (B, N, D), or (N, B, D), to (B, heads, N, size)."""
+    def _heads(self, x: Tensor, part: int, batch_dim: int) -> Tensor:
+        """Project to queries (part 0), keys (1) or values (2): (B, N, D) or (N, B, D) -> (B, heads, N, size)."""
         if self.in_proj_weight is not None:
-            weight = self.in_proj_weight.chunk(3)[place]
+            weight = self.in_proj_weight.chunk(3)[part]
         else:
-            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[place]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[place]
+            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[part]
         return F.linear(x.transpose(0, batch_dim), weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def _added(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-    """The masks of ``nn.MultiheadAttention`` as one term of the logits, (B or 1, heads or 1, N, M)."""
+def _additive_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """The sum of the masks of ``nn.MultiheadAttention``, to be added to the logits: (B or 1, heads or 1, N, M)."""
     total = None
     if attn_mask is not None:
         batch, heads = q.shape[:2]
-        total = _term(attn_mask, q)
+        total = _as_additive(attn_mask, q)
         total = total[None, None] if total.dim() == 2 else total.unflatten(0, (batch, heads))
     if padding is not None:
-        term = _term(padding if padding.dim() == 2 else padding[None], q)[:, None, None]
-        total = term if total is None else total + term
+        mask = _as_additive(padding if padding.dim() == 2 else padding[None], q)[:, None, None]
+        total = mask if total is None else total + mask
     return total
 
 
-def _term(mask: Tensor, q: Tensor) -> Tensor:
+def _as_additive(mask: Tensor, q: Tensor) -> Tensor:
+    """A boolean mask, True where attention is not allowed, as 0 and -inf; other masks in the dtype of ``q``."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
     return mask.to(q.dtype)

@@ -1,4 +1,4 @@
-"""Norms over features of which some are gone: their mean and variance are those of what stays."""
+"""Mask LayerNorms: compute mean and variance over the kept features only, as the norms of a cut model do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from slimming.core.groups import Group
 
 
-class KeptNorm:
-    """Forward hook of a LayerNorm: its output as if only ``index`` were there, 0 elsewhere."""
+class MaskedNorm:
+    """Forward hook of a LayerNorm that normalises over the features ``index`` and returns 0 for all others."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
@@ -27,18 +27,22 @@ class KeptNorm:
 
 
 def feature_dim(norm: nn.Module) -> int:
-    """The dimension of its input that a LayerNorm is over: 1 in those that hosts make for images (B, C, H, W)."""
+    """The dimension over which a LayerNorm normalises: 1 in the hosts' classes for images (B, C, H, W), else -1."""
     images = "2d" in type(norm).__name__ or getattr(norm, "data_format", "") == "channels_first"
     return 1 if images else -1
 
 
-def keep_in_norms(model: nn.Module, group: Group, units: Sequence[int]) -> list[Callable[[], None]]:
-    """Let the LayerNorms of ``group`` see ``units`` alone; gives functions that undo it."""
+def mask_norms(model: nn.Module, group: Group, units: Sequence[int]) -> list[Callable[[], None]]:
+    """Mask the LayerNorms of ``group``, so that they normalise over ``units`` only.
+
+    Returns:
+        Functions that remove the masks.
+    """
     undo: list[Callable[[], None]] = []
-    for one in group.slices:
-        owner, _, name = one.tensor.rpartition(".")
+    for part in group.slices:
+        owner, _, name = part.tensor.rpartition(".")
         if owner in group.norms and name == "weight":
-            hook = KeptNorm(torch.tensor(sorted(place for unit in units for place in one.index[unit])))
-            # In front of other hooks, which change what the norm gives.
+            hook = MaskedNorm(torch.tensor(sorted(index for unit in units for index in part.index[unit])))
+            # Before other hooks, which must get the masked output.
             undo.append(model.get_submodule(owner).register_forward_hook(hook, prepend=True).remove)
     return undo

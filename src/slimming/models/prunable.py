@@ -1,4 +1,4 @@
-"""A model together with what its family read in it: what every step of the method is given."""
+"""Read a model, and keep it together with what was read for all steps of the method."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from slimming.core.groups import Anatomy
-from slimming.models import family_called, family_of
+from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunableModel:
-    """A model that was read. Public functions read a model once and hand this on.
+    """A model that has been read. Public functions read a model once and pass this object on.
 
     Attributes:
         model: the model itself, not a copy.
-        family: the reader of its kind.
+        family: the family that read it.
         anatomy: its groups, cost formulas, structure and input shape.
     """
 
@@ -27,7 +27,7 @@ class PrunableModel:
     anatomy: Anatomy
 
     def copy(self) -> PrunableModel:
-        """A deep copy of the model, which need not be read again."""
+        """The same with a deep copy of the model."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
@@ -35,12 +35,12 @@ def read(model: nn.Module) -> PrunableModel:
     """Read a model that has no masks attached.
 
     Raises:
-        UnsupportedModelError: no family reads the model, or one of its parts.
+        UnsupportedModelError: the model, or a part of it, is not supported.
     """
     family = family_of(model)
     return PrunableModel(model=model, family=family, anatomy=family.read(model))
 
 
 def read_as(model: nn.Module, anatomy: Anatomy) -> PrunableModel:
-    """Pair ``model`` with the ``anatomy`` that was read in it before, for example in the same model without masks."""
+    """Combine ``model`` with an ``anatomy`` that was read before, for example from the same model without masks."""
     return PrunableModel(model=model, family=family_called(anatomy.structure.family), anatomy=anatomy)

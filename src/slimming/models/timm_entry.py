@@ -1,4 +1,4 @@
-"""The architecture ``slimming`` in timm's registry, which builds a slim model from its structure."""
+"""Register the architecture ``slimming`` with timm, which builds a slim model from its structure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from slimming.core.files import read_sealed
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models import build_filled
 from slimming.models.directories import structure_in, timm_config, unprefixed
+from slimming.models.families import build_filled
 from slimming.models.family import STRUCTURE
 from slimming.models.hosts import classes_of, reset_classes_
 from slimming.models.prunable import read
 
 RATES = ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
-"""Arguments of timm's constructors that change no size, and may differ from what the model was made with."""
+"""Arguments of timm's constructors that do not affect sizes, so that they may differ from those of the dense model."""
 IMPLIED = ("global_pool",)
-"""Arguments that timm takes from a configuration and gives to every model; the structure has them."""
+"""Arguments that timm passes to every model from its configuration. They are ignored: the structure has them."""
 
 
 def register() -> None:
@@ -32,17 +32,17 @@ def register() -> None:
 
 
 def slimming(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A model that slimming cut.
+    """Build a slim model; the entry point of timm's registry.
 
     Args:
-        pretrained: take the weights of the directory or repository that timm reads the configuration from.
-        kwargs: ``structure``, as a config.json gives it, or the path of a checkpoint of slimming; and what timm gives
-            to every model.
+        pretrained: load the weights of the directory or repository from which timm reads the configuration.
+        kwargs: ``structure``, as in a config.json or as the path of a checkpoint of slimming, and the arguments that
+            timm passes to every model.
     """
     if not kwargs.get("pretrained_cfg"):
         config = timm_config(build_filled(_structure(kwargs.get("structure"))))
         kwargs["pretrained_cfg"] = {**config, "architecture": "slimming"}
-    # As timm's plain Vision Transformers give features; its other models by the names of their modules.
+    # timm's plain Vision Transformers return features by forward_intermediates, other models by module names.
     getter = _structure(kwargs.get("structure")).family == "timm-vit"
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"} if getter else None
     return build_model_with_cfg(
@@ -62,29 +62,32 @@ def _make(
     img_size: Any = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The model with random weights.
+    """The slim model with random weights.
 
     Raises:
-        UnsupportedModelError: there is no structure, or an argument that the model was not cut with.
+        UnsupportedModelError: there is no structure, or an argument differs from that of the dense model.
         CheckpointError: the structure is damaged.
     """
-    found = _structure(structure)
+    parsed = _structure(structure)
     given = {key: value for key, value in arguments.items() if key not in IMPLIED}
-    own = found.base.get("arguments", {})
-    strange = [key for key, value in given.items() if key not in RATES and own.get(key) != value]
-    if strange:
-        raise UnsupportedModelError(f"A slim model keeps what it was cut with; leave out {', '.join(strange)}.")
-    rates = {key: value for key, value in given.items() if key in RATES}
-    model: Any = build_filled(dataclasses.replace(found, base={**found.base, "arguments": {**own, **rates}}))
-    channels, *size = read(model).anatomy.input_shape
-    wanted = [img_size, img_size] if isinstance(img_size, int) else list(img_size or size)
-    if in_chans not in (None, channels) or wanted != size:
+    dense_arguments = parsed.base.get("arguments", {})
+    changed = [key for key, value in given.items() if key not in RATES and dense_arguments.get(key) != value]
+    if changed:
         raise UnsupportedModelError(
-            f"This slim model takes images of {channels} channels and {' x '.join(map(str, size))} pixels, as it was "
-            "cut. Leave out in_chans and img_size."
+            f"A slim model keeps the arguments of its dense model; leave out {', '.join(changed)}."
+        )
+    rates = {key: value for key, value in given.items() if key in RATES}
+    base = {**parsed.base, "arguments": {**dense_arguments, **rates}}
+    model: Any = build_filled(dataclasses.replace(parsed, base=base))
+    channels, *size = read(model).anatomy.input_shape
+    given_size = [img_size, img_size] if isinstance(img_size, int) else list(img_size or size)
+    if in_chans not in (None, channels) or given_size != size:
+        raise UnsupportedModelError(
+            f"This slim model takes images of {channels} channels and {' x '.join(map(str, size))} pixels, like its "
+            "dense model. Leave out in_chans and img_size."
         )
     if rates:
-        model.__dict__[STRUCTURE] = found
+        model.__dict__[STRUCTURE] = parsed
     if num_classes is not None and num_classes != classes_of(model):
         reset_classes_(model, num_classes)
     return model
@@ -97,9 +100,9 @@ def _structure(given: Mapping[str, Any] | str | Path | None) -> Structure:
             "'hf-hub:OWNER/NAME' reads it from config.json; or give structure=DIRECTORY and checkpoint_path=FILE."
         )
     if isinstance(given, Mapping):
-        found = structure_in({"architecture": "slimming", "model_args": {"structure": dict(given)}})
-        assert found is not None
-        return found
+        structure = structure_in({"architecture": "slimming", "model_args": {"structure": dict(given)}})
+        assert structure is not None
+        return structure
     path = Path(given)
     file = path / "structure.json" if path.is_dir() else path
     return Structure.from_dict(read_sealed(file), source=str(file))

@@ -1,1 +1,1 @@
-"""From scores and a budget to a plan: which units stay."""
+"""Make plans, which name the units to keep, from scores and a budget."""

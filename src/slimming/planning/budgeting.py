@@ -17,14 +17,14 @@ from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
 from slimming.errors import BudgetError, ConfigError, PlanError, nearest
 from slimming.masks.soft_masks import SoftMasks
-from slimming.models import family_called
+from slimming.models.families import family_called
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.planner import Planner
-from slimming.planning.scores import Scored, Scores, load_scores
+from slimming.planning.scores import HasScores, ScoredModel, load_scores
 
 
 def plan(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     budget: Budget,
     *,
     layout: Layout | None = None,
@@ -33,25 +33,24 @@ def plan(
     solver: str | None = None,
     latency: LatencyTable | str | Path | None = None,
 ) -> Plan:
-    """Decide which units stay under ``budget``.
+    """Choose the units to keep under ``budget``.
 
     Args:
-        source: a search result, attached masks, or a scores file.
-        budget: what the slim model may cost.
-        layout: which sizes the layers may get; by default that of the search, else equal heads and multiples of 8.
-        score: which score of attached masks to use, see `SoftMasks.scores`; other sources have theirs.
-        fold: False makes the masks of what stays 1 at the cut, as in the paper; by default as the search says.
-        solver: ``"nested"`` takes units away in one order, so that larger budgets keep all that smaller ones keep;
-            it is the default for one limit, where it ends within 1 % of it. ``"exact"`` keeps the highest total score
-            that fits, by linear programming (see `slimming.planning.knapsack`). It is the default for several limits,
-            which a single order meets badly, and where the last step of the order was a large one. Its plans are not
-            nested. Keep ratios need no solver.
-        latency: the table, or its file, that says how long a model takes; needed for limits of latency.
+        source: a search result, the result of `slimming.score`, attached masks, or a scores file.
+        budget: limits on the cost of the slim model.
+        layout: sizes that the layers may have; by default the layout of ``source``, else ``Layout()``.
+        score: score of attached masks to use, see `SoftMasks.scores`; only for masks.
+        fold: False sets the masks of kept units to 1 at the cut, as in the paper; by default as in ``source``.
+        solver: ``"nested"`` removes units in one fixed order, so that larger budgets keep all units that smaller ones
+            keep. ``"exact"`` maximises the total score within the limits by linear programming (see
+            `slimming.planning.knapsack`); its plans are not nested. None takes ``"nested"`` if the budget has one limit
+            and the plan uses at least 99 % of it, else ``"exact"``. Keep ratios need no solver.
+        latency: a latency table or its file; required for limits on latency.
 
     Raises:
-        ConfigError: there is no such solver, or no latency table for a limit of latency.
-        BudgetError: the budget cannot be reached; the message says the smallest that can.
-        PlanError: the scores are of another model or not finite, or ``source`` is a model without scores.
+        ConfigError: there is no such solver, or a limit on latency has no latency table.
+        BudgetError: the budget cannot be reached; the message names the smallest that can.
+        PlanError: the scores belong to another model or are not finite, or ``source`` is a model without scores.
         CheckpointError: the scores file is damaged.
 
     >>> import timm, slimming
@@ -64,7 +63,7 @@ def plan(
 
 
 def plans(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     budgets: Sequence[Budget],
     *,
     layout: Layout | None = None,
@@ -73,9 +72,9 @@ def plans(
     solver: str | None = None,
     latency: LatencyTable | str | Path | None = None,
 ) -> list[Plan]:
-    """One plan per budget, as `plan` makes them; faster than one by one, and from the same scores.
+    """Return one plan per budget, like `plan`, but faster than calling it for each.
 
-    With the solver ``"nested"``, what a smaller budget of one limit keeps, a larger one keeps too.
+    With the solver ``"nested"``, a larger budget of the same single limit keeps all units that a smaller one keeps.
 
     >>> import timm, slimming
     >>> masks = slimming.attach(timm.create_model("test_vit"))
@@ -87,29 +86,29 @@ def plans(
     if solver is not None and solver not in SOLVERS:
         raise ConfigError(f"There is no solver {solver!r}; solvers are {', '.join(SOLVERS)}.{nearest(solver, SOLVERS)}")
     metrics = {metric for budget in budgets for metric in budget.limits}
-    planner, rating, table = _planner(source, metrics, layout=layout, score=score, latency=latency)
-    fold = rating.fold if fold is None else fold
-    found = []
+    planner, scored, table = _planner(source, metrics, layout=layout, score=score, latency=latency)
+    fold = scored.fold if fold is None else fold
+    result = []
     for budget in budgets:
         made = planner.plan(budget, fold=fold, solver=solver)
         if table is not None:
-            counts = {name: len(units) for name, units in complete(rating.anatomy, made).items()}
-            made = replace(made, solution={**made.solution, "latency_ms": table.predict(rating.anatomy, counts)})
-        found.append(made)
-    return found
+            counts = {name: len(units) for name, units in complete(scored.anatomy, made).items()}
+            made = replace(made, solution={**made.solution, "latency_ms": table.predict(scored.anatomy, counts)})
+        result.append(made)
+    return result
 
 
 def smallest(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     metric: str,
     *,
     layout: Layout | None = None,
     latency: LatencyTable | str | Path | None = None,
 ) -> float:
-    """The smallest share of ``metric`` that a budget may ask for; arguments and errors are those of `plan`.
+    """Return the smallest share of ``metric`` that a budget may have; arguments and errors are those of `plan`.
 
     >>> import timm, slimming
-    >>> from slimming.masks.attachment import smallest
+    >>> from slimming.planning.budgeting import smallest
     >>> masks = slimming.attach(timm.create_model("test_vit"))
     >>> 0.1 < smallest(masks, "macs") < 0.3
     True
@@ -118,27 +117,27 @@ def smallest(
 
 
 def _planner(
-    source: Scored | SoftMasks | str | Path,
+    source: HasScores | SoftMasks | str | Path,
     metrics: Collection[str],
     *,
     layout: Layout | None,
     latency: LatencyTable | str | Path | None,
     score: str | None = None,
-) -> tuple[Planner, Scores, LatencyTable | None]:
-    """What plans are made by: for limits of ``metrics``, from what, and the table where one of them is a time."""
+) -> tuple[Planner, ScoredModel, LatencyTable | None]:
+    """Return the planner for limits on ``metrics``, the scores, and the latency table if a metric is timed."""
     if isinstance(source, SoftMasks):
-        rating = Scores(anatomy=source.anatomy, scores=source.scores(score))
+        scored = ScoredModel(anatomy=source.anatomy, scores=source.scores(score))
     elif score is not None:
-        raise ConfigError("A score is chosen where there are masks; a search result or a scores file has its own.")
-    elif isinstance(source, Scored):
-        rating = source.rating
+        raise ConfigError("score applies to attached masks; a search result or a scores file has its own scores.")
+    elif isinstance(source, HasScores):
+        scored = source.scored
     elif isinstance(source, nn.Module):
-        raise PlanError("A model alone has no scores: give what slimming.search or slimming.score found, or its masks.")
+        raise PlanError("A model has no scores: give the result of slimming.search or slimming.score, or its masks.")
     else:
-        rating = load_scores(source)
-    layout = layout or rating.layout
+        scored = load_scores(source)
+    layout = layout or scored.layout
     if "memory_bytes" in metrics:
-        _check_memory(rating.anatomy, layout)
+        _check_memory(scored.anatomy, layout)
     table = None if latency is None else _latency_table(latency)
     if table is not None and layout.multiple is None:
         layout = replace(layout, multiple=table.multiple)
@@ -146,14 +145,14 @@ def _planner(
         _check_latency(table, layout)
     else:
         table = None
-    measure = partial(costs_of, rating.anatomy, table=table)
-    return Planner(rating.anatomy, rating.scores, layout, measure, rating.sensitivity), rating, table
+    measure = partial(costs_of, scored.anatomy, table=table)
+    return Planner(scored.anatomy, scored.scores, layout, measure, scored.sensitivity), scored, table
 
 
 def costs_of(anatomy: Anatomy, kept: Mapping[str, int], *, table: LatencyTable | None = None) -> dict[str, float]:
-    """The cost of each metric when group ``name`` keeps ``kept[name]`` units; latency only with a table."""
-    found = total(anatomy, kept)
-    costs: dict[str, float] = {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+    """Return the cost by metric when group ``name`` keeps ``kept[name]`` units; latency only with a table."""
+    cost = total(anatomy, kept)
+    costs: dict[str, float] = {"params": cost.params, "macs": cost.macs, "memory_bytes": cost.memory_bytes}
     if table is not None:
         costs["latency"] = costs["latency_ms"] = table.predict(anatomy, kept)
     return costs
@@ -166,15 +165,15 @@ def _latency_table(given: LatencyTable | str | Path) -> LatencyTable:
 def _check_latency(table: LatencyTable | None, layout: Layout) -> None:
     if table is None:
         raise ConfigError(
-            "A budget of latency needs a table of the device: slimming latency-table build MODEL --output FILE, then "
-            "plan(…, latency=FILE) or --latency-table FILE."
+            "A budget of latency needs a latency table of the device: slimming latency-table build MODEL --output "
+            "FILE, then plan(…, latency=FILE) or --latency-table FILE."
         )
     if table.uneven_heads == layout.equal_heads or not (layout.equal_heads or layout.equal_qkv):
         table_has = "different sizes" if table.uneven_heads else "one size"
         raise BudgetError(
-            f"This latency table is of heads of {table_has}, QK and V alike, and the layout is not. Set "
-            "layout.equal_heads and layout.equal_qkv, or build one for the other: slimming latency-table build, with "
-            "or without --uneven-heads."
+            f"This latency table was measured with heads of {table_has} and QK and V alike, which the layout does not "
+            "match. Set layout.equal_heads and layout.equal_qkv, or build a table for this layout: slimming "
+            "latency-table build, with or without --uneven-heads."
         )
 
 
@@ -182,10 +181,11 @@ def _check_memory(anatomy: Anatomy, layout: Layout) -> None:
     whole = keep_all(anatomy.groups)
     if not family_called(anatomy.structure.family).has_memory_formula(anatomy, whole):
         raise BudgetError(
-            "This model was read by tracing, and its memory has no formula to plan with. Give params or macs; "
+            "This model was read by tracing, and there is no formula for its memory to plan with. Give params or macs; "
             "slimming.cost counts the memory of a plan."
         )
     if not layout.equal_heads:
         raise BudgetError(
-            "Heads of several sizes have no formula for memory. Give layout.equal_heads, or params or macs."
+            "There is no formula for the memory of heads of several sizes. Set layout.equal_heads, or give params or "
+            "macs."
         )

@@ -1,8 +1,8 @@
-"""From scores, costs and a budget to a plan: pure functions.
+"""Choose the units to keep under a budget, given their scores and the costs.
 
-Everything that may go is put into one order, a sequence of *chunks*, that does not depend on the budget. A
-budget takes the shortest beginning of the sequence that is cheap enough, so a larger budget always keeps all
-that a smaller one keeps. For several limits at once, chunks are chosen as a knapsack instead.
+Candidates for removal are sorted once, independently of the budget. The greedy solver removes the shortest prefix of
+that order after which the limits hold, so a larger budget keeps all units that a smaller one keeps. Several limits at
+once are met by a knapsack instead.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from slimming.core.kinds import KINDS
 from slimming.core.layout import Layout
 from slimming.core.pruning_plan import Plan
 from slimming.errors import BudgetError, PlanError
-from slimming.planning.candidates import Array, Choice, Chunk, Pool, all_chunks, of_kind, sequence
+from slimming.planning.candidates import (
+    Array,
+    Candidate,
+    CandidatePool,
+    Removed,
+    all_candidates,
+    removal_order,
+    removal_order_of_kind,
+)
 from slimming.planning.knapsack import GAP, knapsack
-from slimming.planning.sensitivity import Sensitivity, valued
+from slimming.planning.sensitivity import Sensitivity, with_measured_loss
 
 Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
 """From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
@@ -43,13 +51,12 @@ class Planner:
     Args:
         anatomy: the model.
         scores: one score per unit for each group that may be cut, shape (size,).
-        layout: which sizes the layers may get.
-        measure: what a choice costs.
-        sensitivity: what cutting each kind does to the loss, if it was measured: limits weigh kinds by it, keep ratios
-            do not.
+        layout: sizes that the layers may have.
+        measure: returns the costs for given numbers of kept units.
+        sensitivity: measured increase of the loss for each kind; used for limits, not for keep ratios.
 
     Raises:
-        PlanError: scores of another model, or scores that are not finite.
+        PlanError: the scores belong to another model or are not finite.
     """
 
     def __init__(
@@ -61,44 +68,46 @@ class Planner:
         sensitivity: Sensitivity | None = None,
     ) -> None:
         self._groups = _scored_groups(anatomy, scores)
-        self._ranked = all_chunks(self._groups, scores, layout)
-        self._pool = Pool(anatomy, self._ranked)
+        self._candidates = all_candidates(self._groups, scores, layout)
+        self._pool = CandidatePool(anatomy, self._candidates)
         self._measure, self._sensitivity = measure, sensitivity
 
-    def least(self, kind: str) -> float:
-        """The smallest share of the units of ``kind`` that a plan may keep."""
-        return _shares_left(self._groups, self._ranked, kind)[1][-1]
+    def smallest_keep_ratio(self, kind: str) -> float:
+        """Return the smallest share of the units of ``kind`` that a plan may keep."""
+        return _keep_ratios_along_order(self._groups, self._candidates, kind)[1][-1]
 
     def smallest(self, metric: str) -> float:
-        """The share of ``metric`` that is left when all goes that may go: no budget reaches less."""
+        """Return the share of ``metric`` that is left when every candidate is removed: no budget can be smaller."""
         dense = self._measure({group.name: group.size for group in self._pool.anatomy.groups})
-        nothing_stays = np.ones(len(self._pool.chunks), dtype=bool)
-        return self._measure(self._pool.counts(self._pool.kept(nothing_stays)))[metric] / dense[metric]
+        all_removed = np.ones(len(self._pool.candidates), dtype=bool)
+        return self._measure(self._pool.counts(self._pool.kept(all_removed)))[metric] / dense[metric]
 
     def plan(self, budget: Budget, *, fold: bool, solver: str | None = None) -> Plan:
-        """The plan that keeps the most valuable units under ``budget``.
+        """Return the plan that keeps the most valuable units under ``budget``.
 
         Args:
             budget: what the slim model may cost.
             fold: stored in the plan, see `Plan`.
-            solver: ``"nested"`` or ``"exact"``; None for the first where it ends near enough to a single limit, else
-                for the second. Keep ratios need neither.
+            solver: ``"nested"`` or ``"exact"``; None takes ``"nested"`` if it reaches 99 % of a single limit, else
+                ``"exact"``. Keep ratios need no solver.
 
         Raises:
-            BudgetError: the budget cannot be reached (the message says what can), or names a kind without scores.
+            BudgetError: the budget cannot be reached (the message names the smallest that can), or it names a kind
+                without scores.
         """
         solution: dict[str, Any] = {}
         if budget.keep is not None:
-            goes = _for_keep_ratios(self._groups, self._ranked, budget)
+            removed = _by_keep_ratios(self._groups, self._candidates, budget)
         else:
             prices = _prices(self._pool, budget, self._measure)
-            pool = self._pool.revalued(valued(self._ranked, self._groups, self._sensitivity, prices))
-            goes, solution = _for_limits(pool, budget, self._measure, prices), {"solver": "nested"}
-            if solver == "exact" or (solver is None and not self._near(goes, budget)):
-                goes, solution = _exactly(pool, budget, self._measure, goes)
-            lost, total = float(pool.values[~pool.stays(goes)].sum()), float(pool.values.sum())
+            measured = with_measured_loss(self._candidates, self._groups, self._sensitivity, prices)
+            pool = self._pool.with_candidates(measured)
+            removed, solution = _greedy(pool, budget, self._measure, prices), {"solver": "nested"}
+            if solver == "exact" or (solver is None and not self._reaches_limit(removed, budget)):
+                removed, solution = _exact(pool, budget, self._measure, removed)
+            lost, total = float(pool.values[~pool.remaining(removed)].sum()), float(pool.values.sum())
             solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
-        complete = self._pool.complete(goes)
+        complete = self._pool.complete(removed)
         return Plan(
             kept={group.name: tuple(np.flatnonzero(complete[group.name]).tolist()) for group in self._groups},
             sizes={group.name: group.size for group in self._groups},
@@ -107,12 +116,12 @@ class Planner:
             fold=fold,
         )
 
-    def _near(self, goes: Choice, budget: Budget) -> bool:
-        """Whether a choice ends at the only limit of ``budget``."""
+    def _reaches_limit(self, removed: Removed, budget: Budget) -> bool:
+        """Whether ``budget`` has one limit and the cost is within 1 % of it."""
         dense = self._measure({group.name: group.size for group in self._pool.anatomy.groups})
         limits = budget.absolute(dense)
-        found = self._measure(self._pool.counts(self._pool.kept(goes)))
-        return len(limits) == 1 and all(found[name] >= NEAR * min(limit, dense[name]) for name, limit in limits.items())
+        cost = self._measure(self._pool.counts(self._pool.kept(removed)))
+        return len(limits) == 1 and all(cost[name] >= NEAR * min(limit, dense[name]) for name, limit in limits.items())
 
 
 def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group]:
@@ -122,7 +131,7 @@ def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group
         if score.shape != (group.size,):
             raise PlanError(
                 f"The scores of {group.name!r} are for {tuple(score.shape)} units, this model has {group.size}: "
-                "they are of another model."
+                "they are of another model. Score this model, or give the model that was scored."
             )
         if not bool(torch.isfinite(score).all()):
             raise PlanError(f"The scores of {group.name!r} are not all finite: the search diverged. Lower its lr.")
@@ -131,29 +140,29 @@ def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group
     return sorted(groups, key=lambda group: [g.name for g in anatomy.groups].index(group.name))
 
 
-def _first(order: Sequence[int], count: int, chunks: int) -> Choice:
-    """The first ``count`` of an order of some of the ``chunks``."""
-    goes = np.zeros(chunks, dtype=bool)
-    goes[list(order[:count])] = True
-    return goes
+def _prefix(order: Sequence[int], count: int, candidates: int) -> Removed:
+    """The first ``count`` indices of ``order``, as a mask over this number of candidates."""
+    removed = np.zeros(candidates, dtype=bool)
+    removed[list(order[:count])] = True
+    return removed
 
 
-def _prices(pool: Pool, budget: Budget, measure: Measure) -> Array:
-    """What each chunk costs, as the sum of its shares of the limits, shape (chunks,)."""
+def _prices(pool: CandidatePool, budget: Budget, measure: Measure) -> Array:
+    """The cost of each candidate, as the sum of its shares of the limits, shape (candidates,)."""
     full = {group.name: group.size for group in pool.anatomy.groups}
     dense = measure(full)
     limits = budget.absolute(dense)
-    return pool.priced({name: _unit_price(pool.anatomy, name, full, dense, limits, measure) for name in pool.names})
+    return pool.prices({name: _price_per_unit(pool.anatomy, name, full, dense, limits, measure) for name in pool.names})
 
 
-def _for_limits(pool: Pool, budget: Budget, measure: Measure, prices: Array) -> Choice:
-    """The shortest beginning of one order, lowest score per price first, after which the limits hold."""
+def _greedy(pool: CandidatePool, budget: Budget, measure: Measure, prices: Array) -> Removed:
+    """Remove the shortest prefix of the removal order (lowest score per price first) after which the limits hold."""
     dense = measure({group.name: group.size for group in pool.anatomy.groups})
     limits = budget.absolute(dense)
-    order = sequence(pool.chunks, prices.tolist())
+    order = removal_order(pool.candidates, prices.tolist())
 
-    def after(count: int) -> Choice:
-        return _first(order, count, len(order))
+    def after(count: int) -> Removed:
+        return _prefix(order, count, len(order))
 
     def cost_after(count: int) -> Mapping[str, float]:
         return measure(pool.counts(pool.kept(after(count))))
@@ -173,102 +182,128 @@ def _for_limits(pool: Pool, budget: Budget, measure: Measure, prices: Array) -> 
         )
         wanted = ", ".join(f"{name} {limit:,.10g}" for name, limit in budget.limits.items())
         raise BudgetError(
-            f"Budget {wanted} cannot be reached with the groups that have masks; the smallest reachable is {reach} "
+            f"Budget {wanted} cannot be reached with the groups that have scores; the smallest reachable is {reach} "
             "of the dense model. Give a larger budget, attach more kinds, or allow a smaller layout.multiple."
         )
     return after(bisect_left(range(len(order) + 1), True, key=fits))
 
 
-def _exactly(pool: Pool, budget: Budget, measure: Measure, start: Choice) -> tuple[Choice, dict[str, Any]]:
-    """Improve ``start`` to the choice of the largest total score within the limits.
+def _exact(pool: CandidatePool, budget: Budget, measure: Measure, start: Removed) -> tuple[Removed, dict[str, Any]]:
+    """Improve ``start`` to the choice with the largest total value within the limits.
 
-    Where costs are sums over layers, as of hidden units and head dimensions, it is the best there is. Tokens times
-    dimensions, or channels in times channels out, are made linear at the last answer and solved again, a few times;
-    the gap is then that of the linear problem. Which whole attentions and MLPs go is left as one order has it.
+    Where costs are sums over layers, as for hidden units and head dimensions, the result is optimal. Where they are
+    products (tokens times dimensions, input channels times output channels), they are linearised around the last
+    choice and the problem is solved again, up to `_ROUNDS` times; the gap is then that of the linearised problem. Whole
+    attentions and MLPs are removed as by the greedy solver.
     """
-    anatomy = pool.anatomy
-    limits = budget.absolute(measure({group.name: group.size for group in anatomy.groups}))
-
-    def worth(goes: Choice) -> float:
-        return float(pool.values[pool.stays(goes)].sum())
-
-    def change(name: str, kept: Mapping[str, Mask], here: Mapping[str, int], now: Mapping[str, float]) -> Any:
-        """What one more unit of a group costs, or one less where all are there, per metric."""
-        if _goes_alone(anatomy.group(name)):
-            return _each(anatomy, name, here, limits, measure)
-        one = kept[name].copy()
-        place = int(one.argmin())  # the first that is gone, or the first
-        one[place] = not one[place]
-        then = measure(pool.counts({**kept, name: one}))
-        return {metric: float(abs(now[metric] - then[metric])) for metric in limits}
-
-    best, current, bound = start, start, None
-    if len(limits) > 1:
-        # The one order that holds all ends far below some of them, a poor place to make costs linear at.
-        first = next(name for name in _ORDER if name in limits)
-        alone = budget.alone(first)
-        current = _for_limits(pool, alone, measure, _prices(pool, alone, measure))
-    whole = current & pool.branch
-    free = np.flatnonzero(pool.stays(whole) & ~pool.branch)
+    limits = budget.absolute(measure({group.name: group.size for group in pool.anatomy.groups}))
+    best, current, bound = start, _first_linearisation(pool, budget, measure, start), None
+    branches = current & pool.branch
+    free = np.flatnonzero(pool.remaining(branches) & ~pool.branch)
     if not free.size:
-        return start, {"solver": "nested"}  # nothing but whole branches
-    names = list(dict.fromkeys(name for place in free.tolist() for name, _ in pool.chunks[place].units))
-    values = pool.values[free]
-    before = pool.before(free.tolist())
-    tight = dict.fromkeys(limits, 0.0)
+        return start, {"solver": "nested"}  # every candidate is a whole branch
+    names = list(dict.fromkeys(name for index in free.tolist() for name, _ in pool.candidates[index].units))
+    values, precedence = pool.values[free], pool.precedence(free.tolist())
+    margin = dict.fromkeys(limits, 0.0)
     for _ in range(_ROUNDS):
         kept = pool.kept(current)
-        here = pool.counts(kept)
-        now = measure(here)
-        unit = {name: change(name, kept, here, now) for name in names}
-        prices = {m: pool.priced({n: unit[n][m] if n in unit else 0.0 for n in pool.names})[free] for m in limits}
-        room = {m: limit - tight[m] - now[m] + prices[m][~current[free]].sum() for m, limit in limits.items()}
-        found = knapsack(values, prices, room, before)
-        if found is None:
+        counts = pool.counts(kept)
+        cost = measure(counts)
+        unit_costs = {name: _marginal_cost(pool, name, kept, counts, cost, limits, measure) for name in names}
+        prices = {
+            m: pool.prices({n: unit_costs[n][m] if n in unit_costs else 0.0 for n in pool.names})[free] for m in limits
+        }
+        room = {m: limit - margin[m] - cost[m] + prices[m][~current[free]].sum() for m, limit in limits.items()}
+        solution = knapsack(values, prices, room, precedence)
+        if solution is None:
             break
-        chosen = whole.copy()
-        chosen[free] = ~np.asarray(found.kept)
+        chosen = branches.copy()
+        chosen[free] = ~np.asarray(solution.kept)
         reached = measure(pool.counts(pool.kept(chosen)))
-        over = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
-        if not any(over.values()):
-            bound = found.bound
-            if any(tight.values()):  # of the limits themselves
-                wide = {metric: room[metric] + tight[metric] for metric in limits}
-                bound = (knapsack(values, prices, wide, before) or found).bound
-            bound += float(pool.values[pool.branch & ~whole].sum())
-            settled = bool((chosen == current).all())
-            gained = worth(chosen) - worth(best)
-            if gained > 0:
+        excess = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
+        if not any(excess.values()):
+            bound = solution.bound
+            if any(margin.values()):  # the bound for the limits themselves, without the margin
+                whole_room = {metric: room[metric] + margin[metric] for metric in limits}
+                bound = (knapsack(values, prices, whole_room, precedence) or solution).bound
+            bound += float(pool.values[pool.branch & ~branches].sum())
+            unchanged = bool((chosen == current).all())
+            gain = _kept_value(pool, chosen) - _kept_value(pool, best)
+            if gain > 0:
                 best = chosen
-            if settled or gained < GAP * worth(best):
+            if unchanged or gain < GAP * _kept_value(pool, best):
                 break
-        # Where costs are products, the next linear problem is nearer to them; a small excess is taken off the room.
-        near = all(excess < 0.01 * limits[m] for m, excess in over.items())
-        tight = {m: tight[m] + excess if near else 0.0 for m, excess in over.items()}
+        # The next linearisation is closer to costs that are products. A small excess is subtracted from the room.
+        small = all(over < 0.01 * limits[m] for m, over in excess.items())
+        margin = {m: margin[m] + over if small else 0.0 for m, over in excess.items()}
         current = chosen
     if bound is None:
-        return start, {"solver": "nested"}  # no linear problem led to a choice that holds
-    total = float(pool.values.sum()) or 1.0
-    gap = max(0.0, bound - worth(best))
-    return best, {"solver": "exact", "gap": gap / total}
+        return start, {"solver": "nested"}  # no linearised problem gave a choice within the limits
+    gap = max(0.0, bound - _kept_value(pool, best))
+    return best, {"solver": "exact", "gap": gap / (float(pool.values.sum()) or 1.0)}
+
+
+def _first_linearisation(pool: CandidatePool, budget: Budget, measure: Measure, start: Removed) -> Removed:
+    """The choice around which costs are linearised first.
+
+    With several limits, ``start`` ends far below some of them; a greedy plan for a single one is closer to the optimum.
+    """
+    if len(budget.limits) == 1:
+        return start
+    single = budget.alone(next(name for name in _ORDER if name in budget.limits))
+    return _greedy(pool, single, measure, _prices(pool, single, measure))
+
+
+def _kept_value(pool: CandidatePool, removed: Removed) -> float:
+    """Total value of the candidates that are kept."""
+    return float(pool.values[pool.remaining(removed)].sum())
+
+
+def _marginal_cost(
+    pool: CandidatePool,
+    name: str,
+    kept: Mapping[str, Mask],
+    counts: Mapping[str, int],
+    cost: Mapping[str, float],
+    limits: Mapping[str, float],
+    measure: Measure,
+) -> dict[str, float]:
+    """The cost per metric of one more unit of a group, or of one less if all are kept.
+
+    Args:
+        pool: the candidates.
+        name: the group.
+        kept: kept units of the groups that have candidates.
+        counts: number of kept units of every group.
+        cost: cost of these.
+        limits: metrics to return.
+        measure: see `Planner`.
+    """
+    if _is_independent(pool.anatomy.group(name)):
+        return _independent_unit_cost(pool.anatomy, name, counts, limits, measure)
+    changed = kept[name].copy()
+    unit = int(changed.argmin())  # the first that is removed, or unit 0 if all are kept
+    changed[unit] = not changed[unit]
+    after = measure(pool.counts({**kept, name: changed}))
+    return {metric: float(abs(cost[metric] - after[metric])) for metric in limits}
 
 
 def _rounded_up(share: float) -> str:
-    """A share as messages give it, never below ``share``, so that the named budget can be reached."""
+    """A share for a message, rounded up so that the budget that the message names can be reached."""
     return f"{math.ceil(share * 1e4) / 1e4:.4f}"
 
 
-def _goes_alone(group: Group) -> bool:
-    """Whether one unit of a whole group takes nothing of other groups along.
+def _is_independent(group: Group) -> bool:
+    """Whether removing one unit of a complete group removes no units of other groups.
 
-    Tokens go from the deepest block up, so that one more token costs its own block only.
+    Tokens are removed from the deepest block up, so one more token costs its own block only.
     """
     if group.role in ("qk", "v"):
         return min(group.limits.parts, default=0) > 1
     return group.role in ("mlp", "token", "width")
 
 
-def _unit_price(
+def _price_per_unit(
     anatomy: Anatomy,
     name: str,
     full: Mapping[str, int],
@@ -276,29 +311,29 @@ def _unit_price(
     limits: Mapping[str, float],
     measure: Measure,
 ) -> float:
-    """What one unit of a group costs, as the sum of its shares of the limits."""
-    if _goes_alone(anatomy.group(name)):
-        each = _each(anatomy, name, full, limits, measure)
-        return sum(each[metric] / limit for metric, limit in limits.items())
+    """The cost of one unit of a group in the dense model, as the sum of its shares of the limits."""
+    if _is_independent(anatomy.group(name)):
+        unit_cost = _independent_unit_cost(anatomy, name, full, limits, measure)
+        return sum(unit_cost[metric] / limit for metric, limit in limits.items())
     kept = np.ones(full[name], dtype=bool)
     kept[0] = False
     less = measure({group: int(units.sum()) for group, units in anatomy.couplings.left({name: kept}).items()})
     return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
 
 
-def _each(
-    anatomy: Anatomy, name: str, here: Mapping[str, int], limits: Mapping[str, float], measure: Measure
+def _independent_unit_cost(
+    anatomy: Anatomy, name: str, counts: Mapping[str, int], limits: Mapping[str, float], measure: Measure
 ) -> dict[str, float]:
-    """What one unit of a group that goes alone costs per metric, when ``here`` is there.
+    """The cost per metric of one unit of an independent group, when every group keeps ``counts`` units.
 
-    Time has steps, such as that of a token selection, which must not be the price of a single unit: it is the
-    average over a quarter of the group.
+    Measured times have steps, such as that of a token selection, which are not the cost of a single unit: times are
+    averaged over a quarter of the group.
     """
     group = anatomy.group(name)
     count = max(1, group.size // 4) if any(METRICS[metric].timed for metric in limits) else 1
-    before = dict(here)
+    before = dict(counts)
     if group.token is not None:
-        # What leaves here has left in all deeper blocks before.
+        # Tokens that are removed here have been removed in all deeper blocks before.
         for other in anatomy.groups:
             if other.token is not None and other.token.depth > group.token.depth:
                 before[other.name] = max(1, before[other.name] - count)
@@ -307,32 +342,34 @@ def _each(
     return {metric: abs(value - after[metric]) / count for metric, value in measure(before).items() if metric in limits}
 
 
-def _for_keep_ratios(groups: Sequence[Group], chunks: Sequence[Chunk], budget: Budget) -> Choice:
+def _by_keep_ratios(groups: Sequence[Group], candidates: Sequence[Candidate], budget: Budget) -> Removed:
     """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
-    goes = np.zeros(len(chunks), dtype=bool)
+    removed = np.zeros(len(candidates), dtype=bool)
     assert budget.keep is not None
     for kind in sorted(budget.keep, key=list(KINDS).index):
-        order, left = _shares_left(groups, chunks, kind)
+        order, ratios = _keep_ratios_along_order(groups, candidates, kind)
         if not any(group.kind == kind for group in groups):
             have = ", ".join(sorted({group.kind for group in groups}))
             raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
-        count = next((i for i, share in enumerate(left) if share <= budget.keep[kind] + 1e-9), None)
+        count = next((i for i, ratio in enumerate(ratios) if ratio <= budget.keep[kind] + 1e-9), None)
         if count is None:
             raise BudgetError(
                 f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
-                f"{_rounded_up(left[-1])}. Give a larger ratio, or allow a smaller layout.multiple."
+                f"{_rounded_up(ratios[-1])}. Give a larger ratio, or allow a smaller layout.multiple."
             )
-        goes[order[:count]] = True
-    return goes
+        removed[order[:count]] = True
+    return removed
 
 
-def _shares_left(groups: Sequence[Group], chunks: Sequence[Chunk], kind: str) -> tuple[list[int], list[float]]:
-    """Places of the chunks of one kind in their order, and the share of its units that each beginning of it leaves."""
+def _keep_ratios_along_order(
+    groups: Sequence[Group], candidates: Sequence[Candidate], kind: str
+) -> tuple[list[int], list[float]]:
+    """The removal order of one kind, and the share of its units that is kept after 0, 1, … candidates."""
     total = sum(group.size for group in groups if group.kind == kind)
-    order = of_kind(chunks, groups, kind)
-    gone: set[tuple[str, int]] = set()
-    left = [1.0]
-    for place in order:
-        gone.update(chunks[place].units)
-        left.append((total - len(gone)) / total)
-    return order, left
+    order = removal_order_of_kind(candidates, groups, kind)
+    removed: set[tuple[str, int]] = set()
+    ratios = [1.0]
+    for index in order:
+        removed.update(candidates[index].units)
+        ratios.append((total - len(removed)) / total)
+    return order, ratios

@@ -1,4 +1,4 @@
-"""Scores of a model's units, and the files that hold them."""
+"""The scores of a model's units, and the files in which they are saved."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from slimming.planning.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Scores of a model's units, and how plans are made of them unless asked otherwise.
+class ScoredModel:
+    """The scores of a model's units, with the default options of plans that are made from them.
 
     Attributes:
-        anatomy: the model.
+        anatomy: anatomy of the model.
         scores: group name -> score of each unit, shape (size,).
-        layout: which sizes the layers get.
+        layout: sizes that plans may give to the layers.
         fold: see `Plan`.
-        sensitivity: what cutting each kind does, see `slimming.scoring.sensitivity`; None if it was not measured.
+        sensitivity: increase of the loss when units of each kind are removed, see `slimming.scoring.sensitivity`; None
+            if it was not measured.
     """
 
     anatomy: Anatomy
@@ -40,38 +41,38 @@ class Scores:
     sensitivity: Sensitivity | None = None
 
 
-class Scored(abc.ABC):
-    """Something that plans can be made from, such as a search result."""
+class HasScores(abc.ABC):
+    """An object from which plans can be made, such as a search result."""
 
     @property
     @abc.abstractmethod
-    def rating(self) -> Scores:
-        """Its scores."""
+    def scored(self) -> ScoredModel:
+        """The scores from which plans are made."""
 
 
-def save_scores(path: str | Path, rating: Scores) -> None:
-    """Write scores with the structure of the model they are of, so that plans can be made without the model.
+def save_scores(path: str | Path, scored: ScoredModel) -> None:
+    """Write scores together with the structure of their model, so that plans can be made without the model.
 
     Raises:
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: ``path`` is not writable, or the disk is full.
     """
     entry = {
         "format": FORMAT,
-        "structure": rating.anatomy.structure.to_dict(),
-        "scores_sha256": _digest(rating.scores),
-        "layout": asdict(rating.layout),
-        "fold": rating.fold,
-        "sensitivity": None if rating.sensitivity is None else rating.sensitivity.to_dict(),
+        "structure": scored.anatomy.structure.to_dict(),
+        "scores_sha256": _digest(scored.scores),
+        "layout": asdict(scored.layout),
+        "fold": scored.fold,
+        "sensitivity": None if scored.sensitivity is None else scored.sensitivity.to_dict(),
     }
     metadata = {"slimming": json.dumps(seal(entry))}
-    atomic_write_bytes(Path(path), checkpoint.dump_tensors(rating.scores, metadata))
+    atomic_write_bytes(Path(path), checkpoint.dump_tensors(scored.scores, metadata))
 
 
 def _digest(scores: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(checkpoint.dump_tensors(scores)).hexdigest()
 
 
-def load_scores(path: str | Path) -> Scores:
+def load_scores(path: str | Path) -> ScoredModel:
     """Read what `save_scores` wrote.
 
     Raises:
@@ -88,7 +89,7 @@ def load_scores(path: str | Path) -> Scores:
             f"{path} is not a scores file of slimming. Give one that slimming search wrote."
         ) from error
     if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
-        raise CheckpointError(f"{path} is not as it was written: its checksum differs. Take an intact copy.")
+        raise CheckpointError(f"{path} was changed after it was written: its checksum differs. Take an intact copy.")
     model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
     anatomy = read(model).anatomy
-    return Scores(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)
+    return ScoredModel(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)

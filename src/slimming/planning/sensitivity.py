@@ -1,4 +1,4 @@
-"""What chunks are worth by measurement: the loss that cutting each adds, in place of its score."""
+"""Replace the scores of candidates by the measured increase of the loss when units of each kind are removed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 
 from slimming.core.groups import Group
-from slimming.planning.candidates import Array, Chunk, of_kind, sequence
+from slimming.planning.candidates import Array, Candidate, removal_order, removal_order_of_kind
 
 Curve = Sequence[tuple[float, float]]
-"""What cutting a kind alone does: (share of its units that stays, by how much the loss grows), the largest first."""
+"""Measurements of one kind: pairs (share of its units that is kept, increase of the loss), the largest share first."""
 
 SPREADS = ("rank", "score", "none")
-"""Ways to lay the loss of a kind on its units, see `Sensitivity`."""
+"""Ways to distribute the loss of a kind over its units, see `Sensitivity`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What cutting each kind of unit does to the loss, and how plans use it.
+    """Increase of the loss when units of each kind are removed, and how plans use it.
 
     Attributes:
-        curves: kind -> what cutting it alone does.
-        spread: how a kind's loss is laid on its units. ``"rank"``: by a unit's place among those of its kind, in the
-            order of the scores. ``"score"``: in proportion to the scores, in the order of score per price. ``"none"``:
-            not at all, units count by their scores.
-        joint: spread -> the losses of plans of all kinds together that were made by it, as (share of the MACs, loss).
+        curves: kind -> measurements with units of this kind alone removed.
+        spread: how the loss of a kind is distributed over its units. ``"rank"``: by the rank of the unit within its
+            kind. ``"score"``: in proportion to the scores, in the order of score per price. ``"none"``: not at all;
+            plans use the scores.
+        joint: spread -> measurements of plans with all kinds, as pairs (share of the MACs, increase of the loss).
     """
 
     curves: Mapping[str, Curve]
@@ -35,7 +35,7 @@ class Sensitivity:
     joint: Mapping[str, Curve] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the measurements as JSON values."""
         curves, joint = (
             {name: [list(point) for point in curve] for name, curve in group.items()}
             for group in (self.curves, self.joint)
@@ -44,10 +44,10 @@ class Sensitivity:
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Sensitivity:
-        """Read what `to_dict` gave.
+        """Read what `to_dict` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: ``value`` has another form.
         """
         if value.get("spread") not in SPREADS:
             raise ValueError(f"spread {value['spread']!r}")
@@ -58,64 +58,67 @@ class Sensitivity:
         return Sensitivity(curves=curves, spread=value["spread"], joint=joint)
 
 
-def valued(
-    chunks: Sequence[Chunk], groups: Sequence[Group], sensitivity: Sensitivity | None, prices: Array
-) -> list[Chunk]:
-    """The chunks with the loss that cutting each adds as their score; kinds without a curve keep their scores.
+def with_measured_loss(
+    candidates: Sequence[Candidate], groups: Sequence[Group], sensitivity: Sensitivity | None, prices: Array
+) -> list[Candidate]:
+    """Return the candidates with their share of the measured loss as score and value.
+
+    Kinds that were not measured keep their scores.
 
     Args:
-        chunks: as they were scored.
-        groups: whose units they are.
-        sensitivity: what was measured, if it was.
-        prices: what each chunk costs, shape (chunks,).
+        candidates: candidates with their original scores.
+        groups: the groups that have candidates.
+        sensitivity: the measurements; None returns the candidates unchanged.
+        prices: cost of each candidate, shape (candidates,).
     """
-    result = list(chunks)
+    result = list(candidates)
     if sensitivity is None or sensitivity.spread == "none":
         return result
     for kind, curve in sensitivity.curves.items():
-        places = of_kind(chunks, groups, kind)
-        if not places or not curve:
+        indices = removal_order_of_kind(candidates, groups, kind)
+        if not indices or not curve:
             continue
-        own = [chunks[place] for place in places]
-        sizes = np.array([len(chunk.units) for chunk in own], dtype=float)
-        scores = np.array([max(chunk.score, 0.0) for chunk in own]) * sizes
-        gone, loss = np.array([(0.0, 0.0), *((1 - kept, loss) for kept, loss in curve)]).T
-        gone *= sum(group.size for group in groups if group.kind == kind)
+        of_kind = [candidates[index] for index in indices]
+        sizes = np.array([len(candidate.units) for candidate in of_kind], dtype=float)
+        scores = np.array([max(candidate.score, 0.0) for candidate in of_kind]) * sizes
+        removed, loss = np.array([(0.0, 0.0), *((1 - kept, loss) for kept, loss in curve)]).T
+        removed *= sum(group.size for group in groups if group.kind == kind)
         if sensitivity.spread == "rank" or not scores.any():
-            losses = _grown(gone, loss, sizes, range(len(own)))
+            losses = _loss_increments(removed, loss, sizes, range(len(of_kind)))
         else:
-            # The loss is a function of the total score that is gone, whichever units had it.
-            score = np.interp(gone, [0.0, *np.cumsum(sizes)], [0.0, *np.cumsum(scores)])
-            losses = _grown(score, loss, scores, sequence(own, prices[places].tolist()))
-        for place, size, one in zip(places, sizes.tolist(), losses.tolist(), strict=True):
-            result[place] = replace(chunks[place], score=one / size, worth=one)
+            # The loss is taken as a function of the total score that is removed, whichever units it belongs to.
+            removed_score = np.interp(removed, [0.0, *np.cumsum(sizes)], [0.0, *np.cumsum(scores)])
+            order = removal_order(of_kind, prices[indices].tolist())
+            losses = _loss_increments(removed_score, loss, scores, order)
+        for index, size, increment in zip(indices, sizes.tolist(), losses.tolist(), strict=True):
+            result[index] = replace(candidates[index], score=increment / size, value=increment)
     return result
 
 
-def _grown(at: Array, loss: Array, weights: Array, order: Sequence[int]) -> Array:
-    """By how much the loss grows with each weight, when they go in ``order``; shape of ``weights``.
+def _loss_increments(removed: Array, loss: Array, weights: Array, order: Sequence[int]) -> Array:
+    """Increase of the loss with each weight when the weights are removed in ``order``; shape of ``weights``.
 
     Args:
-        at: total weight that was gone at each measurement, from 0 up.
-        loss: at each measurement.
-        weights: what goes with each, at least 0.
-        order: places of ``weights``.
+        removed: total weight that was removed at each measurement, ascending from 0.
+        loss: increase of the loss at each measurement.
+        weights: weight of each candidate, at least 0.
+        order: indices of ``weights``.
     """
-    slope = _slope(at, loss)
-    own = weights[list(order)]
-    result = np.empty_like(own)
-    result[list(order)] = slope(np.cumsum(own) - own / 2) * own
+    derivative = _derivative(removed, loss)
+    ordered = weights[list(order)]
+    result = np.empty_like(ordered)
+    result[list(order)] = derivative(np.cumsum(ordered) - ordered / 2) * ordered
     return result
 
 
-def _slope(at: Array, loss: Array) -> Callable[[Array], Array]:
-    """Loss per weight by the weight that is gone: never falling, and a little larger where more is gone.
+def _derivative(removed: Array, loss: Array) -> Callable[[Array], Array]:
+    """Loss per weight as a function of the removed weight, made strictly increasing.
 
-    What goes later is taken to cost no less than what went earlier. Tokens do get cheaper behind a cliff, but only for
-    those who pay for the cliff first.
+    Units that are removed later are assumed to cost at least as much as those before. Measured losses can flatten once
+    many tokens are removed, but a plan that relied on this would first have to pay for the steep part.
     """
-    apart = np.diff(at) > 1e-12 * at[-1]
-    slopes = np.maximum(np.maximum.accumulate(np.diff(loss)[apart] / np.diff(at)[apart]), 0.0)
-    middles = ((at[1:] + at[:-1]) / 2)[apart]
+    apart = np.diff(removed) > 1e-12 * removed[-1]
+    slopes = np.maximum(np.maximum.accumulate(np.diff(loss)[apart] / np.diff(removed)[apart]), 0.0)
+    middles = ((removed[1:] + removed[:-1]) / 2)[apart]
     least = 1e-4 * max(slopes[-1], 1e-12)
-    return lambda here: np.interp(here, [0.0, *middles], [0.0, *slopes]) + least * (1 + here / at[-1])
+    return lambda at: np.interp(at, [0.0, *middles], [0.0, *slopes]) + least * (1 + at / removed[-1])

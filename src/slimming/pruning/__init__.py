@@ -1,1 +1,1 @@
-"""Cut a model by a plan, exactly, and compensate for what goes."""
+"""Cut a model by a plan, and compensate for the removed units."""

@@ -1,4 +1,4 @@
-"""Does slimming work on a model? `check` reads it, cuts it at random and holds the result against the masked one."""
+"""Check that slimming supports a model: cut a random copy of it and compare with the masked copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
-from slimming.masks.attachment import attach, prunable, searched
+from slimming.masks.attachment import attach, prunable, select_kinds
 from slimming.models.prunable import PrunableModel
 from slimming.models.traced.verification import outputs, randomise_
 from slimming.planning.budgeting import plan
@@ -30,19 +30,19 @@ from slimming.pruning.costs import cost
 from slimming.pruning.cutting import cut
 
 EXACT = 1e-9
-"""Largest relative difference between masked and cut, in float64."""
+"""Largest relative difference between the outputs of the masked and the cut model, in float64."""
 COSTS = 0.005
-"""Largest relative difference between a cost by formula and the counted one."""
+"""Largest relative difference between a cost by formula and the counted cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One promise and whether it was kept.
+    """The result of one check.
 
     Attributes:
         name: what was checked.
-        held: whether it is so.
-        detail: the number that decided, or what went wrong.
+        held: whether it passed.
+        detail: the measured number, or the error.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
         kinds: kind -> number of groups.
-        covered_params: share of the parameters that belong to some unit.
-        covered_macs: share of the multiply-adds that go with some unit.
-        steps: the promises, in the order they were checked; none follows the first that breaks.
-        uncovered: what stays whole, each with the reason.
-        seconds: time of the whole.
+        covered_params: share of the parameters that can be removed with some unit.
+        covered_macs: share of the multiply-adds that can be removed with some unit.
+        steps: results of the single checks in order; the first that fails is the last.
+        uncovered: parts that cannot be pruned, each with the reason.
+        seconds: total time.
     """
 
     kinds: dict[str, int] = field(default_factory=dict)
@@ -72,11 +72,11 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether every promise was kept."""
+        """Whether every check passed."""
         return bool(self.steps) and all(step.held for step in self.steps)
 
     def __str__(self) -> str:
-        """The check as lines of text."""
+        """Return the result as lines of text."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
         lines = [f"{kinds or 'no groups'}; covers {self.covered_macs:.0%} of MACs, {self.covered_params:.0%} of params"]
         lines += [f"{'ok  ' if step.held else 'FAIL'} {step.name}: {step.detail}" for step in self.steps]
@@ -84,41 +84,42 @@ class Check:
 
 
 def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> Check:
-    """Run the contract of slimming on ``model``, which stays as it was.
+    """Check that slimming can prune ``model``; the model is not changed.
 
-    Weights and statistics are drawn anew on a copy in float64, random masks are attached, and a plan that keeps
-    about ``keep`` of the units is applied: masked and cut must agree, forward and backward, within 1e-9; the slim
-    model must save and load; its costs by formula must equal the counted ones within 0.5 %.
+    In a float64 copy, weights and statistics are randomised, random masks are attached, and a plan that keeps about
+    ``keep`` of the units is applied. The outputs and the input gradient of the masked and the cut model must agree
+    within 1e-9, the costs by formula must agree with the counted costs within 0.5 %, and the slim model must give the
+    same outputs after saving and loading.
 
     Args:
-        model: any model; the image it takes is read off it.
-        keep: share of the units of each kind that stays.
-        seed: of weights, masks and image.
+        model: any model; the shape of its input is read from it.
+        keep: share of the units of each kind to keep.
+        seed: seed of weights, masks and images.
 
     Returns:
-        What was found; it is ``ok`` if all held. Nothing is raised for a model that does not pass.
+        The results; ``ok`` is True if all checks passed. No error is raised for a model that does not pass.
 
     >>> import timm, slimming
     >>> found = slimming.check(timm.create_model("test_vit"))
     >>> found.ok, round(found.covered_macs, 2)
     (True, 1.0)
     """
-    return examine(model, keep=keep, seed=seed)[0]
+    return check_with_trial(model, keep=keep, seed=seed)[0]
 
 
-def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Check, Trial | None]:
-    """Do what `check` does, and give the trial too, with the slim model; None where the model was not read."""
+def check_with_trial(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Check, Trial | None]:
+    """Return the result of `check`, and the trial with the slim model; None if no family reads the model."""
     began = time.perf_counter()
     try:
-        found = prunable(model)
-    except Exception as error:  # whatever a host raises is what the user wants to read
+        read_model = prunable(model)
+    except Exception as error:  # models raise errors of any class, which are the result of the check
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
-    anatomy = found.anatomy
+    anatomy = read_model.anatomy
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
     params, macs = _covered(anatomy)
     steps: list[Step] = []
-    trial = Trial(found, keep, seed)
+    trial = Trial(read_model, keep, seed)
     stages: Sequence[tuple[str, Callable[[], str]]] = (
         ("masked equals cut, forward and backward", trial.exact),
         ("costs by formula are the counted ones", trial.costs),
@@ -127,7 +128,7 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except Exception as error:  # whatever a host raises is what the user wants to read
+        except Exception as error:  # models raise errors of any class, which are the result of the check
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(
@@ -142,21 +143,27 @@ def examine(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> tuple[Chec
 
 
 def _first_line(error: Exception) -> str:
-    """The message of an error of ours, or the kind of another and the first line of its message."""
+    """The message of a `SlimmingError`, or the class and the first line of the message of another error."""
     if isinstance(error, SlimmingError):
         return str(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _covered(anatomy: Anatomy) -> tuple[float, float]:
-    """The shares of parameters and multiply-adds that go when every group loses all its units."""
+    """The shares of parameters and multiply-adds that are removed with all units of all groups."""
     full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     whole, none = total(anatomy, full), total(anatomy, dict.fromkeys(full, 0))
     return 1 - none.params / whole.params, 1 - none.macs / max(whole.macs, 1)
 
 
 class Trial:
-    """One random plan on one randomly drawn copy."""
+    """A random plan applied to a copy of a model with random weights.
+
+    Args:
+        prunable: the model, which is not changed.
+        keep: share of the units of each kind to keep.
+        seed: seed of weights, masks and images.
+    """
 
     def __init__(self, prunable: PrunableModel, keep: float = 0.5, seed: int = 0) -> None:
         anatomy = prunable.anatomy
@@ -169,10 +176,10 @@ class Trial:
         self.small: nn.Module
 
     def exact(self) -> str:
-        """Cut, and hold outputs and the image's gradient against those of the masked model."""
+        """Cut the model, and compare outputs and the gradient of the images with those of the masked model."""
         randomise_(self.model, self.seed)
         every = [group for group in self.anatomy.groups if group.role != "qkv"]
-        groups: list[Group] = searched(every) + [group for group in every if KINDS[group.kind].on_request]
+        groups: list[Group] = select_kinds(every) + [group for group in every if KINDS[group.kind].on_request]
         masked = copy.deepcopy(self.model)
         masks = attach(masked, groups)
         with torch.no_grad():
@@ -182,34 +189,34 @@ class Trial:
         self.plan = plan(masks, budget, layout=FREE, score="mask")
         masks.apply_(self.plan)
         self.small = cut(masked, self.plan)
-        # On copies: some hosts keep tensors of a forward pass with its graph, and then cannot be copied any more.
-        before, (ours, slope), (theirs, other) = (
+        # On copies: some models store tensors with their autograd graph in a forward pass and cannot be copied then.
+        dense_result, (of_masked, masked_grad), (of_small, small_grad) = (
             _forward_backward(copy.deepcopy(each), self.image) for each in (self.model, masked, self.small)
         )
-        error = max(distance(ours, theirs), distance([slope], [other]))
+        error = max(distance(of_masked, of_small), distance([masked_grad], [small_grad]))
         if not error <= EXACT:
             raise AssertionError(f"they differ by {error:.1e}")
-        if not distance(before[0], ours) > 1e-6:
-            raise AssertionError("the plan changes nothing, so that this shows nothing")
+        if not distance(dense_result[0], of_masked) > 1e-6:
+            raise AssertionError("the plan does not change the outputs, so that the comparison proves nothing")
         return f"they differ by {error:.1e}"
 
     def costs(self) -> str:
-        """Hold the formulas under the plan against the counted forward of the slim model."""
+        """Compare the costs of the plan by formula with the counted costs of the slim model."""
         small = copy.deepcopy(self.small).float()
-        found = count(small, self.anatomy.input_shape)
+        counted = count(small, self.anatomy.input_shape)
         formula = cost(copy.deepcopy(self.model).float(), self.plan)
         for name in ("params", "macs", "memory_bytes"):
-            ours, theirs = getattr(formula, name), getattr(found, name)
-            if abs(ours - theirs) > COSTS * theirs:
-                raise AssertionError(f"{name} is {ours} by formula and {theirs} counted")
-        return f"{found.params:,} params, {found.macs:,} MACs"
+            by_formula, by_count = getattr(formula, name), getattr(counted, name)
+            if abs(by_formula - by_count) > COSTS * by_count:
+                raise AssertionError(f"{name} is {by_formula} by formula and {by_count} counted")
+        return f"{counted.params:,} params, {counted.macs:,} MACs"
 
     def reload(self) -> str:
-        """Save the slim model, load it, and compare outputs."""
+        """Save the slim model, load it, and compare the outputs."""
         with tempfile.TemporaryDirectory() as directory:
             save(self.small, Path(directory) / "slim")
-            own = self.anatomy.structure.base.get("host") == "own"
-            loaded = load(Path(directory) / "slim", dense=self.model if own else None)
+            needs_dense = self.anatomy.structure.base.get("host") == "own"
+            loaded = load(Path(directory) / "slim", dense=self.model if needs_dense else None)
         with torch.no_grad():
             error = distance(outputs(copy.deepcopy(self.small), self.image), outputs(loaded, self.image))
         if error > EXACT:
@@ -218,19 +225,19 @@ class Trial:
 
 
 def _forward_backward(model: nn.Module, image: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The outputs, and the image's gradient of a fixed combination of them."""
+    """The outputs, and the gradient of a fixed function of them with respect to the images."""
     image = image.clone().requires_grad_()
-    found = outputs(model, image)
+    results = outputs(model, image)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(out.square().sum() * torch.rand((), generator=generator, dtype=torch.float64) for out in found)
+    loss = sum(out.square().sum() * torch.rand((), generator=generator, dtype=torch.float64) for out in results)
     assert isinstance(loss, Tensor)
-    (slope,) = torch.autograd.grad(loss, image)
-    return [out.detach() for out in found], slope
+    (grad,) = torch.autograd.grad(loss, image)
+    return [out.detach() for out in results], grad
 
 
-def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the largest value; infinite where shapes differ, or where there is nothing."""
-    pairs = [(one.detach(), other.detach()) for one, other in zip(ours, theirs, strict=True)]
-    if not pairs or any(one.shape != other.shape for one, other in pairs):
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return the largest difference relative to the largest value; infinite if shapes differ or nothing is given."""
+    pairs = [(a.detach(), b.detach()) for a, b in zip(first, second, strict=True)]
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max(float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30) for one, other in pairs)
+    return max(float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30) for a, b in pairs)

@@ -1,12 +1,13 @@
-"""Closed-form compensation at the cut: what goes is predicted from what stays and folded into the layers that read it.
+"""Compensate for removed units in closed form: refit the layers that read them by least squares.
 
-A layer that reads units gives W x + b in the dense model. In the slim one it sees fewer inputs x', which the layers in
-front have changed as well. Over some images the difference D between x and x' (all of x where a unit goes) is predicted
-from x' by least squares, D ≈ A x' + c. Then W' + W A and b + W c give what the dense layer gave, as nearly as can be.
-The layers are done from the first to the last, a few at a time, so that later ones make up for what earlier ones could
-not. It needs no labels and no training. A plan that takes nothing changes nothing.
+A layer computes W x + b in the dense model. In the slim model it has fewer inputs x', which also differ from x because
+of the pruned layers before it. On 128 to 512 calibration images, the difference D between x and x' (all of x for
+removed units) is predicted from x' by least squares: D ≈ A x' + c. The layer then gets the weight W' + W A and the bias
+b + W c, with W' the columns of W for x'. The layers are processed from first to last, a few at a time, so that later
+layers correct the remaining error of earlier ones. No labels and no training are needed. A plan that removes nothing
+changes nothing.
 
-The same idea for single layers is in ThiNet (ICCV 2017, section 3.2.3) and, by covariances, in SparseGPT (ICML 2023).
+For single layers, this is done in ThiNet (ICCV 2017, section 3.2.3) and, from covariances, in SparseGPT (ICML 2023).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from slimming.models.activations import (
     precise,
     ridge,
 )
-from slimming.models.family import Kept, silence_
+from slimming.models.family import Kept, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 
@@ -44,18 +45,18 @@ TOGETHER = 4
 
 
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
-    """`slimming.pruning.cutting.cut_` with compensation.
+    """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
-    Tokens, features of the embedding and whole branches go first, uncompensated: what is left is then what counts as
-    dense.
+    Tokens, features of the embedding and whole branches are removed first, without compensation; the result is the
+    dense model for the compensation of the other units.
 
     Args:
-        prunable: the model, without masks.
-        plan: which units stay.
+        prunable: a model without masks.
+        plan: the units to keep.
         images: batches of shape (B, C, H, W).
 
     Raises:
-        PlanError: the plan was made for another model, or leaves a group without a unit.
+        PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
         NonFiniteLossError: the images or the weights are not finite.
     """
     complete(prunable.anatomy, plan)
@@ -69,47 +70,45 @@ def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tenso
 
 
 def _restricted(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan for some of its groups."""
+    """The plan restricted to the groups ``names``."""
     kept = {name: units for name, units in plan.kept.items() if name in names}
     return replace(plan, kept=kept, sizes={name: plan.sizes[name] for name in kept})
 
 
 @torch.no_grad()
 def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
-    """Change the layers of ``model`` that read units that go, such that cutting them changes as little as can be.
-
-    Everything that reads a unit that goes does so with weight 0 then.
+    """Refit the layers that read removed units, in place, and set the weights with which they read these to 0.
 
     Args:
-        prunable: a plain, dense model; it stays in the mode that it is in.
-        kept: the units that stay, see `slimming.core.completion.complete`.
+        prunable: a dense model without masks; its mode is not changed.
+        kept: kept units of every group, see `slimming.core.completion.complete`.
         images: batches of shape (B, C, H, W).
     """
     model, anatomy = prunable.model, prunable.anatomy
-    wanted = readers(model, anatomy, kept)
-    if not wanted:
+    removed_inputs = readers(model, anatomy, kept)
+    if not removed_inputs:
         return
     dense = copy.deepcopy(model).eval()
-    _silence_(model, anatomy, kept, wanted)
+    _silence_(model, anatomy, kept, removed_inputs)
     with in_evaluation(model):
-        for part in in_parts(wanted, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
-            stays = {name: _others(wanted[name], model.get_submodule(name)) for name in part}
-            for name, moments in _gathered(dense, model, stays, images).items():
-                _fold_(model.get_submodule(name), moments, stays[name], wanted[name])
+        for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
+            kept_inputs = {name: _kept_inputs(removed_inputs[name], model.get_submodule(name)) for name in part}
+            for name, moments in _gather_moments(dense, model, kept_inputs, images).items():
+                _refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
-    """Set to 0 what reads units that go, but for the layers in ``spared``; QK that nothing reads, where it is made."""
+    """Set the weights that read removed units to 0, except in the layers ``spared``; for QK, those of the keys."""
     tensors = dict(model.named_parameters())
-    for group, units in _gone(anatomy, kept):
-        outside = [one for one in group.slices if one.side in ("consumes", "key")]
-        for one in outside or group.slices:
-            if one.tensor in tensors and one.tensor.rpartition(".")[0] not in spared:
-                silence_(tensors[one.tensor], one, units)
+    for group, units in _removed_units(anatomy, kept):
+        readers_or_keys = [slices for slices in group.slices if slices.side in ("consumes", "key")]
+        for slices in readers_or_keys or group.slices:
+            if slices.tensor in tensors and slices.tensor.rpartition(".")[0] not in spared:
+                zero_slices_(tensors[slices.tensor], slices, units)
 
 
-def _gone(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:
-    """The groups that lose units between a layer that makes them and one that reads them, with those units."""
+def _removed_units(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:
+    """The groups that lose units between a layer that produces and one that reads them, with the removed units."""
     for group in anatomy.groups:
         units = sorted(set(range(group.size)).difference(kept.get(group.name, range(group.size))))
         if units and feeds_layers(group):
@@ -117,73 +116,75 @@ def _gone(anatomy: Anatomy, kept: Kept) -> Iterator[tuple[Group, list[int]]]:
 
 
 def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[int]]:
-    """The layers that read units that go, in the order of the model: name -> places of their inputs that go."""
-    gone: defaultdict[str, set[int]] = defaultdict(set)
-    for group, units in _gone(anatomy, kept):
-        for one in layers_reading(model, group):
-            gone[one.tensor.rpartition(".")[0]].update(place for unit in units for place in one.index[unit])
-    found = {}
-    for name, module in model.named_modules():
-        if name in gone and len(gone[name]) < module.get_parameter("weight").shape[1]:
-            found[name] = sorted(gone[name])
-    return found
+    """Return the layers that read removed units, in the order of the model: name -> indices of the removed inputs."""
+    removed: defaultdict[str, set[int]] = defaultdict(set)
+    for group, units in _removed_units(anatomy, kept):
+        for slices in layers_reading(model, group):
+            removed[slices.tensor.rpartition(".")[0]].update(index for unit in units for index in slices.index[unit])
+    # A layer without any kept input is not refitted.
+    return {
+        name: sorted(removed[name])
+        for name, module in model.named_modules()
+        if name in removed and len(removed[name]) < module.get_parameter("weight").shape[1]
+    }
 
 
-def _others(gone: Sequence[int], module: nn.Module) -> list[int]:
-    dropped = set(gone)
-    return [place for place in range(module.get_parameter("weight").shape[1]) if place not in dropped]
+def _kept_inputs(removed: Sequence[int], module: nn.Module) -> list[int]:
+    excluded = set(removed)
+    return [index for index in range(module.get_parameter("weight").shape[1]) if index not in excluded]
 
 
 def _gigabytes(module: nn.Module) -> float:
     return 16 * module.get_parameter("weight").shape[1] ** 2 / 2**30
 
 
-def _gathered(
-    dense: nn.Module, slim: nn.Module, stays: Mapping[str, Sequence[int]], images: Sequence[Tensor]
+def _gather_moments(
+    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Tensor]
 ) -> dict[str, Moments]:
-    """The moments of what the layers in ``stays`` read: of x', what stays of it in ``slim``, and of D."""
+    """Return the moments of the inputs of the layers in ``kept_inputs``: of x' and of D."""
     like = next(slim.parameters())
-    found = {}
-    for name, places in stays.items():
+    gathered = {}
+    for name, indices in kept_inputs.items():
         weight = slim.get_submodule(name).get_parameter("weight")
-        found[name] = Moments(len(places), weight.device, weight.shape[1])
-    with inputs_of(dense, stays) as of_dense, inputs_of(slim, stays) as of_slim:
+        gathered[name] = Moments(len(indices), weight.device, weight.shape[1])
+    with inputs_of(dense, kept_inputs) as of_dense, inputs_of(slim, kept_inputs) as of_slim:
         for batch in own_share(images):
             for model in (dense, slim):
                 model(batch.to(like.device, like.dtype))
-            for name, moments in found.items():
-                for one, other in zip(of_dense[name], of_slim[name], strict=True):
-                    x = precise(other[:, stays[name]])
-                    d = one.to(x.dtype, copy=True)
-                    d[:, stays[name]] -= x
+            for name, moments in gathered.items():
+                for dense_rows, slim_rows in zip(of_dense[name], of_slim[name], strict=True):
+                    x = precise(slim_rows[:, kept_inputs[name]])
+                    d = dense_rows.to(x.dtype, copy=True)
+                    d[:, kept_inputs[name]] -= x
                     moments.add(x, d)
                 of_dense[name].clear()
                 of_slim[name].clear()
-    return found
+    return gathered
 
 
-def _fold_(module: Any, moments: Moments, stays: Sequence[int], gone: Sequence[int]) -> None:
-    """Give the columns that stay, and the bias, what the difference can be predicted to add."""
+def _refit_(module: Any, moments: Moments, kept: Sequence[int], removed: Sequence[int]) -> None:
+    """Add the predicted contribution of the difference to the kept columns and the bias."""
     weight, bias = module.weight, module.bias
     moments.add_up()
     count = moments.count
     if count == 0:  # the layer did not run
-        weight[:, gone] = 0
+        weight[:, removed] = 0
         return
     x, d, xx, dx = (total / count for total in (moments.x, moments.y, moments.xx, moments.yx))
     if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
         raise NonFiniteLossError(
-            "What the layers read while compensating is not finite. Check the images and the weights of the model."
+            "The inputs of the layers are not finite in the compensation. Check the images and the weights of the "
+            "model."
         )
-    if bias is not None:  # without one to take the constant, the prediction goes through the origin
+    if bias is not None:  # without a bias, the prediction has no constant term
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()
     old = weight.double()
     predicted = torch.zeros_like(dx)
     if scale > 0:
-        xx.diagonal().add_(ridge(len(stays), count) * scale)
-        predicted = torch.cholesky_solve(dx.T, torch.linalg.cholesky(xx)).T  # (all inputs, those that stay)
-        weight[:, stays] += torch.einsum("oi...,is->os...", old, predicted).to(weight.dtype)
+        xx.diagonal().add_(ridge(len(kept), count) * scale)
+        predicted = torch.cholesky_solve(dx.T, torch.linalg.cholesky(xx)).T  # (all inputs, those that are kept)
+        weight[:, kept] += torch.einsum("oi...,is->os...", old, predicted).to(weight.dtype)
     if bias is not None:
         bias += ((old.flatten(2).sum(2) if old.dim() > 2 else old) @ (d - predicted @ x)).to(bias.dtype)
-    weight[:, gone] = 0
+    weight[:, removed] = 0

@@ -1,4 +1,4 @@
-"""The cost of a model, now or under a plan."""
+"""The cost of a model, as it is or under a plan."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from slimming.pruning.cutting import cut
 
 
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
-    """What ``model`` costs, now or under ``plan``, by formula.
+    """Return the cost of ``model``, as it is or under ``plan``, by formula.
 
-    The memory of traced models, and of heads of several sizes, has no formula: one forward pass is counted.
+    There is no formula for the memory of traced models and of heads of several sizes; it is counted in a forward pass.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -33,14 +33,14 @@ def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     return cost_of(prunable(model), plan)
 
 
-def cost_of(found: PrunableModel, plan: Plan | None = None) -> Cost:
-    """`cost` of a model that was read before."""
-    model, anatomy = found.model, found.anatomy
+def cost_of(read_model: PrunableModel, plan: Plan | None = None) -> Cost:
+    """Return the cost of a model that was already read, see `cost`."""
+    model, anatomy = read_model.model, read_model.anatomy
     kept = complete(anatomy, plan) if plan is not None else keep_all(anatomy.groups)
     counts = {name: len(units) for name, units in kept.items()}
     element_bytes = next(model.parameters()).element_size()
     formula = total(anatomy, counts, element_bytes=element_bytes)
-    if found.family.has_memory_formula(anatomy, kept):
+    if read_model.family.has_memory_formula(anatomy, kept):
         memory = formula.memory_bytes
     else:
         memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
@@ -48,10 +48,10 @@ def cost_of(found: PrunableModel, plan: Plan | None = None) -> Cost:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model without masks."""
+    """The model, or a copy of it without its masks."""
     if attached(model) is None:
         return model
     copied = copy.deepcopy(model)
-    if (found := attached(copied)) is not None:
-        found.detach_()
+    if (masks := attached(copied)) is not None:
+        masks.detach_()
     return copied

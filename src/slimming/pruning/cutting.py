@@ -1,4 +1,4 @@
-"""Cut a model by a plan: its tensors get smaller and an ordinary module is left."""
+"""Cut a model by a plan: `cut` returns a plain module with smaller tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from slimming.pruning.resize import cut_
 
 
 def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Module:
-    """Make the slim model: a plain module with smaller tensors. The model given stays as it was.
+    """Return the slim model, a plain module with smaller tensors. The given model is not changed.
 
-    Masks that are attached to the model are folded into the weights (or set to 1, if the plan says so).
+    Masks that are attached to the model are folded into the weights (or set to 1, if ``plan.fold`` is False).
 
     Args:
-        model: dense or masked.
-        plan: which units stay.
-        images: batches of shape (B, C, H, W), 128 to 512 images in all, preprocessed as the model takes them. The
-            layers that read removed units are then refitted by least squares so that what stays makes up for them
-            (see `slimming.pruning.compensation`). Without images the slim model equals the masked one.
+        model: a dense or masked model.
+        plan: the units to keep.
+        images: batches of shape (B, C, H, W), 128 to 512 images in total, preprocessed for the model. The layers that
+            read removed units are refitted on them by least squares (see `slimming.pruning.compensation`). Without
+            images, the slim model equals the masked one.
 
     Raises:
-        PlanError: the plan was made for another model, or leaves a group without a unit.
+        PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
 
     >>> import timm, slimming
     >>> model = timm.create_model("test_vit")
@@ -40,11 +40,11 @@ def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Mo
     complete(dense.anatomy, plan)
     batches = [images] if isinstance(images, Tensor) else list(images)
     slim = dense.copy()
-    found = attached(slim.model)
-    if found is not None:
+    masks = attached(slim.model)
+    if masks is not None:
         if plan.fold:
-            found.fold_()
-        found.detach_()
+            masks.fold_()
+        masks.detach_()
     if batches:
         cut_compensated_(slim, plan, batches)
     else:

@@ -1,22 +1,22 @@
-"""Apply a plan to a model in place: its tensors get smaller, and an ordinary module is left."""
+"""Apply a plan to a model in place, without compensation."""
 
 from __future__ import annotations
 
 from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import PrunableModel
 
 
 def cut_(prunable: PrunableModel, plan: Plan) -> None:
-    """Cut the model, which has no masks, in place; what was read in it no longer holds afterwards.
+    """Cut a model in place. The anatomy in ``prunable`` is no longer valid afterwards.
 
     Args:
-        prunable: the model.
-        plan: which units stay.
+        prunable: a model without masks.
+        plan: the units to keep.
 
     Raises:
-        PlanError: the plan was made for another model, or leaves a group without a unit.
+        PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
     """
     model, family, anatomy = prunable.model, prunable.family, prunable.anatomy
     kept = complete(anatomy, plan)
@@ -25,4 +25,4 @@ def cut_(prunable: PrunableModel, plan: Plan) -> None:
         return
     state = family.select(anatomy, kept, model.state_dict())
     family.resize_(model, structure)
-    fill_(model, state)
+    assign_state_(model, state)

@@ -7,6 +7,7 @@ from typing import Any
 
 from slimming.core.structure import Structure
 from slimming.counting.model_cost import Cost
+from slimming.report.rendering import render
 
 PICTURE = "kept.png"
 SAME_WEIGHTS = frozenset({
@@ -38,18 +39,21 @@ def card(
         picture: whether there is one.
     """
     name = repository or "OWNER/NAME"
-    base = _base_name(structure)
-    parts = [
-        f"---\n{_front_matter(record, structure, classes, name, license)}\n---\n",
-        f"# {name.partition('/')[2]}\n",
-        f"A slim `{base}`: units of the dense model were cut out, so its tensors are smaller. It needs neither masks "
-        "nor special kernels. Made with slimming.\n",
-        _table(costs, record) + "\n",
-    ]
-    if picture:
-        parts.append(f"![What each layer keeps of the dense model]({PICTURE})\n")
-    parts += ["## Load it\n", _loading(name, structure), "## How it was made\n", _making(record, base)]
-    return "\n".join(parts)
+    plan, source = record.get("plan") or {}, _data_source(record)
+    return render(
+        "card.md",
+        front_matter=_front_matter(record, structure, classes, name, license),
+        name=name,
+        base=_base_name(structure),
+        timm=_host(structure) == "timm",
+        rows=[(model, _counted(cost, costs["dense"])) for model, cost in costs.items()],
+        top1=_top1(record),
+        source=source,
+        picture=PICTURE if picture else None,
+        budget=plan.get("budget") or {},
+        facts={key: record[key] for key in ("metrics", "versions") if record.get(key)},
+        created=record.get("created"),
+    )
 
 
 def _front_matter(record: Mapping[str, Any], structure: Structure, classes: int, name: str, license: str | None) -> str:
@@ -62,18 +66,18 @@ def _front_matter(record: Mapping[str, Any], structure: Structure, classes: int,
         "tags": ["slimming", "pruning", host],
         "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
     }
-    source, top1 = _data_source(record), (record.get("metrics") or {}).get("top1")
+    source, top1 = _data_source(record), _top1(record)
     if source.startswith("hf:"):
         given["datasets"] = [source.removeprefix("hf:")]
     if (parent := _parent(record, structure)) is not None:
         given |= {"base_model": parent, "base_model_relation": "finetune"}
-    if isinstance(top1, (int, float)) and source:
+    if top1 is not None and source:
         result = EvalResult(
             task_type="image-classification",
             dataset_type=source.removeprefix("hf:"),
             dataset_name=source.removeprefix("hf:"),
             metric_type="accuracy",
-            metric_value=round(float(top1), 4),
+            metric_value=round(top1, 4),
         )
         given |= {"model_name": name.partition("/")[2], "eval_results": [result]}
     return ModelCardData(**given).to_yaml().strip()
@@ -103,57 +107,13 @@ def _data_source(record: Mapping[str, Any]) -> str:
     return str((record.get("data") or {}).get("source") or "")
 
 
-def _table(costs: Mapping[str, Cost], record: Mapping[str, Any]) -> str:
-    dense = costs["dense"]
-    top1 = (record.get("metrics") or {}).get("top1")
-    lines = ["| model | parameters | MACs | memory at batch 1 | top-1 |", "|---|---:|---:|---:|---:|"]
-    for name, cost in costs.items():
-        cells = [
-            f"{value / size:.3g} {unit} ({value / whole:.0%})"
-            for value, whole, size, unit in (
-                (cost.params, dense.params, 1e6, "M"),
-                (cost.macs, dense.macs, 1e6, "M"),
-                (cost.memory_bytes, dense.memory_bytes, 2**20, "MiB"),
-            )
-        ]
-        known = name != "dense" and isinstance(top1, (int, float))
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{top1:.2%}" if known else ""]) + " |")
-    source = _data_source(record)
-    note = "Parameters, multiply-adds and memory are counted by formula, for one image."
-    return "\n".join(lines) + f"\n\n{note}" + (f" Top-1 on the validation images of `{source}`." if source else "")
+def _top1(record: Mapping[str, Any]) -> float | None:
+    found = (record.get("metrics") or {}).get("top1")
+    return float(found) if isinstance(found, int | float) else None
 
 
-def _loading(name: str, structure: Structure) -> str:
-    blocks = [
-        f'```python\nimport slimming\n\nmodel = slimming.load("hf-hub:{name}")\n```\n',
-        "With transformers:\n\n```python\nimport slimming\nfrom transformers import pipeline\n\n"
-        f'slimming.register_with_transformers()\nclassify = pipeline("image-classification", model="{name}")\n```\n',
-    ]
-    if _host(structure) == "timm":
-        blocks.insert(
-            1,
-            "With timm, which knows the architecture once slimming is imported:\n\n```python\nimport slimming\n"
-            f'import timm\n\nmodel = timm.create_model("hf-hub:{name}", pretrained=True)\n```\n',
-        )
-    return "\n".join(blocks)
-
-
-def _making(record: Mapping[str, Any], base: str) -> str:
-    plan, data = record.get("plan") or {}, _data_source(record)
-    lines = [f"- dense model: `{base}`"]
-    if plan.get("budget"):
-        lines.append(f"- budget: {', '.join(f'{key} {value}' for key, value in plan['budget'].items())}")
-    if data:
-        lines.append(f"- data: `{data}`")
-    for key in ("metrics", "versions"):
-        if record.get(key):
-            shown = (f"{name} {_short(value)}" for name, value in record[key].items())
-            lines.append(f"- {key}: {', '.join(shown)}")
-    if record.get("created"):
-        lines.append(f"- made: {record['created']}")
-    lines.append("\n`provenance.json` has all settings and the plan, `structure.json` the size of every layer.\n")
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _counted(cost: Cost, dense: Cost) -> list[str]:
+    """Parameters, multiply-adds and memory as people read them, with the share of the dense model."""
+    values = ((cost.params, dense.params, 1e6, "M"), (cost.macs, dense.macs, 1e6, "M"),
+              (cost.memory_bytes, dense.memory_bytes, 2**20, "MiB"))  # fmt: skip
+    return [f"{value / size:.3g} {unit} ({value / whole:.0%})" for value, whole, size, unit in values]

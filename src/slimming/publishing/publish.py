@@ -1,32 +1,44 @@
-"""Slim models for the hub: the files that slimming, timm and transformers load, a model card, and the transfer."""
+"""Publish models on the Hugging Face hub, in a form that slimming, timm and transformers load, with a model card."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
-from slimming.core.files import FORMAT, atomic_directory, atomic_json, atomic_write_bytes, atomic_write_text, seal
-from slimming.errors import CheckpointError, ConfigError, MissingExtraError, OutputError, PlanError
+from slimming.core.files import (
+    FORMAT,
+    atomic_directory,
+    atomic_json,
+    atomic_write_bytes,
+    atomic_write_text,
+    check_free,
+    json_values,
+    seal,
+)
+from slimming.core.groups import Anatomy
+from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models import build_filled
 from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
-from slimming.report.picture import draw, panels
-from slimming.runs.results import grid_of, plain, versions
+from slimming.report import kept_picture
+from slimming.report.model import Head, Kept, Layer, Tokens, Width, labelled
+from slimming.runs.results import grid_of, versions
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 PROCESSOR = "CLIPImageProcessor"
-"""Resizes the shorter side, crops the centre, normalises: what timm's evaluation does, whatever the model."""
+"""Image processor that resizes the shorter side, crops the centre and normalises, as timm's evaluation does."""
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
@@ -39,24 +51,24 @@ def push_to_hub(
     license: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> str:
-    """Put a model on the Hugging Face hub, or write what would be put there to a directory.
+    """Upload a model to the Hugging Face hub, or write the files to a directory.
 
     Args:
-        source: a model without masks, or the directory of one that slimming saved.
-        repository: ``owner/name``; it is made if it is not there. Without ``to`` it is needed.
-        to: an empty or new directory that the files are written to; nothing is sent then.
-        private: make a new repository private.
-        license: for the card, as the hub names it (``apache-2.0``); the weights' own, which slimming cannot know.
-        provenance: where a model given as such comes from; a directory has its own.
+        source: a model without masks, or the directory of a model that slimming saved.
+        repository: ``owner/name``, which is created if it does not exist; required without ``to``.
+        to: a directory, empty or new, to which the files are written instead of being uploaded.
+        private: whether a new repository is private.
+        license: license of the weights for the model card, in the hub's notation (``apache-2.0``).
+        provenance: origin of a model that is given as a module; a directory contains its provenance.
 
     Returns:
-        The address of the commit, or the directory.
+        The URL of the commit, or the directory.
 
     Raises:
         ConfigError: neither a repository nor a directory is given, or the name is malformed.
-        CheckpointError: the directory is no checkpoint, or of a model that no host makes by name.
+        CheckpointError: the directory is not a checkpoint, or is of a model that no library creates by name.
         PlanError: the model has masks attached.
-        OutputError: the place is occupied or not writable; nobody is logged in, or the hub cannot be reached.
+        OutputError: the directory is not empty or not writable, no user is logged in, or the hub cannot be reached.
 
     >>> import timm, tempfile, slimming
     >>> model = timm.create_model("test_vit", num_classes=10)
@@ -85,28 +97,27 @@ def push_to_hub(
     assert repository is not None
     with tempfile.TemporaryDirectory() as temporary:
         directory = _write(model, Path(temporary) / "model", repository, license, record)
-        return hub.upload(directory, repository, private=private, message="A model of slimming")
+        return hub.upload(directory, repository, private=private, message="Upload a model of slimming")
 
 
 def _write(
     model: nn.Module, directory: Path, repository: str | None, license: str | None, record: dict[str, Any]
 ) -> Path:
-    """Write all files into ``directory``, whole or not at all."""
+    """Write all files atomically into ``directory``."""
     if attached(model) is not None:
         raise PlanError("The model has masks attached; cut it, and push the result.")
     read = prunable(model)
     anatomy, structure = read.anatomy, read.anatomy.structure
     if structure.base.get("host") == "own":
         raise CheckpointError(
-            f"This {type(model).__name__} is made by no host by name ({structure.base.get('why')}), so nobody could "
-            "load it from the hub by name. Share the directory of slimming.save, and load it with dense=model."
+            f"This {type(model).__name__} cannot be created by name ({structure.base.get('why')}), and so cannot be "
+            "loaded from the hub. Share the directory of slimming.save, and load it with dense=model."
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} is not empty; give another directory, or remove this one first.")
+    check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
     record = _without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
-    pictures = panels(whole.anatomy, anatomy)
+    picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
         record,
         structure,
@@ -114,9 +125,8 @@ def _write(
         classes=classes_of(model),
         repository=repository,
         license=license,
-        picture=bool(pictures),
+        picture=picture is not None,
     )
-    rows, columns = grid_of(whole.anatomy)
     config, images = host_config(read), image_processor(read)
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
@@ -127,16 +137,41 @@ def _write(
         atomic_json(partial / CONFIG, config)
         if images is not None:
             atomic_json(partial / IMAGES, images)
-        if pictures:
-            atomic_write_bytes(partial / PICTURE, draw(pictures, (rows, columns)))
+        if picture is not None:
+            atomic_write_bytes(partial / PICTURE, picture)
         atomic_write_text(partial / CARD, text)
     return directory
 
 
+def kept_of(dense: Anatomy, slim: Anatomy) -> tuple[tuple[Layer, ...], tuple[Width, ...]]:
+    """Return what ``slim`` has of the units of ``dense``, layer by layer, and of its embedding widths."""
+    left, rows = {group.name: group for group in slim.groups}, grid_of(dense)
+    with_dimensions = {group.site for group in dense.groups if group.kind == "head_dim"}
+    layers: dict[str, dict[str, Any]] = {}
+    widths = []
+    for group in dense.groups:
+        here = left.get(group.name)
+        place = group.site or group.name
+        layer = layers.setdefault(".".join(re.findall(r"\d+", place)) or place, {})
+        kept = here.size if here is not None else 0
+        if group.role in ("qk", "v"):
+            layer["heads"] = (replace(layer.get("heads", (Head(of=group.size),))[0], **{group.role: kept}),)
+        elif group.kind in ("mlp", "channel"):
+            layer["mlp" if group.kind == "mlp" else "channels"] = Kept(kept=kept, of=group.size)
+        elif group.kind == "head" and group.site not in with_dimensions:
+            layer["whole_heads"] = Kept(kept=kept, of=group.size)
+        elif group.kind == "width":
+            widths.append(Width(name=group.name, kept=kept, of=group.size))
+        elif group.token is not None:
+            positions = here.token.positions if here is not None and here.token is not None else ()
+            layer["tokens"] = Tokens(grid=(rows[0], rows[1]), kept=frozenset(positions))
+    return labelled([Layer(name=name, **layer) for name, layer in layers.items() if layer]), tuple(widths)
+
+
 def host_config(prunable: PrunableModel) -> dict[str, Any]:
-    """The config.json of ``model`` for timm (where it is timm's) and transformers alike; both read the structure."""
+    """Return the config.json for transformers and, for models of timm, for timm; both read the structure from it."""
     model, anatomy = prunable.model, prunable.anatomy
-    settings = plain(timm_config(model))
+    settings = json_values(timm_config(model))
     structure = anatomy.structure.to_dict()
     channels, *size = anatomy.input_shape
     classes = classes_of(model)
@@ -153,7 +188,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}
-        # Where transformers meets timm's entries, it looks for this here and not in preprocessor_config.json.
+        # With timm's entries in config.json, transformers reads this from here instead of preprocessor_config.json.
         config["image_processor_type"] = PROCESSOR
         if isinstance(features := getattr(model, "num_features", None), int):
             config["num_features"] = features
@@ -161,9 +196,9 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
 
 
 def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
-    """What transformers' image processor needs to do as timm's evaluation does; None where it cannot.
+    """Return the configuration of transformers' image processor that equals timm's evaluation; None if there is none.
 
-    It takes 1 or 3 channels, and pads nothing.
+    The processor supports 1 or 3 channels, and no padding.
     """
     from slimming.training.images import ImageSpec
 
@@ -191,9 +226,9 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
 
 
 def as_transformers(model: nn.Module) -> nn.Module:
-    """Give a slim model the face of transformers: what `AutoModelForImageClassification` would load of it.
+    """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 
-    Its parameters are those of ``model``, which is its attribute ``model``; ``save_pretrained`` and ``Trainer`` work.
+    It shares the parameters of ``model``, which is its attribute ``model``; ``save_pretrained`` and ``Trainer`` work.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -221,7 +256,7 @@ def register_with_timm() -> None:
 
 
 def register_with_transformers() -> None:
-    """Let transformers' ``AutoConfig``, ``AutoModelForImageClassification`` and ``pipeline`` know slim models.
+    """Register slim models with ``AutoConfig``, ``AutoModelForImageClassification`` and ``pipeline`` of transformers.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -235,7 +270,7 @@ def register_with_transformers() -> None:
 
 
 def _without_places(value: Any) -> Any:
-    """A record without the directories of the machine that it was made on: the last part of a path stays."""
+    """A record in which absolute paths are replaced by their last component."""
     if isinstance(value, dict):
         return {key: _without_places(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
-"""The report of a run: one HTML file that opens anywhere, and the table that ends a run on the console."""
+"""The report of a run: pages that open anywhere, image files, and the table that ends a run on the console."""
 
-from slimming.report.compare import read_results, write_comparison
 from slimming.report.console import print_table
-from slimming.report.figures import write_figures
-from slimming.report.markdown import write_table
-from slimming.report.page import write_report
+from slimming.report.pages import read_results, write_comparison, write_report, write_table
+from slimming.report.rendering import kept_picture, write_figures
 
-__all__ = ["print_table", "read_results", "write_comparison", "write_figures", "write_report", "write_table"]
+__all__ = [
+    "kept_picture", "print_table", "read_results", "write_comparison", "write_figures", "write_report", "write_table",
+]  # fmt: skip

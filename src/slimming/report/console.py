@@ -1,12 +1,12 @@
-"""The one table that a run ends with on the console."""
+"""The table of budgets on the console."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slimming.report.model import Row, Spread, parse
-from slimming.report.numbers import NBSP, Scale, decimals, percent, scale
-from slimming.report.table import BYTES, NONE
+from slimming.report.model import parse
+from slimming.report.numbers import NBSP
+from slimming.report.rows import NONE, ONE_SHOT, budget_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,54 +26,21 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    found = parse(results)
-    every = (found.dense, *found.rows)
-    sizes = found.batch_sizes
-    units = (
-        scale(row.params for row in every),
-        scale(row.macs for row in every),
-        scale((row.memory_bytes for row in every), BYTES),
-    )
-    times = {
-        size: Scale("ms", 1.0, decimals(row.latency_ms[size].median for row in every if size in row.latency_ms))
-        for size in sizes
-    }
+    found = budget_table(parse(results))
+    shown = [place for place, column in enumerate(found.columns) if column.part != ONE_SHOT]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_lines=False)
     table.add_column("budget", style="bold", min_width=6)
-    heads = [f"{name}\n{unit.unit}" for name, unit in zip(("params", "MACs", "memory"), units, strict=True)]
-    heads += [f"latency\nbatch {size}\nms" for size in sizes] + [f"speed-up\nbatch {size}\n×" for size in sizes]
-    for head in [*heads, "top-1\nafter\ncut, %", "top-1\nre-\ntrained"]:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in every:
-        cells = _cells(row, found.dense, units, times)
+    for column in (found.columns[place] for place in shown):
+        head = "\n".join(part for part in (column.name, column.part.replace("the ", ""), column.unit) if part)
+        table.add_column(head.replace("after cut", "cut"), justify="right", no_wrap=True)
+    for line in found.lines:
+        cells = [line.cells[place] for place in shown]
         # Plain spaces, so that a terminal's search finds what it shows; no cell breaks but the first.
-        below = [b.replace(NBSP, " ") for _, b in cells]
-        texts = [Text.assemble(a, ("\n" + b, "dim")) if b else Text(a) for (a, _), b in zip(cells, below, strict=True)]
-        table.add_row(row.label.replace(NBSP, " "), *texts)
+        texts = [Text.assemble(cell.text, (f"\n{cell.below.replace(NBSP, ' ')}", "dim")) if cell.below
+                 else Text(cell.text) for cell in cells]  # fmt: skip
+        table.add_row(line.label.replace(NBSP, " "), *texts)
     console.print(table)
-    shots = [f"{row.label} {100 * row.top1_one_shot:.1f} %" for row in found.rows if row.top1_one_shot is not None]
-    if shots:
+    place = next((place for place, column in enumerate(found.columns) if column.part == ONE_SHOT), None)
+    if place is not None:
+        shots = [f"{line.label} {line.cells[place].text} %" for line in found.lines if line.cells[place].text != NONE]
         console.print(f"cut in one shot, without search or training: {', '.join(shots)}".replace(NBSP, " "))
-
-
-def _cells(row: Row, dense: Row, units: tuple[Scale, Scale, Scale], times: dict[int, Scale]) -> list[tuple[str, str]]:
-    """The entries of a line: what is shown, and what stands below it."""
-    costs = zip(
-        (row.params, row.macs, row.memory_bytes),
-        (dense.params, dense.macs, dense.memory_bytes),
-        units,
-        strict=True,
-    )
-    cells = [(unit.show(own), percent(own / whole)) for own, whole, unit in costs]
-    cells += [_spread(row.latency_ms.get(size), unit) for size, unit in times.items()]
-    speed = Scale("×", 1.0, 2)
-    cells += [("1", "") if row is dense else _spread(row.speedup.get(size), speed) for size in times]
-    cells.append((NONE if row.top1_cut is None else f"{100 * row.top1_cut:.1f}", ""))
-    cells.append((NONE if row.top1 is None else f"{100 * row.top1:.1f}", ""))
-    return cells
-
-
-def _spread(spread: Spread | None, unit: Scale) -> tuple[str, str]:
-    if spread is None:
-        return NONE, ""
-    return unit.show(spread.median), f"{unit.show(spread.p25)}–{unit.show(spread.p75)}"

@@ -38,7 +38,7 @@ class Log:
         parts = [points[i : i + size] for i in range(0, len(points), size)]
         return [(_mean([x for x, _ in part]), _mean([y for _, y in part])) for part in parts]
 
-    def keys(self) -> list[str]:
+    def entries(self) -> list[str]:
         """Every entry that some line has, in order of appearance."""
         return list(dict.fromkeys(key for line in self.lines for key in line))
 

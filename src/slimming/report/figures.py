@@ -1,202 +1,372 @@
-"""Static figures of a run, ready for a paper or a slide: what stays per layer, accuracy, token positions."""
+"""The figures of a run: what each function shows is drawn on its page and written as PNG and SVG."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
-from slimming.core.files import atomic_write_bytes
-from slimming.errors import MissingExtraError
-from slimming.report.model import Kept, Layer, Results, Tokens
-from slimming.report.numbers import NBSP, scale
-from slimming.report.palette import budget_rgb
+from slimming.report import charts
+from slimming.report.charts import NARROW, Figure, Record, Style, lines, look
+from slimming.report.curves import Log
+from slimming.report.model import Kept, Layer, Masks, Picture, Results, Row, Width
+from slimming.report.numbers import percent
+from slimming.report.theme import KINDS, budget_colour, colour, kind_colour, kind_name
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FORMATS = ("svg", "png")
-STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LOOK = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "svg.hashsalt": "slimming",
-    "svg.fonttype": "none",
-    "savefig.dpi": 200,
+PARTS = {
+    "qk": ("Query and key dimensions, per head", "qk"),
+    "v": ("Value dimensions, per head", "v"),
+    "whole_heads": ("Whole heads", "v"),
+    "mlp": ("MLP hidden units", "mlp"),
+    "channels": ("Channels", "qk"),
+    "tokens": ("Token positions", "token"),
+    "width": ("Embedding width", "accent"),
 }
-DARKENED = 0.2
-"""How much of an image's brightness is left where a token is cut."""
+"""Part of a layer -> its title and its colour."""
+IMAGES = 4
+"""So many images are shown at the most."""
+THUMBNAIL = 160
+"""Images that are larger are made so large, in pixels."""
+POINT = {"row": "budget", "series": "measured", "x": "cost", "top1": "top-1"}
+AROUND = {"low": "lower quartile", "high": "upper quartile"}
 
 
-def write_figures(results: Results, directory: Path) -> list[Path]:
-    """Draw the figures of a run into ``directory``, each as SVG and as PNG.
+def accuracy(results: Results) -> list[Figure]:
+    """Return top-1 against MACs, parameters and latency."""
+    rows = (results.dense, *results.rows)
+    good = [100 * row.top1 for row in rows if row.top1 is not None]
+    cut = [100 * row.top1_cut for row in results.rows if row.top1_cut is not None]
+    if not good and not cut:
+        return []
+    domain = around(good or cut, cut)
+    rule = None if results.dense.top1 is None else 100 * results.dense.top1
+
+    def panel(what: str, records: list[Record], styles: Mapping[str, Style], title: str) -> Figure:
+        most = 1.06 * max(record.get("high", record["x"]) for record in records)
+        columns = {**POINT, "x": title, **(AROUND if "low" in records[0] else {})}
+        chart = lines(apart(records, most), styles, columns, x=title, y="top-1, %", x_domain=[0, most], y_domain=domain,
+                      rule=rule)  # fmt: skip
+        below = "A triangle lies below the axis." if any(one["y"] < domain[0] for one in records) else ""
+        return Figure(title=f"Accuracy against {what}", told=f"Top-1 accuracy against {what}. {told_points(records)}.",
+                      chart=chart, data={"points": records}, columns=columns, caption=below)  # fmt: skip
+
+    found = [panel("MACs", *stages(rows, lambda row: row.macs), "MACs for one image"),
+             panel("parameters", *stages(rows, lambda row: row.params), "parameters")]  # fmt: skip
+    timed, styles = [], {}
+    for size in dict.fromkeys((*results.batch_sizes[:1], *results.batch_sizes[-1:])):
+        name = f"batch {size}"
+        styles[name] = Style(colour=colour("v"), dash=[7, 3], hollow=True) if styles else Style()
+        for row in rows:
+            if (spread := row.latency_ms.get(size)) is not None and row.top1 is not None:
+                label = row.short if len(styles) == 1 else None
+                low, middle, high = (value / size for value in (spread.p25, spread.median, spread.p75))
+                timed.append({**point(row.label, middle, row.top1, name, label), "low": low, "high": high})
+    return [*found, *([panel("latency", timed, styles, "ms per image")] if timed else [])]
+
+
+def stages(
+    rows: Sequence[Row], cost: Callable[[Row], float | None], shade: str | None = None
+) -> tuple[list[Record], dict[str, Style]]:
+    """Return accuracies at every stage over a cost, with their styles by stage.
 
     Args:
-        results: the run.
-        directory: where to; files of the same names are replaced.
-
-    Returns:
-        The files: ``structure``, ``accuracy`` and ``tokens``, those of which the run has anything.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OutputError: the place is not writable, or the disk is full.
+        rows: the dense model first.
+        cost: of a model; None where it is not known.
+        shade: one colour for all.
     """
-    with _drawing():
-        drawn = {"structure": _structure(results), "accuracy": _accuracy(results), "tokens": _tokens(results)}
-        written = []
-        for name, figure in drawn.items():
-            for kind in FORMATS if figure is not None else ():
-                buffer = io.BytesIO()
-                metadata = {"Date": None} if kind == "svg" else None
-                figure.savefig(buffer, format=kind, bbox_inches="tight", metadata=metadata)  # pyright: ignore[reportOptionalMemberAccess]
-                atomic_write_bytes(directory / f"{name}.{kind}", buffer.getvalue())
-                written.append(directory / f"{name}.{kind}")
-    return written
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib in this module's look; settings of the process stay as they are."""
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise MissingExtraError(
-            "Figures are drawn with matplotlib, which is not installed: pip install 'slimming[figures]'."
-        ) from error
-    with rc_context(LOOK):  # pyright: ignore[reportArgumentType]
-        yield
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure without a window, and its axes, shape (rows, columns)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _colour(index: int, count: int) -> tuple[float, ...]:
-    return tuple(part / 255 for part in budget_rgb(index, count))
-
-
-def _line(index: int, count: int) -> dict[str, Any]:
-    marker, style = MARKERS[index % len(MARKERS)], STYLES[index % len(STYLES)]
-    return {"color": _colour(index, count), "marker": marker, "linestyle": style}
-
-
-def _structure(results: Results) -> Figure | None:
-    """The share that each layer keeps, one panel per kind of unit and one line per budget."""
-    kinds: list[tuple[str, Callable[[Layer], Kept | None]]] = [
-        ("QK dimensions", lambda layer: _total(layer.qk)),
-        ("V dimensions", lambda layer: _total(layer.v)),
-        ("heads", lambda layer: layer.heads),
-        ("MLP hidden units", lambda layer: layer.mlp),
-        ("channels", lambda layer: layer.channels),
-        ("tokens", lambda layer: layer.tokens.count if layer.tokens else None),
+    accent, soft, v, ink = (shade or colour(name) for name in ("accent", "soft", "v", "ink"))
+    every: dict[str, tuple[Sequence[Row], str, Style]] = {
+        "after the cut": (rows[1:], "top1_cut", Style(colour=soft, dash=None, hollow=True)),
+        "in one shot": (rows[1:], "top1_one_shot", Style(colour=v, dash=None, mark="square", hollow=True)),
+        "retrained": (rows[1:], "top1", Style(colour=accent)),
+        "dense": (rows[:1], "top1", Style(colour=ink, dash=None, mark="diamond")),
+    }
+    records = [
+        point(row.label, x, top1, stage, row.short if field == "top1" else None)
+        for stage, (own, field, _) in every.items()
+        for row in sorted(own, key=lambda row: row.macs)
+        if (x := cost(row)) is not None and (top1 := getattr(row, field)) is not None
     ]
-    there = [(name, read) for name, read in kinds if any(read(one) for row in results.rows for one in row.layers)]
-    if not there:
-        return None
-    figure, axes = _figure(1.0 + 1.9 * len(there), 2.3, 1, len(there))
-    for place, (name, read) in enumerate(there):
-        panel = axes[0][place]
-        for index, row in enumerate(results.rows):
-            points = [(at, 100 * kept.share) for at, one in enumerate(row.layers) if (kept := read(one)) is not None]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            panel.plot(x, y, label=_text(row.label), **_line(index, len(results.rows)))
-        panel.set(title=name, xlabel="layer", ylim=(0, 105))
-        panel.set_ylabel("kept, %" if place == 0 else "")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(results.rows)))
-    return figure
+    names = {record["series"] for record in records}
+    return records, {stage: style for stage, (_, _, style) in every.items() if stage in names}
 
 
-def _total(parts: tuple[Kept, ...]) -> Kept | None:
-    return Kept(kept=sum(p.kept for p in parts), of=sum(p.of for p in parts)) if parts else None
+def around(good: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the ends of an axis that fits what is good enough to use; other values may lie far below its end."""
+    span = max(max(good) - min(good), 1.0)
+    near = [*good, *(value for value in others if value >= min(good) - 1.5 * span)]
+    air = 0.14 * max(max(near) - min(near), 1.0)
+    return [max(0.0, min(near) - 1.5 * air), min(100.0, max(near) + air)]
 
 
-def _accuracy(results: Results) -> Figure | None:
-    """Top-1 against multiply-adds and parameters."""
-    every = (results.dense, *results.rows)
-    if all(row.top1 is None and row.top1_cut is None for row in every):
-        return None
-    figure, axes = _figure(5.6, 2.5, 1, 2)
-    hollow = {"linestyle": "", "mfc": "w"}
-    for panel, (name, read) in zip(
-        axes[0], (("MACs", lambda row: row.macs), ("parameters", lambda row: row.params)), strict=True
-    ):
-        unit = scale(read(row) for row in every)
-        looks = [
-            ("retrained", lambda row: row.top1, {"marker": "o", "linestyle": "-", "color": "#1d61a4"}),
-            ("after the cut", lambda row: row.top1_cut, {"marker": "o", "color": "#5d6670", **hollow}),
-            ("in one shot", lambda row: row.top1_one_shot, {"marker": "s", "color": "#a34a00", **hollow}),
+def point(row: str, x: float, top1: float, series: str, label: str | None = None) -> Record:
+    """Return the record of an accuracy over a cost."""
+    found = {"row": row, "series": series, "x": float(x), "y": 100 * top1, "top1": percent(top1, 1)}
+    return {**found, **({} if label is None else {"label": label})}
+
+
+def told_points(records: Sequence[Record]) -> str:
+    """Return accuracies in words."""
+    return "; ".join(f"{one['row']}: {one['top1']} {one['series']}" for one in records)
+
+
+def apart(records: Sequence[Record], most: float) -> list[Record]:
+    """Return records without the labels that would lie on one before them."""
+    taken: list[float] = []
+    found = []
+    for record in records:
+        near = any(abs(record["x"] - other) < 0.12 * most for other in taken)
+        taken += [record["x"]] if "label" in record and not near else []
+        found.append({key: value for key, value in record.items() if key != "label" or not near})
+    return found
+
+
+def compared(runs: Sequence[Results]) -> list[Figure]:
+    """Return top-1 of several runs against MACs and parameters, one line per run."""
+    names, found = distinct([run.name for run in runs]), []
+    styles = {name: look(index, budget_colour(index)) for index, name in enumerate(names)}
+    for title, cost in (("MACs for one image", lambda row: row.macs), ("parameters", lambda row: row.params)):
+        records = [
+            point(row.label, cost(row), row.top1, name)
+            for name, run in zip(names, runs, strict=True)
+            for row in sorted((run.dense, *run.rows), key=cost)
+            if row.top1 is not None
         ]
-        for label, top1, look in looks:
-            points = sorted((read(row) / unit.factor, 100 * top1(row)) for row in results.rows if top1(row) is not None)
-            if points:
-                panel.plot(*zip(*points, strict=True), label=label, **look)
-        if results.dense.top1 is not None:
-            at = read(results.dense) / unit.factor
-            panel.plot([at], [100 * results.dense.top1], marker="D", linestyle="", color="#1a1d21", label="dense")
-        panel.set(xlabel=f"{unit.unit}{'' if name == 'MACs' else ' '}{name}", xlim=(0, None))
-        panel.set_ylabel("top-1, %" if panel is axes[0][0] else "")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
+        if records:
+            columns = {**POINT, "series": "run", "x": title}
+            chart = lines(records, styles, columns, x=title, y="top-1, %")
+            what = f"ccuracy against {title.partition(' ')[0]}"
+            found.append(Figure(title=f"A{what}", told=f"Top-1 a{what}. {told_points(records)}.", chart=chart,
+                                data={"points": records}, columns=columns))  # fmt: skip
+    return found
 
 
-def _tokens(results: Results) -> Figure | None:
-    """The positions that each block sees: one row per budget, one column per block."""
-    rows = [row for row in results.rows if any(layer.tokens for layer in row.layers)]
-    if not rows:
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, numbered where one of them stands twice."""
+    many = Counter(names)
+    return [f"{name} ({place})" if many[name] > 1 else name for place, name in enumerate(names, 1)]
+
+
+def depth(results: Results) -> list[Figure]:
+    """Return, per kind of unit, the share that each layer keeps under every budget."""
+    deepest = max(len(row.layers or ()) for row in results.rows)
+    styles = {row.label: look(index, budget_colour(index)) for index, row in enumerate(results.rows)}
+    columns, found = {"series": "budget", "layer": "layer", "told": "kept"}, []
+    for part, (title, _) in PARTS.items():
+        records = [
+            {"series": row.label, "x": place, "y": 100 * kept.share, "layer": layer.label, "told": str(kept)}
+            for row in results.rows
+            for place, layer in enumerate(row.layers or ())
+            if (kept := layer.whole(part)) is not None
+        ]
+        if records:
+            name = title.partition(",")[0]
+            chart = lines(records, styles, columns, x="layer", y="kept, %", x_domain=[-0.3, deepest - 0.7],
+                          y_domain=[0, 104], rule=100.0, size=NARROW)  # fmt: skip
+            found.append(Figure(title=name, told=f"{name}: share kept in each layer, one line per budget.", chart=chart,
+                                data={"points": records}, columns=columns))  # fmt: skip
+    return found
+
+
+def structure(layers: Sequence[Layer], widths: Sequence[Width], label: str) -> dict[str, Figure]:
+    """Return what stays, one figure per part of the layers.
+
+    Args:
+        layers: from the input on.
+        widths: embedding widths, where they can go.
+        label: of the budget.
+    """
+    found = {}
+    for part, (title, shade) in PARTS.items():
+        if not (records := units(layers, widths, part)):
+            continue
+        labels = list(dict.fromkeys(record["layer"] for record in records))
+        heads = 1 + max(record.get("head", 0) for record in records)
+        if heads > 1:
+            columns, name = {"layer": "layer", "head": "head", "told": "kept"}, title
+            chart = charts.heads(labels, heads, shade, columns)
+        else:
+            columns, name = {"layer": "layer", "told": "kept"}, title.partition(",")[0]
+            chart = charts.bars(labels, shade, columns)
+        found[part] = Figure(title=name, told=f"{name} kept in each layer under {label}.", chart=chart,
+                             data={"units": records}, columns=columns)  # fmt: skip
+    return found
+
+
+def units(layers: Sequence[Layer], widths: Sequence[Width], part: str) -> list[Record]:
+    """Return what stays of one part, layer by layer and head by head, as records of a chart."""
+    if part == "width":
+        # The stage that a width is of: its name up to the first number.
+        return [_unit(re.split(r"(?<=\d)\.", one.name)[0] if len(widths) > 1 else "all", one) for one in widths]
+    if part not in ("qk", "v"):
+        return [_unit(layer.label, kept) for layer in layers if (kept := layer.whole(part)) is not None]
+    most = max((len(layer.per_head(part)) for layer in layers), default=0)
+    return [
+        {**_unit(layer.label, kept), "head": head, **({} if kept.kept else {"told": "gone whole"})}
+        for layer in layers
+        if (own := layer.per_head(part))
+        for head, kept in enumerate((*own, *[Kept(kept=0, of=1)] * (most - len(own))))
+    ]
+
+
+def _unit(layer: str, kept: Kept) -> Record:
+    return {"layer": layer, "kept": kept.kept, "of": kept.of, "share": round(kept.share, 4), "told": str(kept)}
+
+
+def tokens(layers: Sequence[Layer], label: str, images: Sequence[Picture], *, others: bool = True) -> Figure | None:
+    """Return the positions that each block sees, drawn over an image; None without any.
+
+    Args:
+        layers: from the input on.
+        label: of the budget.
+        images: the first lies under every block.
+        others: show the other images too, under the positions of the last block.
+    """
+    shown = [(f"block {layer.label}", layer.tokens, 0) for layer in layers]
+    grid = next((kept.grid for _, kept, _ in shown if kept), None)
+    if grid is None:
         return None
-    picture = _pixels(results)
-    blocks = [place for place, layer in enumerate(rows[0].layers) if any(row.layers[place].tokens for row in rows)]
-    figure, axes = _figure(0.7 * len(blocks) + 1, 0.8 * len(rows) + 0.4, len(rows), len(blocks))
-    for down, row in enumerate(rows):
-        for across, block in enumerate(blocks):
-            panel, kept = axes[down][across], row.layers[block].tokens
-            panel.imshow(_masked(picture, kept), interpolation="nearest")
-            panel.set(xticks=[], yticks=[])
-            panel.grid(visible=False)
-            for side in panel.spines.values():
-                side.set_visible(False)
-            if down == 0:
-                panel.set_title(f"block {row.layers[block].label}", fontsize=7)
-        axes[down][0].set_ylabel(_text(row.label), fontsize=7)
-    return figure
+    more = list(enumerate(images[:IMAGES]))[1:] if others else []
+    shown += [(image.label, layers[-1].tokens, place) for place, image in more]
+    tiles, cells = [], []
+    for place, (block, kept, picture) in enumerate(shown):
+        row, column = divmod(place, charts.ACROSS)
+        words = str(kept.count) if kept else "all positions"
+        tiles.append({"block": block, "told": words, "picture": picture, "row": row, "column": column})
+        rows, columns = kept.grid if kept else (0, 0)
+        for cell in range(rows * columns):
+            if kept and (cell in kept.kept) != bool(images):
+                x, y = column + cell % columns / columns, row + cell // columns / rows
+                ends = {"x": x, "x2": x + 1 / columns, "y": y, "y2": y + 1 / rows}
+                cells.append({key: round(value, 4) for key, value in ends.items()})
+    width, height = images[0].size if images else grid[::-1]
+    chart = charts.token_maps(len(tiles), [address(image) for image in images[:IMAGES]], height / max(1, width))
+    words = "; ".join(f"{tile['block']}: {tile['told']}" for tile in tiles)
+    return Figure(title="Token positions, block by block", chart=chart, data={"tiles": tiles, "cells": cells},
+                  told=f"Token positions that each block sees under {label}: {words}.",
+                  columns={"block": "block or image", "told": "kept"})  # fmt: skip
 
 
-def _pixels(results: Results) -> Image.Image:
-    """The first image of the run; plain grey without any."""
-    if not results.images:
-        return Image.new("RGB", (224, 224), (200, 204, 210))
-    return Image.open(io.BytesIO(base64.b64decode(results.images[0].png))).convert("RGB")
+def address(image: Picture) -> str:
+    """Return an image as a data URL, made smaller and a JPEG where it is large."""
+    if max(image.size) <= THUMBNAIL:
+        return f"data:image/png;base64,{image.png}"
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(image.png))) as opened:
+            buffer, small = io.BytesIO(), opened.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(buffer, format="JPEG", quality=82)
+    except OSError:  # a head of a PNG and nothing behind it; browsers show what they can
+        return f"data:image/png;base64,{image.png}"
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _masked(picture: Image.Image, kept: Tokens | None) -> Image.Image:
-    if kept is None:
-        return picture
-    grid = Image.new("L", (kept.columns, kept.rows))
-    grid.putdata([255 if place in kept.kept else 0 for place in range(kept.rows * kept.columns)])
-    dark = picture.point(lambda value: value * DARKENED)
-    return Image.composite(picture, dark, grid.resize(picture.size, Image.Resampling.NEAREST))
+def masks(results: Results) -> list[Figure]:
+    """Return the distribution of each kind's masks: over the network, and below it group by group."""
+    found = results.search.masks if results.search else None
+    return [_histogram(kind, one) for kind, one in (found or {}).items()]
 
 
-def _text(label: str) -> str:
-    """A label as matplotlib shows it: a dollar would begin a formula."""
-    return re.sub(r"([$\\])", r"\\\1", label.replace(NBSP, " "))
+def _histogram(kind: str, masks: Masks) -> Figure:
+    ends = list(zip(masks.edges, masks.edges[1:], strict=False))
+    bins = [{"left": left, "right": right, "units": units}
+            for (left, right), units in zip(ends, masks.counts, strict=True)]  # fmt: skip
+    low, wide = masks.edges[0], masks.edges[-1] - masks.edges[0]
+    many = len({re.sub(r"\d+", "*", name) for name in masks.by_layer}) > 1
+    bands, groups = [], {}
+    for name, values in masks.by_layer.items():
+        role = f"{name.rpartition('.')[2].upper()} " if many else ""
+        label = groups[name] = role + (".".join(re.findall(r"\d+", name)) or name)
+        counts = Counter(min(len(bins) - 1, max(0, int((value - low) / wide * len(bins)))) for value in values)
+        bands += [{"group": label, "left": ends[at][0], "right": ends[at][1], "share": count / max(counts.values())}
+                  for at, count in sorted(counts.items())]  # fmt: skip
+    name = kind_name(kind)
+    chart = charts.histogram(masks.edges[:: len(bins)], list(dict.fromkeys(groups.values())), kind_colour(kind))
+    told = f"Histogram of the soft masks of {sum(masks.counts)} {name}, from {low:.3g} to {masks.edges[-1]:.3g}."
+    return Figure(title=name[0].upper() + name[1:], told=told, chart=chart, data={"bins": bins, "bands": bands},
+                  columns={"left": "from", "right": "to", "units": "units"})  # fmt: skip
+
+
+def searching(log: Log | None) -> list[Figure]:
+    """Return loss, penalty and accuracy over the search; empty when nothing was logged."""
+    if log is None or not log.lines:
+        return []
+    names = {"loss": "total", "task": "without the penalty"}  # the loss of a search is its task's plus the penalties
+    shades = [colour("accent"), colour("mlp")]
+    loss = {names[key]: (log, key, look(i, shades[i], marks=False)) for i, key in enumerate(names)}
+    penalties = [key for key in log.entries() if key in KINDS or key.startswith("penalty")]
+    kinds = {key: key.removeprefix("penalty").strip("_/.") or "penalty" for key in penalties}
+    terms = {kind_name(kind): (log, key, look(i, kind_colour(kind), marks=False))
+             for i, (key, kind) in enumerate(kinds.items())}  # fmt: skip
+    return [
+        *_curves("Loss", "loss", loss),
+        *_curves("Penalty on the masks", "penalty", terms, low=0.0),
+        *_curves("Validation accuracy", "top-1, %", {"masked model": (log, "val_top1", Style())}),
+    ]
+
+
+def retraining(results: Results, logs: Mapping[str, Log]) -> list[Figure]:
+    """Return loss and accuracy over retraining, one line per budget or training; empty when nothing was logged."""
+    # Budgets that were trained together have one log, which was evaluated at the smallest of them.
+    counts = Counter(row.log for row in results.rows)
+    loss, top1, seen = {}, {}, set()
+    for index, row in enumerate(results.rows):
+        many = counts[row.log] > 1
+        if row.name not in logs or (many and row.log in seen):
+            continue
+        seen.add(row.log)
+        log, shade = logs[row.name], budget_colour(index)
+        loss["all budgets together" if many else row.label] = (log, "loss", look(index, shade, marks=False))
+        top1["smallest of all budgets" if many else row.label] = (log, "val_top1", look(index, shade))
+    rule = None if results.dense.top1 is None else 100 * results.dense.top1
+    return [*_curves("Loss", "loss", loss), *_curves("Validation accuracy", "top-1, %", top1, rule=rule)]
+
+
+def _curves(
+    title: str,
+    unit: str,
+    curves: Mapping[str, tuple[Log, str, Style]],
+    *,
+    low: float | None = None,
+    rule: float | None = None,
+) -> list[Figure]:
+    axis = "epoch" if all(log.axis == "epoch" for log, _, _ in curves.values()) else "step"
+    points = {name: log.curve(key, 100.0 if "%" in unit else 1.0) for name, (log, key, _) in curves.items()}
+    points = {name: found for name, found in points.items() if found}
+    if not points:
+        return []
+    records = [{"series": name, "x": x, "y": y} for name, found in points.items() for x, y in found]
+    values = [*(record["y"] for record in records), *([] if rule is None else [rule])]
+    air = 0.06 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 0.5
+    domain = [min(values) - air if low is None else low, max(values) + air]
+    columns, styles = {"series": "curve", "x": axis, "y": unit}, {name: curves[name][2] for name in points}
+    chart = lines(records, styles, columns, x=axis, y=unit, y_domain=domain, rule=rule)
+    ends = "; ".join(f"{name}: from {found[0][1]:.3g} to {found[-1][1]:.3g}" for name, found in points.items())
+    return [Figure(title=title, told=f"{title} over {axis}s. {ends}.", chart=chart, data={"points": records},
+                   columns=columns, caption="" if rule is None else "The dotted line is the dense model.")]  # fmt: skip
+
+
+def alone(results: Results) -> list[Figure]:
+    """Return what cutting each kind alone does; empty when it was not measured."""
+    measured = (results.search.sensitivity if results.search else None) or {}
+    found = {kind_name(kind): (curve, kind_colour(kind)) for kind, curve in measured.items() if curve}
+    if not found:
+        return []
+    every = [(kind, trial) for kind, (curve, _) in found.items() for trial in curve]
+    records = [{"series": kind, "x": 0.0, "y": 0.0} for kind in found]
+    records += [{"series": kind, "x": 100 * (1 - trial.kept), "y": trial.loss} for kind, trial in every]
+    # Where next to nothing is left the loss is so large that all else would lie flat.
+    firsts = [curve[0] for curve, _ in found.values()]
+    top = max(0.0, 1.2 * max(trial.loss for _, trial in every if trial.kept >= 0.3 or trial in firsts))
+    styles = {kind: look(i, shade) for i, (kind, (_, shade)) in enumerate(found.items())}
+    columns = {"series": "kind", "x": "units cut, %", "y": "loss added"}
+    chart = lines([record for record in records if record["y"] <= top], styles, columns, x="units cut, %",
+                  y="loss added", x_domain=[0, 100], y_domain=[0, max(top, 1e-6)])  # fmt: skip
+    ends = "; ".join(f"{kind} up to {100 * (1 - curve[-1].kept):.0f} %: {curve[-1].loss:.3g}"
+                     for kind, (curve, _) in found.items())  # fmt: skip
+    return [Figure(title="Loss added by cutting one kind", told=f"Loss added by cutting one kind alone. {ends}.",
+                   chart=chart, data={"points": records}, columns=columns)]  # fmt: skip

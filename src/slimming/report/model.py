@@ -1,176 +1,274 @@
-"""What ``results.json`` holds, checked entry by entry, as plain data for the pictures."""
+"""The schema of ``results.json``: what it must hold, checked as a whole, as plain data for tables and charts."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from slimming.core.budget import METRICS
+import msgspec
+from msgspec import Meta
+
+from slimming.core.budget import LEAST_ABSOLUTE, METRICS
 from slimming.core.files import FORMAT
 from slimming.errors import CheckpointError
-from slimming.report.nodes import Node, children, entries_of, maybe
 from slimming.report.numbers import NBSP, scale
 
-PARTS = {"mlp": "mlp", "channels": "channels", "heads": "whole_heads"}
-"""Field of a layer -> its key in the file, for what is one number per layer."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+LIMIT_NAMES = {"macs": "MACs", "memory_bytes": "memory", "latency_ms": "latency", "head_dim": "head dims", "mlp": "MLP",
+               "channel": "channels", "token": "tokens", "block": "branches"}  # fmt: skip
+LARGEST = 1e300
+
+Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
+Count = Annotated[int, Meta(ge=0)]
+AtLeastOne = Annotated[int, Meta(ge=1)]
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
     """A measured number: median and quartiles."""
 
-    median: float
-    p25: float
-    p75: float
+    median: Positive
+    p25: Positive
+    p75: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """How many units stay, of how many."""
 
-    kept: int
-    of: int
+    kept: Count
+    of: AtLeastOne
+
+    def __post_init__(self) -> None:
+        if self.kept > self.of:
+            raise ValueError(f"{self.kept} is not a part of {self.of}")
 
     @property
     def share(self) -> float:
         """Kept units as a share, 0 to 1."""
         return self.kept / self.of
 
+    def __str__(self) -> str:
+        return f"{self.kept} of {self.of}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Query and key dimensions, and value dimensions, that one attention head keeps of ``of``."""
+
+    of: AtLeastOne
+    qk: Count | None = None
+    v: Count | None = None
+
+    def __post_init__(self) -> None:
+        for kept in (self.qk or 0, self.v or 0):
+            Kept(kept=kept, of=self.of)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Positions that stay in a grid of patches, numbered row by row."""
+    """Positions that stay in a grid of patches (rows, columns), numbered row by row."""
 
-    rows: int
-    columns: int
-    kept: frozenset[int]
+    grid: tuple[Count, Count]
+    kept: frozenset[Count]
+
+    def __post_init__(self) -> None:
+        if max(self.kept, default=-1) >= max(1, self.grid[0] * self.grid[1]):
+            raise ValueError(f"kept is not inside a grid of {self.grid[0]} by {self.grid[1]}")
 
     @property
     def count(self) -> Kept:
         """How many stay."""
-        return Kept(kept=len(self.kept), of=self.rows * self.columns)
+        return Kept(kept=len(self.kept), of=self.grid[0] * self.grid[1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """What stays in one layer; whatever was not searched is None or empty.
 
-    Attributes:
-        name: of the module.
-        label: a short name for axes.
-        qk: query and key dimensions per head.
-        v: value dimensions per head.
-        mlp: hidden units.
-        channels: channels of convolutions.
-        heads: whole heads, where their dimensions stay.
-        tokens: positions, of this layer or of the last one before it that cut some.
+    ``tokens`` are those of this layer or of the last one before it that cut some, ``whole_heads`` count heads whose
+    dimensions stay, and ``label`` is a short name for axes.
     """
 
     name: str
-    label: str
-    qk: tuple[Kept, ...] = ()
-    v: tuple[Kept, ...] = ()
+    heads: tuple[Head, ...] | None = None
     mlp: Kept | None = None
     channels: Kept | None = None
-    heads: Kept | None = None
+    whole_heads: Kept | None = None
     tokens: Tokens | None = None
+    label: str = ""
+
+    def per_head(self, role: str) -> tuple[Kept, ...]:
+        """What each head keeps of its ``"qk"`` or ``"v"`` dimensions."""
+        heads = [head for head in self.heads or () if getattr(head, role) is not None]
+        return tuple(Kept(kept=getattr(head, role), of=head.of) for head in heads)
+
+    def whole(self, part: str) -> Kept | None:
+        """What it keeps of a part, over all its heads; None where it has none."""
+        if part in ("qk", "v"):
+            found = self.per_head(part)
+            return Kept(kept=sum(one.kept for one in found), of=sum(one.of for one in found)) if found else None
+        if part == "tokens":
+            return self.tokens.count if self.tokens else None
+        return getattr(self, part, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width(Kept):
+    """How much of an embedding width stays; hierarchical models have one per stage."""
+
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model: the dense one, or what a budget left of it.
+    """One model: the dense one (without a budget), or what a budget left of it.
 
-    Attributes:
-        name: as results call it.
-        label: as people call it.
-        short: the same for the labels of points.
-        params: number of parameters.
-        macs: multiply-adds for one image.
-        memory_bytes: weights and peak activations at batch 1.
-        latency_ms: batch size -> time of a forward pass.
-        speedup: batch size -> how many times faster than dense.
-        top1_one_shot: share of right answers when cut without search and training.
-        top1_cut: the same straight after the cut.
-        top1: the same after retraining.
-        seconds: stage -> how long it took.
-        layers: what stays.
-        widths: embedding widths where they can go, one per stage in hierarchical models, by name.
-        log: the log of its retraining, relative to the run's directory.
-        limits: the metrics that its budget limits, with the limits; empty for keep ratios.
+    ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
+    memory is that of weights and of the peak of activations at batch 1. Accuracies are shares: when cut without search
+    and training, straight after the cut, and after retraining. ``log`` is relative to the run's directory.
     """
 
     name: str
-    label: str
-    short: str
-    params: int
-    macs: int
-    memory_bytes: int
-    latency_ms: Mapping[int, Spread]
-    speedup: Mapping[int, Spread] = field(default_factory=dict)
-    top1_one_shot: float | None = None
-    top1_cut: float | None = None
-    top1: float | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    layers: tuple[Layer, ...] = ()
-    widths: Mapping[str, Kept] = field(default_factory=dict)
+    params: AtLeastOne
+    macs: AtLeastOne
+    memory_bytes: AtLeastOne
+    budget: Mapping[str, Finite | Mapping[str, Share] | None] | None = None
+    latency_ms: Mapping[AtLeastOne, Spread] = field(default_factory=dict)
+    speedup: Mapping[AtLeastOne, Spread] = field(default_factory=dict)
+    top1_one_shot: Share | None = None
+    top1_cut: Share | None = None
+    top1: Share | None = None
+    seconds: Mapping[str, Finite] = field(default_factory=dict)
+    layers: tuple[Layer, ...] | None = ()
+    widths: tuple[Width, ...] | None = ()
     log: str | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, limit in self.limits.items():
+            least = 0 if key == "latency_ms" else LEAST_ABSOLUTE
+            if not (0 < limit <= 1 or limit >= max(least, 1e-300)):
+                raise ValueError(f"budget.{key} is neither a share between 0 and 1 nor at least {least:g}")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The metrics that its budget limits, with the limits; empty for keep ratios."""
+        found = {key: value for key, value in (self.budget or {}).items() if key in METRICS}
+        return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+
+    @property
+    def _words(self) -> dict[str, str]:
+        keep = (self.budget or {}).get("keep")
+        given = keep if isinstance(keep, Mapping) else self.limits
+        return {LIMIT_NAMES.get(key, key): _limit(key, value).replace(" ", NBSP) for key, value in given.items()}
+
+    @property
+    def label(self) -> str:
+        """The budget in words, or the name where there is none."""
+        return ", ".join(f"{value}{NBSP}{name}".replace(" ", NBSP) for name, value in self._words.items()) or self.name
+
+    @property
+    def short(self) -> str:
+        """The limit alone where there is only one, for the labels of points."""
+        return next(iter(self._words.values())) if len(self._words) == 1 else self.name
+
+
+def _limit(metric: str, value: float) -> str:
+    if metric == "latency_ms":
+        return f"{value:g} ms"
+    if value <= 1:
+        return f"{100 * value:g} %"
+    unit = scale([value], base="B" if metric == "memory_bytes" else "")
+    return f"{unit.show(value)} {unit.unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masks:
-    """Distribution of the soft masks of one kind.
+    """Histogram of the soft masks of one kind, and the masks of each group."""
 
-    Attributes:
-        kind: of unit.
-        edges: of the bins, one more than there are counts.
-        counts: units per bin.
-        by_group: group name -> its masks; may be empty.
-    """
+    edges: tuple[Finite, ...]
+    counts: tuple[Count, ...]
+    by_layer: Mapping[str, tuple[Finite, ...]] = field(default_factory=dict)
 
-    kind: str
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    by_group: Mapping[str, tuple[float, ...]]
+    def __post_init__(self) -> None:
+        if not self.counts or len(self.edges) != len(self.counts) + 1 or any(b <= a for a, b in pairwise(self.edges)):
+            raise ValueError("edges are not increasing and one more than counts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The loss that cutting one kind to a share adds."""
+
+    kept: Finite
+    loss: Finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a run tells of its search: its log, and by kind of unit the masks and what cutting this kind alone does."""
+
+    log: str | None = None
+    seconds: Finite | None = None
+    masks: Mapping[str, Masks] | None = None
+    sensitivity: Mapping[str, tuple[Trial, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image of the data: class name, base64 of its PNG, size in pixels."""
+    """An image of the data: class name, and base64 of its PNG."""
 
     label: str
     png: str
-    width: int
-    height: int
+
+    def __post_init__(self) -> None:
+        try:
+            head = base64.b64decode(self.png, validate=True)[:24]
+        except ValueError as error:
+            raise ValueError("png is not base64") from error
+        if len(head) < 24 or not head.startswith(PNG_MAGIC):
+            raise ValueError("png is not a PNG")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        head = base64.b64decode(self.png[:32])
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The dense model of a run."""
+
+    name: str
+    input: tuple[Count, ...]
+    classes: tuple[str, ...]
+    family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """All that a report tells, apart from the curves."""
 
+    format: int
     name: str
-    created: str
-    seed: int | None
-    model: Mapping[str, Any]
-    input_shape: tuple[int, ...]
-    classes: tuple[str, ...]
+    model: Model
     data: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, Any]
-    settings: Mapping[str, Any]
     dense: Row
     rows: tuple[Row, ...]
-    search_log: str | None
-    search_seconds: float | None
-    masks: tuple[Masks, ...]
-    sensitivity: Mapping[str, tuple[tuple[float, float], ...]]
-    images: tuple[Picture, ...]
+    created: str | None = None
+    seed: Count | None = None
+    machine: Mapping[str, Any] | None = None
+    versions: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
+    search: Search | None = None
+    images: tuple[Picture, ...] | None = None
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -188,184 +286,48 @@ def parse(value: Any, where: str = "results") -> Results:
     Raises:
         CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than ours.
     """
-    root = Node(value, where)
-    version = root.need("format").count()
-    if version > FORMAT:
+    version = value.get("format") if isinstance(value, Mapping) else None
+    if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(f"{where} has format {version}, and this slimming reads up to {FORMAT}. Update slimming.")
-    model, search = root.need("model"), root.get("search")
-    rows = tuple(_row(node, dense=False) for node in root.need("rows").items())
-    if not rows:
+    found = checked(value, Results, where)
+    if not found.rows:
         raise CheckpointError(f"{where} holds no budget: there is nothing to report. Run at least one budget.")
-    return Results(
-        name=root.need("name").text(),
-        created=maybe(root, "created", Node.text) or "",
-        seed=maybe(root, "seed", Node.count),
-        model=model.mapping(),
-        input_shape=tuple(node.count() for node in model.need("input").items()),
-        classes=tuple(node.text() for node in model.need("classes").items()),
-        data=root.need("data").mapping(),
-        machine=maybe(root, "machine", Node.mapping) or {},
-        versions=maybe(root, "versions", Node.mapping) or {},
-        settings=maybe(root, "settings", Node.mapping) or {},
-        dense=_row(root.need("dense"), dense=True),
-        rows=rows,
-        search_log=maybe(search, "log", Node.text),
-        search_seconds=maybe(search, "seconds", Node.number),
-        masks=tuple(_masks(kind, node) for kind, node in children(search, "masks")),
-        sensitivity={kind: _sensitivity(node) for kind, node in children(search, "sensitivity")},
-        images=parse_pictures(entries_of(root, "images")),
+    return replace(
+        found,
+        rows=tuple(replace(row, layers=labelled(row.layers or ()), widths=row.widths or ()) for row in found.rows),
+        **{key: getattr(found, key) or {} for key in ("machine", "versions", "settings")},
+        search=found.search or Search(),
+        images=found.images or (),
     )
 
 
-def _row(node: Node, *, dense: bool) -> Row:
-    name = node.need("name").text()
-    label, short = ("dense", "dense") if dense else _labels(node.get("budget"), name)
-    return Row(
-        name=name,
-        label=label,
-        short=short,
-        params=int(node.need("params").positive()),
-        macs=int(node.need("macs").positive()),
-        memory_bytes=int(node.need("memory_bytes").positive()),
-        latency_ms=_spreads(node, "latency_ms"),
-        speedup=_spreads(node, "speedup"),
-        top1_one_shot=maybe(node, "top1_one_shot", Node.share),
-        top1_cut=maybe(node, "top1_cut", Node.share),
-        top1=maybe(node, "top1", Node.share),
-        seconds={key: found.number() for key, found in children(node, "seconds")},
-        layers=parse_layers(entries_of(node, "layers")),
-        widths=parse_widths(entries_of(node, "widths")),
-        log=maybe(node, "log", Node.text),
-        limits={key: limit.limit(key) for key, limit in children(node, "budget") if key in METRICS},
-    )
-
-
-def _labels(budget: Node | None, name: str) -> tuple[str, str]:
-    """The budget in words, and its number alone where there is only one."""
-    if budget is None or not budget.mapping():
-        return name, name
-    keep = budget.get("keep")
-    limits = {key: node.share() if keep else node.limit(key) for key, node in (keep or budget).entries()}
-    words = {
-        "macs": "MACs",
-        "params": "params",
-        "memory_bytes": "memory",
-        "latency": "latency",
-        "latency_ms": "latency",
-        "head_dim": "head dims",
-        "mlp": "MLP",
-        "channel": "channels",
-        "token": "tokens",
-        "block": "branches",
-        "width": "width",
-    }
-    shares = {key: limit <= 1 and key != "latency_ms" for key, limit in limits.items()}
-    values = {key: f"{100 * limit:g} %" if shares[key] else _absolute(key, limit) for key, limit in limits.items()}
-    known = [f"{value} {words.get(key, key)}".replace(" ", NBSP) for key, value in values.items()]
-    short = next(iter(values.values())).replace(" ", NBSP) if len(values) == 1 else name
-    return ", ".join(known) or name, short
-
-
-def _absolute(metric: str, limit: float) -> str:
-    if metric == "latency_ms":
-        return f"{limit:g} ms"
-    unit = scale([limit], base="B" if metric == "memory_bytes" else "")
-    return f"{unit.show(limit)} {unit.unit}"
-
-
-def _spreads(node: Node, key: str) -> dict[int, Spread]:
-    found: dict[int, Spread] = {}
-    for size, entry in children(node, key):
-        if not re.fullmatch("[1-9][0-9]*", size):
-            raise entry.wrong("under a batch size")
-        found[int(size)] = Spread(**{part: entry.need(part).positive() for part in ("median", "p25", "p75")})
-    return dict(sorted(found.items()))
-
-
-def parse_layers(nodes: list[Node]) -> tuple[Layer, ...]:
-    """Check what stays layer by layer; a later layer without token positions has those of the one before.
+def checked(value: Any, kind: type[Checked], where: str) -> Checked:
+    """Return the content of a file as ``kind``.
 
     Raises:
         CheckpointError: an entry is missing or malformed.
     """
-    names = [node.need("name").text() for node in nodes]
-    labels = [".".join(re.findall(r"\d+", name)) for name in names]
-    if len(set(labels)) < len(labels) or "" in labels:
-        labels = names
-    layers: list[Layer] = []
-    tokens: Tokens | None = None
-    for node, name, label in zip(nodes, names, labels, strict=True):
-        heads = entries_of(node, "heads")
-        own = node.get("tokens")
-        # A position that one layer cut is gone for every later one, whether it names it or not.
-        tokens = tokens if own is None else _tokens(own, tokens)
-        parts = {field: node.get(key) for field, key in PARTS.items()}
-        layers.append(
-            Layer(
-                name=name,
-                label=label,
-                qk=tuple(_kept(head, "qk") for head in heads if head.get("qk") is not None),
-                v=tuple(_kept(head, "v") for head in heads if head.get("v") is not None),
-                tokens=tokens,
-                **{field: _kept(part, "kept") for field, part in parts.items() if part is not None},
-            )
-        )
-    return tuple(layers)
-
-
-def _kept(node: Node, key: str) -> Kept:
-    kept, of = node.need(key).count(), node.need("of").count()
-    if of < 1 or kept > of:
-        raise node.need(key).wrong(f"a part of {of}")
-    return Kept(kept=kept, of=of)
-
-
-def _tokens(node: Node, before: Tokens | None) -> Tokens | None:
-    grid = [entry.count() for entry in node.need("grid").items()]
-    if len(grid) != 2:
-        raise node.need("grid").wrong("rows and columns")
-    if 0 in grid:
-        return before
-    kept = frozenset(entry.count() for entry in node.need("kept").items())
-    if max(kept, default=0) >= grid[0] * grid[1]:
-        raise node.need("kept").wrong(f"inside a grid of {grid[0]} by {grid[1]}")
-    return Tokens(rows=grid[0], columns=grid[1], kept=kept)
-
-
-def _masks(kind: str, node: Node) -> Masks:
-    edges = tuple(entry.number() for entry in node.need("edges").items())
-    counts = tuple(entry.count() for entry in node.need("counts").items())
-    if not counts or len(edges) != len(counts) + 1 or any(b <= a for a, b in pairwise(edges)):
-        raise node.need("edges").wrong("increasing and one more than counts")
-    groups = {name: tuple(v.number() for v in found.items()) for name, found in children(node, "by_layer")}
-    return Masks(kind=kind, edges=edges, counts=counts, by_group=groups)
-
-
-def _sensitivity(node: Node) -> tuple[tuple[float, float], ...]:
-    return tuple((entry.need("kept").number(), entry.need("loss").number()) for entry in node.items())
-
-
-def parse_widths(nodes: list[Node]) -> dict[str, Kept]:
-    """Check embedding widths: name -> what stays."""
-    return {one.need("name").text(): _kept(one, "kept") for one in nodes}
-
-
-def parse_pictures(nodes: list[Node]) -> tuple[Picture, ...]:
-    """Check images of the data.
-
-    Raises:
-        CheckpointError: one is not a PNG.
-    """
-    return tuple(map(_picture, nodes))
-
-
-def _picture(node: Node) -> Picture:
-    text = node.need("png").text()
     try:
-        head = base64.b64decode(text, validate=True)[:24]
-    except (binascii.Error, ValueError) as error:
-        raise node.need("png").wrong("base64") from error
-    if len(head) < 24 or not head.startswith(PNG_MAGIC):
-        raise node.need("png").wrong("a PNG")
-    width, height = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
-    return Picture(label=node.need("label").text(), png=text, width=width, height=height)
+        return msgspec.convert(value, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        place = place.replace("$", where).strip("`")
+        raise CheckpointError(
+            f"{place or where}: {what[0].lower()}{what[1:]}. The results are damaged: repeat `slimming run`, which "
+            "goes on where it stopped and writes them again."
+        ) from error
+
+
+def labelled(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return layers with short labels; one without token positions has those of the one before it.
+
+    A position that one layer cut is gone for every later one, whether it names it or not.
+    """
+    labels = [".".join(re.findall(r"\d+", layer.name)) for layer in layers]
+    if len(set(labels)) < len(labels) or "" in labels:
+        labels = [layer.name for layer in layers]
+    found, tokens = [], None
+    for layer, label in zip(layers, labels, strict=True):
+        tokens = layer.tokens if layer.tokens is not None and 0 not in layer.tokens.grid else tokens
+        found.append(replace(layer, label=label, tokens=tokens))
+    return tuple(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 NBSP = "\u00a0"
 """A space at which no line breaks: between a number and its unit."""
@@ -78,32 +77,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about ``count`` round numbers from ``low`` to ``high``.
-
-    >>> ticks(0.0, 1.0, 5)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / rough)))
-    digits = max(0, -math.floor(math.log10(step)))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, digits) for i in range(first, last + 1)]
-
-
-def tick_text(values: Sequence[float]) -> list[str]:
-    """Return the labels of an axis: as many digits as tell its ticks apart, in powers of ten when very small.
-
-    >>> tick_text([0.0, 0.5, 1.0]), tick_text([10.0, 20.0]), tick_text([0.0, 0.0002])
-    (['0.0', '0.5', '1.0'], ['10', '20'], ['0', '2e-4'])
-    """
-    step = min((b - a for a, b in pairwise(values)), default=1.0)
-    if 0 < step < 1e-3 and max(map(abs, values)) < 0.1:
-        return ["0" if v == 0 else f"{v:.0e}".replace("e-0", "e-") for v in values]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
-    return [f"{value:,.{digits}f}".replace(",", THIN) for value in values]

@@ -1,1 +1,1 @@
-"""Train a model that was cut, distilled from the dense one by default."""
+"""Train pruned models: one by one, progressively, or all budgets together with shared weights."""

@@ -1,6 +1,6 @@
-"""Progressive cutting: one training that goes from the largest plan to the smallest, cutting on its way.
+"""Progressive pruning: train the plans from the largest to the smallest, cutting each model from the one before.
 
-Each model is cut from the retrained one before it, so that what was learned at a larger size is there at the smaller.
+Each model starts from the weights that were trained at the next larger size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from slimming.models.family import Kept
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.costs import cost
 from slimming.pruning.cutting import cut
-from slimming.retraining.retrain import DistilConfig, train
+from slimming.retraining.config import DistilConfig
+from slimming.retraining.retrain import train
 from slimming.scoring.one_shot import OneShot
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
@@ -44,29 +45,30 @@ def train_progressive(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     loss: Loss | None = None,
 ) -> list[nn.Module]:
-    """Cut and train the largest plan, cut the next one out of the trained model and train on, down to the smallest.
+    """Cut and train the largest plan, then cut the next smaller one from the trained model and train it, and so on.
 
-    A plan that no trained model has all the units of is cut from ``result`` again.
+    A plan with units that no trained model has is cut from ``result``.
 
     Args:
-        result: what `slimming.search` or `slimming.score` gave; it stays as it is.
+        result: result of `slimming.search` or `slimming.score`; it is not changed.
         data: training images, see `slimming.open_data`.
-        plans: from that result, in any order; nested ones (solver ``"nested"``) follow from one another.
-        config: of the training of each model.
-        teacher: to distil from, as for `slimming.train`; so are ``distil``, ``resume``, ``evaluate`` and ``loss``.
-        distil: what of the teacher.
-        resume: go on from the states in ``directory``.
-        evaluate: called now and then with the model; what it returns goes to the log.
-        loss: of your own, in place of the labels.
-        images: for `slimming.cut` to compensate with, at every cut.
-        directory: each model's state and log go into ``0``, ``1``, … in it, by the place of its plan.
+        plans: plans made from ``result``, in any order; use nested plans (solver ``"nested"``), each of which can be
+            cut from the one before.
+        config: settings of the training of each model.
+        teacher: model to distil from, see `slimming.train`.
+        distil: settings of the distillation.
+        images: images for the compensation at every cut, see `slimming.cut`.
+        directory: directory for states and logs; the model of plan ``i`` uses the subdirectory ``i``.
+        resume: resume from the states in ``directory``.
+        evaluate: called with the model every ``config.eval_every`` epochs; the result is written to the log.
+        loss: custom loss, see `slimming.train`.
 
     Returns:
-        One trained model per plan, in the order of ``plans``; the averaged ones where the config asks for averages.
+        One trained model per plan, in the order of ``plans``; with ``config.ema``, the averaged models.
 
     Raises:
-        ConfigError: there are no plans; else see `slimming.train`.
-        PlanError: a plan is of another model.
+        ConfigError: there are no plans; for other causes see `slimming.train`.
+        PlanError: a plan was made for another model.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -82,51 +84,51 @@ def train_progressive(
     """
     if not plans:
         raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
-    order = largest_first(result.model, plans)
+    order = order_by_macs(result.model, plans)
     done: list[tuple[Plan, nn.Module]] = []
-    found: dict[int, nn.Module] = {}
-    for place in order:
-        small = cut_on(result.model, plans[place], done, images=images)
+    trained: dict[int, nn.Module] = {}
+    for index in order:
+        small = cut_from_last(result.model, plans[index], done, images=images)
         history = train(
             small,
             data,
             config,
             teacher,
             distil=distil,
-            directory=Path(directory) / str(place) if directory is not None else None,
+            directory=Path(directory) / str(index) if directory is not None else None,
             resume=resume,
             evaluate=evaluate,
             loss=loss,
         )
-        found[place] = small if history.averaged is None else history.averaged
-        done.append((plans[place], found[place]))
-    return [found[place] for place in range(len(plans))]
+        trained[index] = small if history.averaged is None else history.averaged
+        done.append((plans[index], trained[index]))
+    return [trained[index] for index in range(len(plans))]
 
 
-def largest_first(model: nn.Module, plans: Sequence[Plan]) -> list[int]:
-    """The places of ``plans`` by what they cost in MACs, the most first."""
+def order_by_macs(model: nn.Module, plans: Sequence[Plan]) -> list[int]:
+    """Return the indices of ``plans`` in descending order of their MACs."""
     macs = [cost(model, plan).macs for plan in plans]
-    return sorted(range(len(plans)), key=lambda place: macs[place], reverse=True)
+    return sorted(range(len(plans)), key=lambda index: macs[index], reverse=True)
 
 
-def cut_on(
+def cut_from_last(
     model: nn.Module, plan: Plan, done: Sequence[tuple[Plan, nn.Module]], *, images: Sequence[Tensor] = ()
 ) -> nn.Module:
-    """Cut ``plan`` out of the last of the models in ``done`` that has all it needs (`onward`), or else of ``model``.
+    """Cut ``plan`` from the last model in ``done`` that has all units of the plan (`rebase_plan`), else from ``model``.
 
     Args:
-        model: what ``plan`` and the plans in ``done`` were made for.
-        plan: which units stay.
-        done: plans and the models that were cut by them, the largest first.
+        model: the model for which ``plan`` and the plans in ``done`` were made.
+        plan: the units to keep.
+        done: plans with the models that were cut by them, the largest first.
         images: see `slimming.cut`.
 
     Raises:
-        PlanError: ``plan`` is of another model.
+        PlanError: ``plan`` was made for another model.
     """
     complete(prunable(model).anatomy, plan)
     for larger, small in reversed(done):
         try:
-            rest = onward(model, larger, plan, small)
+            rest = rebase_plan(model, larger, plan, small)
         except PlanError:
             continue
         return cut(small, rest, images=images)
@@ -137,19 +139,20 @@ def _contains(larger: Kept, smaller: Kept) -> bool:
     return all(set(units) <= set(larger[name]) for name, units in smaller.items())
 
 
-def onward(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan:
-    """Make of ``plan`` for ``model`` the plan for ``small``, which is ``model`` cut by ``larger``.
+def rebase_plan(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan:
+    """Convert ``plan`` for ``model`` to a plan for ``small``, which is ``model`` cut by ``larger``.
 
-    Cutting ``small`` by it gives what cutting ``model`` by ``plan`` gives, but for what was trained in between.
+    Cutting ``small`` by the result gives the same architecture as cutting ``model`` by ``plan``, and the same weights
+    if ``small`` was not trained.
 
     Raises:
-        PlanError: ``plan`` keeps what ``larger`` cut, or takes from a group that ``small`` no longer offers.
+        PlanError: ``plan`` keeps units that ``larger`` removes, or removes units of a group that ``small`` lacks.
     """
     dense = prunable(model)
     anatomy, now = dense.anatomy, {group.name: group for group in prunable(small).anatomy.groups}
     before, after = complete(anatomy, larger), complete(anatomy, plan)
     if not _contains(before, after):
-        raise PlanError("The plan keeps units that the model was cut of before; cut it from the searched model.")
+        raise PlanError("The plan keeps units that were already removed; cut it from the searched model.")
     origins = {dim: _origins(dense, before, dim) for dim in (0, 1)}
     kept: dict[str, tuple[int, ...]] = {}
     for name in plan.kept:
@@ -157,20 +160,23 @@ def onward(model: nn.Module, larger: Plan, plan: Plan, small: nn.Module) -> Plan
             units = _units(anatomy.group(name), now[name], origins)
             kept[name] = tuple(place for place, unit in enumerate(units) if unit in set(after[name]))
         elif len(after[name]) < len(before[name]):
-            raise PlanError(f"{name!r} can be cut in the searched model, but no longer in the one cut from it.")
+            raise PlanError(
+                f"{name!r} can be pruned in the searched model, but not in the model that was cut from it; cut the "
+                "plan from the searched model."
+            )
     return replace(plan, kept=kept, sizes={name: now[name].size for name in kept})
 
 
 def _origins(prunable: PrunableModel, kept: Kept, dim: int) -> Mapping[str, Tensor]:
-    """The state dict of the slim model with each number's place along ``dim`` in the tensor of ``model`` it is from."""
-    found = attached(prunable.model)
-    state = prunable.model.state_dict() if found is None else found.weights()
-    places = {name: _counted(tensor, dim) for name, tensor in state.items()}
-    return prunable.family.select(prunable.anatomy, kept, places)
+    """The state dict of the slim model, with the index of each element along ``dim`` in the dense one as its value."""
+    masks = attached(prunable.model)
+    state = prunable.model.state_dict() if masks is None else masks.weights()
+    indices = {name: _indices_like(tensor, dim) for name, tensor in state.items()}
+    return prunable.family.select(prunable.anatomy, kept, indices)
 
 
-def _counted(tensor: Tensor, dim: int) -> Tensor:
-    """A tensor of the same shape that holds places along ``dim``, on the CPU."""
+def _indices_like(tensor: Tensor, dim: int) -> Tensor:
+    """A tensor of the same shape on the CPU whose elements are their indices along ``dim``."""
     if tensor.dim() <= dim:
         return torch.zeros(tensor.shape)
     shape = [1] * tensor.dim()
@@ -179,18 +185,18 @@ def _counted(tensor: Tensor, dim: int) -> Tensor:
 
 
 def _units(group: Group, now: Group, origins: Mapping[int, Mapping[str, Tensor]]) -> list[int]:
-    """Unit by unit of ``now``, which unit of ``group`` it was: a cut may put heads into another order."""
+    """For each unit of ``now``, the unit of ``group`` from which it comes: a cut may change the order of heads."""
     if group.token is not None and now.token is not None:
         unit_of = {position: unit for unit, position in enumerate(group.token.positions)}
         return [unit_of[position] for position in now.token.positions]
-    one = _read_side(group)
-    other = next(s for s in now.slices if (s.tensor, s.dim, s.side) == (one.tensor, one.dim, one.side))
-    owner = {place: unit for unit, places in enumerate(one.index) for place in places}
-    # Along the first line: the places are the same on every other.
-    line = origins[one.dim][one.tensor].movedim(one.dim, 0).flatten(1)[:, 0]
-    return [owner[int(line[places[0]])] for places in other.index]
+    before = _copied_slices(group)
+    after = next(s for s in now.slices if (s.tensor, s.dim, s.side) == (before.tensor, before.dim, before.side))
+    owner = {index: unit for unit, indices in enumerate(before.index) for index in indices}
+    # The first line of the tensor: the indices are the same on all others.
+    line = origins[before.dim][before.tensor].movedim(before.dim, 0).flatten(1)[:, 0]
+    return [owner[int(line[indices[0]])] for indices in after.index]
 
 
-def _read_side(group: Group) -> Slices:
-    """A slice of every unit that a cut copies as it is; what makes queries is scaled on the way."""
-    return next((one for one in group.slices if one.side in ("consumes", "key")), group.slices[0])
+def _copied_slices(group: Group) -> Slices:
+    """Slices of the units that a cut copies unchanged; those that produce queries are scaled."""
+    return next((slices for slices in group.slices if slices.side in ("consumes", "key")), group.slices[0])

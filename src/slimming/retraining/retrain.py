@@ -1,10 +1,9 @@
-"""Training a model, dense or slim, on labels or distilled from a teacher."""
+"""Train a dense or slim model on labels, by distillation from a teacher, or with a custom loss."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,44 +12,12 @@ from torch import Tensor, nn
 from slimming.core.groups import Group
 from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
+from slimming.retraining.config import DistilConfig
 from slimming.training.config import TrainConfig
-from slimming.training.distillation import DistilTask, check_distillation
+from slimming.training.distillation import DistilTask
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistilConfig:
-    """How a model learns from a teacher.
-
-    Attributes:
-        alpha: share of the teacher in the loss, 0 (labels only) to 1.
-        temperature: softens both distributions.
-        features: modules that teacher and student share whose outputs are matched too, such as ``"blocks.5"``.
-        feature_weight: weight of that match.
-        pool: what of the outputs is matched: the ``"first"`` token or the ``"mean"`` over tokens.
-        relations: modules whose outputs (B, N, D) are matched by how their tokens relate to one another, such as
-            ``"blocks.5.attn.qkv"`` (MiniLMv2, Wang et al. 2021); their widths D may differ.
-        relation_weight: weight of that match.
-        relation_heads: parts that D is split into, each with relations of its own; a multiple of 3 that divides D keeps
-            queries, keys and values of a ``qkv`` apart.
-
-    Raises:
-        ConfigError: ``alpha``, ``temperature``, ``pool`` or ``relation_heads`` cannot be.
-    """
-
-    alpha: float = 0.8
-    temperature: float = 2.0
-    features: tuple[str, ...] = ()
-    feature_weight: float = 1.0
-    pool: str = "first"
-    relations: tuple[str, ...] = ()
-    relation_weight: float = 1.0
-    relation_heads: int = 12
-
-    def __post_init__(self) -> None:
-        check_distillation(self.alpha, self.temperature, self.pool, self.relation_heads)
 
 
 def train(
@@ -66,18 +33,18 @@ def train(
     loss: Loss | None = None,
     title: str = "training",
 ) -> History:
-    """Train ``model`` in place; with a teacher, mostly from its logits (Hinton et al. 2015).
+    """Train ``model`` in place; with a teacher, by distillation from its logits (Hinton et al. 2015).
 
     Args:
         model: a dense or slim model.
-        data: training and validation images, see `slimming.open_data`; or loaders of your own.
+        data: training and validation images, see `slimming.open_data`; or your own data loaders.
         config: the settings.
-        teacher: the dense model, usually.
-        distil: how to learn from the teacher.
-        directory: where the state and the log go, so that a killed training can go on.
-        resume: go on from the state in ``directory`` if there is one.
-        evaluate: called now and then with the model; what it returns goes to the log.
-        loss: of your own, in place of the labels and the teacher, see `slimming.training.tasks.Loss`.
+        teacher: model to distil from, usually the dense model.
+        distil: settings of the distillation.
+        directory: directory for the state and the log, from which an interrupted training can be resumed.
+        resume: resume from the state in ``directory`` if there is one.
+        evaluate: called with the model every ``config.eval_every`` epochs; the result is written to the log.
+        loss: custom loss that replaces labels and teacher, see `slimming.training.tasks.Loss`.
         title: name of the progress bar.
 
     Raises:
@@ -101,15 +68,15 @@ def train(
 def task_of(
     model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, loss: Loss | None
 ) -> Task:
-    """What `train` trains ``model`` for: the labels, the teacher, or the loss that was given.
+    """Return the task of `train`: classification, distillation, or the custom loss.
 
     Raises:
-        ConfigError: there are a loss and a teacher, or settings for a teacher that is not there.
+        ConfigError: both a loss and a teacher are given, or ``distil`` without a teacher.
     """
     if loss is not None and (teacher is not None or distil is not None):
-        raise ConfigError("Give a loss of your own, or a teacher; the loss would not use the teacher.")
+        raise ConfigError("Give either your own loss or a teacher: the loss would not use the teacher.")
     if teacher is None and distil is not None:
-        raise ConfigError("distil says how to learn from a teacher, and there is none: give the teacher, or no distil.")
+        raise ConfigError("distil needs a teacher: give the teacher, or leave distil out.")
     if loss is not None:
         return LossTask(loss)
     if teacher is None:
@@ -124,26 +91,29 @@ def task_of(
 
 
 def common_tokens(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The places of the teacher's tokens that the student has, for those of the named modules where it lost some."""
+    """Return, for the named modules in which the student lacks tokens, the indices of its tokens in the teacher."""
     if not names:
         return {}
-    found = {}
-    sites = [{g.token.block: g.token for g in _groups(model) if g.token is not None} for model in (student, teacher)]
+    indices = {}
+    student_sites, teacher_sites = (
+        {group.token.block: group.token for group in _groups(model) if group.token is not None}
+        for model in (student, teacher)
+    )
     for name in names:
-        block = next((block for block in sites[0] if f"{name}.".startswith(f"{block}.")), None)
-        if block is None or block not in sites[1]:
+        block = next((block for block in student_sites if f"{name}.".startswith(f"{block}.")), None)
+        if block is None or block not in teacher_sites:
             continue
-        mine, theirs = sites[0][block], sites[1][block]
-        if mine.positions != theirs.positions:
-            place_of = {position: mine.prefix + place for place, position in enumerate(theirs.positions)}
-            # A position that the teacher lacks cannot be compared; the task says so when it sees the shapes.
-            shared = [place_of[position] for position in mine.positions if position in place_of]
-            found[name] = torch.tensor([*range(mine.prefix), *shared])
-    return found
+        site, teacher_positions = student_sites[block], teacher_sites[block].positions
+        if site.positions != teacher_positions:
+            index_of = {position: site.prefix + index for index, position in enumerate(teacher_positions)}
+            # Positions that the teacher lacks cannot be compared; the task raises when the shapes differ.
+            shared = [index_of[position] for position in site.positions if position in index_of]
+            indices[name] = torch.tensor([*range(site.prefix), *shared])
+    return indices
 
 
 def _groups(model: nn.Module) -> tuple[Group, ...]:
     try:
         return prunable(model).anatomy.groups
-    except UnsupportedModelError:  # a model of one's own, which lost no tokens
+    except UnsupportedModelError:  # a model that slimming cannot prune has all its tokens
         return ()

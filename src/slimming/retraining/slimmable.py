@@ -1,8 +1,8 @@
-"""One training for every budget: the models of all plans share their weights.
+"""Slimmable training: one training for all budgets, whose models share their weights.
 
-A slimmable network (Yu et al., ICLR 2019) runs at several widths with one set of weights. Here its widths are plans, so
-that it is slimmable along every dimension that was searched. Each part of a batch trains one plan: the largest, the
-smallest, and one between them in turn, the sandwich rule of Yu and Huang (ICCV 2019, section 3.1).
+A slimmable network (Yu et al., ICLR 2019) can be run at several widths with one set of weights. Here a plan takes the
+place of a width, so that all kinds of units can be pruned. Each part of a batch trains one plan: in turn the largest,
+the smallest and one between them, which is the sandwich rule of Yu and Huang (ICCV 2019, section 3.1).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from slimming.errors import ConfigError
 from slimming.masks.attachment import attach
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.pruning.costs import cost
-from slimming.retraining.retrain import DistilConfig, task_of
+from slimming.retraining.config import DistilConfig
+from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
-from slimming.training.images import mix
+from slimming.training.images import derive_seed
 from slimming.training.loop import fit
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss, Task
@@ -48,35 +49,36 @@ def train_slimmable(
     loss: Loss | None = None,
     title: str = "together",
 ) -> SearchResult:
-    """Train the searched model so that every plan can be cut out of it and needs no retraining of its own.
+    """Train the searched model so that every plan can be cut from it without further training.
 
-    Each part of a batch trains one plan, so ``config.accumulate=3`` has the largest, the smallest and one between them
-    in every step, and ``accumulate=1`` takes them in turn, step by step. A part costs what the dense model costs,
-    however small its plan. Other plans between the largest and the smallest work too, without being trained for; more
-    plans make the training denser. After a cut, running statistics of BatchNorms are those of all plans together:
-    `torch.optim.swa_utils.update_bn` takes them anew.
+    Each part of a batch trains one plan: with ``config.accumulate=3`` every step trains the largest plan, the smallest
+    and one between them; with ``accumulate=1`` they alternate from step to step. A part takes as long as for the dense
+    model, regardless of its plan. Plans between the largest and the smallest can be cut too without being trained.
+    After a cut, the running statistics of BatchNorms are those of all plans together and should be recalibrated, for
+    example with `torch.optim.swa_utils.update_bn`.
 
     Args:
-        result: what `slimming.search` gave; it stays as it is.
+        result: result of `slimming.search`; it is not changed.
         data: training images, see `slimming.open_data`.
-        plans: from that result, in any order; nested ones (solver ``"nested"``) share most.
-        config: of the training; this and what follows, but for ``evaluate``, is as for `slimming.train`.
-        teacher: to distil from.
-        distil: what of the teacher.
-        directory: for the state and the log.
-        resume: go on from the state there.
-        loss: of your own, in place of the labels.
-        title: of the training, in its log.
-        evaluate: called now and then with the model at its smallest plan; what it returns goes to the log.
+        plans: plans made from ``result``, in any order; nested plans (solver ``"nested"``) share the most weights.
+        config: settings of the training.
+        teacher: model to distil from, see `slimming.train`.
+        distil: settings of the distillation.
+        directory: directory for the state and the log.
+        resume: resume from the state in ``directory``.
+        evaluate: called with the model at its smallest plan every ``config.eval_every`` epochs; the result is written
+            to the log.
+        loss: custom loss, see `slimming.train`.
+        title: name of the progress bar.
 
     Returns:
-        The result with trained weights and every mask at 1: plan, cut and save it like any other, and cut it without
-        images, for compensation would undo what the training has done.
+        The result with trained weights and all masks at 1. Cut it without images: compensation would undo what the
+        training has learned.
 
     Raises:
-        ConfigError: there are no plans, a training under way had others, or ``distil`` compares tokens that masks
-            cannot take away; else see `slimming.train`.
-        PlanError: a plan is of another model, or cuts a group that was not searched.
+        ConfigError: there are no plans, the training to resume had other plans, or ``distil`` compares tokens that are
+            only masked; for other causes see `slimming.train`.
+        PlanError: a plan was made for another model, or removes units of a group that was not searched.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -90,19 +92,19 @@ def train_slimmable(
     >>> small = slimming.cut(shared.model, slimming.plan(shared, slimming.Budget(macs=0.6)))
     """
     if not plans:
-        raise ConfigError("Give the plans that the training shall serve, such as those of slimming.plans.")
+        raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
     config = config or TrainConfig()
-    # A mask of 1 is what the cut leaves: learned factors are in the weights by then.
+    # Learned factors are folded into the weights first, so that the masks of kept units are 1.
     ones = [dataclasses.replace(plan, fold=False) for plan in plans]
     ones.sort(key=lambda plan: cost(result.model, plan).macs, reverse=True)
     masks = _fresh(result)
-    for plan in ones:  # so that one that does not fit is met before the first step
+    for plan in ones:  # raises before the first step if a plan does not fit
         masks.apply_(plan)
     lost = [g for g in masks.groups if g.kind == "token" and any(len(p.kept[g.name]) < g.size for p in ones)]
     check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
-        InTurn(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
+        SandwichTask(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
         data,
         config,
         directory=Path(directory) if directory is not None else None,
@@ -112,16 +114,16 @@ def train_slimmable(
     )
     if history.averaged is not None:
         masks = _masks_of(history.averaged)
-    open_(masks)
-    # What a search that ends with such masks would have had; a saved result is read by it.
-    asked = dataclasses.replace(result.config, fold=False, norms=False, tokens="bias")
+    unmask_(masks)
+    # The settings that describe the new masks, with which a saved result is loaded.
+    new_config = dataclasses.replace(result.config, fold=False, norms=False, tokens="bias")
     return dataclasses.replace(
-        result, model=masks.model, masks=masks, config=asked, metrics=history.metrics, history=history
+        result, model=masks.model, masks=masks, config=new_config, metrics=history.metrics, history=history
     )
 
 
 def _fresh(result: SearchResult) -> SoftMasks:
-    """Masks of 1 that are not trained, on a copy of the searched model whose own are in its weights."""
+    """New masks of 1 that are not trained, on a copy of the searched model with its masks folded into the weights."""
     model = copy.deepcopy(result.model)
     earlier = _masks_of(model)
     groups = earlier.groups
@@ -141,42 +143,42 @@ def _masks_of(model: nn.Module) -> SoftMasks:
 
 
 def _at(plan: Plan, evaluate: Callable[[nn.Module], dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:
-    """Evaluate the model, or the averaged one, at ``plan``."""
+    """Return ``evaluate`` with the masks of the model set to ``plan``."""
 
-    def judge(model: nn.Module) -> dict[str, float]:
+    def evaluate_at_plan(model: nn.Module) -> dict[str, float]:
         _masks_of(model).apply_(plan)
         return evaluate(model)
 
-    return judge
+    return evaluate_at_plan
 
 
 def check_tokens(distil: DistilConfig | None, lost: Sequence[Group]) -> None:
-    """A masked token is still there, with outputs that no cut model has; comparing it would train for nothing.
+    """Check that distillation does not compare the outputs of tokens that are masked and missing in the cut models.
 
     Args:
-        distil: how the shared weights learn from a teacher, if they do.
-        lost: the groups of tokens that plans cut.
+        distil: settings of the distillation; None without a teacher.
+        lost: token groups from which plans remove tokens.
 
     Raises:
-        ConfigError: outputs of all tokens would be compared, and some are only masked.
+        ConfigError: the outputs of all tokens would be compared.
     """
     compares = distil is not None and (distil.relations or (distil.features and distil.pool == "mean"))
     if compares and lost:
         raise ConfigError(
-            f"Tokens may go ({lost[0].name}), which one training for all budgets only masks: distil.relations, and "
-            "distil.features with pool mean, would compare them too. Drop these, leave tokens out of search.kinds, or "
-            "retrain each budget on its own."
+            f"Plans may remove tokens ({lost[0].name}), which are only masked in one training for all budgets: "
+            "distil.relations, and distil.features with pool mean, would compare them too. Drop these, leave tokens "
+            "out of search.kinds, or retrain each budget separately (retraining: each)."
         )
 
 
-class InTurn:
-    """A task that takes the largest plan, the smallest one, and one between them in turn.
+class SandwichTask:
+    """A task that trains in turn the largest plan, the smallest plan and a random one between them (sandwich rule).
 
     Args:
-        task: what each of them is trained for.
-        masks: of the model, which are set to the plan's.
-        plans: from the largest to the smallest.
-        seed: of the draws.
+        task: the task on which each plan is trained.
+        masks: masks of the model, which are set to the plan.
+        plans: the plans from the largest to the smallest.
+        seed: seed of the random plans.
     """
 
     def __init__(self, task: Task, masks: SoftMasks, plans: Sequence[Plan], seed: int) -> None:
@@ -193,57 +195,55 @@ class InTurn:
         return self.task.loss(model, images, labels)
 
     def choice(self, call: int) -> int:
-        """Which plan the part with this number trains."""
+        """Return the index of the plan that is trained in this call."""
         between = len(self.plans) - 2
         if between < 1:
             return call % len(self.plans)
-        return (0, -1, 1 + mix(self.seed, 3, call) % between)[call % 3]
+        return (0, -1, 1 + derive_seed(self.seed, 3, call) % between)[call % 3]
 
     def before_step(self) -> None:
         """See `Task.before_step`."""
         self.task.before_step()
 
     def stop(self) -> None:
-        """See `Task.stop`; every unit takes part again."""
-        open_(self.masks)
+        """See `Task.stop`; also sets all masks to 1."""
+        unmask_(self.masks)
         self.task.stop()
 
     def digest(self) -> str:
-        """What tells these plans from others."""
+        """Return a digest of the plans."""
         kept = [sorted((name, list(units)) for name, units in plan.kept.items()) for plan in self.plans]
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whose turn it is, of which plans, and the inner task's state."""
+        """Return the number of calls, the digest of the plans, and the state of the inner task."""
         return {"task": self.task.state_dict(), "calls": self.calls, "plans": self.digest()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Load what `state_dict` returned.
 
         Raises:
-            ConfigError: it is of other plans.
+            ConfigError: the state is of other plans.
         """
         if state["plans"] != self.digest():
-            raise ConfigError(
-                "The training was started for other plans; go on with the same, or give another directory."
-            )
+            raise ConfigError("The training was started for other plans; give the same plans, or another directory.")
         self.task.load_state_dict(state["task"])
         self.calls = state["calls"]
 
 
-def open_(masks: SoftMasks) -> None:
-    """Let every unit take part, with a factor of 1."""
+def unmask_(masks: SoftMasks) -> None:
+    """Set all masks to 1."""
     sizes = {group.name: group.size for group in masks.groups}
     masks.apply_(Plan(kept=keep_all(masks.groups), sizes=sizes, fold=False))
 
 
 @torch.no_grad()
-def settle_norms_(model: nn.Module, images: Sequence[Tensor]) -> None:
-    """Take the running statistics of BatchNorms anew, over ``images`` (Yu and Huang, ICCV 2019, section 3.3).
+def recalibrate_batch_norms_(model: nn.Module, images: Sequence[Tensor]) -> None:
+    """Recompute the running statistics of BatchNorms over ``images`` (Yu and Huang, ICCV 2019, section 3.3).
 
     Args:
-        model: cut out of weights that several plans share.
-        images: batches of shape (B, C, H, W); none leaves everything as it is.
+        model: a model that was cut from weights that several plans share.
+        images: batches of shape (B, C, H, W); without images the model is not changed.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or not images:

@@ -1,1 +1,1 @@
-"""The whole job from one configuration: search, cut, retrain, measure, report."""
+"""Run the whole pipeline from one configuration: search, cut, retrain, measure, report."""

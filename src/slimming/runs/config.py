@@ -1,51 +1,71 @@
-"""The settings of a whole run."""
+"""The settings of a run. Imports no PyTorch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from slimming.benchmarking.config import BenchConfig
 from slimming.core.budget import Budget
 from slimming.errors import ConfigError, nearest
-from slimming.retraining.retrain import DistilConfig
-from slimming.runs.setup import ModelConfig
+from slimming.retraining.config import DistilConfig
 from slimming.searching.config import SearchConfig
 from slimming.training.config import DataConfig, TrainConfig
 
 EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
-"""Ways from one search to a retrained model for every budget."""
+"""Ways to retrain the models of all budgets after one search, see `RunConfig`."""
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
-"""Settings that may change between two calls in one directory: what is done already does not depend on them."""
+"""Settings that may change when a run is resumed, since finished work does not depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense model.
+
+    Attributes:
+        name: name of a timm model; ``hf-hub:owner/name`` for a model of slimming, timm or transformers on the hub;
+            ``transformers:owner/name`` or ``transformers:DIRECTORY``; ``torchvision:name``; or a directory that
+            `slimming.save`, timm or transformers wrote.
+        checkpoint: file of local weights (``.safetensors``, or ``.pth`` with tensors only); null loads the pretrained
+            weights of the library.
+        arguments: further arguments of the model's constructor, such as ``img_size`` for timm.
+    """
+
+    name: str
+    checkpoint: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One whole run.
+    """The settings of a run.
 
     Attributes:
         name: title of the report.
-        model: the dense start.
+        model: the dense model.
         data: the images.
-        search: the search.
-        budgets: what is cut.
-        hours: the time that the run may take; it decides how long the search, the retraining and the measurement are
-            where these settings are at their defaults. null leaves all as they say.
-        retraining: ``"each"`` retrains every budget on its own, ``"together"`` all in one training of shared weights
-            (`slimming.train_slimmable`), ``"progressive"`` cuts each from the retrained next larger one.
-        retrain: the training of each cut model, or the one training of all.
-        distil: how it learns from the dense model; null trains on labels only.
-        bench: how time is measured.
+        search: settings of the search.
+        budgets: budgets to which the model is cut.
+        hours: time budget of the run; it determines the lengths of search, retraining and measurement that are at their
+            defaults. null leaves all lengths as they are set.
+        retraining: ``"each"`` retrains every budget separately, ``"together"`` trains all budgets at once with shared
+            weights (`slimming.train_slimmable`), ``"progressive"`` cuts each budget from the retrained model of the
+            next larger one.
+        retrain: settings of the retraining.
+        distil: settings of the distillation from the dense model; null trains on labels only.
+        bench: settings of the latency measurement.
         note: a sentence on the data or the purpose, for the report.
-        latency_table: file of the latency table, where a budget limits the latency.
-        compensate: training images, without their labels, on which it is worked out how what stays can stand in for
-            what goes (see `slimming.pruning.compensation`); 0 cuts without.
-        one_shot: training images, without their labels, from which every budget is also cut without search or training
-            (see `slimming.score`), for comparison; 0 leaves it out.
+        latency_table: file of the latency table, for budgets that limit the latency.
+        compensate: number of training images, used without labels, for the compensation at the cut (see
+            `slimming.pruning.compensation`); 0 cuts without compensation.
+        one_shot: number of training images, used without labels, with which every budget is also cut in one shot,
+            without search or training, for comparison (see `slimming.score`); 0 skips this.
 
     Raises:
-        ConfigError: a number out of range, no budget, one that is given twice, or ``hours`` with nothing to decide.
+        ConfigError: a number is out of range, there is no budget, a budget is given twice, or ``hours`` is given
+            although all lengths are set.
     """
 
     model: ModelConfig
@@ -72,7 +92,7 @@ class RunConfig:
             raise ConfigError("budgets is empty; give at least one, for example: budgets: [{macs: 0.5}].")
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"Budget {name} is given twice; take one of them out.")
+                raise ConfigError(f"Budget {name} is given twice; remove one of them.")
         if self.retraining not in RETRAININGS:
             choices = ", ".join(RETRAININGS)
             hint = nearest(self.retraining, RETRAININGS)
@@ -80,25 +100,25 @@ class RunConfig:
         if self.hours is not None:
             if not 0 < self.hours < math.inf:
                 raise ConfigError(f"hours is {self.hours:g}; give the time that the run may take, such as 0.5.")
-            if not (self.search_is_open or self.retrain_is_open):
+            if not (self.search_length_is_default or self.retrain_length_is_default):
                 raise ConfigError(
-                    "hours has nothing to decide: search.train and retrain both say how long they are. Drop hours, or "
+                    "hours has no effect: the steps or epochs of both search.train and retrain are set. Drop hours, or "
                     "the steps and epochs of one of them."
                 )
 
     @property
-    def search_is_open(self) -> bool:
-        """Whether the length of the search is at its default."""
+    def search_length_is_default(self) -> bool:
+        """Whether ``hours`` determines the length of the search."""
         return _length(self.search.train) == _length(SearchConfig().train)
 
     @property
-    def retrain_is_open(self) -> bool:
-        """Whether the length of the retraining is at its default."""
+    def retrain_length_is_default(self) -> bool:
+        """Whether ``hours`` determines the length of the retraining."""
         return _length(self.retrain) == _length(RETRAIN)
 
     @property
-    def bench_is_open(self) -> bool:
-        """Whether the time to measure is at its default."""
+    def bench_seconds_is_default(self) -> bool:
+        """Whether ``hours`` determines the measuring time."""
         return self.bench.seconds == BenchConfig().seconds
 
 

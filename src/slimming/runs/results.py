@@ -1,4 +1,4 @@
-"""What a run found, as the plain data of ``results.json`` and of provenance files."""
+"""The results of a run as plain data, for ``results.json`` and the provenance of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from slimming.benchmarking.config import BenchConfig
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.core.budget import Budget
-from slimming.core.files import FORMAT
+from slimming.core.files import FORMAT, json_values
 from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.kinds import KINDS
 from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
 from slimming.planning.sensitivity import Sensitivity
 from slimming.pruning.costs import cost
+from slimming.runs.config import RunConfig
 from slimming.searching.mask_search import SearchResult
 from slimming.training.samples import Data, ImageDataset
 
@@ -34,7 +35,7 @@ EXAMPLE_IMAGES = 4
 
 
 def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Return the versions of Python and of the packages on which results depend."""
     names = ("slimming", "torch", "timm", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
@@ -42,21 +43,21 @@ def versions() -> dict[str, str]:
 def measure_all(
     models: Mapping[str, nn.Module], input_shape: Sequence[int], config: BenchConfig
 ) -> dict[str, dict[str, Any]]:
-    """Latency of every model and speed-up over the first, per batch size; all measured in turns."""
+    """Return latency and speed-up over the first model by batch size, for every model; all are measured in turns."""
     reference = next(iter(models))
-    found: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
+    timed: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
     for size in config.batch_sizes:
         times = paired_times(
             models, input_shape, size, runs=config.runs, seconds=config.seconds, runtime=config.runtime
         )
         for name, values in times.items():
-            found[name]["latency_ms"][str(size)] = summary(values).to_dict()
-            found[name]["speedup"][str(size)] = speedup(times[reference], values)
-    return found
+            timed[name]["latency_ms"][str(size)] = summary(values).to_dict()
+            timed[name]["speedup"][str(size)] = speedup(times[reference], values)
+    return timed
 
 
 def dense_entry(model: nn.Module, top1: float, timed: Mapping[str, Any]) -> dict[str, Any]:
-    """The dense model's line of the table."""
+    """Return the table row of the dense model."""
     return {"name": "dense", **_costs(model), "latency_ms": timed["latency_ms"], "top1": top1}
 
 
@@ -69,7 +70,7 @@ def row_entry(
     top1: float,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One budget's line of the table, without the times."""
+    """Return the table row of one budget, without latencies."""
     return {
         "name": budget.name,
         "budget": budget.to_dict(),
@@ -85,24 +86,24 @@ def row_entry(
 
 
 def widths_of(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
-    """How much of each embedding width stays, for models where it can go."""
-    found = [
+    """Return the kept share of each embedding width, for models whose width can be pruned."""
+    widths = [
         {"name": group.name, "kept": len(plan.kept.get(group.name, range(group.size))), "of": group.size}
         for group in anatomy.groups
         if group.kind == "width"
     ]
-    return {"widths": found} if found else {}
+    return {"widths": widths} if widths else {}
 
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
-    """What stays in each block under ``plan``, in the order of the dense model's heads."""
+    """Return the kept units of each block under ``plan``, with heads in the order of the dense model."""
     kept = resolve(anatomy, plan.kept)
     rows = grid_of(anatomy)
     layers: dict[str, dict[str, Any]] = {}
     with_dimensions = {group.site for group in anatomy.groups if group.kind == "head_dim"}
     for group in anatomy.groups:
         if KINDS[group.kind].on_request:
-            continue  # a branch that went shows as its inner units, which went with it
+            continue  # a removed branch is visible from its inner units, which are removed with it
         layer = layers.setdefault(_layer_of(group), {})
         if group.role in ("qk", "v"):
             heads = layer.setdefault("heads", [{"qk": n, "v": n, "of": n} for n in group.limits.parts])
@@ -129,14 +130,14 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _layer_of(group: Group) -> str:
-    """The name under which a report shows a group: its block in a Vision Transformer, else its module."""
+    """The name under which reports show a group: its block in a Vision Transformer, else its module."""
     if group.kind == "channel":
         return group.site
     return group.name.split(".attn")[0].split(".mlp")[0].removesuffix(".tokens")
 
 
 def grid_of(anatomy: Anatomy) -> list[int]:
-    """Rows and columns of the patch grid: as square as the number of positions and the image allow."""
+    """Return rows and columns of the patch grid, from the number of positions and the aspect ratio of the image."""
     sites = [group.token for group in anatomy.groups if group.token is not None]
     if not sites:
         return [0, 0]
@@ -146,15 +147,15 @@ def grid_of(anatomy: Anatomy) -> list[int]:
     return [rows, count // rows]
 
 
-def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Where a slim model comes from, for its checkpoint."""
+def provenance(config: RunConfig, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return the provenance of a slim model, for its checkpoint."""
     digest = hashlib.sha256()
     for name in sorted(result.scores):
         digest.update(name.encode() + result.scores[name].numpy().tobytes())
     return {
         "base": result.anatomy.structure.base,
         "data": dataclasses.asdict(config.data),
-        "settings": plain(config),
+        "settings": json_values(config),
         "plan": plan.to_dict(),
         "scores_sha256": digest.hexdigest(),
         "metrics": dict(metrics),
@@ -164,7 +165,7 @@ def provenance(config: Any, result: SearchResult, plan: Plan, metrics: Mapping[s
 
 
 def results_of(
-    config: Any,
+    config: RunConfig,
     dense: PrunableModel,
     data: Data,
     dense_row: dict[str, Any],
@@ -172,7 +173,7 @@ def results_of(
     result: SearchResult,
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of ``results.json``."""
+    """Return the content of ``results.json``."""
     anatomy = dense.anatomy
     return {
         "format": FORMAT,
@@ -194,31 +195,23 @@ def results_of(
         },
         "machine": machine(),
         "versions": versions(),
-        "settings": plain(config),
+        "settings": json_values(config),
         "dense": dense_row,
         "rows": rows,
         "search": {
             "log": "search/log.jsonl",
             "seconds": seconds,
             "masks": _histograms(result),
-            "sensitivity": _measured(result.sensitivity),
+            "sensitivity": _sensitivity_points(result.sensitivity),
         },
         "images": examples(data),
     }
 
 
-def _measured(sensitivity: Sensitivity | None) -> dict[str, Any]:
-    """What cutting each kind alone does; empty if it was not measured."""
+def _sensitivity_points(sensitivity: Sensitivity | None) -> dict[str, Any]:
+    """The measurements of each kind; empty if sensitivity was not measured."""
     curves = {} if sensitivity is None else sensitivity.curves
     return {kind: [{"kept": kept, "loss": loss} for kept, loss in curve] for kind, curve in curves.items()}
-
-
-def plain(config: Any) -> Any:
-    """A dataclass as JSON values: tuples become lists, missing budgets are left out."""
-    value = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _now() -> str:
@@ -230,48 +223,48 @@ def _length(images: Any) -> int | None:
 
 
 def _costs(model: nn.Module) -> dict[str, int]:
-    found = cost(model)
-    return {"params": found.params, "macs": found.macs, "memory_bytes": found.memory_bytes}
+    total_cost = cost(model)
+    return {"params": total_cost.params, "macs": total_cost.macs, "memory_bytes": total_cost.memory_bytes}
 
 
 def _histograms(result: SearchResult) -> dict[str, Any]:
-    """Distribution of the mask factors per kind, and their values per group."""
-    found: dict[str, Any] = {}
+    """Histogram of the mask factors of each kind, and their values by group."""
+    histograms: dict[str, Any] = {}
     factors = {group.name: result.masks.factor(group).detach().float().cpu() for group in result.masks.groups}
     for kind in dict.fromkeys(group.kind for group in result.masks.groups):
-        own = {group.name: factors[group.name] for group in result.masks.of_kind(kind)}
-        values = torch.cat(list(own.values()))
+        of_kind = {group.name: factors[group.name] for group in result.masks.of_kind(kind)}
+        values = torch.cat(list(of_kind.values()))
         low, high = float(values.min()), float(values.max())
         if high - low < 1e-6:
             low, high = low - 0.5, high + 0.5
         counts = torch.histc(values, HISTOGRAM_BINS, low, high)
-        found[kind] = {
+        histograms[kind] = {
             # In float64: in float32 the edges of a narrow range would coincide.
             "edges": torch.linspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist(),
             "counts": [int(count) for count in counts],
-            "by_layer": {name: [round(v, 4) for v in factor.tolist()] for name, factor in own.items()},
+            "by_layer": {name: [round(v, 4) for v in factor.tolist()] for name, factor in of_kind.items()},
         }
-    return found
+    return histograms
 
 
 def examples(data: Data) -> list[dict[str, str]]:
-    """A few validation images of different classes, as the model sees them, as PNG."""
+    """Return `EXAMPLE_IMAGES` preprocessed validation images of different classes, as PNG."""
     if not isinstance(data.val, ImageDataset):
         return []
-    found: list[dict[str, str]] = []
+    entries: list[dict[str, str]] = []
     seen: set[int] = set()
     for index, label in enumerate(data.val.labels.tolist()):
         if label in seen:
             continue
         seen.add(label)
-        found.append({"label": data.classes[label], "png": _png(data.val[index].image)})
-        if len(found) == EXAMPLE_IMAGES:
+        entries.append({"label": data.classes[label], "png": _png(data.val[index].image)})
+        if len(entries) == EXAMPLE_IMAGES:
             break
-    return found
+    return entries
 
 
 def _png(image_CHW: Tensor) -> str:
-    """A normalised image as base64 PNG, stretched back to the full range of bytes."""
+    """A normalised image as base64 PNG, rescaled to the range 0 to 255."""
     low, high = image_CHW.min(), image_CHW.max()
     scaled = ((image_CHW - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
     pixels = scaled.permute(1, 2, 0).numpy()

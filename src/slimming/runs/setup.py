@@ -1,11 +1,9 @@
-"""Opening what a run starts from: a model by its name or file, and images as it takes them."""
+"""Open the model and the data of a run: `open_model`, `open_data` and `load_images`."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +15,26 @@ from slimming.masks.attachment import prunable
 from slimming.models.create import create_dense
 from slimming.models.directories import CONFIG, open_directory
 from slimming.models.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
+from slimming.runs.config import ModelConfig
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
 from slimming.training.data import open_data as open_images
-from slimming.training.data import open_pictures
+from slimming.training.data import open_unlabelled
 from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The dense start.
-
-    Attributes:
-        name: a timm model name; ``hf-hub:owner/name``, a model of slimming, timm or transformers on the hub;
-            ``transformers:owner/name`` or ``transformers:DIRECTORY``; ``torchvision:name``; or a directory that
-            `slimming.save`, timm or transformers wrote.
-        checkpoint: local weights (``.safetensors``, or ``.pth`` of plain tensors); null takes the host's
-            pretrained ones.
-        arguments: further arguments of the host's constructor, such as timm's ``img_size``.
-    """
-
-    name: str
-    checkpoint: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
 def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.Module, list[str]]:
-    """Open the dense start; also gives notes for the user on what was replaced.
+    """Open the dense model; also return notes for the user about replaced parts.
+
+    Args:
+        config: name, weights and arguments of the model.
+        classes: number of classes that the classifier must have; another classifier is replaced by an untrained one.
 
     Raises:
-        UnsupportedModelError: unknown model, or arguments that it does not take.
-        CheckpointError: weights that are missing, damaged, of another model, or a pickle of more than tensors; or the
-            hub has no such repository, or cannot be reached.
+        UnsupportedModelError: the model is unknown, or does not take the arguments.
+        CheckpointError: the weights are missing, damaged, of another model, or a pickle with more than tensors; or the
+            hub has no such repository or cannot be reached.
     """
     addressed = hub.is_address(config.name)
     if not (Path(config.name).is_dir() or (addressed and config.checkpoint is None)):
@@ -58,32 +43,32 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
     if (path / checkpoint.STRUCTURE).exists() or not (path / CONFIG).exists():
         if config.checkpoint is not None or config.arguments:
             raise ConfigError(
-                f"{config.name} is a whole model: model.checkpoint and model.arguments have no effect; drop them."
+                f"{config.name} is a saved model: model.checkpoint and model.arguments have no effect; drop them."
             )
         model = checkpoint.load(path)
     elif config.checkpoint is not None:
-        raise ConfigError(f"{config.name} has weights of its own: model.checkpoint has no effect; drop it.")
+        raise ConfigError(f"{config.name} contains weights: model.checkpoint has no effect; drop it.")
     else:
         model = open_directory(path, config.arguments) if config.arguments else checkpoint.load(path)
     known = classes_of(model)
     if classes is None or known == classes:
         return model, []
     reset_classes_(model, classes)
-    note = f"{config.name} knows {known} classes; its classifier was replaced by an untrained one for {classes}."
+    note = f"{config.name} has {known} classes; its classifier was replaced by an untrained one for {classes}."
     return model, [note]
 
 
 def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
-    """Open images for ``model``: its own input size, normalisation, interpolation and crop.
+    """Open the data for ``model``, with the input size, normalisation, interpolation and crop of the model.
 
     Args:
-        config: where the images are.
+        config: the data.
         model: a model that a family reads.
-        seed: decides the augmentation.
+        seed: seed of the augmentation.
 
     Raises:
-        DataError: no such data, an empty class, one class only, labels out of range, splits that differ, or a mean
-            or std of another number of channels.
+        DataError: there is no such data, a class is empty, there is only one class, labels are out of range, the
+            classes of the splits differ, or mean or std have another number of channels.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -97,14 +82,14 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
 
 
 def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
-    """Read some training images as ``model`` takes them, without labels: for `slimming.score` and `slimming.cut`.
+    """Read calibration images, preprocessed for ``model``, without labels: for `slimming.score` and `slimming.cut`.
 
     Args:
-        source: a folder of images, in class folders or not, a Parquet file (it needs no labels) or a tar shard, or
-            anything else that `DataConfig` takes.
+        source: a folder of images with or without class folders, a Parquet file (labels are not needed), a tar shard,
+            or any other source of `DataConfig`.
         model: a model that a family reads.
-        images: how many, or all if there are fewer.
-        seed: which ones.
+        images: number of training images; all if there are fewer.
+        seed: seed of the choice of images.
 
     Returns:
         Batches of shape (B, C, H, W).
@@ -123,49 +108,52 @@ def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int =
 
 
 def read_images(config: DataConfig, model: nn.Module, images: int, *, seed: int = 0) -> list[Tensor]:
-    """`load_images` of data with settings of its own; what it says of augmentation is left out.
+    """Read calibration images from ``config`` without augmentation, see `load_images`.
 
     Raises:
         ConfigError: ``images`` is below 1.
         DataError: there are no images.
     """
     config = dataclasses.replace(config, augment="none")
-    found = open_pictures(config, image_spec(config, model))
-    data = Data(found, [], ()) if found is not None else open_data(config, model, seed)
+    pictures = open_unlabelled(config, image_spec(config, model))
+    data = Data(pictures, [], ()) if pictures is not None else open_data(config, model, seed)
     return calibration_images(data, images, seed=seed)
 
 
 def image_spec(config: DataConfig, model: nn.Module) -> ImageSpec:
-    """What the model takes, with what the data says otherwise."""
+    """Return the input specification of the model, with the mean and std of ``config`` if they are given."""
     spec = dataclasses.replace(ImageSpec.of_model(model), input_size=prunable(model).anatomy.input_shape)
     channels = spec.input_size[0]
-    if len(spec.mean) != channels:  # a model for grey images keeps the three numbers of its ImageNet entry
+    if len(spec.mean) != channels:  # models for grey images have the three values of their ImageNet entry
         grey = {name: (sum(value) / len(value),) * channels for name, value in (("mean", spec.mean), ("std", spec.std))}
         spec = dataclasses.replace(spec, **grey)
-    asked = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
-    for name, value in asked.items():
+    given = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
+    for name, value in given.items():
         if len(value) != channels:
-            raise DataError(f"data.{name} has {len(value)} numbers, the model's images {channels} channels.")
-    return dataclasses.replace(spec, **asked)
+            raise DataError(
+                f"data.{name} has {len(value)} numbers, the model's images have {channels} channels. Give one number "
+                "per channel."
+            )
+    return dataclasses.replace(spec, **given)
 
 
 def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) -> tuple[nn.Module, Data, list[str]]:
-    """Open model and data and make them fit: the classifier follows the data's classes.
+    """Open the model and the data, and give the model a classifier for the classes of the data.
 
-    The names of the classes, and the mean and std of the images, travel with the model from here on.
+    The names of the classes and the mean and std of the images are stored in the model.
 
     Args:
         model_config: the model.
-        data_config: the images.
-        seed: decides the augmentation, and the weights of a new classifier.
+        data_config: the data.
+        seed: seed of the augmentation and of the weights of a new classifier.
 
     Returns:
-        The model, the data, and notes for the user on what was replaced.
+        The model, the data, and notes for the user about replaced parts.
 
     Raises:
         SlimmingError: see `open_model`, `open_data` and `check_input`.
     """
-    # A run that goes on must meet the same new classifier again.
+    # A resumed run must get the same new classifier.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, notes = open_model(model_config)
@@ -175,13 +163,13 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
             model, notes = open_model(model_config, classes=len(data.classes))
     name_classes(model, data.classes)
     spec = image_spec(data_config, model)
-    give_image_settings_(model, {"mean": spec.mean, "std": spec.std})  # what the model is trained on from here
+    give_image_settings_(model, {"mean": spec.mean, "std": spec.std})  # those on which the model is trained
     return model, data, notes
 
 
 @torch.no_grad()
 def check_input(model: nn.Module) -> None:
-    """Check that ``model`` takes images of the size that it was made for.
+    """Check that ``model`` accepts images of the size that its anatomy names.
 
     Raises:
         UnsupportedModelError: it does not.
@@ -194,7 +182,7 @@ def check_input(model: nn.Module) -> None:
             model(image)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, shape[1:]))
-        reason = (str(error).strip().splitlines() or [f"its forward ends in {type(error).__name__}."])[0]
+        reason = (str(error).strip().splitlines() or [f"its forward raises {type(error).__name__}."])[0]
         raise UnsupportedModelError(
-            f"The model does not take images of {size} pixels: {reason} Give another img_size in model.arguments."
+            f"The model does not accept images of {size} pixels: {reason} Give another img_size in model.arguments."
         ) from error

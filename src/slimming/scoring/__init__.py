@@ -1,1 +1,1 @@
-"""Score units without a search."""
+"""Score the units of a model, which ranks them for removal."""

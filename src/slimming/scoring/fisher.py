@@ -1,4 +1,7 @@
-"""Slopes of the log-likelihood along the factor of each unit: to second order, what cutting it does to the outputs."""
+"""Fisher scores: mean squared derivatives of the log-likelihood with respect to a factor on each unit.
+
+Half of it approximates, to second order, the KL divergence between the outputs with and without the unit.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from slimming.models.activations import add_up, own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
-from slimming.training.images import mix
-from slimming.training.tasks import both_heads
+from slimming.training.images import derive_seed
+from slimming.training.tasks import logits_by_head
 
-AT_ONCE, DRAWS = 8, 2
-"""Images per backward pass where labels are drawn, and how often they are: more passes make less noise."""
+IMAGES_PER_PASS, DRAWS = 8, 2
+"""Images per backward pass with drawn labels, and number of draws per image: more passes reduce the noise."""
 
 
 @torch.enable_grad()
@@ -33,68 +36,71 @@ def fisher_scores(
     seed: int = 0,
     after: Plan | None = None,
 ) -> dict[str, Tensor]:
-    """Half the mean square of the log-likelihood's slope along the factor of each unit, over single images.
+    """Return half the mean square, over single images, of the log-likelihood's derivative along each unit's factor.
 
     Args:
-        prunable: a plain model in evaluation mode; it stays as it is.
-        groups: some of its groups.
-        batches: the same on every process.
-        drawn: take labels drawn from what the model says, in place of those of the batches.
-        seed: of the draws.
-        after: a plan of those groups; the slopes are those of the model that it has cut.
+        prunable: a model without masks in evaluation mode; it is not changed.
+        groups: groups of the model.
+        batches: calibration images, the same on every process.
+        drawn: whether labels are drawn from the model's predictions, or taken from the batches.
+        seed: seed of the draws.
+        after: a plan for these groups; the scores are those of the model cut by it.
 
     Returns:
-        Group name -> one number per unit, shape (size,).
+        Group name -> score of each unit, shape (size,).
 
     Raises:
-        NonFiniteLossError: the model's outputs or their slopes are not finite.
+        NonFiniteLossError: the model's outputs or their gradients are not finite.
+        ConfigError: ``drawn`` is False and the model has no classes.
     """
-    own_copy = prunable.copy()
-    model = own_copy.model.requires_grad_(False)
-    masks = attach_(own_copy, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
+    copied = prunable.copy()
+    model = copied.model.requires_grad_(False)
+    masks = attach_(copied, groups, penalty=dict.fromkeys([group.kind for group in groups], 0.0))
     if after is not None:
         masks.apply_(after)
-    own = {name: mask.requires_grad_(True) for name, mask in masks.items()}
-    squares = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in own.items()}
+    factors = {name: mask.requires_grad_(True) for name, mask in masks.items()}
+    squares = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in factors.items()}
     like = next(model.parameters())
     count = torch.zeros((), dtype=torch.float64, device=like.device)
-    # Slopes for drawn labels are 0 on average, so the square of their sum over images is the sum of squares.
-    at_once = AT_ONCE if drawn else 1
+    # Gradients for drawn labels have mean 0, so the expected square of their sum over images is the sum of squares.
+    size = IMAGES_PER_PASS if drawn else 1
     parts = [
-        pair for one in batches for pair in zip(one.images.split(at_once), one.labels.split(at_once), strict=False)
+        part for batch in batches for part in zip(batch.images.split(size), batch.labels.split(size), strict=False)
     ]
     draws = DRAWS if drawn else 1
-    loss = _log_likelihood if classes_of(model) > 1 else _projection
+    loss = _negative_log_likelihood if classes_of(model) > 1 else _random_projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
-        dice = torch.Generator().manual_seed(mix(seed, number))
-        output, _ = both_heads(model(images.to(like.device, like.dtype)))
+        generator = torch.Generator().manual_seed(derive_seed(seed, number))
+        output, _ = logits_by_head(model(images.to(like.device, like.dtype)))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
         for draw in range(draws):
-            value = loss(output.float(), None if drawn else labels.to(like.device), dice)
-            found = torch.autograd.grad(value, list(own.values()), retain_graph=draw + 1 < draws, allow_unused=True)
-            for total, slope in zip(squares.values(), found, strict=True):
-                if slope is not None:
-                    total += slope.double().square()
+            value = loss(output.float(), None if drawn else labels.to(like.device), generator)
+            grads = torch.autograd.grad(value, list(factors.values()), retain_graph=draw + 1 < draws, allow_unused=True)
+            for total, grad in zip(squares.values(), grads, strict=True):
+                if grad is not None:
+                    total += grad.double().square()
             count += len(images)
     add_up(count, *squares.values())
     result = {name: (total / count / 2).float().cpu() for name, total in squares.items()}
-    if not all(bool(torch.isfinite(one).all()) for one in result.values()):
-        raise NonFiniteLossError("The slopes of the model's outputs are not finite. Check its weights and the images.")
+    if not all(bool(torch.isfinite(score).all()) for score in result.values()):
+        raise NonFiniteLossError(
+            "The gradients of the model's outputs are not finite. Check its weights and the images."
+        )
     return result
 
 
-def _log_likelihood(logits: Tensor, labels: Tensor | None, dice: torch.Generator) -> Tensor:
-    """Sum over images of the cross-entropy with their labels, or with labels drawn as the logits (B, K, …) say."""
+def _negative_log_likelihood(logits: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Sum over images of the cross-entropy with the labels, or with labels drawn from the logits (B, K, …)."""
     if labels is None:
-        shares = logits.detach().softmax(1).movedim(1, -1)
-        drawn = torch.multinomial(shares.reshape(-1, shares.shape[-1]).cpu(), 1, generator=dice)
-        labels = drawn.to(logits.device).reshape(shares.shape[:-1])
+        probabilities = logits.detach().softmax(1).movedim(1, -1)
+        drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]).cpu(), 1, generator=generator)
+        labels = drawn.to(logits.device).reshape(probabilities.shape[:-1])
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def _projection(features: Tensor, labels: Tensor | None, dice: torch.Generator) -> Tensor:
-    """Sum of features along a drawn direction: the log-likelihood's slope where features have normal noise."""
+def _random_projection(features: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Sum of features times normal noise: its gradient is that of the log-likelihood of features with normal noise."""
     if labels is not None:
-        raise ConfigError("Score 'taylor' needs a model that tells classes apart; take score 'compensated'.")
-    return (features * torch.randn(features.shape, generator=dice).to(features.device)).sum()
+        raise ConfigError("Score 'taylor' needs a model with a classifier; take score 'compensated'.")
+    return (features * torch.randn(features.shape, generator=generator).to(features.device)).sum()

@@ -1,9 +1,9 @@
-"""Iterative scores: what cutting each unit costs when other units of its kind were cut before it.
+"""Iterative scores: the cost of removing each unit after other units of its kind were removed.
 
-Scores of single units in the whole model say little about what happens when many go. Hidden units, head dimensions and
-channels can stand in for one another, see `slimming.scoring.redundancy`. Tokens, blocks and embedding features cannot:
-each costs more the fewer are left. Units of these kinds are therefore removed in a few rounds, each ranked by the
-Fisher scores of the model that the rounds before left (Molchanov et al., ICLR 2017, alternate scoring and pruning).
+The scores of single units in the dense model say little about removing many. Hidden units, head dimensions and channels
+can be replaced by others, see `slimming.scoring.redundancy`. Tokens, blocks and embedding features cannot: each costs
+more the fewer are left. Units of these kinds are therefore removed in five rounds, each ranked by the Fisher scores of
+the model after the rounds before (Molchanov et al., ICLR 2017, alternate scoring and pruning).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from slimming.scoring.redundancy import redundancy_scores
 from slimming.training.batches import Batch
 
 IN_ROUNDS = ("token", "block", "width")
-"""Kinds whose units do not make up for each other."""
+"""Kinds whose units cannot be replaced by others."""
 SHARES = (0.8, 0.6, 0.4, 0.2)
-"""Shares of the units of a kind that stay after each round."""
+"""Share of the units of a kind that is kept after each round but the last."""
 TINY = 1e-30
-"""The least score of a unit that is still there: those that went come before it."""
+"""Smallest score of a remaining unit, so that removed units rank before it."""
 
 
 def iterative_scores(
@@ -38,28 +38,28 @@ def iterative_scores(
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What cutting each unit costs at its turn.
+    """Return the cost of each unit at the moment of its removal.
 
     Args:
-        prunable: a plain model in evaluation mode; it stays as it is.
-        groups: some of its groups.
-        alone: what cutting each unit alone costs, at least 0, shape (size,) per group, see
+        prunable: a model without masks in evaluation mode; it is not changed.
+        groups: groups of the model.
+        alone: cost of removing each unit alone, at least 0, shape (size,) per group, see
             `slimming.scoring.fisher.fisher_scores`.
-        batches: the same on every process; their labels are not used.
-        seed: of the labels drawn.
+        batches: calibration images, the same on every process; their labels are not used.
+        seed: seed of the drawn labels.
 
     Returns:
         Group name -> cost of each unit, shape (size,).
 
     Raises:
-        NonFiniteLossError: the outputs of the model or their slopes are not finite.
+        NonFiniteLossError: the model's outputs or their gradients are not finite.
     """
-    found = redundancy_scores(prunable.model, groups, alone, [batch.images for batch in batches])
+    scores = redundancy_scores(prunable.model, groups, alone, [batch.images for batch in batches])
     for kind in IN_ROUNDS:
-        own = [group for group in groups if group.kind == kind]
-        if own:
-            found |= _in_rounds(prunable, own, {group.name: alone[group.name] for group in own}, batches, seed)
-    return found
+        of_kind = [group for group in groups if group.kind == kind]
+        if of_kind:
+            scores |= _in_rounds(prunable, of_kind, {group.name: alone[group.name] for group in of_kind}, batches, seed)
+    return scores
 
 
 def _in_rounds(
@@ -69,34 +69,41 @@ def _in_rounds(
     batches: Sequence[Batch],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Costs of the units of one kind: the slope in the round in which a unit went, and no less than those before it."""
+    """Costs of the units of one kind: the score in the round of removal, at least the largest of the rounds before."""
     kind, anatomy = groups[0].kind, prunable.anatomy
-    costs, now = {name: torch.zeros_like(score) for name, score in alone.items()}, alone
-    stays = {name: torch.ones_like(score, dtype=torch.bool) for name, score in alone.items()}
+    costs, current = {name: torch.zeros_like(score) for name, score in alone.items()}, alone
+    remaining = {name: torch.ones_like(score, dtype=torch.bool) for name, score in alone.items()}
     floor = 0.0
     for number, share in enumerate((*SHARES, 0.0)):
-        dear = 1 + max(score.max().item() for score in now.values())
-        ranked = {name: half_later(score.clamp_min(TINY), stays[name], dear) for name, score in now.items()}
+        offset = 1 + max(score.max().item() for score in current.values())
+        ranked = {
+            name: raise_upper_half(score.clamp_min(TINY), remaining[name], offset) for name, score in current.items()
+        }
         planner = Planner(anatomy, ranked, FREE, lambda kept: {})
-        plan = planner.plan(Budget(keep={kind: share}), fold=True) if share > planner.least(kind) else None
-        going = {}
-        for name, left in stays.items():
-            going[name] = left.clone()
+        plan = (
+            planner.plan(Budget(keep={kind: share}), fold=True) if share > planner.smallest_keep_ratio(kind) else None
+        )
+        removed = {}
+        for name, units_left in remaining.items():
+            removed[name] = units_left.clone()
             if plan is not None:
-                going[name][list(plan.kept[name])] = False
-            costs[name][going[name]] = now[name][going[name]].clamp_min(floor)
-        floor = max((costs[name][gone].max().item() for name, gone in going.items() if gone.any()), default=floor)
+                removed[name][list(plan.kept[name])] = False
+            costs[name][removed[name]] = current[name][removed[name]].clamp_min(floor)
+        floor = max((costs[name][units].max().item() for name, units in removed.items() if units.any()), default=floor)
         if plan is None:
             return costs
-        stays = {name: left & ~going[name] for name, left in stays.items()}
-        now = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
+        remaining = {name: units_left & ~removed[name] for name, units_left in remaining.items()}
+        current = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
     return costs
 
 
-def half_later(scores: Tensor, stays: Tensor, dear: float) -> Tensor:
-    """Scores by which no group loses more than half of what it has left while others can; 0 for what has gone."""
-    left = int(stays.sum())
-    last = torch.where(stays, scores, -torch.inf).topk(left // 2).indices
-    result = torch.where(stays, scores, 0.0)
-    result[last] += dear
+def raise_upper_half(scores: Tensor, remaining: Tensor, offset: float) -> Tensor:
+    """Return scores by which no group loses more than half of its remaining units while other groups can lose some.
+
+    The upper half of the remaining scores is raised by ``offset``; removed units get 0.
+    """
+    count = int(remaining.sum())
+    upper = torch.where(remaining, scores, -torch.inf).topk(count // 2).indices
+    result = torch.where(remaining, scores, 0.0)
+    result[upper] += offset
     return result

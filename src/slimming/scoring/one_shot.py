@@ -1,4 +1,4 @@
-"""Scores without a search: some hundred images, without labels, say in minutes what each unit matters."""
+"""One-shot scores: rank units without training, from 128 to 512 unlabelled images."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import Tensor, nn
 
 from slimming.core.layout import Layout
 from slimming.errors import DataError, PlanError
-from slimming.masks.attachment import independent, prunable, searched
+from slimming.masks.attachment import independent, prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
-from slimming.planning.scores import Scored, Scores
+from slimming.planning.scores import HasScores, ScoredModel
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
 from slimming.training.samples import Data
 
 NO_LABEL = -1
+"""Label of images that were given without labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneShot(Scored):
-    """What `score` found: a model to cut, one score per unit, and the images that it took.
+class OneShot(HasScores):
+    """The result of `score`: a model to cut, the scores of its units, and the images that were used.
 
     Attributes:
-        prunable: a copy of the model that was given, with what was read in it.
-        scores: group name -> score of each unit, shape (size,): an estimate of how much the loss grows without it.
-        how: which score.
-        images: the batches, shape (B, C, H, W), for `slimming.cut` to compensate with.
-        layout: which sizes plans give to the layers.
+        prunable: a copy of the given model, with its anatomy.
+        scores: group name -> score of each unit, shape (size,): the estimated increase of the loss without the unit.
+        how: name of the score.
+        images: the batches, shape (B, C, H, W), for the compensation in `slimming.cut`.
+        layout: sizes that plans may give to the layers.
     """
 
     prunable: PrunableModel
@@ -42,13 +43,13 @@ class OneShot(Scored):
 
     @property
     def model(self) -> nn.Module:
-        """The copy: in evaluation mode, with attention heads in the bases in which they are best cut."""
+        """The copy in evaluation mode, with rotated attention heads if ``rotate`` was True."""
         return self.prunable.model
 
     @property
-    def rating(self) -> Scores:
+    def scored(self) -> ScoredModel:
         """The scores, for `slimming.plan`."""
-        return Scores(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
+        return ScoredModel(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
 def score(
@@ -62,28 +63,29 @@ def score(
     layout: Layout | None = None,
     seed: int = 0,
 ) -> OneShot:
-    """Score every unit without training: for slim models in minutes, from a few hundred images, without labels.
+    """Score every unit without training, which takes minutes on 128 to 512 images without labels.
 
-    Cut the model in the result, and give `slimming.cut` the images there, so that what stays makes up for what goes.
-    Under several processes each must call this, and `slimming.cut` with images, with the same arguments.
+    Cut the model of the result with ``images=result.images``, so that the removed units are compensated. With several
+    processes, each must call this function, and `slimming.cut` with images, with the same arguments.
 
     Args:
-        model: a dense or slim model without masks, which stays as it is.
-        data: its training part is read, see `slimming.open_data`; or batches of images, shape (B, C, H, W).
+        model: a dense or slim model without masks; it is not changed.
+        data: data whose training images are used, see `slimming.open_data`; or batches of images, shape (B, C, H, W).
         how: one of `slimming.scoring.registry.SCORES`: ``"compensated"``, ``"fisher"``, ``"taylor"`` (needs labels) or
-            ``"contribution"`` (of the weights alone). Without a classifier, Fisher scores are those of its features.
-        images: how many of the training images.
-        kinds: kinds of units to score; None takes those that `slimming.attach` takes.
-        rotate: give attention heads other bases first, see `slimming.scoring.rotation`.
-        layout: which sizes plans give to the layers.
-        seed: of the choice of images and of the labels drawn.
+            ``"contribution"`` (from the weights alone). For a model without a classifier, Fisher scores are those of
+            its features.
+        images: number of training images.
+        kinds: kinds of units to score; None selects the default kinds of `slimming.attach`.
+        rotate: whether to change the bases of attention heads first, see `slimming.scoring.rotation`.
+        layout: sizes that plans may give to the layers.
+        seed: seed of the choice of images and of the drawn labels.
 
     Raises:
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks.
-        ConfigError: no such score, no such kind in the model, or ``images`` below 1.
-        DataError: labels are needed and not there.
-        NonFiniteLossError: the model's outputs or their slopes are not finite.
+        ConfigError: there is no such score, the model has no such kind, or ``images`` is below 1.
+        DataError: the score needs labels and the data has none.
+        NonFiniteLossError: the model's outputs or their gradients are not finite.
 
     >>> import timm, torch, slimming
     >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
@@ -99,18 +101,18 @@ def score(
     batches = _batches(data, images, seed)
     if chosen.needs_labels and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
         raise DataError(f"Score {how!r} needs labels: give data that has them, or take score 'compensated'.")
-    own = prunable(model).copy()
-    own.model.eval()
-    pictures = [batch.images for batch in batches]
+    copied = prunable(model).copy()
+    copied.model.eval()
+    image_batches = [batch.images for batch in batches]
     if rotate:
-        rotate_(own, pictures)
-    groups = searched(independent(own.anatomy.groups), kinds)
-    scores = chosen.function(Request(prunable=own, groups=groups, batches=batches, seed=seed))
-    return OneShot(prunable=own, scores=scores, how=how, images=pictures, layout=layout or Layout())
+        rotate_(copied, image_batches)
+    groups = select_kinds(independent(copied.anatomy.groups), kinds)
+    scores = chosen.function(Request(prunable=copied, groups=groups, batches=batches, seed=seed))
+    return OneShot(prunable=copied, scores=scores, how=how, images=image_batches, layout=layout or Layout())
 
 
 def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batch]:
-    """The first training images, or all that were given."""
+    """Calibration images of the data, or the given batches without labels."""
     if isinstance(data, Data):
         return calibration_batches(data, images, seed=seed)
     given = [data] if isinstance(data, Tensor) else list(data)

@@ -1,11 +1,11 @@
-"""Order units for removal, assuming that the layers that read them are refitted after each step.
+"""Redundancy scores: order units for removal, assuming that the layers that read them are refitted after each step.
 
-A unit whose values can be predicted from those of other units costs little once the layers that read it are compensated
-(see `slimming.pruning.compensation`): only the unpredictable part is lost, so its importance is multiplied by that
-part's share of its power. Two identical units predict each other, and only one of them may go. Units are therefore
-removed a few at a time, and the inverse covariance of those that are left is updated after each step: its diagonal
-holds the reciprocals of the unpredicted variances (Hassibi and Stork, NeurIPS 1992; for structures, ZipLM,
-NeurIPS 2023).
+If a unit can be predicted from other units, removing it costs little once the layers that read it are compensated (see
+`slimming.pruning.compensation`): only the unpredictable part is lost, so the importance of the unit is multiplied by
+the share of this part in its power. Of two identical units, which predict each other, only one can be removed at this
+low cost. Units are therefore removed a few at a time, and the inverse covariance of the remaining units is updated
+after each step: the reciprocals of its diagonal are the unpredicted variances (Hassibi and Stork, NeurIPS 1992; for
+structures, ZipLM, NeurIPS 2023).
 """
 
 from __future__ import annotations
@@ -30,42 +30,44 @@ from slimming.models.activations import (
 )
 
 STEPS = 40
-"""In so many steps the units of a group go."""
+"""Number of steps in which the units of a group are removed."""
 READERS = 4
-"""Of the layers that read one group, at most so many are looked at, spread over the model."""
+"""Largest number of the layers that read a group to evaluate, spread over the model."""
 
 
 @torch.no_grad()
 def redundancy_scores(
     model: nn.Module, groups: Sequence[Group], importance: Mapping[str, Tensor], images: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """What cutting each unit costs at its turn, when the units of its group go one after the other.
+    """Return the cost of each unit at the moment of its removal, with the units of a group removed one after the other.
 
     Args:
-        model: plain, in evaluation mode.
-        groups: of that model.
-        importance: what cutting each unit alone costs without compensation, at least 0, shape (size,) per group.
+        model: a model without masks in evaluation mode.
+        groups: groups of the model.
+        importance: cost of removing each unit alone without compensation, at least 0, shape (size,) per group.
         images: batches of shape (B, C, H, W), the same on every process.
 
     Returns:
-        Per group the costs, shape (size,); the importance itself where no layer reads the units directly, as with
-        queries, tokens, features of the embedding and whole branches.
+        Group name -> costs, shape (size,). For units that no layer reads directly, such as queries, tokens, features of
+        the embedding and whole branches, these are the importance.
     """
     result = {group.name: importance[group.name] for group in groups}
-    found = {group.name: _readers(model, group) for group in groups}
+    readers = {group.name: _readers(model, group) for group in groups}
 
     def gigabytes(group: Group) -> float:
-        return sum(8 * model.get_parameter(one.tensor).shape[1] ** 2 for one in found[group.name]) / 2**30
+        return sum(8 * model.get_parameter(slices.tensor).shape[1] ** 2 for slices in readers[group.name]) / 2**30
 
-    for part in in_parts((group for group in groups if found[group.name]), gigabytes):
-        # In one order on every process, which a set of words has not.
-        names = list(dict.fromkeys(one.tensor.rpartition(".")[0] for group in part for one in found[group.name]))
+    for part in in_parts((group for group in groups if readers[group.name]), gigabytes):
+        # A list: the order of a set of strings differs between processes.
+        names = list(
+            dict.fromkeys(slices.tensor.rpartition(".")[0] for group in part for slices in readers[group.name])
+        )
         covariances = _covariances(model, names, images)
         for group in part:
             layers = [
-                ReadLayer(covariances[name], one.index)
-                for one in found[group.name]
-                if (name := one.tensor.rpartition(".")[0]) in covariances
+                ReadLayer(covariances[name], slices.index)
+                for slices in readers[group.name]
+                if (name := slices.tensor.rpartition(".")[0]) in covariances
             ]
             if layers:
                 result[group.name] = _costs(importance[group.name], layers)
@@ -73,17 +75,17 @@ def redundancy_scores(
 
 
 def _readers(model: nn.Module, group: Group) -> list[Slices]:
-    """The slices by which layers read the units of ``group``, as many as are looked at."""
+    """The slices by which layers read the units of ``group``, at most about `READERS` of them."""
     if not feeds_layers(group):
         return []
-    every = [one for one in layers_reading(model, group) if all(one.index)]
-    return every[:: -(-len(every) // READERS)] if every else []
+    reading = [slices for slices in layers_reading(model, group) if all(slices.index)]
+    return reading[:: -(-len(reading) // READERS)] if reading else []
 
 
 def _covariances(
     model: nn.Module, names: Iterable[str], images: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Covariance (C, C) with its ridge, second moments (C,), and the ridge, of what each layer reads, if it ran."""
+    """Covariance (C, C) with its ridge, second moments (C,), and the ridge, of the inputs of each layer that ran."""
     like = next(model.parameters())
     sums: dict[str, Moments] = {}
     for name in names:
@@ -102,7 +104,7 @@ def _covariances(
         count, x, xx = moments.count, moments.x, moments.xx
         if count > 0:
             power = xx.diagonal() / count
-            # The constant part is made up for by the bias, if there is one.
+            # The bias compensates for the mean, if there is one.
             centred = getattr(model.get_submodule(name), "bias", None) is not None
             covariance = xx / count - torch.outer(x, x) / count**2 if centred else xx / count
             scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -113,11 +115,11 @@ def _covariances(
 
 
 class ReadLayer:
-    """How well each unit of a group is predicted from all else that one layer reads.
+    """How well each unit of a group is predicted from all other inputs of one layer.
 
     Args:
-        statistics: covariance (C, C) with its ridge, second moments (C,), and the ridge, of what the layer reads.
-        index: the places of each unit among the layer's inputs.
+        statistics: covariance (C, C) with its ridge, second moments (C,), and the ridge, of the inputs.
+        index: indices of each unit among the inputs.
     """
 
     def __init__(self, statistics: tuple[Tensor, Tensor, Tensor], index: Sequence[Sequence[int]]) -> None:
@@ -130,7 +132,7 @@ class ReadLayer:
         self._power = F.pad(power, (0, 1))[self._inputs].sum(1)
 
     def unpredicted(self, units: Tensor) -> Tensor:
-        """Share of the power of each of ``units`` that nothing else predicts, 0 to 1, shape (units,)."""
+        """Return the share of the power of each of ``units`` that is not predicted, 0 to 1, shape (units,)."""
         inputs = self._inputs[units]
         there = inputs < len(self._row)
         rows = self._row[inputs.clamp_max(len(self._row) - 1)]
@@ -147,24 +149,24 @@ class ReadLayer:
         return torch.where(power > 0, left / power.clamp_min(tiny), 0.0).clamp(0.0, 1.0).cpu()
 
     def remove(self, units: Tensor) -> None:
-        """Take units away: from now on they predict nothing."""
-        gone = torch.zeros(len(self._inverse), dtype=torch.bool, device=self._inverse.device)
-        gone[self._rows(units)] = True
-        stays, goes = (~gone).nonzero()[:, 0], gone.nonzero()[:, 0]
-        across = self._inverse[goes][:, stays]
-        known = torch.linalg.solve(self._inverse[goes][:, goes], across)
-        self._inverse = self._inverse[stays][:, stays] - across.T @ known
-        moved = (torch.cumsum(~gone, 0) - 1).clamp_min(0)
-        self._row = moved[self._row]  # those of inputs that are gone are never asked for again
+        """Remove units, so that they no longer predict others."""
+        removed = torch.zeros(len(self._inverse), dtype=torch.bool, device=self._inverse.device)
+        removed[self._rows(units)] = True
+        kept, dropped = (~removed).nonzero()[:, 0], removed.nonzero()[:, 0]
+        cross = self._inverse[dropped][:, kept]
+        known = torch.linalg.solve(self._inverse[dropped][:, dropped], cross)
+        self._inverse = self._inverse[kept][:, kept] - cross.T @ known
+        moved = (torch.cumsum(~removed, 0) - 1).clamp_min(0)
+        self._row = moved[self._row]  # rows of removed inputs are not used again
 
-    def only(self, units: Tensor) -> ReadLayer:
-        """The same layer for a few units, whose removal among themselves costs little."""
+    def restricted_to(self, units: Tensor) -> ReadLayer:
+        """Return the layer restricted to a few units, in which removing one of these takes little time."""
         result = copy.copy(self)
         rows = self._rows(units)
         result._inverse = self._inverse[rows][:, rows]
-        found = torch.zeros(len(self._inverse), dtype=torch.int64, device=rows.device)
-        found[rows] = torch.arange(len(rows), device=rows.device)
-        result._row = found[self._row]
+        new_row = torch.zeros(len(self._inverse), dtype=torch.int64, device=rows.device)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
+        result._row = new_row[self._row]
         return result
 
     def _rows(self, units: Tensor) -> Tensor:
@@ -174,32 +176,32 @@ class ReadLayer:
 
 
 def _costs(importance: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
-    """What each unit costs at its turn, never less than those before it; shape (size,)."""
+    """Cost of each unit at the moment of its removal, made strictly increasing in this order; shape (size,)."""
     base = importance.double()
-    left = torch.arange(len(base))
+    remaining = torch.arange(len(base))
     result = torch.zeros_like(base)
-    at_once = -(-len(base) // STEPS)
+    per_step = -(-len(base) // STEPS)
     highest = 0.0
-    while len(left):
-        # The next ones are among those that cost least now; what they cost after each other, few numbers say.
-        some = left[_now(base, left, layers).argsort()[: 2 * at_once]]
-        few = [layer.only(some) for layer in layers]
-        gone: list[int] = []
-        while len(some) and len(gone) < at_once:
-            costs = _now(base, some, few)
-            place = int(costs.argmin())
-            highest = max(highest * (1 + 1e-6), float(costs[place]))  # of equals, too, the later one is worth more
-            gone.append(int(some[place]))
-            result[gone[-1]] = highest
-            some = torch.cat([some[:place], some[place + 1 :]])
-            for layer in few if len(some) else ():
-                layer.remove(torch.tensor(gone[-1:]))
-        left = left[torch.isin(left, torch.tensor(gone), invert=True)]
-        for layer in layers if len(left) else ():
-            layer.remove(torch.tensor(gone))
+    while len(remaining):
+        # The next units are among those with the lowest costs now. Their mutual effects need only a small submatrix.
+        cheapest = remaining[_current_costs(base, remaining, layers).argsort()[: 2 * per_step]]
+        submatrices = [layer.restricted_to(cheapest) for layer in layers]
+        removed: list[int] = []
+        while len(cheapest) and len(removed) < per_step:
+            costs = _current_costs(base, cheapest, submatrices)
+            lowest = int(costs.argmin())
+            highest = max(highest * (1 + 1e-6), float(costs[lowest]))  # larger for the later of equal units
+            removed.append(int(cheapest[lowest]))
+            result[removed[-1]] = highest
+            cheapest = torch.cat([cheapest[:lowest], cheapest[lowest + 1 :]])
+            for layer in submatrices if len(cheapest) else ():
+                layer.remove(torch.tensor(removed[-1:]))
+        remaining = remaining[torch.isin(remaining, torch.tensor(removed), invert=True)]
+        for layer in layers if len(remaining) else ():
+            layer.remove(torch.tensor(removed))
     return result.float()
 
 
-def _now(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
-    """What each of ``units`` would cost next, shape (units,)."""
+def _current_costs(base: Tensor, units: Tensor, layers: Sequence[ReadLayer]) -> Tensor:
+    """Cost of each of ``units`` if it were removed next, shape (units,)."""
     return base[units] * torch.stack([layer.unpredicted(units) for layer in layers]).mean(0)

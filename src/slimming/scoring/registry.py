@@ -1,31 +1,36 @@
-"""The scores that units can be ranked by: the one registry that functions, settings, commands and docs read."""
+"""The registry of scores, from which settings, commands, error messages and the docs take their names.
+
+Importing it does not import PyTorch, so that settings are checked and ``--help`` is shown quickly: the functions that
+compute scores are imported when they are called.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from slimming.core.groups import Group
 from slimming.errors import ConfigError, nearest
-from slimming.masks.soft_masks import MASK_SCORES, SoftMasks, attach_
-from slimming.models.prunable import PrunableModel
-from slimming.scoring.fisher import fisher_scores
-from slimming.scoring.iterative import iterative_scores
-from slimming.training.batches import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimming.core.groups import Group
+    from slimming.masks.soft_masks import SoftMasks
+    from slimming.models.prunable import PrunableModel
+    from slimming.training.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a score is computed from.
+    """The inputs from which a score is computed.
 
     Attributes:
-        prunable: the model without masks, in evaluation mode; it stays as it is.
-        groups: some of its groups.
+        prunable: the model without masks in evaluation mode; it is not changed.
+        groups: groups of the model.
         batches: calibration images, the same on every process.
-        masks: the masks of a search, with what it collected; None in one shot.
-        seed: of the labels drawn.
+        masks: the masks of a search with the scores that they collected; None for one-shot scores.
+        seed: seed of the drawn labels.
     """
 
     prunable: PrunableModel
@@ -40,14 +45,14 @@ class Score:
     """One score.
 
     Attributes:
-        function: gives group name -> score of each unit, shape (size,), float32 on the CPU.
-        description: what the number is, and its source.
+        function: returns group name -> score of each unit, shape (size,), float32 on the CPU.
+        description: definition and source of the score.
         one_shot: whether `slimming.score` offers it.
-        needs_labels: whether `slimming.score` needs the true labels of its images.
-        needs_training: whether a search collects it while weights and masks train, so that one without a training step
-            does not have it.
-        needs_images: whether it takes calibration images (in a search: after the training).
-        kinds: the kinds it ranks by more than the mask alone; None: all.
+        needs_labels: whether `slimming.score` needs labels for it.
+        needs_training: whether a search collects it during training, so that a search without training steps does not
+            have it.
+        needs_images: whether it is computed on calibration images (in a search: after the training).
+        kinds: the kinds for which it uses more than the mask; None: all.
     """
 
     function: Callable[[Request], dict[str, Tensor]]
@@ -60,30 +65,43 @@ class Score:
 
 
 def _fisher(request: Request) -> dict[str, Tensor]:
+    from slimming.scoring.fisher import fisher_scores
+
     return fisher_scores(request.prunable, request.groups, request.batches, seed=request.seed)
 
 
 def _compensated(request: Request) -> dict[str, Tensor]:
+    from slimming.scoring.iterative import iterative_scores
+
     alone = _fisher(request)
     return iterative_scores(request.prunable, request.groups, alone, request.batches, seed=request.seed)
 
 
 def _taylor(request: Request) -> dict[str, Tensor]:
+    from slimming.masks.soft_masks import taylor_scores
+    from slimming.scoring.fisher import fisher_scores
+
     if request.masks is not None:
-        return MASK_SCORES["taylor"](request.masks)
+        return taylor_scores(request.masks)
     return fisher_scores(request.prunable, request.groups, request.batches, drawn=False, seed=request.seed)
 
 
 def _contribution(request: Request) -> dict[str, Tensor]:
-    return MASK_SCORES["contribution"](_masks(request))
+    from slimming.masks.soft_masks import contribution_scores
+
+    return contribution_scores(_masks(request))
 
 
 def _mask(request: Request) -> dict[str, Tensor]:
-    return MASK_SCORES["mask"](_masks(request))
+    from slimming.masks.soft_masks import mask_values
+
+    return mask_values(_masks(request))
 
 
 def _masks(request: Request) -> SoftMasks:
     """The masks of the search, or masks of 1 on a copy of the model."""
+    from slimming.masks.soft_masks import attach_
+
     return request.masks or attach_(request.prunable.copy(), request.groups, penalty={})
 
 
@@ -91,8 +109,8 @@ SCORES: Mapping[str, Score] = {
     "compensated": Score(
         function=_compensated,
         description=(
-            "the Fisher score of each unit at the moment it is removed, after others of its kind were removed and "
-            "compensation has made up for what it can (ZipLM, NeurIPS 2023; Molchanov et al., ICLR 2017)"
+            "the Fisher score of each unit at the moment of its removal, after other units of its kind were removed "
+            "and compensated (ZipLM, NeurIPS 2023; Molchanov et al., ICLR 2017)"
         ),
     ),
     "fisher": Score(
@@ -125,14 +143,18 @@ SCORES: Mapping[str, Score] = {
         needs_images=False,
     ),
 }
-"""Every score by name, the default first."""
+"""The scores by name, the default first."""
 
 
 def score_called(name: str, *, one_shot: bool = False) -> Score:
-    """The score called ``name``.
+    """Return the score called ``name``.
+
+    Args:
+        name: name of the score.
+        one_shot: whether to look only among the scores of `slimming.score`.
 
     Raises:
-        ConfigError: there is none, or not in one shot; the message names those there are.
+        ConfigError: there is no such score; the message names the known ones.
     """
     known = [other for other, score in SCORES.items() if score.one_shot or not one_shot]
     if name not in known:

@@ -1,9 +1,10 @@
-"""Other bases for the inside of attention heads: the function stays, and few dimensions hold most of it.
+"""Rotate attention heads: change the bases inside the heads, so that few dimensions carry most of the function.
 
-Queries and keys may be multiplied by any matrix and its inverse, and so may values and the columns that read them. Of
-all bases, one orders the dimensions by how much they add: for queries and keys, the logits are cut best at every number
-of dimensions; for values, the output is. It is that of balanced truncation (Moore, IEEE TAC 1981): the singular vectors
-of the product of the two factors' square roots.
+The function of a head does not change if queries and keys are multiplied by any invertible matrix and its inverse
+transpose, and likewise values and the columns that read them. One basis orders the dimensions by their contribution:
+truncation to any number of dimensions then approximates the attention logits best for queries and keys, and the output
+for values. It is the basis of balanced truncation (Moore, IEEE TAC 1981): the singular vectors of the product of the
+square roots of the second moments of the two factors.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
 
 _LEAST, _NOTHING = 1e-6, 1e-30
-"""Second moments along any direction count as at least this share of their mean, which is at least the other: their
-roots can be inverted then, also where the sums have the errors of single precision."""
+"""Eigenvalues of second moments are clamped to this share of their mean, and the mean to the other number, so that
+their square roots can be inverted even with the errors of single precision."""
 
 
 @torch.no_grad()
 def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
-    """Give every attention head whose dimensions can be cut the basis in which they are best cut.
+    """Change, in place, the basis of every attention head whose dimensions can be pruned.
 
-    Outputs change by rounding alone. Models without such heads stay as they are.
+    The outputs change only by rounding. Models without such heads are not changed.
 
     Args:
-        prunable: a plain model in evaluation mode.
+        prunable: a model without masks in evaluation mode.
         images: batches of shape (B, C, H, W), the same on every process.
     """
     model = prunable.model
@@ -38,9 +39,9 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     for group in prunable.anatomy.groups:
         if group.role in ("qk", "v"):
             roles[group.site][group.role] = group
-    queries = [own["qk"] for own in roles.values() if "qk" in own]
-    values = [own["v"] for own in roles.values() if "v" in own]
-    # Other bases change nothing outside of the heads: all statistics can be taken before.
+    queries = [of_site["qk"] for of_site in roles.values() if "qk" in of_site]
+    values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
+    # The rotations change nothing outside the heads, so that all statistics can be computed before.
     moments = _moments(model, queries, values, images)
     for group in queries:
         q, k = (_slices(group, side) for side in ("query", "key"))
@@ -60,7 +61,7 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
 
 
 def _slices(group: Group, side: str) -> list[Slices]:
-    return [one for one in group.slices if one.side == side]
+    return [slices for slices in group.slices if slices.side == side]
 
 
 def _heads(group: Group) -> Iterator[range]:
@@ -71,29 +72,29 @@ def _heads(group: Group) -> Iterator[range]:
         start += size
 
 
-def _places(one: Slices, units: range, device: torch.device) -> Tensor:
-    return torch.tensor([one.index[unit][0] for unit in units], device=device)
+def _places(entry: Slices, units: range, device: torch.device) -> Tensor:
+    return torch.tensor([entry.index[unit][0] for unit in units], device=device)
 
 
 def _multiply_(model: nn.Module, slices: Sequence[Slices], units: range, by: Tensor) -> None:
-    """Multiply rows of weights and biases, as one vector space, by a matrix (units, units)."""
-    for one in slices:
-        tensor = model.get_parameter(one.tensor)
-        rows = _places(one, units, tensor.device)
+    """Multiply the rows of ``units`` in weights and biases by a matrix (units, units)."""
+    for entry in slices:
+        tensor = model.get_parameter(entry.tensor)
+        rows = _places(entry, units, tensor.device)
         tensor[rows] = (by @ tensor[rows].double()).to(tensor.dtype)
 
 
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices for two factors x, y of a sum x·y that leave it as it is and order its terms by what they add.
+    """Matrices for x and y that preserve the product x·y and order its terms by their contribution.
 
     Args:
         first: second moments of x, (n, n).
-        second: of y, (n, n).
+        second: second moments of y, (n, n).
     """
     a, b = (_root(moments) for moments in (first, second))
     u, s, v = torch.linalg.svd(a.T @ b)
-    least = torch.rsqrt(s)[:, None]
-    return least * (v @ b.T), least * (u.T @ a.T)
+    inverse_root = torch.rsqrt(s)[:, None]
+    return inverse_root * (v @ b.T), inverse_root * (u.T @ a.T)
 
 
 def _root(moments: Tensor) -> Tensor:
@@ -104,54 +105,54 @@ def _root(moments: Tensor) -> Tensor:
 def _moments(
     model: nn.Module, queries: Sequence[Group], values: Sequence[Group], images: Sequence[Tensor]
 ) -> dict[str, list[list[Tensor]]]:
-    """Per group and head: the second moments of queries and of keys, or the covariance of attended values."""
+    """For each group and head, the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
-    made = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
-    read = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
-    found = {
+    query_layers = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
+    value_readers = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
+    moments_of = {
         group.name: [[Moments(n, like.device) for _ in range(factors)] for n in group.limits.parts]
-        for some, factors in ((queries, 2), (values, 1))
-        for group in some
+        for of_kind, factors in ((queries, 2), (values, 1))
+        for group in of_kind
     }
-    outputs: dict[str, list[Tensor]] = {name: [] for name in made}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in query_layers}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs[name].append(output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in made]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in query_layers]
     try:
-        with inputs_of(model, read) as inputs:
+        with inputs_of(model, value_readers) as inputs:
             for batch in own_share(images):
                 model(batch.to(like.device, like.dtype))
-                for name, group in made.items():
+                for name, group in query_layers.items():
                     for out in outputs.pop(name):
-                        _add_qk(found[group.name], group, precise(out))
+                        _add_qk(moments_of[group.name], group, precise(out))
                     outputs[name] = []
-                for name, group in read.items():
+                for name, group in value_readers.items():
                     for rows in map(precise, inputs[name]):
                         x = rows[:, _places(_slices(group, "consumes")[0], range(group.size), rows.device)]
-                        for units, (moments,) in zip(_heads(group), found[group.name], strict=True):
+                        for units, (moments,) in zip(_heads(group), moments_of[group.name], strict=True):
                             moments.add(x[:, units.start : units.stop])
                     inputs[name].clear()
     finally:
         for handle in handles:
             handle.remove()
-    for moments in (moments for heads in found.values() for head in heads for moments in head):
+    for moments in (moments for heads in moments_of.values() for head in heads for moments in head):
         moments.add_up()
-    sums = {group.name: [[moments.xx for moments in head] for head in found[group.name]] for group in queries}
-    for group in values:  # the mean of what is attended is a constant, which a bias can hold
+    sums = {group.name: [[moments.xx for moments in head] for head in moments_of[group.name]] for group in queries}
+    for group in values:  # the mean of the attended values is a constant, which a bias can represent
         sums[group.name] = [
-            [of_v.xx - torch.outer(of_v.x, of_v.x) / of_v.count.clamp_min(1)] for (of_v,) in found[group.name]
+            [of_v.xx - torch.outer(of_v.x, of_v.x) / of_v.count.clamp_min(1)] for (of_v,) in moments_of[group.name]
         ]
     return sums
 
 
-def _add_qk(found: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
+def _add_qk(moments_of: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
     """Add the second moments of the queries and keys in a projection's output."""
     q, k = (
         out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
     )
-    k = k - k.mean(1, keepdim=True)  # what all keys share, softmax takes out
-    for units, (of_q, of_k) in zip(_heads(group), found, strict=True):
+    k = k - k.mean(1, keepdim=True)  # softmax does not depend on what all keys have in common
+    for units, (of_q, of_k) in zip(_heads(group), moments_of, strict=True):
         for moments, x in ((of_q, q), (of_k, k)):
             moments.add(x[..., units.start : units.stop].flatten(0, -2))

@@ -1,10 +1,11 @@
-"""What cutting one kind of unit, and all of them together, does to the loss of the trained masked model.
+"""Measure the increase of the loss when units of one kind, and of all kinds together, are removed from a masked model.
 
-Scores are first-order estimates for one unit at a time. Where many go together, tokens, whole attentions and features
-of the embedding cost far more than the sum of their estimates, and hidden units far less. So the kinds are weighed
-against each other by measurement: each is cut alone to a few shares, and the loss is taken on a few hundred images.
-How a kind's loss is best laid on its units differs: layers of one shape do well by rank, channels of stages that cost
-unlike amounts by score. So a few plans of all kinds are measured as well, made in each way.
+Scores are first-order estimates for one unit at a time. If many units are removed, tokens, whole attentions and
+features of the embedding cost far more than the sum of their scores, and hidden units far less. The kinds are therefore
+weighed against each other by measurement: each kind alone is pruned to several shares, and the loss is evaluated on a
+few hundred images. The best way to distribute the loss of a kind over its units depends on the model: by rank if all
+layers have one shape, by score for channels of stages with different costs. Up to three plans of all kinds are
+therefore measured for each way.
 """
 
 from __future__ import annotations
@@ -28,75 +29,74 @@ from slimming.planning.planner import Planner
 from slimming.planning.sensitivity import SPREADS, Curve, Sensitivity
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Shares of the units of a kind that stay; the smallest that the layout allows comes last."""
-
-
+"""Shares of the units of a kind that are kept, followed by the smallest share that the layout allows."""
 JOINT = (0.7, 0.5, 0.3)
-"""Shares of the MACs to which all kinds together are cut."""
+"""Shares of the MACs to which all kinds together are pruned."""
 BROKEN = 1e3
-"""The loss added by a cut after which the loss is no number."""
+"""Increase of the loss that is recorded if the loss is not finite."""
 _SMALL = 1e-3
-"""Losses below this are as good as none, when ways are compared."""
+"""Losses below this are not distinguished when the ways are compared."""
 
 
 @torch.no_grad()
 def sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], layout: Layout, loss: Callable[[nn.Module], float]
 ) -> Sensitivity:
-    """By how much the loss grows when one kind alone is cut, for every kind that has masks, and all together.
-
-    Raises:
-        ValueError: the loss of the whole model is no number.
+    """Measure the increase of the loss with each masked kind alone pruned, and with all kinds pruned together.
 
     Args:
-        masks: of a trained model, which stays as it is.
+        masks: masks of a trained model, which is not changed.
         scores: one score per unit for each masked group, shape (size,).
-        layout: which sizes the layers may get.
-        loss: of a model like the masked one.
+        layout: sizes that the layers may have.
+        loss: returns the loss of a copy of the masked model.
+
+    Raises:
+        ValueError: the loss of the unpruned model is not finite.
     """
     model = masks.model
     planner = Planner(masks.anatomy, scores, layout, lambda kept: {})
-    whole = loss(model)
-    if not math.isfinite(whole):
-        raise ValueError(f"the loss of the searched model is {whole}")
+    unpruned = loss(model)
+    if not math.isfinite(unpruned):
+        raise ValueError(f"the loss of the searched model is {unpruned}")
 
-    def grown(plan: Plan) -> float:
-        trial = copy.deepcopy(model)
-        own = attached(trial)
-        assert own is not None
-        own.apply_(plan)
-        found = loss(trial) - whole
-        return found if math.isfinite(found) else BROKEN
+    def increase(plan: Plan) -> float:
+        pruned = copy.deepcopy(model)
+        copied_masks = attached(pruned)
+        assert copied_masks is not None
+        copied_masks.apply_(plan)
+        difference = loss(pruned) - unpruned
+        return difference if math.isfinite(difference) else BROKEN
 
     curves: dict[str, Curve] = {}
     for kind in dict.fromkeys(group.kind for group in masks.groups):
         curve: list[tuple[float, float]] = []
         units = sum(group.size for group in masks.of_kind(kind))
-        least = planner.least(kind)
+        least = planner.smallest_keep_ratio(kind)
         for share in [*(share for share in SHARES if share > least), max(least, 1e-9)]:
             plan = planner.plan(Budget(keep={kind: share}), fold=True)
             kept = sum(len(plan.kept[group.name]) for group in masks.of_kind(kind)) / units
             if kept < (curve[-1][0] if curve else 1.0):
-                curve.append((kept, grown(plan)))
+                curve.append((kept, increase(plan)))
         curves[kind] = tuple(curve)
     joint: dict[str, Curve] = {}
     for spread in SPREADS:
         ways = Sensitivity(curves=curves, spread=spread)
         planner = Planner(masks.anatomy, scores, layout, partial(_macs, masks.anatomy), ways)
-        joint[spread] = tuple(_joint(planner, grown))
+        joint[spread] = tuple(_joint(planner, increase))
     return Sensitivity(curves=curves, spread=min(SPREADS, key=lambda spread: _badness(joint[spread])), joint=joint)
 
 
-def _joint(planner: Planner, grown: Callable[[Plan], float]) -> Iterator[tuple[float, float]]:
+def _joint(planner: Planner, increase: Callable[[Plan], float]) -> Iterator[tuple[float, float]]:
+    """Share of the MACs and increase of the loss for plans of all kinds."""
     for share in JOINT:
         try:
-            yield share, grown(planner.plan(Budget(macs=share), fold=True))
+            yield share, increase(planner.plan(Budget(macs=share), fold=True))
         except BudgetError:
-            return  # nor can a smaller one be reached
+            return  # smaller budgets cannot be reached either
 
 
 def _badness(curve: Curve) -> float:
-    """Sum of the logarithms of losses, so that no budget counts for more than others."""
+    """Sum of the logarithms of the losses, so that all budgets have the same weight."""
     return sum(math.log(max(loss, 0.0) + _SMALL) for _, loss in curve)
 
 

@@ -1,1 +1,1 @@
-"""Search: train weights and soft masks together."""
+"""The search: train weights and soft masks together."""

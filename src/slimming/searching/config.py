@@ -1,4 +1,4 @@
-"""What a search is told: its settings, and the named ones."""
+"""The settings of a search and their presets. Imports no PyTorch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
 from slimming.errors import ConfigError, nearest
-from slimming.masks.tokens import BIAS, MULTIPLY
+from slimming.masks.options import BIAS, MULTIPLY
 from slimming.scoring.registry import SCORES, score_called
 from slimming.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a search is done. `preset` gives the named ones.
+    """The settings of a search; `preset` returns named ones.
 
     Attributes:
-        kinds: kinds of unit that get a mask; None takes all that the model has, see
-            `slimming.masks.attachment.searched`.
-        coupled: one mask for QK and V together, as in the paper.
-        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (the paper's).
-        norms: the scales of BatchNorms are the masks of the channels that pass them (Network Slimming); groups
-            without one get a soft mask as always.
+        kinds: kinds of units with masks; None selects the default kinds of the model, see
+            `slimming.masks.attachment.select_kinds`.
+        coupled: whether QK and V share one mask, as in the ViT-Slim paper.
+        tokens: how token masks act: ``"bias"`` (exact) or ``"multiply"`` (as in the paper).
+        norms: whether the scales of BatchNorms are the masks of their channels (Network Slimming); groups without a
+            BatchNorm get soft masks.
         penalty: kind -> weight of its l1 penalty.
-        penalty_sum: weights multiply sums over units, as in the paper, instead of means.
-        score: what units are ranked by, one of `slimming.scoring.registry.SCORES`. With a loss of one's own, its
-            derivatives take the place of the log-likelihood's.
-        rotate: give attention heads the bases in which they are best cut before the training, see
-            `slimming.scoring.rotation`; left out where the training images can be iterated over only once.
-        images: training images, without their labels, for ``rotate`` and ``score``.
-        fold: the cut multiplies the learned factors into the weights; False makes them 1, as in the paper.
+        penalty_sum: whether the weights multiply sums over units, as in the paper, instead of means.
+        score: score by which units are ranked, one of `slimming.scoring.registry.SCORES`. With a custom loss, its
+            gradients replace those of the log-likelihood.
+        rotate: whether to change the bases of attention heads before the training, see `slimming.scoring.rotation`;
+            skipped if the training images can be iterated only once.
+        images: number of training images, used without labels, for ``rotate`` and ``score``.
+        fold: whether the cut multiplies the learned factors into the weights; False sets them to 1, as in the paper.
         mask_lr: learning rate of the masks as a multiple of that of the weights.
-        layout: which sizes plans give to the layers.
-        sensitivity: images on which it is measured after the training what cutting each kind alone does, so that
-            kinds are weighed against each other by it; 0 leaves it out. Scores ``"taylor"`` and ``"contribution"`` are
-            not comparable between kinds without.
-        train: the training that carries the search.
+        layout: sizes that plans may give to the layers.
+        sensitivity: number of images on which the loss is measured after the training with each kind alone pruned, so
+            that kinds are weighed against each other; 0 skips this. Without it, the scores ``"taylor"`` and
+            ``"contribution"`` are not comparable between kinds.
+        train: settings of the training.
 
     Raises:
-        ConfigError: an unknown kind, score or token variant, or a negative weight.
+        ConfigError: a kind, score or token variant is unknown, or a number is out of range.
     """
 
     kinds: tuple[str, ...] | None = None
@@ -66,8 +66,8 @@ class SearchConfig:
         if score_called(self.score).needs_training and self.train.steps == 0:
             untrained = ", ".join(name for name, score in SCORES.items() if not score.needs_training)
             raise ConfigError(
-                f"search.train.steps is 0, and score {self.score!r} is collected in training. Train, or take one of "
-                f"{untrained}."
+                f"search.train.steps is 0, but score {self.score!r} is collected during training. Train, or take one "
+                f"of {untrained}."
             )
         if self.images < 1:
             raise ConfigError(f"search.images is {self.images}; it must be at least 1.")
@@ -131,13 +131,13 @@ PRESETS: Mapping[str, Callable[[], SearchConfig]] = {
     "paper": _paper,
     "network-slimming": _network_slimming,
 }
-"""The named searches, see `preset`."""
+"""Named settings, see `preset`."""
 
 
 def preset(name: str) -> SearchConfig:
-    """The search called ``name``: ``"default"``, ``"paper"`` or ``"network-slimming"``.
+    """Return the settings called ``name``: ``"default"``, ``"paper"`` or ``"network-slimming"``.
 
-    ``"paper"`` is ViT-Slim to the letter (section 4.1), ``"network-slimming"`` is Liu et al. 2017.
+    ``"paper"`` reproduces ViT-Slim (section 4.1), ``"network-slimming"`` reproduces Liu et al. 2017.
 
     Raises:
         ConfigError: there is no such preset.
@@ -151,7 +151,7 @@ def preset(name: str) -> SearchConfig:
 
 
 def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
-    """A `SearchConfig` from what `dataclasses.asdict` and JSON made of one."""
+    """Return the `SearchConfig` that was written to JSON with `dataclasses.asdict`."""
     nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
     return SearchConfig(**{**_tuples(value), **nested})
 

@@ -1,4 +1,4 @@
-"""The search: weights and masks train together once; every budget is read off its result."""
+"""Search for the units to keep: train weights and soft masks together once, then score every unit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
 from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, seal
-from slimming.core.groups import Anatomy
+from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.errors import CheckpointError
-from slimming.masks.attachment import independent, joint, prunable, searched
+from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
-from slimming.models.family import fill_
+from slimming.models.family import assign_state_
 from slimming.models.prunable import read_as
-from slimming.planning.scores import Scored, Scores, load_scores, save_scores
+from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.registry import Request, score_called
@@ -33,27 +33,28 @@ from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig, config_from_dict
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.distillation import MatchLoss
+from slimming.training.distributed import distributed_state, rank_and_world_size
 from slimming.training.evaluation import autocast
 from slimming.training.loop import History, fit
-from slimming.training.processes import processes, rank_and_world
 from slimming.training.samples import Data
-from slimming.training.tasks import AddPenalty, ClassificationTask, Loss, LossTask, Task, both_heads
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
 
 WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResult(Scored):
-    """What a search leaves: the masked model, one score per unit, and how it came about.
+class SearchResult(HasScores):
+    """The result of a search, from which plans for any budget can be made.
 
     Attributes:
         model: the trained model with its masks attached.
-        masks: those masks.
+        masks: the masks.
         scores: group name -> score of each unit.
-        config: the settings.
-        sensitivity: what cutting each kind does, see `slimming.scoring.sensitivity`; None if it was not measured.
-        metrics: the last evaluation of the masked model.
-        history: the log of the training.
+        config: settings of the search.
+        sensitivity: increase of the loss when units of each kind are removed, see `slimming.scoring.sensitivity`; None
+            if it was not measured.
+        metrics: last evaluation of the masked model.
+        history: history of the training; None if the result was loaded from files.
     """
 
     model: nn.Module
@@ -66,13 +67,13 @@ class SearchResult(Scored):
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the family read in the model."""
+        """Anatomy of the model."""
         return self.masks.anatomy
 
     @property
-    def rating(self) -> Scores:
-        """Scores, with the layout and the fold of the search."""
-        return Scores(
+    def scored(self) -> ScoredModel:
+        """The scores, with the layout and ``fold`` of the search."""
+        return ScoredModel(
             anatomy=self.anatomy,
             scores=self.scores,
             layout=self.config.layout,
@@ -81,11 +82,11 @@ class SearchResult(Scored):
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write weights, masks, scores and settings into ``directory``, each file whole or not at all.
+        """Write weights, masks, scores and settings into ``directory``, each file atomically.
 
         Raises:
-            ConfigError: the metrics or the settings hold what JSON cannot, such as NaN.
-            OutputError: the place is not writable, or the disk is full.
+            ConfigError: the metrics or the settings contain values that JSON cannot hold, such as NaN.
+            OutputError: the directory is not writable, or the disk is full.
         """
         directory, metrics, config = Path(directory), dict(self.metrics), dataclasses.asdict(self.config)
         check_json(metrics, "metrics")
@@ -93,7 +94,7 @@ class SearchResult(Scored):
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
         for name, content in tensors.items():
             checkpoint.write_tensors(directory / name, checkpoint.untied(content))
-        save_scores(directory / SCORES_FILE, self.rating)
+        save_scores(directory / SCORES_FILE, self.scored)
         record = {
             "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
@@ -117,13 +118,14 @@ def search(
     """Train ``model`` together with soft masks, in place, and score every unit (ViT-Slim, section 3).
 
     Args:
-        model: a pretrained model without masks. Afterwards its weights are trained and its masks attached.
-        data: training and validation images, see `slimming.open_data`; or loaders of your own.
-        config: the settings; by default `preset` ``"default"``.
-        directory: where the state and the log of the training go, so that a killed search can go on.
-        resume: go on from the state in ``directory`` if there is one.
-        evaluate: called now and then with the masked model; what it returns goes to the log.
-        loss: of your own, in place of the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
+        model: a pretrained model without masks; it is trained in place and its masks stay attached.
+        data: training and validation images, see `slimming.open_data`; or your own data loaders.
+        config: settings; by default `preset` ``"default"``.
+        directory: directory for the state and the log, from which an interrupted search can be resumed.
+        resume: resume from the state in ``directory`` if there is one.
+        evaluate: called with the masked model every ``config.train.eval_every`` epochs; the result is written to the
+            log.
+        loss: custom loss that replaces the cross-entropy with the labels, see `slimming.training.tasks.Loss`.
 
     Raises:
         UnsupportedModelError: no family reads the model.
@@ -143,25 +145,15 @@ def search(
     """
     check_trainable(model)
     config = config or SearchConfig()
-    found = prunable(model)
-    own = joint(found.anatomy.groups) if config.coupled else independent(found.anatomy.groups)
-    groups = searched(own, config.kinds)
-    once = isinstance(data.train, Iterator)  # its images are for the training
-    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
-        # A search that goes on takes its weights from its state, which were turned at its start.
-        model.to(processes().device)
-        with in_evaluation(model):
-            rotate_(found, calibration_images(data, config.images, seed=config.train.seed))
-    masks = attach_(found, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
-    masks.penalty_sum = config.penalty_sum
-    inner = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+    masks = _attach_masks(model, data, config)
+    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
     history = fit(
         model,
-        AddPenalty(
-            inner,
+        PenaltyTask(
+            task,
             lambda: {f"penalty_{kind}": term for kind, term in masks.penalties().items()},
             masks.collect,
             masks.collected,
@@ -180,18 +172,8 @@ def search(
         assert averaged is not None
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
-    scores = _scores(masks, config, data, inner)
-    measured: Sensitivity | None = None
-    if config.sensitivity and len({group.kind for group in groups}) > 1:
-        try:
-            measured = _sensitivity(masks, scores, config, data, inner)
-        except Exception as error:  # a loader that cannot be read again, memory, a loss of one's own: keep the search
-            warnings.warn(
-                f"What cutting each kind does could not be measured ({type(error).__name__}: {error}); kinds are "
-                "weighed against each other by their scores. search.sensitivity: 0 leaves the measurement out.",
-                stacklevel=2,
-            )
-    scores, measured = _agree(scores, measured)
+    scores = _scores(masks, config, data, task)
+    scores, measured = _agree(scores, _try_sensitivity(masks, scores, config, data, task))
     return SearchResult(
         model=model,
         masks=masks,
@@ -203,83 +185,125 @@ def search(
     )
 
 
+def groups_to_search(anatomy: Anatomy, config: SearchConfig) -> list[Group]:
+    """Return the groups that get a mask in a search.
+
+    Raises:
+        ConfigError: the model has no group of a kind that ``config`` names.
+    """
+    groups = joint(anatomy.groups) if config.coupled else independent(anatomy.groups)
+    return select_kinds(groups, config.kinds)
+
+
+def _attach_masks(model: nn.Module, data: Data, config: SearchConfig) -> SoftMasks:
+    """Rotate the attention heads of the model, if the settings ask for it, and attach its masks."""
+    read_model = prunable(model)
+    groups = groups_to_search(read_model.anatomy, config)
+    once = isinstance(data.train, Iterator)  # its images are needed for the training
+    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
+        # A resumed search replaces these weights by those of its state, which were rotated at the start.
+        model.to(distributed_state().device)
+        with in_evaluation(model):
+            rotate_(read_model, calibration_images(data, config.images, seed=config.train.seed))
+    masks = attach_(read_model, groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms)
+    masks.penalty_sum = config.penalty_sum
+    return masks
+
+
 def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
-    """One score per unit of the trained model; what the search collected where the one asked for cannot be had."""
+    """One score per unit of the trained model; if the configured score cannot be computed, the collected one."""
     chosen = score_called(config.score)
     if chosen.needs_training or not chosen.needs_images:
         return masks.scores(config.score)
     try:
         model = copy.deepcopy(masks.model).eval()
-        own = attached(model)
-        assert own is not None
+        copied_masks = attached(model)
+        assert copied_masks is not None
         if config.fold:
-            own.fold_()
-        own.detach_()
+            copied_masks.fold_()
+        copied_masks.detach_()
         batches = calibration_batches(data, config.images, seed=config.train.seed)
         if _trains_outputs(task):
             plain = read_as(model, masks.anatomy)
             request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
             return chosen.function(request)
-        found = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
+        scores = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
         if config.score == "compensated":
-            found = redundancy_scores(model, masks.groups, found, [batch.images for batch in batches])
-        return found
-    except Exception as error:  # a loader that cannot be read again, memory, a model that takes more: keep the search
+            scores = redundancy_scores(model, masks.groups, scores, [batch.images for batch in batches])
+        return scores
+    except Exception as error:  # data that cannot be read again, memory, a custom model: keep the trained search
         if config.train.steps == 0:
             raise
         warnings.warn(
-            f"Score {config.score!r} could not be taken ({type(error).__name__}: {error}); units are ranked by what "
-            "the search collected. search.score: taylor asks for that.",
+            f"Score {config.score!r} could not be computed ({type(error).__name__}: {error}); units are ranked by the "
+            "Taylor scores that the search collected. search.score: taylor selects these.",
             stacklevel=2,
         )
         return masks.scores("taylor")
 
 
 def _trains_outputs(task: Task) -> bool:
-    """Whether the loss is of the model's own outputs, whose Fisher scores then say what a unit matters."""
+    """Whether the loss compares the outputs of the model, so that their Fisher scores measure the effect of a unit."""
     return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
+
+
+def _try_sensitivity(
+    masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
+) -> Sensitivity | None:
+    """The sensitivity of each kind; None if it is not asked for, has no use, or cannot be measured (with a warning)."""
+    if not config.sensitivity or len({group.kind for group in masks.groups}) < 2:
+        return None
+    try:
+        return _sensitivity(masks, scores, config, data, task)
+    except Exception as error:  # data that cannot be read again, memory, a custom loss: keep the trained search
+        warnings.warn(
+            f"The sensitivity of each kind could not be measured ({type(error).__name__}: {error}); kinds are "
+            "weighed against each other by their scores. search.sensitivity: 0 skips the measurement.",
+            stacklevel=3,
+        )
+        return None
 
 
 def _sensitivity(
     masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
 ) -> Sensitivity:
-    """What cutting each kind does on the first training images, to what a classifier says or to the task's loss."""
+    """Sensitivity on the first training images, of the outputs of a classifier or of the loss of another task."""
     model, train = masks.model.eval(), config.train
     device = next(model.parameters()).device
-    found = first_batches(data, config.sensitivity, train.at_once, train.seed, train.workers)
-    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in found]
-    # Autocast keeps copies of weights until it ends: it must not outlive one trial.
+    first = first_batches(data, config.sensitivity, train.images_per_pass, train.seed, train.workers)
+    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in first]
+    # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
-        judge = (
+        measure = (
             _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
         )
 
     def loss(trial: nn.Module) -> float:
         with precise():
-            return judge(trial)
+            return measure(trial)
 
     return sensitivity(masks, scores, config.layout, loss)
 
 
 def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
-    """Mean divergence of a classifier from ``model`` over the images.
+    """Return a function that computes the mean KL divergence of a classifier from ``model`` over the images.
 
-    It is exactly 0 where nothing changes, so that few images do, and a model that knows its training images by heart
-    still shows what it loses.
+    It is exactly 0 for the unchanged model, so that few images suffice, and it is informative even if the model fits
+    its training images perfectly.
     """
 
-    def log_shares(classifier: nn.Module) -> Tensor:
-        return torch.cat([both_heads(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
+    def log_probabilities(classifier: nn.Module) -> Tensor:
+        return torch.cat([logits_by_head(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
 
-    whole = log_shares(model)
-    return lambda trial: F.kl_div(log_shares(trial), whole, reduction="batchmean", log_target=True).item()
+    reference = log_probabilities(model)
+    return lambda trial: F.kl_div(log_probabilities(trial), reference, reduction="batchmean", log_target=True).item()
 
 
 def _task_loss(
     task: Task, device: torch.device, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> Callable[[nn.Module], float]:
-    """Mean loss of a model over the images."""
+    """Return a function that computes the mean loss of a model over the images."""
 
     def loss(trial: nn.Module) -> float:
         task.start(trial, device)
@@ -293,8 +317,8 @@ def _task_loss(
 
 
 def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
-    """What the first process found on every process, so that all make the same plan."""
-    if rank_and_world()[1] > 1:
+    """The scores and sensitivity of the first process, on every process, so that all make the same plan."""
+    if rank_and_world_size()[1] > 1:
         shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
         torch.distributed.broadcast_object_list(shared, src=0)
         return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]
@@ -302,12 +326,12 @@ def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dic
 
 
 def search_directory(directory: Path) -> Path | None:
-    """The search in ``directory``: itself, or that of a whole run; None if there is none."""
+    """Return the directory of the search: ``directory``, or its subdirectory in a run; None if there is no search."""
     return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
 def load_search(directory: str | Path) -> SearchResult:
-    """Read what `SearchResult.save` wrote: the masked model and its scores, in evaluation mode.
+    """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a newer format.
@@ -317,18 +341,18 @@ def load_search(directory: str | Path) -> SearchResult:
     for name, digest in record["files_sha256"].items():
         if checkpoint.sha256(directory / name) != digest:
             raise CheckpointError(
-                f"{directory / name} is not as it was written: its checksum differs. Take an intact copy."
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
             )
-    rating = load_scores(directory / SCORES_FILE)
+    scored = load_scores(directory / SCORES_FILE)
     config = config_from_dict(record["config"])
-    model = checkpoint.build(rating.anatomy.structure)
+    model = checkpoint.build(scored.anatomy.structure)
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
     try:
-        fill_(model, weights)
-        groups = [rating.anatomy.group(name) for name in values]
+        assign_state_(model, weights)
+        groups = [scored.anatomy.group(name) for name in values]
         masks = attach_(
-            read_as(model, rating.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
+            read_as(model, scored.anatomy), groups, tokens=config.tokens, penalty=config.penalty, norms=config.norms
         )
         for name, value in values.items():
             masks[name].data.copy_(value)
@@ -338,8 +362,8 @@ def load_search(directory: str | Path) -> SearchResult:
     return SearchResult(
         model=model.eval(),
         masks=masks,
-        scores=rating.scores,
+        scores=scored.scores,
         config=config,
-        sensitivity=rating.sensitivity,
+        sensitivity=scored.sensitivity,
         metrics=record["metrics"],
     )

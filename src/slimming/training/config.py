@@ -1,4 +1,4 @@
-"""The settings of training and of data."""
+"""Settings of training and data: `TrainConfig` and `DataConfig`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from slimming.errors import ConfigError, nearest
 
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
+POOLS = ("first", "mean")
+"""What of a module's outputs (B, N, D) distillation compares: the first token, or the mean over tokens."""
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
-# Settings that change how a run is watched or how fast it goes, not what it computes.
+# Settings that affect logging or speed but not the result; they may differ when a run is resumed.
 FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained; dense training, search and retraining share it.
+    """Training settings, shared by dense training, search and retraining.
 
     Attributes:
         epochs: passes over the training data; fractions are allowed.
-        steps: optimizer steps; takes the place of ``epochs`` where it is given. 0 trains nothing: a search then scores
-            the model as it is.
+        steps: optimizer steps, instead of ``epochs``. 0 trains nothing: a search then scores the model as it is.
         batch_size: images per optimizer step, over all processes and accumulated parts together.
         accumulate: parts that each process splits its share of a batch into, to save memory.
         optimizer: a name of ``timm.optim``.
@@ -94,20 +95,20 @@ class TrainConfig:
             )
 
     @property
-    def at_once(self) -> int:
-        """Images that the model takes at once, of one process: what memory must be enough for."""
+    def images_per_pass(self) -> int:
+        """Images per forward pass in a single process, which determines the memory needed."""
         return max(1, self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and how they are read.
+    """Location of the images and how they are read.
 
     Attributes:
-        source: a folder of class folders, of Parquet files or of tar shards; one such file; or ``"hf:NAME"``
+        source: folder of class folders, Parquet files or tar shards; a single Parquet or tar file; or ``"hf:NAME"``
             for a data set of the ``datasets`` library.
-        val: the validation data, where it is not found inside ``source``; for ``hf:`` the name of its split.
-        split_fraction: share of the images of each class that is held out, where there is no validation data.
+        val: the validation data, if it is not inside ``source``; for ``hf:`` the name of its split.
+        split_fraction: share of the images of each class to hold out, if there is no validation data.
         image_key: column of the images in Parquet and ``hf:`` data.
         label_key: column of the labels in Parquet and ``hf:`` data.
         max_unreadable: share of the images that may be unreadable before reading stops with an error.
@@ -116,8 +117,8 @@ class DataConfig:
         stream: read ``hf:`` data as a stream instead of downloading it first.
         augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
             90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
-        mean: mean of the pixels by channel, between 0 and 1, in place of the model's own. `transformers:NAME`
-            reads them from the processor; a model of transformers that is passed in keeps none and gets ImageNet's.
+        mean: mean of the pixels by channel, between 0 and 1, instead of the model's own. For `transformers:NAME` it is
+            read from the processor; a transformers model that is passed in has none and gets ImageNet's.
         std: standard deviation by channel, likewise.
     """
 
@@ -140,7 +141,7 @@ class DataConfig:
         if self.split_fraction is not None:
             _require(0 < self.split_fraction < 1, "split_fraction", self.split_fraction, "between 0 and 1")
             if self.val is not None:
-                raise ConfigError("val and split_fraction are both given; the one makes the other useless: drop one.")
+                raise ConfigError("val and split_fraction are both given, but only one can be used; drop one.")
         _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "between 0 and 1")
         for name in ("train_limit", "val_limit"):
             if getattr(self, name) is not None:
@@ -151,7 +152,23 @@ class DataConfig:
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
-            raise ConfigError("stream is for hf: data; folders, Parquet and tar shards are read in place anyway.")
+            raise ConfigError("stream is only for hf: data; other data is on the disk already. Drop stream.")
+
+
+def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:
+    """Check settings of `DistilTask`.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; it must be above 0.")
+    if pool not in POOLS:
+        raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
+    if relation_heads < 1:
+        raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
 
 
 def _require(holds: bool, name: str, value: object, must: str) -> None:

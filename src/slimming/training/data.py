@@ -1,4 +1,4 @@
-"""Opening data: finding the reader, the splits and the class names, and checking that they fit together."""
+"""Open data sets: find the source, the splits and the class names, and check that they are consistent."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ import numpy as np
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
 from slimming.training.images import ImageSpec
-from slimming.training.readers import FolderSource, ParquetSource, PicturesSource, Source, TarSource
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
-    Reader,
+    SampleReader,
     check_classes,
     check_labels,
-    held_out,
+    stratified_split,
     validation_fraction,
 )
+from slimming.training.sources import FolderSource, ParquetSource, Source, TarSource, UnlabelledFolderSource
 
 
 def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
-    """Open the data that ``config`` names, for a model that takes ``spec``.
+    """Open the training and validation data of ``config`` for a model with the input ``spec``.
 
     Args:
-        config: where the images are.
-        spec: see `ImageSpec.of_model`.
-        seed: decides the augmentation of every sample, together with its epoch and index.
+        config: location of the images.
+        spec: input of the model, see `ImageSpec.of_model`.
+        seed: seed of the augmentation, combined with the epoch and the index of a sample.
 
     Raises:
-        DataError: no such data, no validation part, an empty class, one class only, labels out of range, or
-            training and validation data with different classes.
-        MissingExtraError: ``hf:`` data without the ``datasets`` library.
+        DataError: the data does not exist, has no validation part, has an empty class or only one, has labels out of
+            range, or has different classes in training and validation.
+        MissingExtraError: ``hf:`` data is named but the ``datasets`` library is not installed.
     """
-    train_reader, val_reader = Reader(spec, config.augment, seed), Reader(spec, None, seed)
+    train_reader, val_reader = SampleReader(spec, config.augment, seed), SampleReader(spec, None, seed)
     if config.source.startswith("hf:"):
-        from slimming.training.hub import open_hub
+        from slimming.training.hf_datasets import open_hf_dataset
 
-        return open_hub(config, train_reader, val_reader, seed)
-    train, val = _sources(config)
-    train_indices, val_indices = _order(train), None
+        return open_hf_dataset(config, train_reader, val_reader, seed)
+    train, val = _open_sources(config)
+    train_indices, val_indices = _limit_order(train), None
     if val is None:
-        train_indices, val_indices = held_out(train.labels, validation_fraction(config))
+        train_indices, val_indices = stratified_split(train.labels, validation_fraction(config))
         val = train
     classes = check_classes(config.source, train, val)
     train_indices = train_indices[: config.train_limit]
-    val_indices = (_order(val) if val_indices is None else val_indices)[: config.val_limit]
+    val_indices = (_limit_order(val) if val_indices is None else val_indices)[: config.val_limit]
     check_labels(config.source, train.labels[train_indices], classes)
     return Data(
         ImageDataset(train, train_indices, train_reader, config.max_unreadable),
@@ -57,10 +57,12 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     )
 
 
-def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
-    """The training images without labels: below a folder, in class folders or not, in Parquet files or tar shards.
+def open_unlabelled(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
+    """Open the training images without labels: images anywhere in a folder, in Parquet files or in tar shards.
 
-    None where only `open_data` can say which images train: data of the hub, and parts held out or left out.
+    Returns:
+        None if the training images are only known with their labels, so that `open_data` is needed: ``hf:`` data,
+        ``split_fraction`` or ``train_limit``.
 
     Raises:
         DataError: there are no images.
@@ -68,55 +70,55 @@ def open_pictures(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
     root = Path(config.source)
     if config.source.startswith("hf:") or config.split_fraction or config.train_limit:
         return None
-    _require_data(root)
-    places = _part(root, ("train",)) or [root]
-    files = places[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in places[0].glob("*"))
-    pictures = _one_source(config, places, labelled=False) if files else PicturesSource(places[0])
-    return ImageDataset(pictures, np.arange(len(pictures.labels)), Reader(spec, "none", 0), config.max_unreadable)
+    _check_exists(root)
+    paths = _find_split(root, ("train",)) or [root]
+    files = paths[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in paths[0].glob("*"))
+    source = _open_source(config, paths, labelled=False) if files else UnlabelledFolderSource(paths[0])
+    return ImageDataset(source, np.arange(len(source.labels)), SampleReader(spec, "none", 0), config.max_unreadable)
 
 
-def _require_data(root: Path) -> None:
+def _check_exists(root: Path) -> None:
     if not root.exists():
         raise DataError(f"There is no data at {root}; give an existing folder or file, or hf:NAME.")
 
 
-def _order(source: Source) -> np.ndarray:
-    """Return the order in which a limit takes images: as stored, but class folders are mixed first."""
+def _limit_order(source: Source) -> np.ndarray:
+    """Return the order in which a limit takes images: the stored order, but shuffled for class folders."""
     count = len(source.labels)
     return np.random.default_rng(0).permutation(count) if isinstance(source, FolderSource) else np.arange(count)
 
 
-def _sources(config: DataConfig) -> tuple[Source, Source | None]:
-    """Open the training source and, where there is one, the validation source."""
+def _open_sources(config: DataConfig) -> tuple[Source, Source | None]:
+    """Open the training source and, if there is one, the validation source."""
     root = Path(config.source)
-    _require_data(root)
+    _check_exists(root)
     if config.val is not None:
         validation = Path(config.val)
         if not validation.exists():
             raise DataError(f"There is no validation data at {validation}; give an existing folder or file.")
-        return _one_source(config, _part(root, ("train",)) or [root]), _one_source(config, [validation])
-    train = _part(root, ("train",))
-    val = _part(root, VALIDATION_NAMES)
+        return _open_source(config, _find_split(root, ("train",)) or [root]), _open_source(config, [validation])
+    train = _find_split(root, ("train",))
+    val = _find_split(root, VALIDATION_NAMES)
     if train and val and config.split_fraction is None:
-        return _one_source(config, train), _one_source(config, val)
-    return _one_source(config, train or [root]), None
+        return _open_source(config, train), _open_source(config, val)
+    return _open_source(config, train or [root]), None
 
 
-def _part(root: Path, names: Sequence[str]) -> list[Path] | None:
-    """Find the part of ``root`` that one of ``names`` names, in their order: a folder or files."""
+def _find_split(root: Path, names: Sequence[str]) -> list[Path] | None:
+    """Return the folder or the files of the first split in ``names`` that ``root`` contains, or None."""
     if root.is_file():
         return None
     for name in names:
         if (root / name).is_dir():
             return [root / name]
-        for folder in (root, root / "data"):  # the hub keeps Parquet files in data/
+        for folder in (root, root / "data"):  # data sets on the Hugging Face hub store Parquet files in data/
             files = [*folder.glob(f"{name}*.parquet"), *folder.glob(f"{name}*.tar")]
             if files:
                 return sorted(files)
     return None
 
 
-def _one_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
+def _open_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
     files = paths
     if len(paths) == 1 and paths[0].is_dir():
         files = sorted([*paths[0].glob("*.parquet"), *paths[0].glob("*.tar")])
@@ -130,7 +132,6 @@ def _one_source(config: DataConfig, paths: list[Path], *, labelled: bool = True)
     if len(suffixes) > 1:
         raise DataError(f"{paths[0]} mixes {' and '.join(sorted(suffixes))} files; keep one kind, or name one file.")
     raise DataError(
-        f"{paths[0]} is no data that slimming reads: give a folder of class folders, .parquet files or .tar "
-        "shards "
-        "(uncompressed)."
+        f"{paths[0]} is in no format that slimming reads: give a folder of class folders, .parquet files or "
+        "uncompressed .tar shards."
     )

@@ -1,4 +1,4 @@
-"""Losses that learn from a teacher: distillation of logits, features and relations, and matching of embeddings.
+"""Distillation losses: logits, features and relations of a teacher, and matching of its embeddings.
 
 Shape suffixes: B batch, C channels, H height, W width, N tokens, D embedding width.
 """
@@ -15,44 +15,43 @@ from torch.utils.hooks import RemovableHandle
 
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
-from slimming.training.tasks import both_heads, classification_loss
-
-POOLS = ("first", "mean")
-"""What of outputs (B, N, D) is compared: the first token, or the mean over tokens."""
+from slimming.training.config import check_distillation
+from slimming.training.tasks import classification_loss, logits_by_head
 
 
 def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tensor:
-    """Return how far the token-to-token relations of two outputs lie apart (MiniLMv2, Wang et al. 2021, section 3.1).
+    """Return the divergence between the token relations of two outputs (MiniLMv2, Wang et al. 2021, section 3.1).
 
-    A relation is the softmax over tokens of their scaled dot products, (B, heads, N, N): D is split into ``heads``
-    parts of consecutive numbers, as many on both sides whatever their D. The error is the mean of
-    KL(teacher || student) over images, heads and tokens.
+    D is split into ``heads`` relation heads of consecutive features. The relations (B, heads, N, N) are the softmax of
+    the scaled dot products between tokens in each head. The error is the mean of KL(teacher || student) over images,
+    heads and tokens.
 
     Args:
-        student_BND: an output of the student.
-        teacher_BND: the teacher's, of the same tokens; its D may differ.
-        heads: parts. A multiple of 3 that divides D compares queries, keys and values of a joint projection apart.
+        student_BND: output of the student.
+        teacher_BND: output of the teacher for the same tokens; its D may differ.
+        heads: number of relation heads. For a joint projection of queries, keys and values, a multiple of 3 that
+            divides D compares the three separately.
 
     >>> x = torch.randn(2, 5, 24)
     >>> relation_error(x, x, 3).item()
     0.0
     """
-    with torch.autocast(student_BND.device.type, enabled=False):  # products of large outputs leave half precision
+    with torch.autocast(student_BND.device.type, enabled=False):  # dot products may overflow in half precision
         student, teacher = _relations(student_BND.float(), heads), _relations(teacher_BND.float(), heads)
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _relations(output_BND: Tensor, heads: int) -> Tensor:
-    """Logarithms of the relations, (B, heads, N, N)."""
+    """Return the logarithm of the relations, (B, heads, N, N)."""
     products = [part @ part.mT / part.shape[-1] ** 0.5 for part in output_BND.tensor_split(heads, dim=-1)]
     return torch.stack(products, 1).log_softmax(-1)
 
 
 def check_modules(model: nn.Module, who: str, names: Iterable[str]) -> None:
-    """Check that ``model``, the teacher or the student, has modules of these names.
+    """Check that ``model`` has modules of these names; ``who`` is its name in messages, such as "teacher".
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: a module is missing.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -60,44 +59,28 @@ def check_modules(model: nn.Module, who: str, names: Iterable[str]) -> None:
             raise ConfigError(f"The {who} has no module {name!r} to distil.{nearest(name, modules)}")
 
 
-def check_distillation(alpha: float, temperature: float, pool: str, relation_heads: int) -> None:
-    """Check settings of `DistilTask`.
-
-    Raises:
-        ConfigError: one of them cannot be.
-    """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")
-    if not temperature > 0:
-        raise ConfigError(f"temperature is {temperature}; it must be above 0.")
-    if pool not in POOLS:
-        raise ConfigError(f"pool is {pool!r}; choose 'first' or 'mean'.{nearest(pool, POOLS)}")
-    if relation_heads < 1:
-        raise ConfigError(f"relation_heads is {relation_heads}; it must be at least 1.")
-
-
 class DistilTask:
-    """Learning from a teacher's logits beside the labels (Hinton et al. 2015), its features and its relations.
+    """Distillation from the logits (Hinton et al. 2015), features and relations of a teacher, together with the labels.
 
     The loss is ``(1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student)`` at temperature ``T``,
-    plus ``feature_weight`` times the mean squared error of the named modules' outputs, plus ``relation_weight``
-    times the divergence of their token-to-token relations, see `relation_error`. A model with a distillation token
-    learns the labels with its class head and the teacher with its distillation head (Touvron et al. 2021).
+    plus ``feature_weight`` times the mean squared error of the outputs of the modules ``features``, plus
+    ``relation_weight`` times the `relation_error` of the outputs of the modules ``relations``. In a model with a
+    distillation token, the class head learns the labels and the distillation head the teacher (Touvron et al. 2021).
 
     Args:
-        teacher: a model of the same classes; put into evaluation mode and never trained.
-        alpha: share of the teacher in the loss, 0 to 1.
-        temperature: softens both distributions.
-        features: names of modules that teacher and student both have, such as ``"blocks.5"``.
-        feature_weight: weight of their error.
-        pool: what is compared of outputs (B, N, D): ``"first"`` token or the ``"mean"`` over tokens. A
-            student that lost tokens still has both.
+        teacher: a model of the same classes; it is set to evaluation mode and not trained.
+        alpha: weight of the teacher in the loss, between 0 and 1.
+        temperature: temperature of both distributions.
+        features: names of modules of both teacher and student, such as ``"blocks.5"``.
+        feature_weight: weight of the error of the features.
+        pool: how outputs (B, N, D) are reduced before the features are compared: ``"first"`` token or ``"mean"`` over
+            tokens. Both work for a student with fewer tokens.
         relations: names of modules whose outputs (B, N, D) are compared by their relations, such as
             ``"blocks.5.attn.qkv"``; D may differ.
-        relation_weight: weight of their divergence.
-        relation_heads: parts that D is split into, see `relation_error`.
-        places: module in ``relations`` -> places of the teacher's tokens that the student has, where it lost some.
-        label_smoothing: as in `ClassificationTask`.
+        relation_weight: weight of the error of the relations.
+        relation_heads: number of relation heads, see `relation_error`.
+        places: for modules in ``relations``, indices of the teacher's tokens that a student with fewer tokens kept.
+        label_smoothing: label smoothing factor of the cross-entropy.
     """
 
     def __init__(
@@ -127,10 +110,10 @@ class DistilTask:
         self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Move the teacher to ``device`` and watch the named modules of both models.
+        """Move the teacher to ``device`` and register forward hooks on the named modules of both models.
 
         Raises:
-            ConfigError: one of the models has no module of that name.
+            ConfigError: one of the models has no module of a name.
         """
         self.teacher.to(device).eval()
         names = dict.fromkeys((*self.features, *self.relations))
@@ -155,18 +138,21 @@ class DistilTask:
         """See `Task.loss`.
 
         Raises:
-            ConfigError: teacher and student have different numbers of classes or widths of features.
+            ConfigError: teacher and student differ in their number of classes or in the shape of features.
         """
         with torch.no_grad():
-            wanted = both_heads(self.teacher(images))[0].float()
-        logits, second = both_heads(model(images))
-        learner = logits if second is None else second
-        if wanted.shape != learner.shape:
-            raise ConfigError(f"The teacher knows {wanted.shape[1]} classes, the student {learner.shape[1]}.")
+            teacher_logits = logits_by_head(self.teacher(images))[0].float()
+        logits, distilled_logits = logits_by_head(model(images))
+        student_logits = logits if distilled_logits is None else distilled_logits
+        if teacher_logits.shape != student_logits.shape:
+            raise ConfigError(
+                f"The teacher knows {teacher_logits.shape[1]} classes, the student {student_logits.shape[1]}; give a "
+                "teacher with the same classes."
+            )
         labelled = classification_loss(logits, labels, self.label_smoothing)
-        softened = F.log_softmax(learner.float() / self.temperature, 1)
-        target = F.log_softmax(wanted / self.temperature, 1)
-        distilled = F.kl_div(softened, target, reduction="batchmean", log_target=True) * self.temperature**2
+        log_student = F.log_softmax(student_logits.float() / self.temperature, 1)
+        log_teacher = F.log_softmax(teacher_logits / self.temperature, 1)
+        distilled = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
         parts = {"labels": labelled, "teacher": distilled}
         loss = (1 - self.alpha) * labelled + self.alpha * distilled
         if self.features:
@@ -188,10 +174,10 @@ class DistilTask:
                 f"Relations of {name} need the same tokens (B, N, D) on both sides; the student has "
                 f"{tuple(student.shape)}, the teacher {tuple(teacher.shape)}. Name another module in distil.relations."
             )
-        least = min(student.shape[2], teacher.shape[2])
-        if least < self.relation_heads:
+        width = min(student.shape[2], teacher.shape[2])
+        if width < self.relation_heads:
             raise ConfigError(
-                f"relation_heads is {self.relation_heads}, but {name} gives {least} numbers per token; lower it."
+                f"relation_heads is {self.relation_heads}, but {name} gives {width} features per token; lower it."
             )
         return relation_error(student, teacher, self.relation_heads)
 
@@ -205,15 +191,16 @@ class DistilTask:
         student, teacher = self._pooled("student", name), self._pooled("teacher", name)
         if student.shape != teacher.shape:
             raise ConfigError(
-                f"{name} gives {tuple(student.shape)} in the student, {tuple(teacher.shape)} in the teacher."
+                f"{name} gives {tuple(student.shape)} in the student, {tuple(teacher.shape)} in the teacher; name a "
+                "module with the same shape in both."
             )
         return F.mse_loss(student, teacher)
 
     def before_step(self) -> None:
-        """Nothing to collect."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Remove the hooks, and let both heads speak together again."""
+        """Remove the hooks and restore the averaged output of both heads."""
         if self.student is not None:
             train_heads_apart_(self.student, False)
         self.student = None
@@ -223,47 +210,51 @@ class DistilTask:
             seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: the teacher does not change."""
+        """Return an empty dict: the teacher does not change."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Do nothing: there is no state."""
 
 
 class MatchLoss:
     """A `Loss` without labels: the mean squared error between the outputs of the model and those of a teacher.
 
-    For encoders, whose output (B, D) or (B, N, D) is an embedding. The error is divided by the variance of the
-    teacher's outputs for ``images``, so that 1 is about as bad as predicting their mean, however batches are split.
+    It is meant for encoders, whose output (B, D) or (B, N, D) is an embedding. The error is divided by the variance of
+    the outputs of the teacher for ``images``: predicting their mean gives an error of about 1. The scale does not
+    depend on how batches are split.
 
     Args:
-        teacher: put into evaluation mode and never trained.
+        teacher: the model to match; it is set to evaluation mode and not trained.
         images: a few batches (B, C, H, W), such as those of `slimming.load_images`.
 
     Raises:
-        ConfigError: the teacher's outputs are the same for all images.
+        ConfigError: the outputs of the teacher are the same for all images.
     """
 
     def __init__(self, teacher: nn.Module, images: Iterable[Tensor]) -> None:
         self.teacher = teacher
         device = next(teacher.parameters()).device
         with in_evaluation(teacher), torch.no_grad():
-            wanted = [both_heads(teacher(batch.to(device)))[0].float() for batch in images]
-        self.variance = float(torch.cat(wanted).var(0, unbiased=False).mean()) if wanted else 0.0
+            outputs = [logits_by_head(teacher(batch.to(device)))[0].float() for batch in images]
+        self.variance = float(torch.cat(outputs).var(0, unbiased=False).mean()) if outputs else 0.0
         if not self.variance > 0:
             raise ConfigError("The teacher gives the same output for all images; give two or more that differ.")
         teacher.eval()
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The error on ``batch``, whose labels are not used.
+        """Return the error on ``batch``; its labels are not used.
 
         Raises:
             ConfigError: the two outputs differ in shape.
         """
         images, _ = batch
         with torch.no_grad():
-            wanted = both_heads(self.teacher.to(images.device)(images))[0].float()
-        found = model(images).float()
-        if found.shape != wanted.shape:
-            raise ConfigError(f"The teacher gives {tuple(wanted.shape)}, the student {tuple(found.shape)}.")
-        return F.mse_loss(found, wanted) / self.variance
+            target = logits_by_head(self.teacher.to(images.device)(images))[0].float()
+        output = model(images).float()
+        if output.shape != target.shape:
+            raise ConfigError(
+                f"The teacher gives {tuple(target.shape)}, the student {tuple(output.shape)}; give a teacher with an "
+                "output of the same shape."
+            )
+        return F.mse_loss(output, target) / self.variance

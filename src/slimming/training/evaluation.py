@@ -1,4 +1,4 @@
-"""Top-1 and loss of a model, exact over all processes."""
+"""Evaluate a model: top-1 accuracy and loss over all processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from slimming.core.modules import in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
-from slimming.training.guards import memory_errors
-from slimming.training.processes import rank_and_world
-from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCount
-from slimming.training.tasks import both_heads
+from slimming.training.distributed import rank_and_world_size
+from slimming.training.guards import explain_out_of_memory
+from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
+from slimming.training.tasks import logits_by_head
 
 
 def evaluate(
@@ -25,21 +25,21 @@ def evaluate(
     workers: int = 0,
     precision: str = "no",
 ) -> dict[str, float]:
-    """Return ``{"top1": share correct, "loss": mean cross-entropy, "images": how many were counted}``.
+    """Return ``{"top1": accuracy in [0, 1], "loss": mean cross-entropy, "images": number of evaluated images}``.
 
-    Every image counts once, whatever the batch size and the number of processes. The model's mode is given
-    back as it was; it is not moved unless ``device`` is given.
+    Each image counts exactly once for any batch size and number of processes. The mode of the model is restored. The
+    model is not moved unless ``device`` is given.
 
     Args:
-        model: gives logits (B, K), or an object that holds ``logits``.
-        images: the validation part of `Data`.
+        model: returns logits (B, K), or an object with an attribute ``logits``.
+        images: the validation images of a `Data`.
         batch_size: images per forward pass.
-        device: where to compute; None means where the model's first parameter is.
-        workers: processes that read images.
-        precision: autocast, as in `TrainConfig`.
+        device: device to evaluate on; None is the device of the first parameter.
+        workers: number of worker processes that read images.
+        precision: autocast of the forward pass, as in `TrainConfig`.
 
     Raises:
-        DataError: more images are unreadable than the data allows, none is left, or a label is none of the model's.
+        DataError: too many or all images are unreadable, or a label is not a class of the model.
         ConfigError: out of memory.
 
     >>> import timm, slimming
@@ -50,34 +50,35 @@ def evaluate(
     >>> sorted(slimming.evaluate(model, data.val))
     ['images', 'loss', 'top1']
     """
-    dtype, place = next(model.parameters()).dtype, torch.device(device or next(model.parameters()).device)
-    rank, world = rank_and_world()
-    unreadable = UnreadableCount.of(images)
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, torch.device(device or parameter.device)
+    rank, world_size = rank_and_world_size()
+    unreadable = UnreadableCounter.of(images)
     sums = torch.zeros(3, dtype=torch.float64)
-    model.to(place)
-    advice = f"in evaluation, with {batch_size} images at once: make batch_size smaller, or accumulate in a run larger"
-    with in_evaluation(model), torch.no_grad(), memory_errors(advice), autocast(place, precision):
-        for batch in validation_batches(images, batch_size, rank, world, workers):
+    model.to(device)
+    advice = f"in evaluation with {batch_size} images per forward pass: make batch_size smaller, or accumulate larger"
+    with in_evaluation(model), torch.no_grad(), explain_out_of_memory(advice), autocast(device, precision):
+        for batch in validation_batches(images, batch_size, rank, world_size, workers):
             unreadable.add(batch.unreadable)
             if not len(batch.labels):
                 continue
-            labels = batch.labels.to(place)
-            logits = both_heads(model(batch.images.to(place, dtype)))[0].float()
+            labels = batch.labels.to(device)
+            logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
-    if world > 1:
-        sums = sums.to(place)
+    if world_size > 1:
+        sums = sums.to(device)
         torch.distributed.all_reduce(sums)
     correct, loss, count = sums.tolist()
     if not count:
-        raise DataError("No validation image could be read; there is nothing to evaluate on.")
+        raise DataError("None of the validation images could be read; repair them, or give other validation data.")
     return {"top1": correct / count, "loss": loss / count, "images": int(count)}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of a precision; ``"no"`` leaves everything in float32."""
+    """Return the autocast context of a precision: ``"no"``, ``"bf16"`` or ``"fp16"``; ``"no"`` keeps float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "no")

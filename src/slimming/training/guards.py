@@ -1,4 +1,4 @@
-"""What may stop a run from outside: Ctrl-C and a full memory."""
+"""Handle Ctrl-C and out-of-memory errors during training."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch
 from slimming.errors import ConfigError
 
 
-class StopRequest:
-    """Remembers that Ctrl-C was pressed, so that the step under way can end first.
+class InterruptRequest:
+    """Signal handler that records Ctrl-C, so that the current step can finish.
 
-    Pressing it again after a second or more stops at once, without saving. (Launchers pass the signal on, so
-    that it arrives twice within moments.)
+    A second Ctrl-C stops at once, without saving. It is ignored within one second after the first, because launchers
+    forward the signal and a process then receives it twice.
     """
 
     def __init__(self) -> None:
         self.since: float | None = None
 
     @property
-    def made(self) -> bool:
-        """Whether it was pressed."""
+    def requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
         return self.since is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal.
+        """Record the signal.
 
         Raises:
-            KeyboardInterrupt: it came again.
+            KeyboardInterrupt: it is a second signal, more than one second after the first.
         """
         if self.since is not None and time.monotonic() - self.since > 1.0:
             raise KeyboardInterrupt
@@ -41,22 +41,25 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_request() -> Iterator[StopRequest]:
-    """Catch Ctrl-C while the block runs. Outside the main thread Python cannot, and nothing changes."""
-    request = StopRequest()
+def defer_interrupt() -> Iterator[InterruptRequest]:
+    """Record Ctrl-C instead of raising `KeyboardInterrupt` in this block.
+
+    Python allows signal handlers in the main thread only; in other threads this does nothing.
+    """
+    request = InterruptRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.signal(signal.SIGINT, request)
+    previous = signal.signal(signal.SIGINT, request)
     try:
         yield request
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Turn a lack of memory into ``advice``, which follows on "Out of memory".
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn out-of-memory errors of this block into a `ConfigError` with the message "Out of memory {advice}.".
 
     Raises:
         ConfigError: the block ran out of memory.
@@ -64,7 +67,7 @@ def memory_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not lacking:
+        # For memory of the CPU, PyTorch raises a plain RuntimeError.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise ConfigError(f"Out of memory {advice}.") from error

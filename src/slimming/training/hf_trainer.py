@@ -1,4 +1,4 @@
-"""A search inside transformers' Trainer: a callback, and nothing else of the Trainer changes."""
+"""Search inside the Trainer of transformers, with a callback."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from slimming.errors import ConfigError, MissingExtraError
 try:
     from transformers import TrainerCallback
 except ImportError as missing:
-    raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from missing
+    raise MissingExtraError("This module needs an extra; run: pip install 'slimming[transformers]'.") from missing
 
 
 class Masks(Protocol):
-    """What a search needs of `slimming.attach`'s masks."""
+    """The method of the masks of `slimming.attach` that the callback calls."""
 
     def before_step(self) -> None:
-        """Add the penalty's gradient, and note the gradients."""
+        """Add the gradient of the penalty and accumulate the scores from the gradients."""
 
 
 class SearchCallback(TrainerCallback):
-    """Adds the penalty of the masks to each step of a Trainer, and notes the gradients for the scores.
+    """Add the penalty of the masks and accumulate the scores in each step of a Trainer.
 
     Args:
-        masks: what `slimming.attach` gave for the Trainer's model, before the Trainer was made.
+        masks: the masks that `slimming.attach` returned for the model, called before the Trainer is created.
     """
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse what the masks cannot work with.
+        """Check the precision.
 
         Raises:
-            ConfigError: fp16 without clipping, where the Trainer never unscales the gradients.
+            ConfigError: fp16 without gradient clipping, for which the Trainer does not unscale the gradients.
         """
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError(
-                "With fp16 and without clipping the Trainer leaves gradients scaled, and the masks would learn from "
-                "those: set max_grad_norm (its default is 1.0; a large one clips nothing), or bf16 in place of fp16."
+                "With fp16 and no gradient clipping, the Trainer does not unscale the gradients that the masks need; "
+                "set max_grad_norm (1.0 by default; a large value clips nothing), or use bf16 instead of fp16."
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the gradients of the loss are there (and clipped), before the optimiser's step."""
+        """Update the masks after the gradients are computed (and clipped), before the step of the optimizer."""
         self.masks.before_step()

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a model's tensor, with random numbers of its own for each sample."""
+"""Image preprocessing: decode, augment and normalise an image, with a separate random seed per sample."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ from slimming.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What a model takes: ``input_size`` (channels, height, width), ``mean`` and ``std`` by channel.
+    """Input of a model, as in timm's ``pretrained_cfg``.
 
-    ``crop_mode`` is timm's: ``"center"`` cuts off what is too long, ``"squash"`` scales both sides to size,
-    ``"border"`` pads what is too short.
+    Attributes:
+        input_size: (channels, height, width).
+        mean: mean per channel.
+        std: standard deviation per channel.
+        interpolation: interpolation for resizing.
+        crop_pct: fraction of the resized image that the centre crop keeps in evaluation.
+        crop_mode: ``"center"`` crops the longer side, ``"squash"`` resizes both sides, ``"border"`` pads the shorter
+            side.
+
+    Raises:
+        DataError: the input has neither one nor three channels.
     """
 
     input_size: tuple[int, int, int]
@@ -37,67 +46,67 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if self.input_size[0] not in (1, 3):
             raise DataError(
-                f"The model takes images of {self.input_size[0]} channels; the readers give 1 (grey) or "
-                "3 (RGB). Pass DataLoaders of your own for others."
+                f"The model takes images of {self.input_size[0]} channels, but files are read with 1 (grey) or 3 (RGB) "
+                "channels. Pass custom DataLoaders for other images."
             )
 
     @staticmethod
     def of_model(model: Any) -> ImageSpec:
-        """Read the spec from a timm model's own ``pretrained_cfg``."""
+        """Return the input of a timm model, from its ``pretrained_cfg``."""
         from timm.data.config import resolve_data_config
 
-        found = resolve_data_config({}, model=model)
-        channels = found["input_size"][0]
-        fit = {key: tuple(found[key]) for key in ("mean", "std")}
-        if len(fit["mean"]) != channels:  # a model for grey images keeps the three means of its ImageNet entry
-            fit = {key: (sum(value) / len(value),) * channels for key, value in fit.items()}
+        resolved = resolve_data_config({}, model=model)
+        channels = resolved["input_size"][0]
+        statistics = {key: tuple(resolved[key]) for key in ("mean", "std")}
+        if len(statistics["mean"]) != channels:  # timm keeps the three means of ImageNet for models of grey images
+            statistics = {key: (sum(value) / len(value),) * channels for key, value in statistics.items()}
         return ImageSpec(
-            input_size=tuple(found["input_size"]),
-            interpolation=found["interpolation"],
-            crop_pct=float(found["crop_pct"]),
-            crop_mode=found.get("crop_mode") or "center",
-            **fit,
+            input_size=tuple(resolved["input_size"]),
+            interpolation=resolved["interpolation"],
+            crop_pct=float(resolved["crop_pct"]),
+            crop_mode=resolved.get("crop_mode") or "center",
+            **statistics,
         )
 
 
-class Unreadable(Exception):
-    """One image cannot be decoded; caught, counted and skipped by the readers of batches."""
+class UnreadableImageError(Exception):
+    """An image cannot be decoded. The readers of batches catch this error, then count and skip the image."""
 
 
 def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Image.Image:
-    """Decode one image upright, as grey or RGB.
+    """Decode an image to grey or RGB and apply its EXIF orientation.
 
     Args:
-        data: an encoded image, the path of one, or a decoded one.
+        data: an encoded image, the path of one, or a decoded image.
         channels: 1 for grey, 3 for RGB.
-        largest: sides beyond this many pixels may be decoded at a reduced scale (JPEG only).
+        largest: JPEG images with sides longer than this number of pixels may be decoded at a reduced scale.
 
     Raises:
-        Unreadable: truncated, no image, or too large to be decoded safely.
+        UnreadableImageError: the data is truncated, is not an image, or is too large to be decoded safely.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of images above 89 megapixels and refuses those above 179; that is no news here.
+            # Pillow warns above 89 megapixels and raises an error above 179; the error suffices.
             warnings.simplefilter("ignore")
             image = data if isinstance(data, Image.Image) else _open(data)
             image.draft("RGB" if channels == 3 else "L", (largest, largest))
             image = ImageOps.exif_transpose(image)
             return _convert(image, "RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
-        # Pillow's own text holds the address of a buffer; an image that comes again must be known by its text.
-        raise Unreadable("no image of a kind that Pillow reads") from error
-    # Decoders of damaged files fail in many ways: OSError, SyntaxError, ValueError, struct.error ...
+        # Pillow's message contains the address of a buffer, but the same image must always give the same message.
+        raise UnreadableImageError("not an image in a format that Pillow reads") from error
+    # Pillow raises many types of errors for damaged files: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        raise Unreadable(str(error) or type(error).__name__) from error
+        raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 
 def _open(data: bytes | Path) -> Image.Image:
-    # The bytes of a file, so that no damaged image leaves it open.
+    # Read the whole file, because Pillow leaves the file of a damaged image open.
     return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits per pixel: Pillow would clip at 255
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits per pixel, which Pillow would clip at 255
         values, highest = np.asarray(image, dtype=np.float64), 255.0
         if image.mode.startswith("I;16") or values.max(initial=0.0) > 255:
             highest = 65535.0
@@ -112,10 +121,10 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Image], Tensor]:
-    """Return the function from a decoded image to a normalised float32 tensor (C, H, W).
+    """Return a transform from a decoded image to a normalised float32 tensor (C, H, W).
 
     Args:
-        spec: the model's own input.
+        spec: input of the model.
         augment: one of ``AUGMENTATIONS``, or None for evaluation (resize and centre crop).
     """
     from timm.data.transforms_factory import create_transform
@@ -132,50 +141,50 @@ def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Imag
         **common, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.1,
         vflip=0.5 if augment == "overhead" else 0.0,
     )  # fmt: skip
-    return _Turned(light) if augment == "overhead" else light
+    return _RandomRotate90(light) if augment == "overhead" else light
 
 
-class _Turned:
-    """Rotate by a random multiple of 90 degrees, then go on with ``then``."""
+class _RandomRotate90:
+    """Rotate by a random multiple of 90 degrees, then apply ``transform``."""
 
-    def __init__(self, then: Callable[[Image.Image], Tensor]) -> None:
-        self.then = then
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
 
     def __call__(self, image: Image.Image) -> Tensor:
-        turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-        turn = turns[random.randrange(4)]
-        return self.then(image if turn is None else image.transpose(turn))
+        rotations = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+        rotation = rotations[random.randrange(4)]
+        return self.transform(image if rotation is None else image.transpose(rotation))
 
 
-def mix(seed: int, *key: int) -> int:
-    """Return the 63-bit seed of one use of ``seed``, the same on every machine: `numpy.random.SeedSequence`.
+def derive_seed(seed: int, *key: int) -> int:
+    """Derive a 63-bit seed from ``seed`` and ``key`` with `numpy.random.SeedSequence`, the same on every machine.
 
     Args:
-        seed: of the run, at least 0.
-        key: tells this use of it from all others, such as an epoch and an image; at least 0 each.
+        seed: seed of the run, at least 0.
+        key: integers that identify the use of the seed, such as an epoch and the index of an image; at least 0 each.
 
     Raises:
         ConfigError: the seed is negative.
 
-    >>> mix(0, 1) != mix(1, 0) != mix(0, 1, 0)
+    >>> derive_seed(0, 1) != derive_seed(1, 0) != derive_seed(0, 1, 0)
     True
     """
     if seed < 0:
-        raise ConfigError(f"The seed is {seed}; give a whole number of 0 or more.")
-    # As a spawn key: SeedSequence fills its entropy up with zeros, so that (0, 1) and (0, 1, 0) would be the same.
+        raise ConfigError(f"The seed is {seed}; it must be an integer of 0 or more.")
+    # Use spawn_key, because SeedSequence pads entropy with zeros, and (0, 1) and (0, 1, 0) would give the same seed.
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators: the libraries that augment draw from all three."""
+def seed_cpu_generators(seed: int) -> None:
+    """Seed the global CPU generators of Python, NumPy and PyTorch; augmentation draws from all three."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
-def restored_randomness() -> Iterator[None]:
-    """Give the global generators back as they were."""
+def fork_rng() -> Iterator[None]:
+    """Restore the global CPU generators of Python, NumPy and PyTorch at the end of this block."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""A search inside Lightning's Trainer: a callback, and nothing else of the Trainer changes."""
+"""Search inside Lightning's Trainer, with a callback."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from slimming.errors import MissingExtraError
 try:
     from lightning.pytorch import Callback
 except ImportError as missing:
-    raise MissingExtraError("This needs an extra: pip install 'slimming[lightning]'.") from missing
+    raise MissingExtraError("This module needs an extra; run: pip install 'slimming[lightning]'.") from missing
 
 
 class Masks(Protocol):
-    """What a search needs of `slimming.attach`'s masks."""
+    """The method of the masks of `slimming.attach` that the callback calls."""
 
     def before_step(self) -> None:
-        """Add the penalty's gradient, and note the gradients."""
+        """Add the gradient of the penalty and accumulate the scores from the gradients."""
 
 
 class SearchCallback(Callback):
-    """Adds the penalty of the masks to each step of a Trainer, and notes the gradients for the scores.
+    """Add the penalty of the masks and accumulate the scores in each step of a Trainer.
 
     Args:
-        masks: what `slimming.attach` gave for the module's model, before ``configure_optimizers``.
+        masks: the masks that `slimming.attach` returned for the model, called before ``configure_optimizers``.
     """
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """After the gradients of the loss are there (and unscaled), before they are clipped."""
+        """Update the masks after the gradients are computed (and unscaled), before they are clipped."""
         self.masks.before_step()

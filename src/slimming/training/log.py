@@ -1,9 +1,8 @@
-"""What a run tells: a JSON line per logged step, a progress bar, Accelerate's trackers."""
+"""Log of a training run: JSON lines, progress bar, and Accelerate's trackers."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,34 +26,34 @@ LOG_FILE = "log.jsonl"
 
 
 def check_trackers(names: tuple[str, ...], directory: Path | None) -> None:
-    """Check that every tracker is known, installed, and has a place to write to.
+    """Check that every tracker is known and installed, and that there is a directory for its files.
 
     Raises:
-        ConfigError: there is no such tracker, or no directory.
-        MissingExtraError: its library is not installed.
+        ConfigError: a tracker is unknown, or there is no directory.
+        MissingExtraError: the library of a tracker is not installed.
     """
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(
-                f"There is no tracker {name!r}; Accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
+                f"There is no tracker {name!r}; Accelerate supports {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
                 f"{nearest(name, LOGGER_TYPE_TO_CLASS)}"
             )
         if name not in available:
             raise MissingExtraError(f"The tracker {name!r} is not installed; run: pip install {name}.")
     if names and directory is None:
-        raise ConfigError("Trackers write into the run's directory; give one.")
+        raise ConfigError("Trackers write to the directory of the run; give a directory.")
 
 
 class RunLog:
-    """The log of one run; only the main process writes.
+    """Log of one run. Only the main process writes files and shows progress.
 
     Args:
-        accelerator: names the main process and holds the trackers.
-        directory: where ``log.jsonl`` lies, or None to keep the lines in memory only.
-        title: the bar's name, or None to show nothing.
-        start: the step that the run goes on from; later lines of an earlier attempt are dropped.
-        total: the step that it ends with.
+        accelerator: Accelerate's accelerator, with the trackers.
+        directory: directory of ``log.jsonl``, or None to keep the lines in memory only.
+        title: title of the progress bar, or None to show no progress.
+        start: step that the run resumes from; lines of an earlier attempt after this step are dropped.
+        total: last step of the run.
     """
 
     def __init__(
@@ -62,23 +61,22 @@ class RunLog:
     ) -> None:
         self.accelerator = accelerator
         self.path = directory / LOG_FILE if directory is not None else None
-        self.main = accelerator.is_main_process
-        self.lines = _kept_lines(self.path, start)
-        if self.main and self.path is not None:
+        self.is_main_process = accelerator.is_main_process
+        self.lines = _lines_until(self.path, start)
+        if self.is_main_process and self.path is not None:
             atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.title, self.start, self.total = title, start, total
-        self.console = Console(stderr=True, quiet=title is None or not self.main)
+        self.console = Console(stderr=True, quiet=title is None or not self.is_main_process)
         self.bar: Progress | None = None
-        self.began = time.monotonic()
 
     def __enter__(self) -> RunLog:
-        if self.title is not None and self.main and self.console.is_terminal:
+        if self.title is not None and self.is_main_process and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[news]}"),
+                TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
             )  # fmt: skip
             self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, news="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, metrics="")
             self.bar.start()
         return self
 
@@ -87,18 +85,18 @@ class RunLog:
             self.bar.stop()
 
     def step(self, step: int) -> None:
-        """Move the bar."""
+        """Update the progress bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line to the log and send it to the trackers.
+        """Append a line to the log and send it to the trackers.
 
         Raises:
-            OutputError: the disk is full, or the place is not writable.
+            OutputError: the disk is full, or the file is not writable.
         """
         self.lines.append(dict(line))
-        if self.main and self.path is not None:
+        if self.is_main_process and self.path is not None:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -107,18 +105,20 @@ class RunLog:
         if self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
         if self.bar is not None:
-            self.bar.update(self.task, news=summary(line))
+            self.bar.update(self.task, metrics=format_metrics(line))
 
-    def say(self, line: Mapping[str, Any]) -> None:
-        """Print one line, where no bar shows the news anyway."""
+    def print(self, line: Mapping[str, Any]) -> None:
+        """Print the metrics of a line unless the progress bar shows them."""
         if self.bar is None:
-            self.console.print(f"{self.title}: step {line['step']} of {self.total}, {summary(line)}", highlight=False)
+            self.console.print(
+                f"{self.title}: step {line['step']} of {self.total}, {format_metrics(line)}", highlight=False
+            )
 
 
-def summary(line: Mapping[str, Any]) -> str:
-    """Return the numbers of a log line that a person watches.
+def format_metrics(line: Mapping[str, Any]) -> str:
+    """Return the main metrics of a log line as text.
 
-    >>> summary({"step": 3, "loss": 1.23456, "lr": 0.0005, "val_top1": 0.9})
+    >>> format_metrics({"step": 3, "loss": 1.23456, "lr": 0.0005, "val_top1": 0.9})
     'loss 1.235, top-1 90.0 %'
     """
     parts = []
@@ -131,8 +131,8 @@ def summary(line: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _kept_lines(path: Path | None, start: int) -> list[dict[str, Any]]:
-    """Read the lines up to step ``start``; a last line that was cut off by a kill is dropped."""
+def _lines_until(path: Path | None, start: int) -> list[dict[str, Any]]:
+    """Read the lines up to step ``start``; an incomplete last line of an interrupted run is dropped."""
     lines: list[dict[str, Any]] = []
     if path is None or start == 0 or not path.is_file():
         return lines

@@ -1,4 +1,4 @@
-"""The loop: dense training, search and retraining are this one, with different tasks."""
+"""Training loop, shared by dense training, search, and retraining, which differ only in the task."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from slimming.core.modules import check_trainable
-from slimming.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, OutputError
-from slimming.training.batches import Batch, Share, steps_per_epoch, train_batches
+from slimming.errors import DataError, Interrupted, NonFiniteLossError, OutputError
+from slimming.training.batches import Batch, BatchShard, train_batches
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import cpu_only
 from slimming.training.evaluation import autocast
-from slimming.training.guards import memory_errors, stop_on_request
-from slimming.training.images import mix, restored_randomness, seed_all
+from slimming.training.guards import defer_interrupt, explain_out_of_memory
+from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
-from slimming.training.processes import no_accelerator
-from slimming.training.resume import STATE_FILE, RunState
-from slimming.training.samples import Data, UnreadableCount
+from slimming.training.resume import STATE_FILE, TrainingState
+from slimming.training.samples import Data, UnreadableCounter
+from slimming.training.step_counts import count_steps
 from slimming.training.tasks import Task
 
 ADVICE = (
@@ -38,14 +39,14 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class History:
-    """What training leaves beside the trained model.
+    """Result of a training run, beside the trained model.
 
     Attributes:
-        steps: optimizer steps done, those before a resume included.
+        steps: optimizer steps, including those before the run was resumed.
         seconds: wall time of this call.
-        log: the lines of the log, those before a resume included.
-        metrics: the last evaluation, empty where there was none.
-        averaged: the averaged model, where the config asks for one; what was evaluated then.
+        log: lines of the log, including those before the run was resumed.
+        metrics: result of the last evaluation; empty if there was none.
+        averaged: the averaged model if the config asks for one; evaluations then use it instead of the model.
     """
 
     steps: int
@@ -68,41 +69,43 @@ def fit(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     title: str | None = "training",
 ) -> History:
-    """Train ``model`` in place, in one process or many (``accelerate launch``, ``torchrun``).
+    """Train ``model`` in place, in one or several processes (``accelerate launch``, ``torchrun``).
 
-    A run is a function of its settings, the data and the model it starts from: stopped anywhere and resumed,
-    it ends with the same weights, bit for bit on a CPU. The model ends in evaluation mode, on the device it
-    was trained on.
+    The result depends only on the settings, the data and the initial model. A run that is interrupted and resumed
+    ends with the same weights as an uninterrupted one, bit for bit on a CPU. Afterwards the model is in evaluation
+    mode, on the device where it was trained.
 
     Args:
-        model: what is trained; every parameter that requires a gradient.
-        task: gives the loss.
+        model: the model to train; all parameters with ``requires_grad`` are updated.
+        task: computes the loss.
         data: training images and class names.
-        config: the settings.
-        directory: where ``state.pt`` and ``log.jsonl`` go; None keeps nothing.
-        resume: go on from the state in ``directory`` if there is one.
-        evaluate: called with the model, or the averaged one, on every process; its numbers go to the log.
-        no_decay: names further parameters without weight decay.
-        lr_scale: factor of the learning rate by the parameter's name.
-        title: name of the progress bar; None shows nothing.
+        config: training settings.
+        directory: directory for ``state.pt`` and ``log.jsonl``; None writes no files.
+        resume: continue from the state in ``directory`` if there is one.
+        evaluate: function from a model to metrics, called on every process with the averaged model if there is one,
+            else with the model. The metrics are written to the log.
+        no_decay: whether the parameter of this name is excluded from weight decay, in addition to all parameters with
+            fewer than two dimensions.
+        lr_scale: factor of the learning rate for the parameter of this name.
+        title: title of the progress bar; None shows no progress.
 
     Raises:
-        ConfigError: settings that do not fit the data, the model or the earlier run; out of memory.
-        DataError: too many unreadable images, or a loader that gives something else than images and labels.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite; the last state stays.
-        Interrupted: Ctrl-C was pressed; the state was saved first.
-        OutputError: ``directory`` holds a run and ``resume`` is off, or it cannot be written.
-        CheckpointError: the state is damaged or another model's.
+        ConfigError: a setting does not fit the data, the model or the resumed run; or memory is exhausted.
+        DataError: too many images are unreadable, or a loader yields something other than images and labels.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; the last saved state is kept.
+        Interrupted: Ctrl-C was pressed; the state was saved first if there is a ``directory``.
+        OutputError: ``directory`` holds a run and ``resume`` is False, or the directory is not writable.
+        CheckpointError: the saved state is damaged or belongs to another model.
     """
-    check_trackers(config.trackers, directory)
+    check_training(config, data, directory)
     check_trainable(model)
     if directory is not None and not resume and (directory / STATE_FILE).exists():
-        raise OutputError(f"{directory} holds a run already; resume it, or give another directory.")
+        raise OutputError(f"{directory} holds a run already; resume it, or choose another directory.")
     accelerator = Accelerator(
-        cpu=no_accelerator(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
+        cpu=cpu_only(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with restored_randomness(), stop_on_request() as stop, memory_errors(ADVICE.format(config.batch_size)):
-        run = Run(accelerator, model, task, data, config, (no_decay, lr_scale))
+    with fork_rng(), defer_interrupt() as interrupt, explain_out_of_memory(ADVICE.format(config.batch_size)):
+        run = TrainingRun(accelerator, model, task, data, config, no_decay, lr_scale)
         if resume and directory is not None and (directory / STATE_FILE).exists():
             run.state.load(directory, config, run.total)
         if config.trackers:
@@ -111,30 +114,10 @@ def fit(
         try:
             task.start(model, accelerator.device)
             with RunLog(accelerator, directory, title, run.state.step, run.total) as log:
-                for line in run.steps(log, lambda: stop.made):
-                    step, ends = line["step"], run.state.step == run.total
-                    if evaluate is not None and (ends or step % run.evaluate_steps == 0):
-                        metrics = evaluate(model if run.state.averaged is None else run.state.averaged.module)
-                        log.write(
-                            {
-                                "step": step,
-                                "epoch": line["epoch"],
-                                **{f"val_{k}": v for k, v in metrics.items()},
-                            }
-                        )
-                        log.say({**line, **log.lines[-1]})
-                    run.save(directory, always=ends or line["stop"])
-                    if line["stop"] and not ends:
-                        saved = (
-                            f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
-                        )
-                        raise Interrupted(f"Stopped after step {step} of {run.total}; {saved}.")
-                if evaluate is not None and not run.total:
-                    metrics = evaluate(model.eval())
-                    log.write({"step": 0, "epoch": 0.0, **{f"val_{k}": v for k, v in metrics.items()}})
+                metrics = run.train(log, directory, evaluate, lambda: interrupt.requested)
         finally:
             task.stop()
-            for tracker in accelerator.trackers:  # end_training would also end the process group, for later calls too
+            for tracker in accelerator.trackers:  # Accelerator.end_training would also destroy the process group
                 tracker.finish()
     return History(
         run.total,
@@ -145,8 +128,21 @@ def fit(
     )
 
 
-class Run:
-    """One run under way: what the loop needs from step to step."""
+def check_training(config: TrainConfig, data: Data, directory: Path | None) -> None:
+    """Check the settings that depend on the data and on the installed libraries, before any training.
+
+    Raises:
+        ConfigError: an unknown optimizer or tracker, a batch larger than the data, epochs of unknown length, or a
+            warm-up that fills the whole run.
+        MissingExtraError: a tracker is not installed.
+    """
+    check_trackers(config.trackers, directory)
+    make_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config)
+    count_steps(config, data.train)
+
+
+class TrainingRun:
+    """State of a run and the methods of the training loop."""
 
     def __init__(
         self,
@@ -155,42 +151,73 @@ class Run:
         task: Task,
         data: Data,
         config: TrainConfig,
-        naming: tuple[Callable[[str], bool], Callable[[str], float]],
+        no_decay: Callable[[str], bool],
+        lr_scale: Callable[[str], float],
     ) -> None:
         self.accelerator, self.data, self.config = accelerator, data, config
-        self.share = Share(config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes)
-        per_epoch = steps_per_epoch(data.train, config.batch_size)
-        if per_epoch is None and config.steps is None:
-            raise ConfigError("This data does not know how many images it has; set steps in place of epochs.")
-        self.total = max(1, round(config.epochs * (per_epoch or 0))) if config.steps is None else config.steps
-        self.per_epoch = per_epoch or self.total
+        self.shard = BatchShard(
+            config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
+        )
+        counts = count_steps(config, data.train)
+        self.total, self.per_epoch = counts.total, counts.per_epoch
         self.evaluate_steps = max(1, round(config.eval_every * self.per_epoch)) if config.eval_every else self.total
-        optimizer = make_optimizer(parameter_groups(model.to(accelerator.device), config.weight_decay, *naming), config)
-        part = self.share.part(0)
-        warmup = round(config.warmup_epochs * self.per_epoch)
-        if self.total and warmup >= self.total:
-            raise ConfigError(f"warmup_epochs {config.warmup_epochs:g} is all of the {self.total} steps; shorten it.")
-        self.mixup = make_mixup(config, len(data.classes), part.stop - part.start)
-        self.schedule = make_schedule(optimizer, config, self.total, warmup)
+        groups = parameter_groups(model.to(accelerator.device), config.weight_decay, no_decay, lr_scale)
+        optimizer = make_optimizer(groups, config)
+        self.mixup = make_mixup(config, len(data.classes), self.shard.micro_batch_size)
+        self.schedule = make_schedule(optimizer, config, self.total, counts.warmup)
         prepared: Any = accelerator.prepare_model(model.train())
         self.prepared: nn.Module = prepared
         runner: Any = torch.compile(prepared) if config.compile else prepared
         self.runner: nn.Module = runner
         averaged = None if config.ema is None else averaged_model(model, config.ema)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
-        self.state = RunState(model, optimizer, task, averaged, scaler)
+        self.state = TrainingState(model, optimizer, task, averaged, scaler)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.unreadable = UnreadableCount.of(data.train)
+        self.unreadable = UnreadableCounter.of(data.train)
         self.saved_at = time.monotonic()
-        self.images = 0  # of all processes, since the last line of the log
+        self.images = 0  # images of all processes since the last line of the log
 
-    def steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Make the remaining steps; after each yield its log line, and ``"stop"``: Ctrl-C was pressed."""
+    def train(
+        self,
+        log: RunLog,
+        directory: Path | None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        stop: Callable[[], bool],
+    ) -> dict[str, float]:
+        """Train to the last step, with evaluations and saved states; return the metrics of the last evaluation.
+
+        Raises:
+            Interrupted: ``stop`` returned True before the last step.
+        """
+        metrics = {}
+        for line in self.train_steps(log, stop):
+            finished = self.state.step == self.total
+            if evaluate is not None and (finished or line["step"] % self.evaluate_steps == 0):
+                metrics = self._evaluate(evaluate, log, line["epoch"])
+                log.print({**line, **log.lines[-1]})
+            self.save(directory, always=finished or line["stop"])
+            if line["stop"] and not finished:
+                saved = f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
+                raise Interrupted(f"Stopped after step {line['step']} of {self.total}; {saved}.")
+        if evaluate is not None and not self.total:
+            metrics = self._evaluate(evaluate, log, 0.0)
+        return metrics
+
+    def _evaluate(
+        self, evaluate: Callable[[nn.Module], dict[str, float]], log: RunLog, epoch: float
+    ) -> dict[str, float]:
+        averaged = self.state.averaged
+        metrics = evaluate(self.state.model.eval() if averaged is None else averaged.module)
+        log.write({"step": self.state.step, "epoch": epoch, **{f"val_{key}": value for key, value in metrics.items()}})
+        return metrics
+
+    def train_steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Run the remaining steps; yield a log line after each, with ``"stop"``: whether to stop after this step."""
         state, last = self.state, time.monotonic()
-        batches = train_batches(self.data, self.share, self.config.seed, state.step, self.config.workers)
+        batches = train_batches(self.data, self.shard, self.config.seed, state.step, self.config.workers)
         while state.step < self.total:
             self.schedule.step_update(state.step)
-            losses, asked = self.step(batches, stop)
+            losses, stop_requested = self.train_step(batches, stop)
             state.step += 1
             log.step(state.step)
             line = {"step": state.step, "epoch": state.step / self.per_epoch, "lr": self._lr(), **losses}
@@ -199,13 +226,13 @@ class Run:
                 line["images_per_second"] = self.images / max(now - last, 1e-9)
                 log.write(line)
                 self.images, last = 0, now
-            yield {**line, "stop": asked}
+            yield {**line, "stop": stop_requested}
             self.prepared.train()
 
-    def step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
-        """Make one optimizer step; return the batch's mean losses and whether to stop after it."""
+    def train_step(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+        """Run one optimizer step; return the mean losses of the batch and whether any process asks to stop."""
         config, state, accelerator = self.config, self.state, self.accelerator
-        seed_all(mix(config.seed, 1, state.step, accelerator.process_index))
+        seed_cpu_generators(derive_seed(config.seed, 1, state.step, accelerator.process_index))
         state.optimizer.zero_grad(set_to_none=True)
         sums, names, keys = torch.zeros(()), [], []
         for micro in range(config.accumulate):
@@ -214,7 +241,8 @@ class Run:
             names += batch.names
             if not len(batch.images):
                 raise DataError(
-                    f"No image of a part of batch {state.step} could be read: {', '.join(batch.unreadable)}."
+                    f"No image of a part of batch {state.step} could be read: {', '.join(batch.unreadable)}. Repair or "
+                    "remove these images."
                 )
             self.images += len(batch.images) * accelerator.num_processes
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
@@ -235,14 +263,16 @@ class Run:
             sums = sums.to(values.device) + values / config.accumulate
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]).to(sums.device)
-        # A gradient that overflows in fp16 is the scaler's: it leaves out the step and lowers its scale.
+        # In fp16, GradScaler handles overflowing gradients: it skips the step and lowers its scale.
         gradient = torch.zeros_like(norm) if state.scaler.is_enabled() else norm
         keys, sums = [*keys, "gradient"], torch.cat([sums, gradient.reshape(1)])
-        # One small exchange per step: a loss that is not finite, and a Ctrl-C, concern every process alike.
+        # A single reduction per step, so that all processes agree on non-finite losses and on Ctrl-C.
         shared: Any = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stop())])]), "mean")
-        *means, asked = shared.tolist()
+        *means, stop_requests = shared.tolist()
         if not all(map(math.isfinite, means)):
-            self._fail(names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True)))
+            self._raise_non_finite(
+                names, not all(map(math.isfinite, sums.tolist())), dict(zip(keys, means, strict=True))
+            )
         state.task.before_step()
         if config.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, config.clip_grad, norm)
@@ -250,16 +280,16 @@ class Run:
         state.scaler.update()
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
-        return dict(zip(keys[:-1], means[:-1], strict=True)), asked > 0
+        return dict(zip(keys[:-1], means[:-1], strict=True)), stop_requests > 0
 
-    def _fail(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
+    def _raise_non_finite(self, names: list[str], here: bool, losses: dict[str, float]) -> None:
         files = sorted(gather_object(names if here else []))
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         bad = ", ".join(f"{key} {value}" for key, value in losses.items() if not math.isfinite(value))
         raise NonFiniteLossError(
             f"{bad} at step {self.state.step + 1}, epoch {self.state.step / self.per_epoch:.2f}, lr "
             f"{self._lr():.3g}. "
-            "Try a lower lr, a longer warm-up, clip_grad 1 or precision no; look at the batch's images: "
+            "Try a lower lr, a longer warm-up, clip_grad 1 or precision no; check the images of this batch: "
             f"{shown}. "
             "The last saved state is kept."
         )
@@ -269,31 +299,31 @@ class Run:
         return group["lr"] / group["lr_scale"]
 
     def save(self, directory: Path | None, always: bool) -> None:
-        """Save the state, when it is time."""
+        """Save the state if ``always`` or if ``checkpoint_seconds`` have passed since the last save."""
         due = always or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if due and directory is not None and self.accelerator.is_main_process:
             self.state.save(directory, self.config, self.total)
             self.saved_at = time.monotonic()
 
     def result(self) -> nn.Module | None:
-        """Put the model into evaluation mode and return the averaged one, which can be trained like the model."""
+        """Set the model to evaluation mode and return the averaged model, with the same trainable parameters."""
         self.state.model.eval()
         if self.state.averaged is None:
             return None
         averaged = self.state.averaged.module
-        for mine, theirs in zip(averaged.parameters(), self.state.model.parameters(), strict=True):
-            mine.requires_grad_(theirs.requires_grad)
+        for average, parameter in zip(averaged.parameters(), self.state.model.parameters(), strict=True):
+            average.requires_grad_(parameter.requires_grad)
         return averaged
 
 
 def last_metrics(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the last evaluation in a log.
+    """Return the metrics of the last evaluation in a log.
 
     >>> last_metrics([{"step": 1, "epoch": 1.0, "val_top1": 0.5}, {"step": 2, "loss": 1.0}])
     {'top1': 0.5}
     """
     for line in reversed(lines):
-        found = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
-        if found:
-            return found
+        metrics = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
+        if metrics:
+            return metrics
     return {}

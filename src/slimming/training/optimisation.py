@@ -1,4 +1,4 @@
-"""What turns gradients into steps: parameter groups, schedule, averaged weights; and the mixing of images."""
+"""Optimisation: parameter groups, optimizer, learning rate schedule, averaged weights, mixup."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FINAL_LR_RATIO = 0.01
 def parameter_groups(
     model: nn.Module, weight_decay: float, no_decay: Callable[[str], bool], lr_scale: Callable[[str], float]
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters by weight decay and learning rate.
+    """Group the trainable parameters by weight decay and learning rate scale.
 
-    Parameters of fewer than two dimensions get no weight decay, nor those whose name ``no_decay`` names. A
-    parameter that is registered in several places comes once, under its first name.
+    Parameters with fewer than two dimensions have no weight decay, nor have those for whose name ``no_decay`` returns
+    True. A parameter that is registered several times occurs once, under its first name.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -41,13 +41,13 @@ def parameter_groups(
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return timm's optimizer of the name that the config gives.
+    """Return the timm optimizer that ``config`` names.
 
     Raises:
-        ConfigError: no optimizer has this name, or nothing is trainable.
+        ConfigError: there is no optimizer of this name, or no parameter is trainable.
     """
     if not groups:
-        raise ConfigError("The model has no parameter that requires a gradient; there is nothing to train.")
+        raise ConfigError("The model has no parameter that requires a gradient; set requires_grad to train.")
     known = [str(name) for name in list_optimizers()]
     if config.optimizer not in known:
         raise ConfigError(
@@ -57,7 +57,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, warmup: int) -> Scheduler:
-    """Return a schedule whose ``step_update(step)`` sets each group's learning rate from the step alone."""
+    """Return a learning rate schedule; its ``step_update(step)`` depends on no earlier call."""
     low = FINAL_LR_RATIO * config.lr
     common: dict[str, Any] = {
         "warmup_t": warmup,
@@ -68,22 +68,22 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: 
     if config.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=max(1, total - warmup), lr_min=low, **common)
     if config.schedule == "step":
-        # A tenth after one half and after three quarters (Network Slimming, section 4.2).
-        turns = [warmup + (total - warmup) // 2, warmup + 3 * (total - warmup) // 4]
-        return MultiStepLRScheduler(optimizer, decay_t=turns, decay_rate=0.1, **common)
+        # Divide by 10 after half and after three quarters of the steps (Liu et al. 2017, section 4.2).
+        milestones = [warmup + (total - warmup) // 2, warmup + 3 * (total - warmup) // 4]
+        return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **common)
     return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)
 
 
 def make_mixup(config: TrainConfig, classes: int, images: int) -> Mixup | None:
-    """Return timm's mixup/cutmix, which also smooths the labels, or None where both are off.
+    """Return timm's mixup and cutmix, which include label smoothing, or None if both are disabled.
 
     Args:
-        config: says how strongly.
+        config: training settings.
         classes: number of classes.
-        images: images that are mixed with one another: a process's part of a batch.
+        images: images of one micro-batch, which are mixed with one another.
 
     Raises:
-        ConfigError: that part has an odd number of images.
+        ConfigError: a micro-batch has an odd number of images.
     """
     if not (config.mixup or config.cutmix):
         return None
@@ -93,23 +93,23 @@ def make_mixup(config: TrainConfig, classes: int, images: int) -> Mixup | None:
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model's parameters and buffers, which starts as the model is now.
+    """Return an exponential moving average of the parameters and buffers of a model, initialised with the model.
 
-    A tensor that is registered in several places is averaged once per step, and whole-number buffers are copied. Where
-    two tensors are multiplied, as a weight and its mask in a search, the product of the averages is taken for the
-    average of the product; what is lost is their covariance over the window, which is of second order in the learning
-    rate.
+    A tensor that is registered several times is averaged once per step, and integer buffers are copied. If two
+    tensors are multiplied, as a weight and its mask in a search, the product of their averages approximates the
+    average of their product. The difference is their covariance over the averaging window, which is of second order
+    in the learning rate.
     """
     ema: Callable[..., None] = get_ema_multi_avg_fn(decay)
 
-    def move(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    def update(averages: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
         if averages[0].is_floating_point():
             ema(averages, current, steps)
-        else:  # PyTorch would average counts as well, and round down
+        else:  # get_ema_multi_avg_fn would average integers and round down
             for average, value in zip(averages, current, strict=True):
                 average.copy_(value)
 
-    update: Any = move
-    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    averaged.n_averaged.fill_(1)  # the first update already averages; at 0 it would copy the model
+    multi_avg_fn: Any = update
+    averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+    averaged.n_averaged.fill_(1)  # with 0 the first update would copy the model instead of averaging
     return averaged.eval().requires_grad_(False)

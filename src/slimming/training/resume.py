@@ -1,4 +1,4 @@
-"""What a run writes to go on after it was killed: one file of plain tensors and numbers."""
+"""Save and load the state of a training run, as one file of tensors and numbers, to resume it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STATE_FILE = "state.pt"
 
 
 @dataclass
-class RunState:
-    """All that changes from step to step; the rest of a run follows from its settings and the step."""
+class TrainingState:
+    """Everything that changes during training; the rest of a run follows from its settings and the step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -33,10 +33,10 @@ class RunState:
     step: int = 0
 
     def save(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Write the state as one atomic file.
+        """Write the state to ``directory`` atomically.
 
         Raises:
-            OutputError: the disk is full, or the place is not writable.
+            OutputError: the disk is full, or the directory is not writable.
         """
         content = {
             "format": FORMAT,
@@ -51,14 +51,14 @@ class RunState:
         with atomic_file(directory / STATE_FILE) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # PyTorch's writer says less than the file that it could not write to
+            except RuntimeError as error:  # the OSError of the file explains more than PyTorch's error
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Take over the state in ``directory``.
+        """Load the state from ``directory``.
 
         Raises:
-            CheckpointError: it is damaged, of a newer format or of another model.
+            CheckpointError: the file is damaged, has another format, or belongs to another model.
             ConfigError: the run was started with other settings.
         """
         path = directory / STATE_FILE
@@ -76,7 +76,7 @@ class RunState:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} belongs to another model or task ({str(error).splitlines()[0]}); "
-                "give another directory to start anew."
+                "choose another directory to start a new run."
             ) from error
         self.step = int(content["step"])
 
@@ -84,13 +84,13 @@ class RunState:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in whichever part of the reader meets the damage
-        raise CheckpointError(f"{path} is damaged or no state of a run; remove it to start anew.") from error
+    except Exception as error:  # the type of the error depends on where the file is damaged
+        raise CheckpointError(f"{path} is damaged or not the state of a run; remove it to start a new run.") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path} is no state of a run; remove it to start anew.")
+        raise CheckpointError(f"{path} is not the state of a run; remove it to start a new run.")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this version of slimming reads {FORMAT}; "
+            f"{path} has format {content['format']}, but this version of slimming reads format {FORMAT}; "
             "use the version that wrote it."
         )
     return content

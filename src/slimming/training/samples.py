@@ -1,4 +1,4 @@
-"""Images as training sees them: decoded samples by index or in order, and the checks of their labels."""
+"""Data sets of decoded samples, with random access or as a stream; train/validation split and checks of labels."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ from torch import Tensor
 
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
-from slimming.training.images import ImageSpec, Unreadable, decode, make_transform, mix, restored_randomness, seed_all
-from slimming.training.readers import Record, Source
+from slimming.training.images import (
+    ImageSpec,
+    UnreadableImageError,
+    decode,
+    derive_seed,
+    fork_rng,
+    make_transform,
+    seed_cpu_generators,
+)
+from slimming.training.sources import Record, Source
 
 _log = logging.getLogger(__name__)
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
 class Sample(NamedTuple):
-    """One image (C, H, W), its label and its name for messages."""
+    """An image (C, H, W), its label, and its name for messages."""
 
     image: Tensor
     label: int
     name: str
 
 
-class Reader:
-    """Turn stored records into samples; the random numbers of each depend only on (seed, epoch, index)."""
+class SampleReader:
+    """Decode and augment stored records; the augmentation depends only on (seed, epoch, index)."""
 
     def __init__(self, spec: ImageSpec, augment: str | None, seed: int = 0) -> None:
         self.channels = spec.input_size[0]
@@ -39,14 +47,14 @@ class Reader:
         self.seed = seed
 
     def __call__(self, record: Record, epoch: int, index: int) -> Sample:
-        """Decode and augment one record.
+        """Decode and augment a record.
 
         Raises:
-            Unreadable: the image cannot be decoded.
+            UnreadableImageError: the image cannot be decoded.
         """
         image = decode(record.image, self.channels, self.largest)
-        with restored_randomness():
-            seed_all(mix(self.seed, epoch, index))
+        with fork_rng():
+            seed_cpu_generators(derive_seed(self.seed, epoch, index))
             return Sample(self.transform(image), record.label, record.name)
 
 
@@ -54,13 +62,13 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
     """Images by index: ``dataset[i]`` is ``(image, label, name)``.
 
     Args:
-        source: where they lie.
-        indices: which of the source's records, in which order.
-        reader: how they become tensors.
-        max_unreadable: share of the images that may be skipped before reading stops with an error.
+        source: source of the records.
+        indices: indices of the records to use, in order.
+        reader: decodes and augments the records.
+        max_unreadable: fraction of the images that may be skipped before reading stops with an error.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, reader: Reader, max_unreadable: float = 0.01) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, reader: SampleReader, max_unreadable: float = 0.01) -> None:
         self.source = source
         self.indices = indices
         self.reader = reader
@@ -78,32 +86,32 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         return self.sample(index, epoch=0)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """Return image ``index`` as it is augmented in ``epoch``.
+        """Return image ``index`` with the augmentation of ``epoch``.
 
         Raises:
-            Unreadable: the image cannot be decoded; its text begins with the image's name.
+            UnreadableImageError: the image cannot be decoded; the message begins with the name of the image.
         """
         record = self.source.read(int(self.indices[index]))
         try:
             return self.reader(record, epoch, index)
-        except Unreadable as error:
-            raise Unreadable(f"{record.name}: {error}") from error
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{record.name}: {error}") from error
 
 
 class StreamDataset:
-    """Images that can only be read in order, from the start.
+    """Images that can only be read in order.
 
     Args:
-        epochs: ``epochs(epoch)`` gives the records of that epoch, in the same order whenever it is called.
-        reader: how they become tensors.
-        length: images per epoch, or None where nobody knows.
-        max_unreadable: share of the images that may be skipped before reading stops with an error.
+        epochs: function from the number of an epoch to its records; the order must be the same at each call.
+        reader: decodes and augments the records.
+        length: images per epoch, or None if unknown.
+        max_unreadable: fraction of the images that may be skipped before reading stops with an error.
     """
 
     def __init__(
         self,
         epochs: Callable[[int], Iterable[Record]],
-        reader: Reader,
+        reader: SampleReader,
         length: int | None,
         max_unreadable: float,
     ) -> None:
@@ -113,36 +121,35 @@ class StreamDataset:
         self.max_unreadable = max_unreadable
 
 
-# A user's own loader: any iterable, each pass over it one epoch, each item (images, labels) for one global
-# batch.
 Loader = Iterable[Any]
+"""A custom loader: an iterable that yields the global batches (images, labels) of one epoch per iteration."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation images and the names of their classes."""
+    """Training images, validation images, and the names of the classes."""
 
     train: ImageDataset | StreamDataset | Loader
     val: ImageDataset | StreamDataset | Loader
     classes: tuple[str, ...]
 
 
-class UnreadableCount:
-    """Names and counts the images that were skipped, and stops at the limit.
+class UnreadableCounter:
+    """Count unreadable images and raise an error when there are too many.
 
     Args:
-        total: images there are, or None for a stream of unknown length (then the limit is a share of 1000).
-        share: largest share of them that may be skipped.
+        total: number of images, or None if unknown; the limit is then a fraction of 1000.
+        fraction: maximum fraction of unreadable images.
     """
 
-    def __init__(self, total: int | None, share: float) -> None:
+    def __init__(self, total: int | None, fraction: float) -> None:
         self.names: set[str] = set()
         self.total = total
-        self.limit = int(share * (1000 if total is None else total))
+        self.limit = int(fraction * (1000 if total is None else total))
 
     @classmethod
-    def of(cls, images: ImageDataset | StreamDataset | Loader) -> UnreadableCount:
-        """The counter that a part of the data calls for."""
+    def of(cls, images: ImageDataset | StreamDataset | Loader) -> UnreadableCounter:
+        """Return a counter with the limit of ``images``; a custom loader allows no unreadable image."""
         if isinstance(images, ImageDataset):
             return cls(len(images), images.max_unreadable)
         if isinstance(images, StreamDataset):
@@ -150,10 +157,10 @@ class UnreadableCount:
         return cls(None, 0.0)
 
     def add(self, names: Sequence[str]) -> None:
-        """Count images by name; one that comes again counts once.
+        """Count unreadable images by name; repeated names count once.
 
         Raises:
-            DataError: more are unreadable than the limit allows.
+            DataError: the limit is exceeded.
         """
         for name in names:
             if name not in self.names:
@@ -168,10 +175,10 @@ class UnreadableCount:
 
 
 def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
-    """Return the class names that both parts share, numbered names where none are stored.
+    """Return the class names of training and validation data; the label numbers if no names are stored.
 
     Raises:
-        DataError: they name different classes, there is only one class, or a label lies outside.
+        DataError: the classes of the two differ, there are no images or only one class, or a label is out of range.
     """
     if train.classes and val.classes and train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
@@ -188,7 +195,7 @@ def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
         classes = tuple(str(label) for label in range(highest + 1))
     for part, source in (("training", train), ("validation", val)):
         if not len(source.labels):
-            raise DataError(f"The {part} data of {where} holds no images.")
+            raise DataError(f"The {part} data of {where} holds no images; add some.")
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
         if len(wrong):
             record = source.read(int(wrong[0]))
@@ -202,7 +209,7 @@ def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
 
 
 def check_labels(where: str, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Check that training would see more than one class.
+    """Check that the training images belong to more than one class.
 
     Raises:
         DataError: all labels are the same.
@@ -216,23 +223,26 @@ def check_labels(where: str, labels: np.ndarray, classes: Sequence[str]) -> None
 
 
 def validation_fraction(config: DataConfig) -> float:
-    """Return the share of the images to hold out.
+    """Return the fraction of the images to hold out for validation.
 
     Raises:
-        DataError: there is no validation part, and none is to be held out.
+        DataError: ``split_fraction`` is not set.
     """
     if config.split_fraction is None:
         raise DataError(
-            f"{config.source} has no validation part (looked for {', '.join(VALIDATION_NAMES)}); name one "
-            "with val, or hold some images out with split_fraction, such as 0.1."
+            f"{config.source} has no validation part (looked for {', '.join(VALIDATION_NAMES)}); set val to "
+            "validation data, or hold out images with split_fraction, such as 0.1."
         )
     return config.split_fraction
 
 
-def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (training, validation), the same share of each class; always the same split.
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split the indices into (training, validation), with the same fraction of each class.
 
-    The split does not follow the seed of a run: runs with different seeds stay comparable.
+    The split does not depend on the seed of a run, so that runs with different seeds are comparable.
+
+    Raises:
+        DataError: a class has a single image.
     """
     order = np.random.default_rng(0).permutation(len(labels))
     train, val = [], []
@@ -243,5 +253,5 @@ def held_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarra
             raise DataError(f"Class number {label} has {len(members)} image; at least two are needed to hold some out.")
         val.append(members[:count])
         train.append(members[count:])
-    mixed = np.random.default_rng(1)
-    return mixed.permutation(np.concatenate(train)), mixed.permutation(np.concatenate(val))
+    rng = np.random.default_rng(1)
+    return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(val))

@@ -1,4 +1,4 @@
-"""What is trained for: a task turns a model and a batch into a loss; the loop knows nothing else about it.
+"""Tasks: compute the loss of a model on a batch. The training loop depends only on the `Task` protocol.
 
 Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D embedding width.
 """
@@ -17,54 +17,54 @@ from slimming.errors import ConfigError
 
 
 class Task(Protocol):
-    """A loss, and what belongs to it."""
+    """A loss with its preparation, gradient hook and state."""
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Prepare for training ``model`` on ``device``; called once before the first step."""
+        """Prepare for training ``model`` on ``device``. Called once, before the first step."""
         ...
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the scalar to minimise as ``"loss"``, with other scalars to be logged beside it.
+        """Return the scalar to minimise as ``"loss"``, with further scalars to log.
 
         Args:
-            model: the model as prepared for this process; call it, do not look into it.
+            model: the model, possibly wrapped for distributed training or compiled; only call it.
             images: (B, C, H, W).
             labels: class numbers (B,), or soft targets (B, K).
         """
         ...
 
     def before_step(self) -> None:
-        """Look at the gradients of a whole batch: summed over parts and processes, not yet clipped."""
+        """Read the gradients before each optimizer step: accumulated, reduced over processes, not yet clipped."""
         ...
 
     def stop(self) -> None:
-        """Leave the model as it was, hooks removed; called after the last step, also when training failed."""
+        """Undo `start`, such as by removing hooks. Called after the last step, and if training fails."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs, as plain tensors and numbers."""
+        """Return the state needed to resume, as tensors and numbers."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         ...
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean cross-entropy of logits (B, K); soft targets (B, K) are not smoothed again."""
+    """Return the mean cross-entropy of logits (B, K); label smoothing is not applied to soft targets (B, K)."""
     smoothing = label_smoothing if labels.ndim == 1 else 0.0
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Return (class logits, distillation logits or None) of a model's output.
+def logits_by_head(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of the class head, and those of the distillation head or None, from the output of a model.
 
     Args:
-        output: logits (B, K); two of them, as timm's distilled models give in training; or an object that holds
-            ``logits``, as in transformers and torchvision.
+        output: logits (B, K); a pair of logits, which timm's distilled models return in training; or an object with an
+            attribute ``logits``, as in transformers.
 
     Raises:
-        ConfigError: there are no logits in it.
+        ConfigError: the output contains no logits.
     """
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor):
@@ -72,102 +72,102 @@ def both_heads(output: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(logits, tuple) and len(logits) == 2:
         return logits
     raise ConfigError(
-        f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that gives them, or "
-        "give a loss of your own."
+        f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that returns logits, "
+        "or pass a loss function."
     )
 
 
 Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
-"""A loss of the user's own: called with the model and a batch ``(images, labels)``, it gives the scalar to minimise, or
-several scalars by name: ``"loss"`` is minimised, the others are logged beside it."""
+"""A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
+of scalars: ``"loss"`` is minimised, the others are logged."""
 
 
 class LossTask:
-    """A loss of the user's own as a task.
+    """A custom loss function as a task.
 
     Args:
-        function: see `Loss`.
+        function: the loss function, see `Loss`.
     """
 
     def __init__(self, function: Loss) -> None:
         self.function = function
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """See `Task.loss`.
 
         Raises:
-            ConfigError: the function gives no scalar, or no scalar called ``"loss"``.
+            ConfigError: the function does not return a scalar or a mapping of scalars with the key ``"loss"``.
         """
-        found = self.function(model, (images, labels))
-        losses = {"loss": found} if isinstance(found, Tensor) else dict(found)
-        if "loss" not in losses or any(not isinstance(one, Tensor) or one.numel() != 1 for one in losses.values()):
+        result = self.function(model, (images, labels))
+        losses = {"loss": result} if isinstance(result, Tensor) else dict(result)
+        if "loss" not in losses or any(not isinstance(x, Tensor) or x.numel() != 1 for x in losses.values()):
             raise ConfigError(
                 "The loss function must return a scalar tensor, or a mapping of scalar tensors with an entry 'loss'."
             )
-        return {name: one.reshape(()) for name, one in losses.items()}
+        return {name: value.reshape(()) for name, value in losses.items()}
 
     def before_step(self) -> None:
-        """Nothing to collect."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing to undo."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Return an empty dict: there is no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Do nothing: there is no state."""
 
 
 class ClassificationTask:
-    """Cross-entropy with label smoothing; with a distillation token both heads learn the labels."""
+    """Cross-entropy with label smoothing. In a model with a distillation token, both heads learn the labels."""
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
         self.student: nn.Module | None = None
 
     def start(self, model: nn.Module, device: torch.device) -> None:
-        """Let both heads of ``model`` speak for themselves."""
+        """Make a model with a distillation token return the logits of both heads in training."""
         self.student = model
         train_heads_apart_(model, True)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """See `Task.loss`."""
-        logits, second = both_heads(model(images))
+        logits, second = logits_by_head(model(images))
         loss = classification_loss(logits, labels, self.label_smoothing)
         if second is not None:
             loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2
         return {"loss": loss}
 
     def before_step(self) -> None:
-        """Nothing to collect."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Let them speak together again."""
+        """Restore the averaged output of both heads."""
         if self.student is not None:
             train_heads_apart_(self.student, False)
         self.student = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Return an empty dict: there is no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Do nothing: there is no state."""
 
 
-class AddPenalty:
-    """Another task with extra terms in its loss, and a look at the gradients before each step.
+class PenaltyTask:
+    """Add penalties to the loss of another task, and read the gradients before each step.
 
     Args:
-        task: the task that is added to.
-        penalty: gives named scalars; each is added to the loss and logged.
-        collect: called with the gradients of a whole batch in place.
-        state: what ``collect`` keeps, as tensors that it changes in place, so that it is saved and resumed.
+        task: the task to extend.
+        penalty: returns named scalars; each is added to the loss and logged.
+        collect: called before each optimizer step, when the parameters hold the gradients of the whole batch.
+        state: tensors that ``collect`` updates in place; they are saved and restored with the run.
     """
 
     def __init__(
@@ -204,11 +204,11 @@ class AddPenalty:
         self.task.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner task's state and the collected tensors."""
+        """Return the state of the inner task and the tensors of ``state``."""
         return {"task": self.task.state_dict(), "collected": dict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, into the same tensors."""
+        """Load what `state_dict` returned into the same tensors."""
         self.task.load_state_dict(state["task"])
         for name, tensor in self.state.items():
             tensor.copy_(state["collected"][name])

@@ -1,29 +1,31 @@
-"""timm's plain Vision Transformers: ``vit_*``, ``deit_*`` (with and without distillation token), ``deit3_*``.
+"""Family of timm's plain Vision Transformers: ``vit_*``, ``deit3_*``, ``deit_*`` with and without distillation token.
 
-`sizes` reads the sizes of a model, `groups` turns them into groups, `cost` into operations; `base` knows how
-timm makes the dense model again and `resize` how to give modules other sizes.
+`sizes` reads the sizes of a model. `groups` and `width` derive groups from them, `operations` cost formulas and
+`timed_layers` the layers of a latency table. `rebuild` finds the arguments from which timm builds the dense model, and
+`resize` resizes modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Piece
+from slimming.core.groups import Anatomy, Group
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, Timed, of_one_name, take
+from slimming.models.family import STRUCTURE, Family, Kept, TimedModules, select_indices, untied_groups
 from slimming.models.timm_vit.groups import block_groups, tokens_why_not
 from slimming.models.timm_vit.operations import operations
-from slimming.models.timm_vit.rebuild import build, constructor, input_channels, rebased
+from slimming.models.timm_vit.rebuild import build, find_base, input_channels, rebased
 from slimming.models.timm_vit.resize import is_even, place_token_selects_, query_factor, resize_block_
 from slimming.models.timm_vit.sizes import BlockSizes, block_sizes
-from slimming.models.timm_vit.timed_layers import piece_module, pieces
+from slimming.models.timm_vit.timed_layers import timed_layers, timed_module
 from slimming.models.timm_vit.width import WIDTH, resize_width_, width_group, width_of, width_why_not
 
 
@@ -40,7 +42,7 @@ class TimmViT(Family):
             return False
         try:
             block_sizes(model)
-        except UnsupportedModelError:  # blocks of another class, which tracing may still read
+        except UnsupportedModelError:  # blocks of other classes, which the family traced may support
             return False
         return True
 
@@ -58,41 +60,35 @@ class TimmViT(Family):
             groups.append(width_group(vit, blocks))
         else:
             uncovered.append(f"embedding width: {why_not}")
-        groups, shared = of_one_name(vit, groups)
+        groups, shared = untied_groups(vit, groups)
         return Anatomy(
             groups=tuple(groups),
             operations=operations(vit, blocks, {group.name for group in groups}),
-            structure=Structure(family=self.name, base=self.base(vit), layers=_layers(blocks, vit.embed_dim)),
-            pieces=pieces(vit, blocks, {group.name for group in groups}),
+            structure=Structure(family=self.name, base=_base(vit), layers=_layers(blocks, vit.embed_dim)),
+            timed_layers=timed_layers(vit, blocks, {group.name for group in groups}),
             uncovered=(*uncovered, *shared),
             input_shape=(input_channels(vit), *vit.patch_embed.img_size),
         )
-
-    def base(self, model: nn.Module) -> dict[str, Any]:
-        stored = model.__dict__.get(STRUCTURE)
-        return constructor(_vit(model)) if stored is None else rebased(stored.base, _vit(model))
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return build(base)
 
     def has_memory_formula(self, anatomy: Anatomy, kept: Kept) -> bool:
-        # Heads with QK and V of different sizes leave the fused kernel, which totals per layer do not tell. What a
-        # hybrid's layers in front of the patches hold is not in its operations.
-        plain = bool(anatomy.operations[0].live)
-        return plain and all(is_even(after.heads) for after, _ in _all_after(anatomy, kept))
+        # Heads whose QK and V sizes differ are not computed by the fused kernel, which the totals per layer do not
+        # show. The live tensors of the backbone of a hybrid are not in its operations.
+        has_live_tensors = bool(anatomy.operations[0].live)
+        return has_live_tensors and all(is_even(after.heads) for after, _ in _blocks_after(anatomy, kept))
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
-        return piece_module(_vit(model), piece, sizes, uneven_heads=uneven_heads)
+    def timed_modules(self, model: nn.Module, anatomy: Anatomy, *, uneven_heads: bool = False) -> TimedModules:
+        return partial(timed_module, _vit(model), uneven_heads=uneven_heads)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
         width = len(kept[WIDTH]) if WIDTH in kept else width_of(anatomy.structure.layers)
-        return replace(anatomy.structure, layers=_layers([after for after, _ in _all_after(anatomy, kept)], width))
+        return replace(anatomy.structure, layers=_layers([after for after, _ in _blocks_after(anatomy, kept)], width))
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = dict(state)
-        for sizes, (after, order) in zip(_blocks(anatomy), _all_after(anatomy, kept), strict=True):
+        for sizes, (after, order) in zip(_blocks(anatomy), _blocks_after(anatomy, kept), strict=True):
             if after.heads:
                 _select_attention_(result, sizes, after, order)
             hidden = f"{sizes.name}.mlp.hidden"
@@ -100,7 +96,9 @@ class TimmViT(Family):
                 _select_units_(result, anatomy.group(hidden), kept[hidden])
         if WIDTH in kept:
             _select_units_(result, anatomy.group(WIDTH), kept[WIDTH])
-        return {name: tensor for name, tensor in result.items() if not name.startswith(_gone(anatomy, kept))}
+        return {
+            name: tensor for name, tensor in result.items() if not name.startswith(_removed_prefixes(anatomy, kept))
+        }
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         vit = _vit(model)
@@ -118,6 +116,11 @@ def _vit(model: nn.Module) -> VisionTransformer:
     return model
 
 
+def _base(vit: VisionTransformer) -> dict[str, Any]:
+    stored = vit.__dict__.get(STRUCTURE)
+    return find_base(vit) if stored is None else rebased(stored.base, vit)
+
+
 def _blocks(anatomy: Anatomy) -> list[BlockSizes]:
     return _of_layers(anatomy.structure.layers)
 
@@ -132,45 +135,45 @@ def _layers(blocks: list[BlockSizes], width: int) -> dict[str, Any]:
 
 
 HeadOrder = list[tuple[list[int], list[int]]]
-"""Per kept head, in the order of the slim model: its QK places and its V places in the dense model."""
+"""Indices of the QK and of the V dimensions in the dense model, for every kept head in the order of the slim model."""
 
 
-def _all_after(anatomy: Anatomy, kept: Kept) -> list[tuple[BlockSizes, HeadOrder]]:
-    """`_after` for every block: a token that left earlier is gone, also where a block has no group of its own."""
+def _blocks_after(anatomy: Anatomy, kept: Kept) -> list[tuple[BlockSizes, HeadOrder]]:
+    """`_block_after` for every block, without the tokens that were removed in an earlier block."""
     result: list[tuple[BlockSizes, HeadOrder]] = []
     for sizes in _blocks(anatomy):
-        after, order = _after(sizes, kept)
+        after, order = _block_after(sizes, kept)
         if result:
             present = set(result[-1][0].positions)
-            after = replace(after, positions=tuple(place for place in after.positions if place in present))
+            after = replace(after, positions=tuple(position for position in after.positions if position in present))
         result.append((after, order))
     return result
 
 
-def _gone(anatomy: Anatomy, kept: Kept) -> tuple[str, ...]:
-    """How the names of the tensors begin that go with their whole attention or MLP."""
-    inside = {"attn": ("norm1.", "attn.", "ls1."), "mlp": ("norm2.", "mlp.", "ls2.")}
+def _removed_prefixes(anatomy: Anatomy, kept: Kept) -> tuple[str, ...]:
+    """Prefixes of the names of tensors that are removed together with a whole attention or MLP."""
+    modules = {"attn": ("norm1.", "attn.", "ls1."), "mlp": ("norm2.", "mlp.", "ls2.")}
     sites = [g.site.rpartition(".") for g in anatomy.groups if g.role == "branch" and not kept[g.name]]
-    return tuple(f"{block}.{name}" for block, _, branch in sites for name in inside[branch])
+    return tuple(f"{block}.{name}" for block, _, branch in sites for name in modules[branch])
 
 
-def _after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
-    """The sizes of a block after the cut, and which head dimensions they are.
+def _block_after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
+    """The sizes of a block after the cut, and the head dimensions that are kept.
 
-    Heads of different sizes are ordered by size (stable), so that equal ones lie together.
+    Heads are sorted by size (stable), so that heads of equal size are consecutive.
     """
     site = f"{sizes.name}.attn"
     order: HeadOrder = []
     if f"{site}.v" in kept:
         qk_kept = set(kept.get(f"{site}.qk", range(sizes.qk_total)))
         v_kept = set(kept[f"{site}.v"])
-        at_qk = at_v = 0
+        qk_start = v_start = 0
         for qk, v in sizes.heads:
-            qk_here = [place for place in range(at_qk, at_qk + qk) if place in qk_kept]
-            v_here = [place for place in range(at_v, at_v + v) if place in v_kept]
-            if v_here:
-                order.append((qk_here, v_here))
-            at_qk, at_v = at_qk + qk, at_v + v
+            qk_of_head = [index for index in range(qk_start, qk_start + qk) if index in qk_kept]
+            v_of_head = [index for index in range(v_start, v_start + v) if index in v_kept]
+            if v_of_head:
+                order.append((qk_of_head, v_of_head))
+            qk_start, v_start = qk_start + qk, v_start + v
         order.sort(key=lambda head: (len(head[0]), len(head[1])))
     positions = sizes.positions
     if f"{sizes.name}.tokens" in kept:
@@ -185,26 +188,26 @@ def _after(sizes: BlockSizes, kept: Kept) -> tuple[BlockSizes, HeadOrder]:
 
 
 def _select_units_(state: dict[str, Tensor], group: Group, units: Sequence[int]) -> None:
-    """Replace every tensor of ``group`` in ``state`` by what ``units`` are of it."""
+    """Replace every tensor of ``group`` in ``state`` by its slices of ``units``."""
     for slices in group.slices if len(units) < group.size else ():
         parts = range(len(slices.index[0]))
-        places = [slices.index[unit][part] for part in parts for unit in units]
-        state[slices.tensor] = take(state[slices.tensor], {slices.dim: places})
+        indices = [slices.index[unit][part] for part in parts for unit in units]
+        state[slices.tensor] = select_indices(state[slices.tensor], {slices.dim: indices})
 
 
 def _select_attention_(state: dict[str, Tensor], sizes: BlockSizes, after: BlockSizes, order: HeadOrder) -> None:
-    """Replace the attention tensors of one block in ``state`` by what stays of them."""
+    """Replace the attention tensors of one block in ``state`` by their kept slices."""
     if after.heads == sizes.heads:
         return
     site = f"{sizes.name}.attn"
-    qk = [place for head in order for place in head[0]]
-    v = [place for head in order for place in head[1]]
+    qk = [index for head in order for index in head[0]]
+    v = [index for head in order for index in head[1]]
     total = sizes.qk_total
-    rows = [*qk, *(total + place for place in qk), *(2 * total + place for place in v)]
+    rows = [*qk, *(total + index for index in qk), *(2 * total + index for index in v)]
     factor = query_factor(after)
-    for tensor in (f"{site}.qkv.weight", f"{site}.qkv.bias"):
-        if tensor in state:
-            chosen = take(state[tensor], {0: rows})
-            chosen[: len(qk)] *= factor
-            state[tensor] = chosen
-    state[f"{site}.proj.weight"] = take(state[f"{site}.proj.weight"], {1: v})
+    for name in (f"{site}.qkv.weight", f"{site}.qkv.bias"):
+        if name in state:
+            selected = select_indices(state[name], {0: rows})
+            selected[: len(qk)] *= factor
+            state[name] = selected
+    state[f"{site}.proj.weight"] = select_indices(state[f"{site}.proj.weight"], {1: v})

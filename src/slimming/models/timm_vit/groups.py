@@ -1,4 +1,4 @@
-"""From the sizes of a timm Vision Transformer to its groups."""
+"""Derive the groups of attention, MLPs and tokens from the sizes of a timm Vision Transformer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TOKEN_POOLS = ("token", "avg", "map")
 
 
 def tokens_why_not(vit: VisionTransformer) -> str | None:
-    """Why token positions cannot be cut, or None when they can."""
+    """The reason why token positions cannot be cut; None if they can."""
     if vit.global_pool not in TOKEN_POOLS:
         return f"pooling {vit.global_pool!r} needs every token; pooling by {', '.join(TOKEN_POOLS)} does not"
     if vit.attn_pool is not None and vit.attn_pool.pos_embed is not None:
-        return "the pooling attention adds positions of its own"
+        return "the pooling attention adds position embeddings"
     if not isinstance(vit.patch_drop, nn.Identity):
-        return "patch dropout picks tokens at random in training; make the model with patch_drop_rate=0"
+        return "patch dropout removes random tokens in training; make the model with patch_drop_rate=0"
     return None
 
 
 def block_groups(
     vit: VisionTransformer, depth: int, sizes: BlockSizes, *, tokens: bool, uncovered: list[str]
 ) -> list[Group]:
-    """The groups of one block; what cannot be cut is named in ``uncovered``."""
+    """The groups of one block; parts that cannot be cut are added to ``uncovered``."""
     block: Any = vit.get_submodule(sizes.name)
     groups: list[Group] = []
     if sizes.heads:
@@ -42,27 +42,27 @@ def block_groups(
     if sizes.hidden:
         inside = _mlp_groups(sizes, block.mlp, uncovered)
         groups += [*inside, *_branch(vit, f"{sizes.name}.mlp", "norm2" if norm_follows(block) else "mlp.fc2", inside)]
-    # Tokens leave in front of a block; its attention is where their masks act.
+    # Tokens are removed before a block, and their masks act in its attention.
     return [*groups, _token_group(vit, depth, sizes)] if tokens and sizes.heads else groups
 
 
 def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -> list[Group]:
-    """A whole attention or MLP as one unit, where its inner units can go too.
+    """The group of a whole attention or MLP as one unit; none if the units inside it cannot be cut.
 
     Args:
         vit: the model.
-        site: the module.
-        last: the layer of the block whose output is added to the residual stream.
-        inside: the groups of the module's inner units.
+        site: name of the attention or MLP.
+        last: name in the block of the layer whose output is added to the residual stream.
+        inside: the groups of the units inside the module.
     """
     if not inside:
         return []
     owner = f"{site.rpartition('.')[0]}.{last}"
-    everything: dict[tuple[str, int, str], set[int]] = {}
-    for one in (one for group in inside for one in group.slices):
-        side = "consumes" if one.side == "consumes" else "produces"  # queries and keys are made like values
-        places = everything.setdefault((one.tensor, one.dim, side), set())
-        places.update(place for unit in one.index for place in unit)
+    all_indices: dict[tuple[str, int, str], set[int]] = {}
+    for part in (part for group in inside for part in group.slices):
+        side = "consumes" if part.side == "consumes" else "produces"  # also for queries and keys
+        indices = all_indices.setdefault((part.tensor, part.dim, side), set())
+        indices.update(index for unit in part.index for index in unit)
     return [
         Group(
             name=f"{site}.branch",
@@ -72,8 +72,8 @@ def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -
             role="branch",
             limits=Limits(minimum=0),
             slices=tuple(
-                Slices(tensor=tensor, dim=dim, index=(tuple(sorted(places)),), side=side)
-                for (tensor, dim, side), places in everything.items()
+                Slices(tensor=tensor, dim=dim, index=(tuple(sorted(indices)),), side=side)
+                for (tensor, dim, side), indices in all_indices.items()
             ),
             scales=tuple(
                 Scale(tensor=f"{owner}.{name}", dim=0, index=(tuple(range(len(tensor))),))
@@ -84,60 +84,57 @@ def _branch(vit: VisionTransformer, site: str, last: str, inside: list[Group]) -
 
 
 def _single(count: int, *offsets: int) -> Index:
-    """One place per unit and offset."""
+    """The index of each unit after each offset."""
     return tuple(tuple(offset + unit for offset in offsets) for unit in range(count))
 
 
 def _runs(lengths: tuple[int, ...]) -> Index:
-    """The places of consecutive runs of the given lengths."""
+    """The indices of consecutive runs of the given lengths."""
     starts = [sum(lengths[:part]) for part in range(len(lengths))]
     return tuple(tuple(range(start, start + length)) for start, length in zip(starts, lengths, strict=True))
 
 
 def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[str]) -> list[Group]:
-    """QK, V, the two coupled, and whole heads of one attention module."""
+    """The groups of one attention module: QK, V, both coupled, and whole heads."""
     site = f"{sizes.name}.attn"
     if isinstance(attention, Attention) and not isinstance(attention.norm, nn.Identity):
-        uncovered.append(f"{site}: a norm over all heads follows the attention, so heads and dimensions stay whole")
+        uncovered.append(f"{site}: a norm over all heads follows the attention, so heads and dimensions cannot be cut")
         return []
+    can_cut_qk = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
+    if not can_cut_qk:
+        uncovered.append(f"{site} QK: queries and keys are normalised over the head dimension, so QK cannot be cut")
+    qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
+    return [*_head_dim_groups(sizes, qkv, can_cut_qk), _head_group(sizes, qkv)]
+
+
+def _head_dim_groups(sizes: BlockSizes, qkv: list[str], can_cut_qk: bool) -> list[Group]:
+    """QK, V and both coupled.
+
+    Args:
+        sizes: sizes of the block.
+        qkv: names of the parameters of the joint projection.
+        can_cut_qk: whether QK dimensions can be cut.
+    """
+    site, total = f"{sizes.name}.attn", sizes.qk_total
     qk_parts = tuple(qk for qk, _ in sizes.heads)
     v_parts = tuple(v for _, v in sizes.heads)
-    total = sizes.qk_total
-    qkv = [f"{site}.qkv.{name}" for name, _ in attention.qkv.named_parameters()]
-    proj = f"{site}.proj.weight"
-
-    def value_slices(rows: Index, columns: Index) -> tuple[Slices, ...]:
-        made = tuple(Slices(tensor=name, dim=0, index=rows, side="produces") for name in qkv)
-        return (*made, Slices(tensor=proj, dim=1, index=columns, side="consumes"))
-
     queries, keys = _single(total, 0), _single(total, total)
     columns = _single(sizes.v_total, 0)
-    v_slices = value_slices(_single(sizes.v_total, 2 * total), columns)
     qk_slices = tuple(
         Slices(tensor=name, dim=0, index=index, side=side)
         for index, side in ((queries, "query"), (keys, "key"))
         for name in qkv
     )
-    heads_qk, heads_v = _runs(qk_parts), _runs(v_parts)
-    head_rows = tuple(
-        (*qk, *(total + place for place in qk), *(2 * total + place for place in v))
-        for qk, v in zip(heads_qk, heads_v, strict=True)
-    )
-    whole_qk = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
-    if not whole_qk:
-        uncovered.append(f"{site} QK: queries and keys are normalised over the head dimension, so QK stays whole")
-    scale_v = Scale(tensor=proj, dim=1, index=columns)
+    v_slices = _value_slices(site, qkv, _single(sizes.v_total, 2 * total), columns)
+    qk_scales = tuple(Scale(tensor=name, dim=0, index=queries) for name in qkv)
+    coupled_scales = tuple(Scale(tensor=name, dim=0, index=_single(total, 0, total)) for name in qkv)
+    v_scale = Scale(tensor=f"{site}.proj.weight", dim=1, index=columns)
     roles = {
-        "qk": (whole_qk, qk_parts, qk_slices, tuple(Scale(tensor=name, dim=0, index=queries) for name in qkv)),
-        "v": (True, v_parts, v_slices, (scale_v,)),
-        "qkv": (
-            whole_qk and qk_parts == v_parts,
-            qk_parts,
-            qk_slices + v_slices,
-            (*(Scale(tensor=name, dim=0, index=_single(total, 0, total)) for name in qkv), scale_v),
-        ),
+        "qk": (can_cut_qk, qk_parts, qk_slices, qk_scales),
+        "v": (True, v_parts, v_slices, (v_scale,)),
+        "qkv": (can_cut_qk and qk_parts == v_parts, qk_parts, qk_slices + v_slices, (*coupled_scales, v_scale)),
     }
-    groups = [
+    return [
         Group(
             name=f"{site}.{role}",
             kind="head_dim",
@@ -148,27 +145,41 @@ def _attention_groups(sizes: BlockSizes, attention: nn.Module, uncovered: list[s
             slices=slices,
             scales=scales,
         )
-        for role, (possible, parts, slices, scales) in roles.items()
-        if possible
+        for role, (can_cut, parts, slices, scales) in roles.items()
+        if can_cut
     ]
-    head = Group(
+
+
+def _head_group(sizes: BlockSizes, qkv: list[str]) -> Group:
+    site, total = f"{sizes.name}.attn", sizes.qk_total
+    heads_qk, heads_v = _runs(tuple(qk for qk, _ in sizes.heads)), _runs(tuple(v for _, v in sizes.heads))
+    rows = tuple(
+        (*qk, *(total + index for index in qk), *(2 * total + index for index in v))
+        for qk, v in zip(heads_qk, heads_v, strict=True)
+    )
+    return Group(
         name=f"{site}.heads",
         kind="head",
         size=len(sizes.heads),
         site=site,
         role="head",
-        slices=value_slices(head_rows, heads_v),
-        scales=(Scale(tensor=proj, dim=1, index=heads_v),),
+        slices=_value_slices(site, qkv, rows, heads_v),
+        scales=(Scale(tensor=f"{site}.proj.weight", dim=1, index=heads_v),),
     )
-    return [*groups, head]
+
+
+def _value_slices(site: str, qkv: list[str], rows: Index, columns: Index) -> tuple[Slices, ...]:
+    """``rows`` of the joint projection and ``columns`` of the output projection."""
+    produced = tuple(Slices(tensor=name, dim=0, index=rows, side="produces") for name in qkv)
+    return (*produced, Slices(tensor=f"{site}.proj.weight", dim=1, index=columns, side="consumes"))
 
 
 def _mlp_groups(sizes: BlockSizes, mlp: nn.Module, uncovered: list[str]) -> list[Group]:
     site = f"{sizes.name}.mlp"
     if not isinstance(mlp.norm, nn.Identity):
-        uncovered.append(f"{site}: a norm over the hidden units follows the activation, so they stay whole")
+        uncovered.append(f"{site}: a norm over the hidden units follows the activation, so they cannot be cut")
         return []
-    # A gated MLP makes both halves with one Linear: unit u owns rows u and hidden + u.
+    # A gated MLP computes both factors with one Linear: unit u has the rows u and hidden + u.
     rows = _single(sizes.hidden, 0, sizes.hidden) if isinstance(mlp, GluMlp) else _single(sizes.hidden, 0)
     columns = _single(sizes.hidden, 0)
     inputs = [f"{site}.fc1.{name}" for name, _ in mlp.fc1.named_parameters()]

@@ -1,7 +1,7 @@
-"""What the forward pass of a timm Vision Transformer costs, as operations over group sizes.
+"""Cost formulas of the forward pass of a timm Vision Transformer, as operations over group sizes.
 
-MACs follow the matrix products; live tensors follow what eager PyTorch holds at batch 1 in inference: a
-module's caller keeps the module's input until the call returns.
+MACs are those of the matrix products. Live tensors are those that eager PyTorch keeps in inference at batch size 1,
+where the caller of a module holds its input until the call returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def operations(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str
     Args:
         vit: the model.
         blocks: its sizes.
-        groups: names of the groups that exist; a size that no group names is fixed.
+        groups: names of the model's groups; sizes without a group are fixed.
     """
     width = dim_of(WIDTH, vit.embed_dim, groups)
     sequence = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
@@ -48,40 +48,39 @@ def _numel(*modules: nn.Module | None) -> int:
 
 
 def _multiple(numel: int, vit: VisionTransformer, width: Dim) -> Product:
-    """So many elements, all in tensors with the embedding width."""
+    """``numel`` elements of tensors with the embedding width, as a product."""
     return (Dim(fixed=numel // vit.embed_dim), width)
 
 
 def tokens_of(vit: VisionTransformer, sizes: BlockSizes, groups: Set[str], incoming: Dim) -> Dim:
-    """Tokens in a block, prefix included, given those in the block before."""
+    """The number of tokens in a block with the prefix tokens, given that of the block before."""
     name = f"{sizes.name}.tokens"
     if name in groups:
         return Dim(fixed=vit.num_prefix_tokens, groups=((name, 1),))
-    # Without attention a block has no tokens of its own, and takes what comes.
+    # A block without attention has no token group, and keeps the tokens of the block before.
     return incoming if incoming.groups else Dim(fixed=vit.num_prefix_tokens + len(sizes.positions))
 
 
 def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
     patches = Dim(fixed=vit.patch_embed.num_patches)
     macs: list[Product] = []
-    if isinstance(vit.patch_embed.proj, nn.Conv2d):  # a hybrid's layers may make the embedding by themselves
+    if isinstance(vit.patch_embed.proj, nn.Conv2d):  # some hybrids have no projection
         macs.append((patches, Dim(fixed=vit.patch_embed.proj.weight[0].numel()), width))
-    own = list(vit.named_parameters(recurse=False))
-    # Every parameter of the stem but those in front of a hybrid's patches is a multiple of the width.
-    wide = _numel(vit.patch_embed.proj, vit.norm_pre) + sum(p.numel() for _, p in own)
+    # All parameters of the stem except the backbone of a hybrid have the embedding width as a dimension.
+    per_width = _numel(vit.patch_embed.proj, vit.norm_pre) + sum(p.numel() for p in vit.parameters(recurse=False))
     fixed = _numel(vit.patch_embed) - _numel(vit.patch_embed.proj)
     copies = 1 if vit.pos_embed is None else 2
     live: tuple[Product, ...] = ((patches, width), *((sequence, width),) * copies)
     if isinstance(vit.patch_embed, HybridEmbed):
-        macs.append((Dim(fixed=_macs_in_front(vit)),))
+        macs.append((Dim(fixed=_backbone_macs(vit)),))
         live = ()
     return Operation(
-        name="patch_embed", macs=tuple(macs), params=(_multiple(wide, vit, width), (Dim(fixed=fixed),)), live=live
+        name="patch_embed", macs=tuple(macs), params=(_multiple(per_width, vit, width), (Dim(fixed=fixed),)), live=live
     )
 
 
-def _macs_in_front(vit: VisionTransformer) -> int:
-    """What the layers multiply that a hybrid has in front of its patch projection."""
+def _backbone_macs(vit: VisionTransformer) -> int:
+    """The MACs of the backbone of a hybrid, whose output is divided into patches."""
     layers = copy.deepcopy(vit.patch_embed.backbone).to("meta").eval()
     counter, like = MacCounter(), next(layers.parameters())
     with counter, torch.no_grad():
@@ -92,16 +91,16 @@ def _macs_in_front(vit: VisionTransformer) -> int:
 def _block_operations(
     block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, first: Dim, incoming: Dim, tokens: Dim
 ) -> list[Operation]:
-    """Token selection, attention and MLP of one block, those that it has."""
-    # The caller of the blocks holds the first block's input until the last one returns. It is one tensor with
-    # the input of block 0, unless tokens leave in front of that.
+    """Token selection, attention and MLP of one block, if it has them."""
+    # The caller of the blocks holds the input of the first block until the last one returns. The first block has the
+    # same tensor as input, unless tokens are removed before it.
     held: tuple[Product, ...] = ((tokens, width),)
     held_if_fewer: tuple[tuple[str, int, Product], ...] = ()
     if sizes.name != "blocks.0" or (not tokens.groups and tokens.fixed < first.fixed):
         held = ((first, width), *held)
     elif tokens.groups:
         held_if_fewer = ((tokens.groups[0][0], first.fixed - tokens.fixed, (first, width)),)
-    # Where the norm comes after, attention and MLP read the residual stream itself instead of a normed copy.
+    # In blocks with post-norm, attention and MLP read the residual stream itself instead of a normalised copy.
     normed: tuple[Product, ...] = () if norm_follows(block) else ((tokens, width),)
     result = [Operation(name=f"{sizes.name}.tokens", live=((first, width), (incoming, width), (tokens, width)))]
     attends = alive_of(f"{sizes.name}.attn", groups)
@@ -109,7 +108,7 @@ def _block_operations(
         operation = _attention(block, sizes, groups, width, tokens)
         result.append(_if_alive(operation, attends, (*held, *normed), held_if_fewer))
     if sizes.hidden:
-        # Beside the block's input there is the sum with the attention's output.
+        # The sum of the block's input and the attention's output is alive beside the block's input.
         attended: tuple[Product, ...] = ((tokens, width, *attends),) if sizes.heads else ()
         operation = _mlp(block, sizes, groups, width, tokens)
         alive = alive_of(f"{sizes.name}.mlp", groups)
@@ -118,7 +117,7 @@ def _block_operations(
 
 
 def alive_of(site: str, groups: Set[str]) -> Product:
-    """A factor that is 0 once the whole attention or MLP is gone, where it can go."""
+    """A factor that is 0 once the whole attention or MLP is removed; empty if it cannot be removed."""
     return (Dim(groups=((f"{site}.branch", 1),)),) if f"{site}.branch" in groups else ()
 
 
@@ -128,7 +127,7 @@ def _if_alive(
     around: tuple[Product, ...],
     around_if_fewer: tuple[tuple[str, int, Product], ...],
 ) -> Operation:
-    """``operation`` with what lives around it, all of it only as long as its attention or MLP is there."""
+    """``operation`` with the tensors that are alive around it, all multiplied by ``alive``."""
     return replace(
         operation,
         macs=tuple((*product, *alive) for product in operation.macs),
@@ -150,7 +149,7 @@ def _attention(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, toke
     return Operation(
         name=site,
         macs=((tokens, width, projected), (tokens, tokens, qk + v), (tokens, v, width)),
-        params=(*params, _wide(width, sizes, block, "norm1", "ls1")),
+        params=(*params, _params_per_feature(width, block, "norm1", "ls1")),
         live=((tokens, projected), (tokens, v), (tokens, width)),
     )
 
@@ -165,24 +164,24 @@ def _mlp(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, tokens: Di
     params += [(width, one)] if mlp.fc2.bias is not None else []
     live: list[Product] = [(tokens, rows), (tokens, hidden)]
     if gated or isinstance(mlp.act, QuickGELU):
-        # One more than the input and the output of the activation: the gate's product, or x * sigmoid(1.702 x).
+        # Beside input and output of the activation: the product with the gate, or a factor of x * sigmoid(1.702 x).
         live.append((tokens, hidden))
     return Operation(
         name=site,
         macs=((tokens, width, rows), (tokens, hidden, width)),
-        params=(*params, _wide(width, sizes, block, "norm2", "ls2")),
+        params=(*params, _params_per_feature(width, block, "norm2", "ls2")),
         live=tuple(live),
     )
 
 
-def _wide(width: Dim, sizes: BlockSizes, block: Any, *names: str) -> Product:
-    """The parameters of modules of a block that have one element, or a few, per feature."""
+def _params_per_feature(width: Dim, block: Any, *names: str) -> Product:
+    """The parameters of modules of a block that have one element per feature of the embedding."""
     tensors = [p for name in names for p in block._modules.get(name, nn.Identity()).parameters()]
     return (Dim(fixed=len(tensors)), width)
 
 
 def qk_of(sizes: BlockSizes, groups: Set[str]) -> Dim:
-    """QK dimensions of all heads; where QK stays whole they go with their heads, which are then of one size."""
+    """QK dimensions of all heads. If QK cannot be cut, they depend on the number of heads, which have equal sizes."""
     name, heads = f"{sizes.name}.attn.qk", f"{sizes.name}.attn.heads"
     if name not in groups and heads in groups:
         return Dim(groups=((heads, sizes.heads[0][0]),))
@@ -190,7 +189,7 @@ def qk_of(sizes: BlockSizes, groups: Set[str]) -> Dim:
 
 
 def dim_of(name: str, size: int, groups: Set[str]) -> Dim:
-    """The units of group ``name`` where it exists, else ``size``."""
+    """The kept units of the group ``name`` if it exists, else ``size``."""
     return Dim(groups=((name, 1),)) if name in groups else Dim(fixed=size)
 
 
@@ -215,15 +214,15 @@ def _head(vit: VisionTransformer, width: Dim, first: Dim, tokens: Dim) -> Operat
 
 
 def _logits(vit: VisionTransformer, width: Dim, tokens: Dim) -> Operation:
-    """What is alive when the classifier is done: more than its input where there are many classes."""
-    # Two classifiers make the mean of their outputs: both, their sum, and half of it.
+    """The tensors that are alive after the classifier, which exceed its input if there are many classes."""
+    # With two classifiers: both outputs, their sum, and their mean.
     outputs = 4 if isinstance(vit, VisionTransformerDistilled) else 1
     classes = Dim(fixed=outputs * vit.num_classes)
     return Operation(name="logits", live=((tokens, width), (classes,)))
 
 
 def _pool_macs(vit: VisionTransformer, width: Dim, tokens: Dim) -> list[Product]:
-    """Attention pooling: keys and values of every token, one query per latent."""
+    """MACs of attention pooling: keys and values of every token, one query per latent."""
     pool = vit.attn_pool
     prefix = 0 if vit.pool_include_prefix else -vit.num_prefix_tokens
     pooled = tokens + Dim(fixed=prefix)

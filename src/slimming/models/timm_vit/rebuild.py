@@ -1,4 +1,4 @@
-"""How timm makes a dense Vision Transformer again: an architecture name and what differs from its defaults."""
+"""Find the architecture and arguments from which timm builds a dense Vision Transformer, and build it from them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from slimming.models.hosts import give_image_settings_, image_settings, unplain
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 UNFILLED = {"weight_init": "skip"}
-"""Drawing random weights is most of the time that timm takes to make a model, and on the meta device in vain."""
+"""Argument that skips the initialisation, which takes most of timm's time and has no effect on the meta device."""
 
 
-def constructor(vit: VisionTransformer) -> dict[str, Any]:
-    """The base of ``vit``: class, architecture, the arguments that differ from its defaults, and input settings.
+def find_base(vit: VisionTransformer) -> dict[str, Any]:
+    """The base of ``vit``: class, architecture, arguments that differ from its defaults, and image settings.
 
     Raises:
-        UnsupportedModelError: timm makes other modules from what was read.
+        UnsupportedModelError: timm builds other modules from this base.
     """
     config = getattr(vit, "pretrained_cfg", None) or {}
     name = config.get("architecture")
@@ -33,35 +33,35 @@ def constructor(vit: VisionTransformer) -> dict[str, Any]:
         name = f"{name}.{config['tag']}"
     base: dict[str, Any] = {"class": type(vit).__name__, "architecture": name, "arguments": {}}
     base["config"] = image_settings(vit)
-    default, wanted = _defaults(type(vit).__name__, name), _arguments(vit)
-    base["arguments"] = {key: value for key, value in wanted.items() if value != default[key]}
-    found = difference(vit, build(base))
-    if found is not None:
+    defaults, arguments = _defaults(type(vit).__name__, name), _arguments(vit)
+    base["arguments"] = {key: value for key, value in arguments.items() if value != defaults[key]}
+    reason = difference(vit, build(base))
+    if reason is not None:
         raise UnsupportedModelError(
-            f"timm cannot make this {type(vit).__name__} again: {found}. Slimming needs a model made by "
+            f"timm cannot make this {type(vit).__name__} again: {reason}. Slimming needs a model made by "
             "timm.create_model, or a VisionTransformer whose layers are of timm's default classes."
         )
     return base
 
 
 def rebased(base: Mapping[str, Any], vit: VisionTransformer) -> dict[str, Any]:
-    """The base of a slim model, with what its user changed since the cut by ``reset_classifier`` and the like."""
-    base, wanted = {**base, "config": image_settings(vit)}, _changeable(vit)
-    if wanted == _changeable(build(base)):
+    """``base`` with the changes that its user made since the cut, for example by ``reset_classifier``."""
+    base, changeable = {**base, "config": image_settings(vit)}, _changeable(vit)
+    if changeable == _changeable(build(base)):
         return base
-    # All of them, since timm's default for one (the norm in front of the classifier) depends on another.
-    return {**base, "arguments": {**base["arguments"], **wanted}}
+    # All changeable arguments are given, because timm's default of one (the final norm) depends on another.
+    return {**base, "arguments": {**base["arguments"], **changeable}}
 
 
 def build(base: Mapping[str, Any]) -> VisionTransformer:
-    """Make the dense model on the meta device.
+    """Build the dense model on the meta device.
 
     Raises:
-        CheckpointError: timm does not know the architecture or an argument.
+        CheckpointError: timm does not have the architecture or rejects an argument.
     """
     arguments = unplain(base["arguments"])
     if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
-        # timm would take the name for an address on the hub and go there.
+        # timm would look for an unknown name on the Hugging Face hub.
         raise CheckpointError(
             f"timm {timm.__version__} has no architecture {base['architecture']!r}. "
             "Install the timm version named in provenance.json."
@@ -87,18 +87,18 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
 
 
 def input_channels(vit: VisionTransformer) -> int:
-    """Channels of the images that ``vit`` takes; a hybrid has layers in front of its patch projection."""
+    """Channels of the images that ``vit`` takes: the inputs of its first convolution, in hybrids of the backbone."""
     return next(module.in_channels for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
 
 
 @cache
 def _defaults(class_name: str, architecture: str | None) -> Mapping[str, Any]:
-    """The arguments that timm takes for an architecture when none are given."""
+    """The default arguments of an architecture."""
     return _arguments(build({"class": class_name, "architecture": architecture, "arguments": {}, "config": {}}))
 
 
 def _arguments(vit: VisionTransformer) -> dict[str, Any]:
-    """Read the arguments of timm's constructor off a model."""
+    """The arguments of timm's constructor, read from a model."""
     block = vit.blocks[0]
     attention = block.attn if isinstance(block.attn, Attention) else None
     last = vit.blocks[-1].drop_path1
@@ -109,7 +109,7 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
         "embed_dim": width,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
-        # A quarter unit more than the quotient, so that timm's truncation gives the same hidden size.
+        # timm truncates width * ratio to an integer; a quarter of a unit more protects it from rounding down.
         "mlp_ratio": (block.mlp.fc1.out_features + 0.25) / width,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
@@ -135,7 +135,7 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
 
 
 def _changeable(vit: VisionTransformer) -> dict[str, Any]:
-    """The arguments that timm lets a user change in a model: classifier, pooling, image and patch size."""
+    """The arguments that users can change in a model: classifier, pooling, image and patch size."""
     return {
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": list(vit.patch_embed.patch_size),

@@ -1,4 +1,4 @@
-"""Giving the modules of a timm Vision Transformer other sizes."""
+"""Resize the attention, MLPs and token sequence of a timm Vision Transformer."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from slimming.models.family import linear_like
-from slimming.models.layers import PartialBlock, Refusal, TokenSelect, UnevenAttention
+from slimming.models.layers import PartialBlock, TokenSelect, UnavailableMethod, UnevenAttention
 from slimming.models.timm_vit.sizes import BlockSizes, head_sizes, norm_follows
 
 NEEDS_GRID = ("forward_intermediates", "prune_intermediate_layers", "get_intermediate_layers", "set_input_size")
 
 
 def is_even(heads: Sequence[tuple[int, int]]) -> bool:
-    """Whether timm's own attention can hold these heads, if there are any: one size for all, QK and V alike."""
+    """Whether timm's attention class can hold these heads: all of one size, equal for QK and V, or no heads."""
     return not heads or (len(set(heads)) == 1 and heads[0][0] == heads[0][1])
 
 
 def query_factor(sizes: BlockSizes) -> float:
-    """What the query rows are multiplied by so that the logits keep their scale.
+    """The factor of the query rows that preserves the scale of the logits.
 
-    timm's fused attention always divides by the root of the head size it has; the softmax must keep the dense
-    model's factor (ViT-Slim, section 3.2), so the quotient moves into the queries.
+    timm's fused attention divides the logits by the square root of the current head size. The dense model's factor has
+    to be preserved (ViT-Slim, section 3.2), so the queries are multiplied by the quotient.
     """
     return sizes.scale * math.sqrt(sizes.heads[0][0]) if is_even(sizes.heads) else 1.0
 
 
 def resize_block_(vit: VisionTransformer, sizes: BlockSizes) -> None:
-    """Give the attention and the MLP of a block the wanted sizes; contents of resized tensors are undefined."""
+    """Resize the attention and the MLP of a block to ``sizes``; the contents of resized tensors are undefined."""
     block: Any = vit.get_submodule(sizes.name)
     if (bool(sizes.heads), sizes.hidden > 0) != (block.attn is not None, block.mlp is not None):
         block = PartialBlock(block, attention=bool(sizes.heads), mlp=sizes.hidden > 0, post_norm=norm_follows(block))
         vit.blocks.add_module(sizes.name.removeprefix("blocks."), block)
     if head_sizes(block.attn) != sizes.heads:
-        block.attn = _even(block.attn, sizes) if is_even(sizes.heads) else _uneven(block.attn, sizes)
+        resized = _even_attention if is_even(sizes.heads) else _uneven_attention
+        block.attn = resized(block.attn, sizes)
     mlp = block.mlp
     if mlp is not None and mlp.fc2.in_features != sizes.hidden:
         rows = 2 * sizes.hidden if isinstance(mlp, GluMlp) else sizes.hidden
@@ -47,8 +48,8 @@ def resize_block_(vit: VisionTransformer, sizes: BlockSizes) -> None:
         mlp.fc2 = linear_like(mlp.fc2, sizes.hidden, mlp.fc2.out_features)
 
 
-def _even(old: nn.Module, sizes: BlockSizes) -> Attention:
-    """Timm's own attention with fewer or smaller heads."""
+def _even_attention(old: nn.Module, sizes: BlockSizes) -> Attention:
+    """Timm's attention class with fewer or smaller heads."""
     count, (head_dim, _) = len(sizes.heads), sizes.heads[0]
     new = Attention(
         old.proj.in_features,
@@ -65,7 +66,7 @@ def _even(old: nn.Module, sizes: BlockSizes) -> Attention:
     return new.train(old.training)
 
 
-def _uneven(old: nn.Module, sizes: BlockSizes) -> UnevenAttention:
+def _uneven_attention(old: nn.Module, sizes: BlockSizes) -> UnevenAttention:
     new = UnevenAttention(
         old.qkv.in_features,
         sizes.heads,
@@ -86,9 +87,9 @@ def _uneven(old: nn.Module, sizes: BlockSizes) -> UnevenAttention:
 
 
 def place_token_selects_(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -> None:
-    """Put a `TokenSelect` in front of every block where positions leave, and take away earlier ones.
+    """Insert a `TokenSelect` before every block where positions are removed, and delete those of earlier cuts.
 
-    It goes under a key of its own (``blocks.3_tokens``), so that the blocks keep theirs.
+    Its name (``blocks.3_tokens``) leaves the names of the blocks unchanged.
     """
     rows, columns = vit.patch_embed.grid_size
     present = tuple(range(rows * columns))
@@ -99,8 +100,8 @@ def place_token_selects_(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -
     placed: OrderedDict[str, nn.Module] = OrderedDict()
     for key, block in children.items():
         if wanted[key] != present:
-            place_of = {position: place + prefix for place, position in enumerate(present)}
-            index = [*range(prefix), *(place_of[position] for position in wanted[key])]
+            index_of = {position: index + prefix for index, position in enumerate(present)}
+            index = [*range(prefix), *(index_of[position] for position in wanted[key])]
             select = TokenSelect(index, prefix + len(present))
             placed[f"{key}_tokens"] = select if device.type == "meta" else select.to(device)
             present = wanted[key]
@@ -109,7 +110,7 @@ def place_token_selects_(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -
     vit.blocks = nn.Sequential(placed)
     for method in NEEDS_GRID:
         if cut:
-            vit.__dict__[method] = Refusal(
+            vit.__dict__[method] = UnavailableMethod(
                 f"{method} needs the full grid of tokens, but tokens were cut from this model. "
                 'Use forward_features, or cut a plan without tokens (keep={"head_dim": …, "mlp": …}).'
             )

@@ -1,4 +1,4 @@
-"""The sizes of a timm Vision Transformer, dense or slim, as plain data."""
+"""Read the sizes of a timm Vision Transformer, dense or slim, as plain data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class BlockSizes:
 
     Attributes:
         name: the block's module name.
-        heads: (QK, V) dimensions of each head, in order; none where the attention is gone.
+        heads: (QK, V) dimensions of each head, in order; empty if the attention was removed.
         scale: factor of the attention logits.
-        hidden: hidden units of the MLP; 0 where it is gone.
-        positions: patch positions that are present, as places in the dense grid, row by row.
+        hidden: hidden units of the MLP; 0 if it was removed.
+        positions: patch positions that are present, as indices into the dense grid, row by row.
     """
 
     name: str
@@ -47,7 +47,7 @@ class BlockSizes:
         """Read an entry of `Structure.layers`.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: the entry is damaged.
         """
         try:
             sizes = BlockSizes(
@@ -57,8 +57,8 @@ class BlockSizes:
                 hidden=int(entry["hidden"]),
                 positions=tuple(int(position) for position in entry["positions"]),
             )
-            every = [size for head in sizes.heads for size in head] + [sizes.hidden + 1, len(sizes.positions)]
-            if min(every) < 1:
+            positive = [size for head in sizes.heads for size in head] + [sizes.hidden + 1, len(sizes.positions)]
+            if min(positive) < 1:
                 raise ValueError("a size below 1")
             return sizes
         except (KeyError, TypeError, ValueError) as error:
@@ -66,10 +66,10 @@ class BlockSizes:
 
 
 def block_sizes(vit: VisionTransformer) -> list[BlockSizes]:
-    """Read the sizes of every block, following the tokens that leave on the way.
+    """Read the sizes of every block.
 
     Raises:
-        UnsupportedModelError: a block, attention or MLP is of a class that is not read.
+        UnsupportedModelError: a block, attention or MLP is of a class that is not supported.
     """
     rows, columns = vit.patch_embed.grid_size
     positions = tuple(range(rows * columns))
@@ -77,7 +77,7 @@ def block_sizes(vit: VisionTransformer) -> list[BlockSizes]:
     result: list[BlockSizes] = []
     for key, block in vit.blocks.named_children():
         if isinstance(block, TokenSelect):
-            positions = tuple(positions[place - prefix] for place in block.index.tolist()[prefix:])
+            positions = tuple(positions[index - prefix] for index in block.index.tolist()[prefix:])
             continue
         name = f"blocks.{key}"
         _check(name, block, Block, ResPostBlock, PartialBlock)
@@ -98,7 +98,7 @@ def block_sizes(vit: VisionTransformer) -> list[BlockSizes]:
 
 
 def head_sizes(attention: nn.Module | None) -> tuple[tuple[int, int], ...]:
-    """(QK, V) dimensions of each head; none where there is no attention."""
+    """(QK, V) dimensions of each head; empty if ``attention`` is None."""
     if attention is None:
         return ()
     if isinstance(attention, UnevenAttention):
@@ -107,7 +107,7 @@ def head_sizes(attention: nn.Module | None) -> tuple[tuple[int, int], ...]:
 
 
 def norm_follows(block: nn.Module) -> bool:
-    """Whether the norms of ``block`` follow its attention and MLP instead of leading to them."""
+    """Whether ``block`` has post-norm: its norms follow the attention and the MLP."""
     return isinstance(block, ResPostBlock) or (isinstance(block, PartialBlock) and block.post_norm)
 
 
@@ -116,5 +116,5 @@ def _check(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
         readable = " and ".join(c.__name__ for c in classes if c not in (UnevenAttention, PartialBlock))
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, which family timm-vit does not read (it reads {readable}). "
-            "docs/add-a-family.md shows how to add a reader."
+            "docs/add-a-model.md shows how to add a reader."
         )

@@ -1,4 +1,4 @@
-"""The steps of a timm Vision Transformer whose time is looked up in a latency table, and how to make each alone."""
+"""Divide a timm Vision Transformer into timed layers, and make a module to time for each of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimming.core.formulas import Dim
-from slimming.core.groups import Piece
-from slimming.models.family import Timed
+from slimming.core.groups import TimedLayer
+from slimming.models.family import TimedModule
 from slimming.models.layers import TokenSelect
 from slimming.models.timm_vit.operations import alive_of, dim_of, qk_of, tokens_of
 from slimming.models.timm_vit.resize import resize_block_
@@ -21,38 +21,40 @@ from slimming.models.timm_vit.sizes import BlockSizes, norm_follows
 from slimming.models.timm_vit.width import WIDTH, resize_width_
 
 
-def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[Piece, ...]:
-    """Every step, with what its time depends on.
+def timed_layers(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -> tuple[TimedLayer, ...]:
+    """The timed layers of ``vit``; empty for hybrids without a patch projection.
 
     Args:
         vit: the model.
         blocks: its sizes.
-        groups: names of the groups that exist; a size that no group names is fixed.
+        groups: names of the model's groups; sizes without a group are fixed.
     """
     if not isinstance(vit.patch_embed.proj, nn.Conv2d):
-        return ()  # a hybrid whose layers make the embedding by themselves
+        return ()
     width = dim_of(WIDTH, vit.embed_dim, groups)
     images = "x".join(map(str, (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)))
     patch = "x".join(map(str, vit.patch_embed.patch_size))
-    found = [
-        Piece(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
+    layers = [
+        TimedLayer(name="patch_embed", kind="patch_embed", like=f"{images} in {patch}", axes=(("width", width),)),
     ]
     incoming = Dim(fixed=vit.num_prefix_tokens + vit.patch_embed.num_patches)
     for sizes in blocks:
         block: Any = vit.get_submodule(sizes.name)
         tokens = tokens_of(vit, sizes, groups, incoming)
         axes = (("tokens", tokens), ("width", width))
-        order = "norm behind" if norm_follows(block) else "norm in front"
+        order = "post-norm" if norm_follows(block) else "pre-norm"
         scaled = "" if isinstance(getattr(block, "ls1", None), (nn.Identity, type(None))) else ", layer scale"
         if tokens != incoming:
-            found.append(Piece(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming))
+            layers.append(
+                TimedLayer(name=f"{sizes.name}.tokens", kind="select", like="", axes=axes, unless_same=incoming)
+            )
         if sizes.heads:
-            own = "" if isinstance(block.attn.q_norm, nn.Identity) else ", QK norm"
-            found.append(
-                Piece(
+            normed = "" if isinstance(block.attn.q_norm, nn.Identity) else ", QK norm"
+            layers.append(
+                TimedLayer(
                     name=f"{sizes.name}.attn",
                     kind="attention",
-                    like=f"{len(sizes.heads)} heads, {order}{scaled}{own}",
+                    like=f"{len(sizes.heads)} heads, {order}{scaled}{normed}",
                     # Queries, keys and values of all heads together.
                     axes=(*axes, ("qkv", _qkv(sizes, groups))),
                     alive=alive_of(f"{sizes.name}.attn", groups),
@@ -60,8 +62,8 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
             )
         if sizes.hidden:
             mlp = block.mlp
-            found.append(
-                Piece(
+            layers.append(
+                TimedLayer(
                     name=f"{sizes.name}.mlp",
                     kind="mlp",
                     like=f"{type(mlp).__name__} {type(mlp.act).__name__}, {order}{scaled}",
@@ -71,8 +73,8 @@ def pieces(vit: VisionTransformer, blocks: list[BlockSizes], groups: Set[str]) -
             )
         incoming = tokens
     head = f"{vit.num_classes} classes, pooling {vit.global_pool or 'none'}"
-    found.append(Piece(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
-    return tuple(found)
+    layers.append(TimedLayer(name="head", kind="head", like=head, axes=(("tokens", incoming), ("width", width))))
+    return tuple(layers)
 
 
 def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
@@ -81,56 +83,59 @@ def _qkv(sizes: BlockSizes, groups: Set[str]) -> Dim:
 
 
 @torch.no_grad()
-def piece_module(
-    vit: VisionTransformer, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-) -> Timed:
-    """A module that does what ``piece`` does at ``sizes``.
+def timed_module(
+    vit: VisionTransformer, layer: TimedLayer, sizes: Mapping[str, int], *, uneven_heads: bool = False
+) -> TimedModule:
+    """A module that computes what ``layer`` does at ``sizes``.
 
-    Blocks get as many copies as stand between two uses of one block in a model, so that their weights are not found
-    in a cache where the model's would not be.
+    Attention and MLPs are timed in as many copies as the model has blocks. Otherwise their weights would be in the
+    processor's cache, in which those of the model are not.
     """
     depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
-    own = vit.get_submodule(piece.name) if piece.kind in ("attention", "mlp") else None
-    kept = nn.Sequential() if own is None else nn.Sequential(copy.deepcopy(_block_of(vit, piece)))
-    lean = copy.deepcopy(vit, {id(vit.blocks): kept})
-    if piece.kind == "patch_embed":
-        resize_width_(lean, sizes["width"])
-        return Timed(_Stem(lean), (lean.patch_embed.proj.in_channels, *lean.patch_embed.img_size))
+    module = vit.get_submodule(layer.name) if layer.kind in ("attention", "mlp") else None
+    blocks = nn.Sequential() if module is None else nn.Sequential(copy.deepcopy(_block_of(vit, layer)))
+    small = copy.deepcopy(vit, {id(vit.blocks): blocks})
+    if layer.kind == "patch_embed":
+        resize_width_(small, sizes["width"])
+        return TimedModule(_Stem(small), (small.patch_embed.proj.in_channels, *small.patch_embed.img_size))
     shape = (sizes["tokens"], sizes["width"])
-    if piece.kind == "select":
+    if layer.kind == "select":
         incoming = vit.num_prefix_tokens + vit.patch_embed.num_patches
         select = TokenSelect(range(sizes["tokens"]), incoming).to(vit.patch_embed.proj.weight.device)
-        return Timed(select, (incoming, sizes["width"]))
-    if piece.kind == "head":
-        resize_width_(lean, sizes["width"])
-        return Timed(_Head(lean), shape)
+        return TimedModule(select, (incoming, sizes["width"]))
+    if layer.kind == "head":
+        resize_width_(small, sizes["width"])
+        return TimedModule(_Head(small), shape)
     wanted = BlockSizes(name="blocks.0", heads=(), scale=1.0, hidden=sizes.get("hidden", 0), positions=(0,))
-    if piece.kind == "attention":
-        count = int(piece.like.partition(" ")[0])
-        each = sizes["qkv"] // (3 * count)
-        heads = _spread(each, count, own.qkv.out_features // (3 * count)) if uneven_heads else [each] * count
-        wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=each**-0.5)
-    resize_block_(lean, wanted)
-    resize_width_(lean, sizes["width"])
-    return Timed(nn.Sequential(*(copy.deepcopy(lean.blocks[0]) for _ in range(depth))), shape, depth)
+    if layer.kind == "attention":
+        count = int(layer.like.partition(" ")[0])
+        mean = sizes["qkv"] // (3 * count)
+        heads = _uneven_sizes(mean, count, module.qkv.out_features // (3 * count)) if uneven_heads else [mean] * count
+        wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=mean**-0.5)
+    resize_block_(small, wanted)
+    resize_width_(small, sizes["width"])
+    return TimedModule(nn.Sequential(*(copy.deepcopy(small.blocks[0]) for _ in range(depth))), shape, depth)
 
 
-def _spread(mean: int, count: int, full: int) -> list[int]:
-    """Sizes of ``count`` heads in multiples of 8 around ``mean``, up to half as much again, as plans leave them."""
+def _uneven_sizes(mean: int, count: int, full: int) -> list[int]:
+    """Sizes of ``count`` heads in multiples of 8 with the given ``mean``, the largest about 1.5 times as large.
+
+    Plans without equal heads have similar sizes.
+    """
     if mean % 8 or mean >= full:
         return [mean] * count
     span = min(full, 1.5 * mean) - mean
-    half = [round(span * (count - 1 - 2 * place) / (8 * max(count - 1, 1))) * 8 for place in range(count // 2)]
+    half = [round(span * (count - 1 - 2 * head) / (8 * max(count - 1, 1))) * 8 for head in range(count // 2)]
     middle = [0] * (count % 2)
     return sorted(mean + offset for offset in (*half, *middle, *(-offset for offset in half)))
 
 
-def _block_of(vit: VisionTransformer, piece: Piece) -> nn.Module:
-    return vit.get_submodule(piece.name.rpartition(".")[0])
+def _block_of(vit: VisionTransformer, layer: TimedLayer) -> nn.Module:
+    return vit.get_submodule(layer.name.rpartition(".")[0])
 
 
 class _Stem(nn.Module):
-    """From images (B, C, H, W) to tokens (B, N, D)."""
+    """Patch embedding and position embedding: images (B, C, H, W) to tokens (B, N, D)."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -141,7 +146,7 @@ class _Stem(nn.Module):
 
 
 class _Head(nn.Module):
-    """From tokens (B, N, D) to class scores."""
+    """Final norm, pooling and classifier: tokens (B, N, D) to logits (B, classes)."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()

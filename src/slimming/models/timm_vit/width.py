@@ -1,4 +1,4 @@
-"""The embedding width of a timm Vision Transformer as one group: a unit is one feature of the residual stream."""
+"""Read and resize the embedding width of a timm Vision Transformer: a unit is one feature of the residual stream."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ WIDTH = "embedding"
 
 
 def width_why_not(vit: VisionTransformer) -> str | None:
-    """Why the embedding width stays whole, or None when it can be cut."""
+    """The reason why the embedding width cannot be cut; None if it can."""
     if vit.attn_pool is not None:
         return "the pooling attention mixes its features"
     blocks = [block for block in vit.blocks if not isinstance(block, TokenSelect)]
     if any(norm_follows(block) for block in blocks):
-        return "attention and MLP read it without a norm in front"
+        return "attention and MLP read it without a norm (post-norm)"
     if any(not isinstance(norm, nn.LayerNorm) or norm.weight is None for norm in _norms(vit).values()):
-        return "a norm of it is no LayerNorm with weights"
+        return "a norm over it is not a LayerNorm with weights"
     if not isinstance(vit.patch_embed.proj, nn.Conv2d):
-        return "the layers in front make it without a projection"
+        return "the backbone produces it without a projection"
     if not isinstance(getattr(vit.patch_embed, "norm", nn.Identity()), nn.Identity):
         return "the patch embedding ends in a norm"
     if not _classifiers(vit):
-        return "without a classifier it is the model's output"
+        return "the model has no classifier, so it is the output"
     return None
 
 
 def width_group(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -> Group:
-    """Every tensor that has the embedding width, with the norms that take its statistics."""
+    """The group of the embedding width, with every tensor that has it as a dimension."""
     every = tuple((unit,) for unit in range(vit.embed_dim))
-    makes = [(f"patch_embed.proj.{name}", 0) for name, _ in vit.patch_embed.proj.named_parameters()]
-    makes += [(name, tensor.dim() - 1) for name, tensor in vit.named_parameters(recurse=False)]
-    reads = [(f"{name}.weight", 1) for name in _classifiers(vit)]
+    produces = [(f"patch_embed.proj.{name}", 0) for name, _ in vit.patch_embed.proj.named_parameters()]
+    produces += [(name, tensor.dim() - 1) for name, tensor in vit.named_parameters(recurse=False)]
+    consumes = [(f"{name}.weight", 1) for name in _classifiers(vit)]
     norms = _norms(vit)
-    makes += [(f"{path}.{name}", 0) for path, norm in norms.items() for name, _ in norm.named_parameters()]
+    produces += [(f"{path}.{name}", 0) for path, norm in norms.items() for name, _ in norm.named_parameters()]
     for sizes in blocks:
         block: Any = vit.get_submodule(sizes.name)
         for branch, first, last, scale in (("attn", "qkv", "proj", "ls1"), ("mlp", "fc1", "fc2", "ls2")):
             if getattr(block, branch) is None:
                 continue
-            reads.append((f"{sizes.name}.{branch}.{first}.weight", 1))
+            consumes.append((f"{sizes.name}.{branch}.{first}.weight", 1))
             for owner in (f"{branch}.{last}", scale):
-                makes += [(f"{sizes.name}.{owner}.{n}", 0) for n, _ in block.get_submodule(owner).named_parameters()]
-    # What a norm gives is read as it is: a factor on its weight and bias scales the feature for every reader. The
-    # norm in front of the first block only starts the residual stream.
+                parameters = block.get_submodule(owner).named_parameters()
+                produces += [(f"{sizes.name}.{owner}.{name}", 0) for name, _ in parameters]
+    # Every layer reads the output of a norm, so a factor on weight and bias of the norms scales the feature everywhere.
+    # The output of norm_pre is the residual stream itself, which is not scaled.
     scaled = [path for path in norms if path != "norm_pre"]
     return Group(
         name=WIDTH,
@@ -63,8 +64,8 @@ def width_group(vit: VisionTransformer, blocks: Sequence[BlockSizes]) -> Group:
         site=WIDTH,
         role="width",
         slices=(
-            *(Slices(tensor=name, dim=dim, index=every, side="produces") for name, dim in makes),
-            *(Slices(tensor=name, dim=dim, index=every, side="consumes") for name, dim in reads),
+            *(Slices(tensor=name, dim=dim, index=every, side="produces") for name, dim in produces),
+            *(Slices(tensor=name, dim=dim, index=every, side="consumes") for name, dim in consumes),
         ),
         scales=tuple(
             Scale(tensor=f"{path}.{name}", dim=0, index=every)
@@ -79,7 +80,7 @@ def width_of(layers: Mapping[str, Any]) -> int:
     """The embedding width in the layers of a structure.
 
     Raises:
-        CheckpointError: they are damaged.
+        CheckpointError: the entry is missing or damaged.
     """
     try:
         width = int(layers[WIDTH]["width"])
@@ -96,13 +97,13 @@ def _norms(vit: VisionTransformer) -> dict[str, Any]:
         "norm_pre",
         *(f"blocks.{key}.{name}" for key, _ in vit.blocks.named_children() for name in ("norm1", "norm2")),
     ]
-    found: dict[str, Any] = {}
+    norms: dict[str, Any] = {}
     for path in [*paths, "norm", "fc_norm"]:
         owner, _, name = path.rpartition(".")
         norm = vit.get_submodule(owner)._modules.get(name)
         if norm is not None and not isinstance(norm, nn.Identity):
-            found[path] = norm
-    return found
+            norms[path] = norm
+    return norms
 
 
 def _classifiers(vit: VisionTransformer) -> list[str]:
@@ -110,12 +111,12 @@ def _classifiers(vit: VisionTransformer) -> list[str]:
 
 
 def resize_width_(vit: VisionTransformer, width: int) -> None:
-    """Give ``vit`` another embedding width; contents of resized tensors are undefined."""
+    """Resize the embedding width of ``vit``; the contents of resized tensors are undefined."""
     if width == vit.embed_dim:
         return
     for owner, name, old in list(_linears(vit)):
-        reads = name in ("qkv", "fc1", "head", "head_dist")
-        sizes = (width, old.out_features) if reads else (old.in_features, width)
+        consumes = name in ("qkv", "fc1", "head", "head_dist")
+        sizes = (width, old.out_features) if consumes else (old.in_features, width)
         owner.add_module(name, linear_like(old, *sizes))
     for norm in _norms(vit).values():
         norm.normalized_shape = (width,)
@@ -133,7 +134,7 @@ def resize_width_(vit: VisionTransformer, width: int) -> None:
 
 
 def _linears(vit: VisionTransformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every Linear that reads or makes the residual stream, with its owner."""
+    """Every Linear that consumes or produces the residual stream, with its owner and name."""
     for name in _classifiers(vit):
         yield vit, name, vit.get_submodule(name)  # pyright: ignore
     for block in vit.blocks:

@@ -1,14 +1,13 @@
-"""Any other model, read by tracing: channels by torch-pruning's dependency graph, heads by a table of classes.
+"""Family of all models without a family of their own: they are read by tracing them.
 
-`reading` puts together what `channels`, `heads` and `mlp` find, `proof` holds each group against the model itself,
-`counting` says what each operation costs, `resize` selects tensors and gives modules other sizes, `origin` knows how
-hosts make a model again, and `tables` with its rows per host is data.
+Channels are found with torch-pruning's dependency graph, attention heads and gated MLPs with tables of classes.
+`reading` combines what `channels`, `heads` and `mlp` find, `verification` checks each group on the model itself,
+`operations` derives the cost formulas, `resize` selects tensors and resizes modules, `rebuild` finds out how the host
+builds the model, and `tables` joins the tables of the hosts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,79 +15,79 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Piece
+from slimming.core.groups import Anatomy, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, Timed
+from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, TimedModules
 from slimming.models.traced import rebuild
+from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
-from slimming.models.traced.resize import layers_after, resize_module_, select, settle_
-from slimming.models.traced.timed_layers import Call, calls, piece_module
+from slimming.models.traced.resize import disable_nested_tensors_, layers_after, resize_module_, select
+from slimming.models.traced.timed_layers import call_number, calls, timed_module
 
-PART = "part"
-"""Key of a layer's entry that holds the structure of a submodule that was cut on its own."""
-_REMEMBERED = 16
-"""How many architectures' readings are kept: reading one takes seconds, and every stage asks for it."""
+SUBMODULE = "part"
+"""Key of an entry of a structure that holds the structure of a submodule that was cut by itself."""
 
 
 class Traced(Family):
-    """Reader of every model that has no family of its own."""
+    """Reader of every model that has no family of its own.
+
+    Args:
+        others: the other families, which may have cut submodules of a model.
+    """
 
     name = "traced"
     runs_models = True
 
     def __init__(self, others: Sequence[Family] = ()) -> None:
         self._families = {family.name: family for family in (*others, self)}
-        self._readings: dict[str, Reading] = {}
-        self._named: dict[str, dict[str, Any]] = {}
-        self._timed: tuple[weakref.ref[nn.Module], Anatomy, list[Call]] | None = None
+        self.readings: ArchitectureCache[Reading] = ArchitectureCache()
+        self._torchvision: ArchitectureCache[dict[str, Any]] = ArchitectureCache()
 
     def reads(self, model: nn.Module) -> bool:
         return True
 
     def read(self, model: nn.Module) -> Anatomy:
         shape = rebuild.input_shape(model)
-        key = _signature(model, shape)
-        if key not in self._readings:
-            while len(self._readings) >= _REMEMBERED:
-                self._readings.pop(next(iter(self._readings)))
-            self._readings[key] = read_model(model, shape)
-        reading = self._readings[key]
+        digest = architecture_digest(model, shape)
+        reading = self.readings.get(digest, lambda: read_model(model, shape))
         return Anatomy(
             groups=reading.groups,
             operations=reading.operations,
-            structure=Structure(family=self.name, base=self.base(model), layers=_layers(model)),
+            structure=Structure(family=self.name, base=self._base(model, digest), layers=_cut_layers(model)),
             uncovered=reading.uncovered,
             input_shape=shape,
             sizes=reading.sizes,
-            pieces=reading.pieces,
+            timed_layers=reading.timed_layers,
         )
 
-    def piece_module(
-        self, model: nn.Module, piece: Piece, sizes: Mapping[str, int], *, uneven_heads: bool = False
-    ) -> Timed:
+    def timed_modules(self, model: nn.Module, anatomy: Anatomy, *, uneven_heads: bool = False) -> TimedModules:
         if uneven_heads:
             raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
-        if self._timed is None or self._timed[0]() is not model:  # a table asks hundreds of times
-            anatomy, like = self.read(model), next(model.parameters())
-            example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
-            self._timed = weakref.ref(model), anatomy, calls(model, example, attention_sites(anatomy.groups))
-        _, anatomy, found = self._timed
-        call = found[int(piece.name.rpartition("#")[2])]
-        return piece_module(model, call, piece, sizes, anatomy.sizes, {g.name: g.size for g in anatomy.groups})
+        like = next(model.parameters())
+        example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
+        recorded = calls(model, example, attention_sites(anatomy.groups))
+        full = {group.name: group.size for group in anatomy.groups}
 
-    def base(self, model: nn.Module) -> dict[str, Any]:
+        def module(layer: TimedLayer, sizes: Mapping[str, int]) -> TimedModule:
+            return timed_module(model, recorded[call_number(layer)], layer, sizes, anatomy.sizes, full)
+
+        return module
+
+    def _base(self, model: nn.Module, digest: str) -> dict[str, Any]:
+        """How the host builds the dense model, see `Structure.base`."""
         stored = model.__dict__.get(STRUCTURE)
         if stored is not None:
             return rebuild.rebased(stored.base, model)
-        key = _signature(model, ())
-        if key in self._named:
-            return rebuild.rebased(self._named[key], model)  # its own images and classes
-        parts = _slim_parts(model)
-        base = rebuild.origin(model, (lambda made: self._apply_(made, parts)) if parts else None)
-        if base["host"] == "torchvision":  # which has nothing but names, and many of them to try
-            self._named[key] = base
-        return base
+        parts = _cut_submodules(model)
+
+        def find() -> dict[str, Any]:
+            return rebuild.find_base(model, (lambda dense: self._apply_(dense, parts)) if parts else None)
+
+        if not rebuild.is_torchvision(model):
+            return find()
+        # torchvision does not record the name of a model, so many have to be tried.
+        return rebuild.rebased(self._torchvision.get(digest, find), model)
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
         return rebuild.build(base)
@@ -105,46 +104,30 @@ class Traced(Family):
         model.__dict__[STRUCTURE] = structure
 
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
-        """Give the modules of a dense model the sizes of a structure's entries."""
+        """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
         for name, entry in layers.items():
             module = model.get_submodule(name)
-            if PART in entry:
-                part = Structure.from_dict(entry[PART])
-                self._families[part.family].resize_(module, part)
+            if SUBMODULE in entry:
+                structure = Structure.from_dict(entry[SUBMODULE])
+                self._families[structure.family].resize_(module, structure)
             else:
                 resize_module_(module, entry)
-        settle_(model)
+        disable_nested_tensors_(model)
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
-    """What differs from the dense model: what slimming cut of it, after what it cut of its parts."""
+def _cut_layers(model: nn.Module) -> dict[str, Any]:
+    """The entries of a structure for everything that was cut: submodules cut by themselves, then the model."""
     stored = model.__dict__.get(STRUCTURE)
     if stored is None:
-        return _slim_parts(model)
-    return {**_slim_parts(model), **stored.layers}
+        return _cut_submodules(model)
+    return {**_cut_submodules(model), **stored.layers}
 
 
-def _slim_parts(model: nn.Module) -> dict[str, Any]:
-    """The structures of submodules that were cut on their own, such as a backbone."""
-    parts: dict[str, Any] = {}
+def _cut_submodules(model: nn.Module) -> dict[str, Any]:
+    """The structures of submodules that were cut by themselves, such as a backbone, by name."""
+    entries: dict[str, Any] = {}
     for name, module in model.named_modules():
         stored = module.__dict__.get(STRUCTURE)
-        if name and stored is not None and not any(name.startswith(f"{outer}.") for outer in parts):
-            parts[name] = {PART: stored.to_dict()}
-    return parts
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a number, text or truth value, or some of them, such as the strides of a convolution."""
-    return type(value) in (int, float, bool, str) or (type(value) in (tuple, list) and all(map(_is_plain, value)))
-
-
-def _signature(model: nn.Module, shape: Sequence[int]) -> str:
-    """What decides the reading of a model: its classes, sizes and settings, not its weights."""
-    digest = hashlib.sha256(repr(tuple(shape)).encode())
-    for name, module in model.named_modules():
-        settings = {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
-        digest.update(f"{name} {type(module)} {sorted(settings.items())}".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-    return digest.hexdigest()
+        if name and stored is not None and not any(name.startswith(f"{outer}.") for outer in entries):
+            entries[name] = {SUBMODULE: stored.to_dict()}
+    return entries

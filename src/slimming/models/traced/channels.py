@@ -1,11 +1,11 @@
-"""Channels that go together, from the dependency graph of torch-pruning, as groups.
+"""Read coupled channels as groups, from the dependency graph of torch-pruning.
 
-A unit is a channel with everything that makes it (rows of convolutions and Linears, entries of a BatchNorm)
-and everything that reads it (columns of convolutions and Linears). Setting the columns to 0 is then the same as
-removal, whatever lies between: activations, pooling, squeeze-and-excite, a depthwise convolution.
+A unit is a channel with everything that produces it (rows of convolutions and Linears, entries of a BatchNorm) and
+everything that consumes it (columns of convolutions and Linears). Setting the columns to 0 is equivalent to removal,
+whatever lies in between: activations, pooling, squeeze-and-excitation, a depthwise convolution.
 
-Channels that LayerNorms or attention read are features of a residual stream: the embedding width, one group per stage
-in hierarchical models. The norms take their statistics over what stays.
+Channels that a LayerNorm or attention reads are features of a residual stream: the embedding width, which is one group
+per stage in hierarchical models. The norms take their statistics over the features that are kept.
 """
 
 from __future__ import annotations
@@ -18,270 +18,295 @@ from torch import nn
 
 from slimming.core.groups import Group, Scale, Slices
 from slimming.errors import UnsupportedModelError
-from slimming.models.traced.dependency_graph import Member, coupled, thawed
+from slimming.models.traced.dependency_graph import Member, coupled_channels, with_batch_norms
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-LOST = "torch-pruning does not follow what the model does with them"
+NOT_FOLLOWED = "torch-pruning does not follow what the model does with them"
 
-Place = tuple[str, int]
+TensorDim = tuple[str, int]
 """A tensor's name and one of its dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ends:
-    """Where channels go into a module that another reader has read, and where they come out.
+class OpaqueSlices:
+    """The tensors inside an opaque module that belong to its input and output channels.
 
     Attributes:
-        into: what goes with a channel of the input: a tensor, its dimension, and the side as in `Slices`.
-        makes: tensors and their dimensions that go with a channel of the output.
-        norms: names of the norms over what is as wide as the input.
+        inputs: tensor, dimension and side (as in `Slices`) that belong to the input channels.
+        outputs: tensor and dimension that belong to the output channels.
+        norms: names of the norms inside the module that are over the input channels.
     """
 
-    into: tuple[tuple[str, int, str], ...] = ()
-    makes: tuple[Place, ...] = ()
+    inputs: tuple[tuple[str, int, str], ...] = ()
+    outputs: tuple[TensorDim, ...] = ()
     norms: tuple[str, ...] = ()
 
 
 @dataclass
-class _Found:
-    """One coupled set of channels: where each root channel lies in each tensor."""
+class ChannelSet:
+    """A set of coupled channels: the indices of each root channel in each tensor.
+
+    Attributes:
+        name: of the module whose channels are the root channels.
+        indices: (tensor and dimension, side) -> root channel -> indices along the dimension.
+        only_linear: whether there is no convolution among the layers.
+        reason: why the channels cannot be cut, if so.
+        grouped: names of the grouped convolutions.
+        norms: names of the LayerNorms.
+        has_opaque: whether the channels are inputs or outputs of an opaque module.
+    """
 
     name: str
-    places: dict[tuple[Place, str], dict[int, set[int]]] = field(default_factory=dict)
-    linear: bool = True
+    indices: dict[tuple[TensorDim, str], dict[int, set[int]]] = field(default_factory=dict)
+    only_linear: bool = True
     reason: str | None = None
     grouped: set[str] = field(default_factory=set)
     norms: set[str] = field(default_factory=set)
-    through: bool = False
+    has_opaque: bool = False
 
     @property
-    def wide(self) -> bool:
-        """Whether these are features of a residual stream."""
-        return bool(self.norms) or self.through
+    def is_width(self) -> bool:
+        """Whether the channels are features of a residual stream."""
+        return bool(self.norms) or self.has_opaque
 
     def add(self, tensor: str, dim: int, side: str, pairs: Iterable[tuple[int, int]]) -> None:
-        owned = self.places.setdefault(((tensor, dim), side), {})
-        for root, place in pairs:
-            owned.setdefault(root, set()).add(place)
+        """Add the ``pairs`` of root channel and index for one dimension of a tensor."""
+        by_root = self.indices.setdefault(((tensor, dim), side), {})
+        for root, index in pairs:
+            by_root.setdefault(root, set()).add(index)
 
 
 def channel_groups(
-    model: nn.Module, example: Any, claimed: Mapping[str, str], ends: Mapping[str, Ends]
+    model: nn.Module, example: Any, claimed: Mapping[str, str], opaque: Mapping[str, OpaqueSlices]
 ) -> tuple[list[Group], list[str]]:
     """Read the coupled channels of ``model``.
 
     Args:
         model: in evaluation mode, on the CPU, with parameters that require gradients.
-        example: what its forward takes.
-        claimed: names of modules that another reader has read -> why channels that pass through are left out.
-        ends: those of them that are known from outside.
+        example: input of its forward.
+        claimed: names of modules that are not traced inside -> why the channels that pass through them are not cut.
+        opaque: those of them whose input and output channels are known.
 
     Returns:
-        The groups, and what was left out with the reason.
+        The groups, and the sets that are not cut, counted by reason.
     """
-    model = thawed(model)
+    model = with_batch_norms(model)
     try:
-        sets = coupled(model, example, claimed)
+        coupled = coupled_channels(model, example, claimed)
     except UnsupportedModelError as error:
         return [], [f"channels: {error}"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
-    found = _joined([_found(members, names, claimed, ends, model) for members in sets])
-    groups: list[Group] = []
+    sets = _with_grouped_joined([_channel_set(members, names, claimed, opaque) for members in coupled])
+    groups: dict[str, Group] = {}
     reasons: dict[str, int] = {}
-    taken: set[str] = set()
-    for one in found:
-        made = None if one.reason else group_from(one, model)
-        if isinstance(made, Group) and made.name not in taken:
-            groups.append(made)
-            taken.add(made.name)
+    for channels in sets:
+        result = channels.reason or group_from(channels, model)
+        if isinstance(result, Group) and result.name not in groups:
+            groups[result.name] = result
         else:
-            reason = one.reason or str(made)
+            reason = str(result)
             reasons[reason] = reasons.get(reason, 0) + 1
     numbers = {reason: f"{count} sets" if count > 1 else "1 set" for reason, count in sorted(reasons.items())}
     uncovered = [f"{number} of channels: {reason}" for reason, number in numbers.items()]
-    return groups, uncovered
+    return list(groups.values()), uncovered
 
 
-def _found(
+def _channel_set(
     members: Sequence[Member],
     names: Mapping[int, str],
     claimed: Mapping[str, str],
-    ends: Mapping[str, Ends],
-    model: nn.Module,
-) -> _Found:
-    found = _Found(names.get(id(members[0].module), "?"))
-    for item in members:
-        module, out = item.module, item.makes
-        name = names.get(id(module))
+    opaque: Mapping[str, OpaqueSlices],
+) -> ChannelSet:
+    channels = ChannelSet(names.get(id(members[0].module), "?"))
+    for member in members:
+        name = names.get(id(member.module))
         if name is None:
             continue  # an operation without weights
         reason = _claim(name, claimed)
-        if reason is not None and name not in ends:
-            found.reason = found.reason or reason
-            continue
-        if None in item.roots:
-            found.reason = found.reason or LOST
-            continue
-        pairs = [(int(root), int(place)) for root, place in zip(item.roots, item.places, strict=True)]
-        if name in ends:
-            found.through = True
-            for tensor, dim in ends[name].makes if out else ():
-                found.add(tensor, dim, "produces", pairs)
-            for tensor, dim, side in () if out else ends[name].into:
-                found.add(tensor, dim, side, pairs)
-            found.norms.update(() if out else ends[name].norms)
-        elif isinstance(module, nn.Parameter):
-            found.add(name, int(item.dim), "produces", pairs)
-        elif isinstance(module, nn.Linear):
-            _add_weighted(found, name, module, out, pairs)
-        elif isinstance(module, CONV):
-            found.linear = False
-            if module.groups > 1:
-                _add_grouped(found, name, module, out, pairs)
-            else:
-                _add_weighted(found, name, module, out, pairs)
-        elif isinstance(module, BATCH_NORM):
-            for tensor in _vectors(module):
-                found.add(f"{name}.{tensor}", 0, "produces", pairs)
-        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
-            found.norms.add(name)
-            for tensor in _vectors(module):
-                found.add(f"{name}.{tensor}", 0, "produces", pairs)
-        elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            found.add(f"{name}.weight", 0, "produces", pairs)
-        elif isinstance(module, nn.PReLU):
-            continue
+        if reason is not None and name not in opaque:
+            channels.reason = channels.reason or reason
+        elif None in member.roots:
+            channels.reason = channels.reason or NOT_FOLLOWED
         else:
-            found.reason = found.reason or f"a {type(module).__name__} mixes them"
-    return found
+            pairs = [(int(root), int(index)) for root, index in zip(member.roots, member.indices, strict=True)]
+            if name in opaque:
+                _add_opaque(channels, opaque[name], member.is_output, pairs)
+            else:
+                _add_layer(channels, name, member, pairs)
+    return channels
+
+
+def _add_opaque(channels: ChannelSet, slices: OpaqueSlices, is_output: bool, pairs: list[tuple[int, int]]) -> None:
+    channels.has_opaque = True
+    if is_output:
+        for tensor, dim in slices.outputs:
+            channels.add(tensor, dim, "produces", pairs)
+        return
+    for tensor, dim, side in slices.inputs:
+        channels.add(tensor, dim, side, pairs)
+    channels.norms.update(slices.norms)
+
+
+def _add_layer(channels: ChannelSet, name: str, member: Member, pairs: list[tuple[int, int]]) -> None:
+    module = member.module
+    if isinstance(module, nn.Parameter):
+        channels.add(name, int(member.dim), "produces", pairs)
+    elif isinstance(module, CONV) and module.groups > 1:
+        channels.only_linear = False
+        _add_grouped(channels, name, module, member.is_output, pairs)
+    elif isinstance(module, (nn.Linear, *CONV)):
+        channels.only_linear &= isinstance(module, nn.Linear)
+        _add_weighted(channels, name, module, member.is_output, pairs)
+    elif isinstance(module, BATCH_NORM) or (isinstance(module, nn.LayerNorm) and module.weight is not None):
+        if isinstance(module, nn.LayerNorm):
+            channels.norms.add(name)
+        for tensor in _vectors(module):
+            channels.add(f"{name}.{tensor}", 0, "produces", pairs)
+    elif isinstance(module, nn.PReLU):
+        if module.num_parameters > 1:
+            channels.add(f"{name}.weight", 0, "produces", pairs)
+    else:
+        channels.reason = channels.reason or f"a {type(module).__name__} mixes them"
 
 
 def _claim(name: str, claimed: Mapping[str, str]) -> str | None:
-    """Why channels do not pass through the module ``name``, if another reader has it."""
-    around = (".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2))
-    return next((claimed[one] for one in around if one in claimed), None)
+    """The reason in ``claimed`` for the module ``name`` or a module that contains it, if any."""
+    parts = name.split(".")
+    paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next((claimed[path] for path in paths if path in claimed), None)
 
 
-def _joined(sets: Iterable[_Found]) -> list[_Found]:
-    """Join the sets in front of and behind a grouped convolution, whose groups go with both."""
-    result: list[_Found] = []
-    for one in sets:
-        for other in [found for found in result if found.grouped & one.grouped]:
-            result.remove(other)
-            one = _join(other, one)
-        result.append(one)
+def _with_grouped_joined(sets: Iterable[ChannelSet]) -> list[ChannelSet]:
+    """Join the sets of inputs and outputs of a grouped convolution, whose groups are removed from both."""
+    result: list[ChannelSet] = []
+    for channels in sets:
+        joined = channels
+        for earlier in [earlier for earlier in result if earlier.grouped & channels.grouped]:
+            result.remove(earlier)
+            joined = _join(earlier, joined)
+        result.append(joined)
     return result
 
 
-def _join(first: _Found, second: _Found) -> _Found:
-    offset = 1 + max((root for owned in first.places.values() for root in owned), default=0)
-    for (place, side), owned in second.places.items():
-        into = first.places.setdefault((place, side), {})
-        for root, places in owned.items():
-            into.setdefault(root + offset, set()).update(places)
-    first.linear &= second.linear
+def _join(first: ChannelSet, second: ChannelSet) -> ChannelSet:
+    offset = 1 + max((root for by_root in first.indices.values() for root in by_root), default=0)
+    for key, by_root in second.indices.items():
+        target = first.indices.setdefault(key, {})
+        for root, indices in by_root.items():
+            target.setdefault(root + offset, set()).update(indices)
+    first.only_linear &= second.only_linear
     first.reason = first.reason or second.reason
     first.grouped |= second.grouped
     first.norms |= second.norms
-    first.through |= second.through
+    first.has_opaque |= second.has_opaque
     return first
 
 
 def _vectors(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers of one dimension."""
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [name for name, tensor in tensors if tensor.dim() == 1]
 
 
-def _add_weighted(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
-    if not out:
-        found.add(f"{name}.weight", 1, "consumes", pairs)
+def _add_weighted(channels: ChannelSet, name: str, module: Any, is_output: bool, pairs: list[tuple[int, int]]) -> None:
+    if not is_output:
+        channels.add(f"{name}.weight", 1, "consumes", pairs)
         return
-    found.add(f"{name}.weight", 0, "produces", pairs)
+    channels.add(f"{name}.weight", 0, "produces", pairs)
     if module.bias is not None:
-        found.add(f"{name}.bias", 0, "produces", pairs)
+        channels.add(f"{name}.bias", 0, "produces", pairs)
 
 
-def _add_grouped(found: _Found, name: str, module: Any, out: bool, pairs: list[tuple[int, int]]) -> None:
-    """A grouped convolution loses whole groups: rows of outputs, and the inputs that only they read."""
-    width = (module.out_channels if out else module.in_channels) // module.groups
+def _add_grouped(channels: ChannelSet, name: str, module: Any, is_output: bool, pairs: list[tuple[int, int]]) -> None:
+    """Add a grouped convolution. Whole groups are removed: their output rows and the input channels they read."""
+    per_group = (module.out_channels if is_output else module.in_channels) // module.groups
     rows = module.out_channels // module.groups
-    blocks = {(root, place // width) for root, place in pairs}
-    every = [(root, block * rows + row) for root, block in blocks for row in range(rows)]
-    found.grouped.add(name)
-    found.add(f"{name}.weight", 0, "produces", every)
+    groups = {(root, index // per_group) for root, index in pairs}
+    row_pairs = [(root, group * rows + row) for root, group in groups for row in range(rows)]
+    channels.grouped.add(name)
+    channels.add(f"{name}.weight", 0, "produces", row_pairs)
     if module.bias is not None:
-        found.add(f"{name}.bias", 0, "produces", every)
+        channels.add(f"{name}.bias", 0, "produces", row_pairs)
 
 
-def _repeat_(found: _Found, model: nn.Module) -> None:
-    """Let neighbours that are joined before a norm and a layer, as in Swin's downsampling, go with their channel.
+def _repeat_(channels: ChannelSet, model: nn.Module) -> None:
+    """Extend tensors that are a multiple of the width to all copies of each channel.
 
-    torch-pruning follows such joins in part or not at all. The guess that blocks of all channels lie behind each other
-    is for the proof to confirm.
+    This is for neighbours that are concatenated before a norm and a layer, as in the downsampling of Swin.
+    torch-pruning follows such concatenations in part or not at all. Here the blocks of all channels are assumed to be
+    consecutive; the verification of the group shows whether they are.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    width = 1 + max((root for owned in found.places.values() for root in owned), default=0)
-    for ((name, dim), _), owned in found.places.items():
+    width = 1 + max((root for by_root in channels.indices.values() for root in by_root), default=0)
+    for ((name, dim), _), by_root in channels.indices.items():
         length = tensors[name].shape[dim] if name in tensors else width
-        if length > width and length % width == 0 and sum(map(len, owned.values())) < length:
-            owned.clear()
-            owned.update((root, set(range(root, length, width))) for root in range(width))
+        if length > width and length % width == 0 and sum(map(len, by_root.values())) < length:
+            by_root.clear()
+            by_root.update((root, set(range(root, length, width))) for root in range(width))
 
 
-def group_from(found: _Found, model: nn.Module) -> Group | str:
-    """The group of one coupled set, or why there is none."""
-    if found.wide:
-        _repeat_(found, model)
-    roots = sorted({root for owned in found.places.values() for root in owned})
-    owner = _merged(roots, found.places.values())
-    units = sorted(set(owner.values()))
-    if len(units) < 2:
-        return "they go only all together"
-    number = {unit: place for place, unit in enumerate(units)}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    shapes = {name: tensor.shape for name, tensor in every}
-    slices: list[Slices] = []
-    for ((tensor, dim), side), owned in found.places.items():
-        index: list[set[int]] = [set() for _ in units]
-        for root, places in owned.items():
-            index[number[owner[root]]] |= places
-        if len({len(places) for places in index}) != 1:
-            return "their channels are of unequal size"
-        if max(max(places) for places in index) >= shapes[tensor][dim]:
-            return LOST
-        slices.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(places)) for places in index), side=side))
-    if not any(one.side == "consumes" for one in slices):
-        return "they leave the model as its output"
-    if not any(one.side == "produces" and one.tensor.endswith("weight") for one in slices):
-        return "nothing in the model makes them"
-    kind, what = "channel", "channels"
-    if found.wide:
-        kind, what = "width", "width"
-    elif found.linear or _in_mlp(found.name, model):
-        kind, what = "mlp", "hidden"
-    scales = tuple(Scale(tensor=one.tensor, dim=one.dim, index=one.index) for one in slices if one.side == "consumes")
+def group_from(channels: ChannelSet, model: nn.Module) -> Group | str:
+    """The group of a set of coupled channels, or the reason why there is none."""
+    if channels.is_width:
+        _repeat_(channels, model)
+    slices = _slices(channels, model)
+    if isinstance(slices, str):
+        return slices
+    if not any(part.side == "consumes" for part in slices):
+        return "they are outputs of the model"
+    if not any(part.side == "produces" and part.tensor.endswith("weight") for part in slices):
+        return "no layer of the model produces them"
+    kind, suffix = "channel", "channels"
+    if channels.is_width:
+        kind, suffix = "width", "width"
+    elif channels.only_linear or _in_mlp(channels.name, model):
+        kind, suffix = "mlp", "hidden"
+    consumed = (part for part in slices if part.side == "consumes")
     return Group(
-        name=f"{found.name}.{what}",
+        name=f"{channels.name}.{suffix}",
         kind=kind,
-        size=len(units),
-        site=found.name,
+        size=len(slices[0].index),
+        site=channels.name,
         role=kind,
         slices=tuple(slices),
-        scales=scales,
-        norms=tuple(sorted(found.norms)),
+        scales=tuple(Scale(tensor=part.tensor, dim=part.dim, index=part.index) for part in consumed),
+        norms=tuple(sorted(channels.norms)),
     )
 
 
+def _slices(channels: ChannelSet, model: nn.Module) -> list[Slices] | str:
+    """The slices of every unit, or the reason why the channels do not form units."""
+    roots = sorted({root for by_root in channels.indices.values() for root in by_root})
+    unit_of_root = _units(roots, channels.indices.values())
+    units = sorted(set(unit_of_root.values()))
+    if len(units) < 2:
+        return "they can only be removed all together"
+    number = {unit: position for position, unit in enumerate(units)}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    shapes = {name: tensor.shape for name, tensor in tensors}
+    result: list[Slices] = []
+    for ((tensor, dim), side), by_root in channels.indices.items():
+        index: list[set[int]] = [set() for _ in units]
+        for root, indices in by_root.items():
+            index[number[unit_of_root[root]]] |= indices
+        if len({len(indices) for indices in index}) != 1:
+            return "their units differ in size"
+        if max(max(indices) for indices in index) >= shapes[tensor][dim]:
+            return NOT_FOLLOWED
+        result.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(each)) for each in index), side=side))
+    return result
+
+
 def _in_mlp(name: str, model: nn.Module) -> bool:
-    """Whether a convolution is the first layer of what its host calls an MLP."""
-    around = [type(model.get_submodule(name.rsplit(".", depth)[0])).__name__.lower() for depth in (1, 2)]
-    return any(word in one for one in around for word in ("mlp", "ffn", "feedforward"))
+    """Whether a convolution is the first layer of a module whose class name says that it is an MLP."""
+    parents = [type(model.get_submodule(name.rsplit(".", depth)[0])).__name__.lower() for depth in (1, 2)]
+    return any(word in parent for parent in parents for word in ("mlp", "ffn", "feedforward"))
 
 
-def _merged(roots: Sequence[int], places: Iterable[Mapping[int, set[int]]]) -> dict[int, int]:
-    """Root channel -> the unit it belongs to: channels that share a place of some tensor go together."""
+def _units(roots: Sequence[int], indices: Iterable[Mapping[int, set[int]]]) -> dict[int, int]:
+    """Root channel -> its unit, which is the smallest root of those that share an index of some tensor (union-find)."""
     parent = {root: root for root in roots}
 
     def find(root: int) -> int:
@@ -289,10 +314,10 @@ def _merged(roots: Sequence[int], places: Iterable[Mapping[int, set[int]]]) -> d
             parent[root] = root = parent[parent[root]]
         return root
 
-    for owned in places:
-        first: dict[int, int] = {}
-        for root, spots in owned.items():
-            for spot in spots:
-                one, other = find(first.setdefault(spot, root)), find(root)
-                parent[max(one, other)] = min(one, other)
+    for by_root in indices:
+        first_root: dict[int, int] = {}
+        for root, own in by_root.items():
+            for index in own:
+                first, second = find(first_root.setdefault(index, root)), find(root)
+                parent[max(first, second)] = min(first, second)
     return {root: find(root) for root in roots}

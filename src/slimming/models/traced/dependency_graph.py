@@ -1,7 +1,7 @@
-"""Which channels are coupled, by torch-pruning's dependency graph: all that knows torch-pruning from within.
+"""Find coupled channels with torch-pruning's dependency graph; the only module that uses torch-pruning.
 
-It goes beyond what torch-pruning documents: it replaces a method of one graph and two functions of its index mapping,
-and reads the items of its groups. So the version is pinned below the next minor one.
+Beyond the documented interface of torch-pruning it replaces one method of a graph and two functions of its index
+mapping, and reads the items of its groups. The requirement is therefore pinned below the next minor version.
 """
 
 from __future__ import annotations
@@ -19,45 +19,46 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.errors import UnsupportedModelError
-from slimming.models.traced.opaque import TokensJoined, channels_seen, closed
+from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
 
 
 @dataclass(frozen=True)
 class Member:
-    """One side of a layer, or a parameter, in a coupled set of channels.
+    """The input or output channels of a layer, or a parameter, in a coupled set of channels.
 
     Attributes:
         module: the layer, an operation without weights, or the parameter.
-        makes: whether the channels are its outputs rather than its inputs.
-        dim: dimension of a parameter that holds them.
-        roots: for each channel the root channel that it goes with; None where torch-pruning has lost track.
-        places: the channels.
+        is_output: whether these are the output channels of the layer rather than its input channels.
+        dim: dimension of the channels in a parameter.
+        roots: for each channel, the channel of the first member that it is coupled with; None where torch-pruning
+            could not follow it.
+        indices: the channels.
     """
 
     module: Any
-    makes: bool
+    is_output: bool
     dim: Any
     roots: Sequence[Any]
-    places: Sequence[Any]
+    indices: Sequence[Any]
 
 
-def coupled(model: nn.Module, example: Any, claimed: Iterable[str]) -> list[list[Member]]:
-    """The sets of channels that go only together; the first member of each is its root.
+def coupled_channels(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
+    """The sets of channels that can only be removed together; the first member of each is its root.
 
     Args:
-        model: in evaluation mode, on the CPU, with parameters that require gradients; see `thawed`.
-        example: what its forward takes.
-        claimed: names of modules that are not followed inside.
+        model: in evaluation mode, on the CPU, with parameters that require gradients; see `with_batch_norms`.
+        example: input of its forward.
+        opaque_names: names of modules that are not traced inside.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
     try:
         try:
-            return _trace(model, example, claimed)
-        except Exception:  # torch-pruning raises whatever the graph leads it to
-            with _TokensApart(), TokensJoined(), _passing_over():
-                return _trace(model, example, claimed)
+            return _trace(model, example, opaque_names)
+        except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
+            with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
+                return _trace(model, example, opaque_names)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
@@ -69,89 +70,97 @@ def _member(item: Any) -> Member:
     handler = item.dep.handler.__name__
     return Member(
         module=item.dep.target.module,
-        makes="out" in handler or "depthwise" in handler,
+        is_output="out" in handler or "depthwise" in handler,
         dim=item.dep.target.pruning_dim,
         roots=item.root_idxs or range(len(item.idxs)),
-        places=item.idxs,
+        indices=item.idxs,
     )
 
 
-class _Opaque:
-    """What torch-pruning asks about a closed module: channels go in, others come out, and nothing ties them."""
+class _OpaquePruner:
+    """torch-pruning's interface to an opaque module, whose input and output channels are independent."""
 
     pruning_dim = 1
 
     def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Cut nothing: the graph is only read."""
+        """Return ``layer`` unchanged: the graph is only read."""
         return layer
 
     def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Cut nothing: the graph is only read."""
+        """Return ``layer`` unchanged: the graph is only read."""
         return layer
 
     def get_out_channels(self, layer: nn.Module) -> int | None:
-        """How many channels came out."""
-        return channels_seen(layer)[1]
+        """The number of output channels."""
+        return opaque_channels(layer)[1]
 
     def get_in_channels(self, layer: nn.Module) -> int | None:
-        """How many channels went in."""
-        return channels_seen(layer)[0]
+        """The number of input channels."""
+        return opaque_channels(layer)[0]
 
     def get_in_channel_groups(self, layer: nn.Module) -> int:
-        """Whether channels go in groups of several; they do not."""
+        """The number of channel groups, as in a grouped convolution."""
         return 1
 
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(model: nn.Module, example: Any, claimed: Iterable[str]) -> list[list[Member]]:
-    """The coupled sets; torch-pruning prints and warns where it is not sure, which the proof of the groups settles."""
+def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
+    """The coupled sets of channels.
+
+    torch-pruning prints and warns about operations that it may not follow. This is silenced, because every group is
+    verified on the model afterwards.
+    """
     import torch_pruning
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with closed(model, claimed) as classes, _as_it_is(model):
+        with opaque(model, opaque_names) as opaque_classes, _mode_kept(model):
             graph = torch_pruning.DependencyGraph()
-            follow = graph.get_pruning_group
+            get_group = graph.get_pruning_group
 
-            def follow_or_pass(*args: Any) -> Any:
+            def get_group_or_none(*args: Any) -> Any:
                 try:
-                    return follow(*args)
-                except IndexError:  # its channels are shuffled
+                    return get_group(*args)
+                except IndexError:  # a channel shuffle, which torch-pruning does not follow
                     return []
 
-            vars(graph)["get_pruning_group"] = follow_or_pass
+            vars(graph)["get_pruning_group"] = get_group_or_none
             graph.build_dependency(
                 model,
                 example_inputs=example,
                 output_transform=_first_tensors,
-                customized_pruners={cls: _Opaque() for cls in classes},  # pyright: ignore
+                customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
                 verbose=False,
             )
             return [[_member(item) for item in group] for group in graph.get_all_groups() if len(group)]
 
 
-def thawed(model: nn.Module) -> nn.Module:
-    """``model`` with a BatchNorm in place of every frozen one, which torch-pruning does not know as such."""
+def with_batch_norms(model: nn.Module) -> nn.Module:
+    """``model`` with ``nn.BatchNorm2d`` in place of frozen BatchNorm classes, which torch-pruning does not support.
+
+    The model is copied if it has any.
+    """
     statistics = {"weight", "bias", "running_mean", "running_var"}
 
-    def frozen(module: nn.Module) -> bool:
-        own = dict(module.named_buffers(recurse=False))
-        return not list(module.parameters(recurse=False)) and statistics <= own.keys() and own["weight"].dim() == 1
+    def is_frozen_norm(module: nn.Module) -> bool:
+        buffers = dict(module.named_buffers(recurse=False))
+        no_parameters = not list(module.parameters(recurse=False))
+        return no_parameters and statistics <= buffers.keys() and buffers["weight"].dim() == 1
 
-    names = [name for name, module in model.named_modules() if frozen(module)]
+    names = [name for name, module in model.named_modules() if is_frozen_norm(module)]
     model = copy.deepcopy(model) if names else model
     for name in names:
-        around, _, last = name.rpartition(".")
-        old = model.get_submodule(name)
-        norm = nn.BatchNorm2d(len(old.weight), dtype=old.weight.dtype).train(old.training)
-        setattr(model.get_submodule(around), last, norm)
+        parent, _, child = name.rpartition(".")
+        frozen = model.get_submodule(name)
+        norm = nn.BatchNorm2d(len(frozen.weight), dtype=frozen.weight.dtype).train(frozen.training)
+        setattr(model.get_submodule(parent), child, norm)
     return model
 
 
 @contextlib.contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Keep torch-pruning from switching the model to evaluation, where auxiliary heads do not run."""
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Prevent torch-pruning from switching the model to evaluation mode, in which auxiliary heads do not run."""
     vars(model)["eval"] = lambda: model
     try:
         yield
@@ -160,35 +169,38 @@ def _as_it_is(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _passing_over() -> Iterator[None]:
-    """Pass over reshapes and joins whose channels torch-pruning cannot follow; the proof finds groups they spoil."""
+def _unsupported_mappings_skipped() -> Iterator[None]:
+    """Skip reshapes and concatenations that torch-pruning cannot map.
+
+    Groups that become wrong because of it fail their verification.
+    """
     from torch_pruning.dependency import index_mapping
 
-    followed = {
-        # A residual sum over one part of a split, joined with the other part, has no size there.
+    errors = {
+        # torch-pruning knows no size for a residual sum over one part of a split that is joined with the other part.
         "update_concat_index_mapping": TypeError,
         "update_reshape_index_mapping": ArithmeticError,
     }
-    kept = {name: getattr(index_mapping, name) for name in followed}
+    originals = {name: getattr(index_mapping, name) for name in errors}
 
-    def passing(follow: Callable[[Any, Any], None], error: type[Exception]) -> Callable[[Any, Any], None]:
-        def follow_or_pass(graph: Any, node: Any) -> None:
+    def skipping(update: Callable[[Any, Any], None], error: type[Exception]) -> Callable[[Any, Any], None]:
+        def update_or_skip(graph: Any, node: Any) -> None:
             with contextlib.suppress(error):
-                follow(graph, node)
+                update(graph, node)
 
-        return follow_or_pass
+        return update_or_skip
 
-    for name, error in followed.items():
-        setattr(index_mapping, name, passing(kept[name], error))
+    for name, error in errors.items():
+        setattr(index_mapping, name, skipping(originals[name], error))
     try:
         yield
     finally:
-        for name, follow in kept.items():
-            setattr(index_mapping, name, follow)
+        for name, update in originals.items():
+            setattr(index_mapping, name, update)
 
 
-class _TokensApart(TorchFunctionMode):
-    """Splits of tokens inside attention become selections: torch-pruning takes every split for one of channels."""
+class _SplitTokensByIndex(TorchFunctionMode):
+    """Replace splits along the token dimension by index selections: torch-pruning takes every split for channels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -196,13 +208,13 @@ class _TokensApart(TorchFunctionMode):
             tensor, sizes = args[:2]
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             if tensor.dim() == 4 and dim % 4 == 2:
-                places = torch.arange(tensor.shape[dim], device=tensor.device)
-                return tuple(tensor.index_select(dim, part) for part in places.split(sizes))
+                indices = torch.arange(tensor.shape[dim], device=tensor.device)
+                return tuple(tensor.index_select(dim, part) for part in indices.split(sizes))
         return func(*args, **kwargs)
 
 
 def _first_tensors(output: Any) -> Any:
-    """The differentiable tensors of an output of any form."""
+    """The differentiable tensors of a nested output."""
     from torch.utils._pytree import tree_leaves
 
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]

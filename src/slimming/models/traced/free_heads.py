@@ -1,14 +1,14 @@
-"""Forwards that no longer work out the head size from the embedding width.
+"""Rewrite forwards that infer the head size from the embedding width, so that heads can be removed.
 
-Many hosts write ``reshape(B, N, 3, self.num_heads, C // self.num_heads)``, which ties the number of heads to the
-width of the input. The same forward with that one expression left to ``reshape`` (-1) takes any number of heads.
-It is made from the host's own source when a module loses heads; nothing else in it changes, and a forward in
-which the expressions are not found is left alone, so that its heads stay.
+Many attention classes contain ``reshape(B, N, 3, self.num_heads, C // self.num_heads)``, which determines the size of
+a head by the width of the input. With -1 in place of that one size, the same forward accepts any number of heads. The
+forward is rewritten from the installed source of the host when a module loses heads, and nothing else in it changes. A
+forward without such an expression is not rewritten, and its heads are not removed.
 
-This is the one place that executes a host's source (installed code, nothing that a checkpoint brings). The other ways
-are a copy of each forward, which ties slimming to one version of the host, or leaving these heads whole. Of the 95
-architectures of timm and torchvision in ``benchmarks/results/coverage.json`` whose heads can go, 41 need it, and 36 of
-those, the Swins, BEiT, CaiT, XCiT and PVTv2 among them, have no heads that could go otherwise: 365 of 808 attentions.
+This is the only module that executes source text: that of installed hosts, never of a checkpoint. The alternatives are
+a copy of each forward, which depends on the version of the host, or not removing these heads. Of the 95 architectures
+of timm and torchvision in ``benchmarks/results/coverage.json`` whose heads can be removed, 41 need it. In 36 of them
+(among others Swin, BEiT, CaiT, XCiT and PVTv2) no other heads can be removed: 365 of 808 attention modules.
 """
 
 from __future__ import annotations
@@ -28,109 +28,108 @@ from slimming.models.layers import SomeHeadsAttention
 
 RESHAPES = ("reshape", "view")
 COUNTS = ("num_heads", "self.groups")
-"""What hosts divide the width by."""
+"""Names of the number of heads in the hosts' forwards, by which they divide the width."""
 WIDTHS = ("C", "D", "dim", "embed_dim", "num_channels")
-"""What hosts call the embedding width in a forward."""
-_MARK = "slimming_unbound"
+"""Names of the embedding width in the hosts' forwards."""
+_MARK = "slimming_free_heads"
 
 
 @cache
-def unbound_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """A class like ``cls`` whose forward takes any number of heads; None if its source does not show how."""
+def free_heads_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """A subclass of ``cls`` whose forward accepts any number of heads; None if its source cannot be rewritten."""
     if cls is nn.MultiheadAttention:
         return SomeHeadsAttention
-    body: dict[str, Any] = {}
-    for name, function in inspect.getmembers(cls, inspect.isfunction):
-        if not name.startswith("__") and not function.__module__.startswith("torch.") and not function.__closure__:
-            made = _unbound(function) or function
-            made = _with_helpers(made)
-            if made is not function:
-                body[name] = made
-    if not body:
+    methods: dict[str, Any] = {}
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        if not name.startswith("__") and not method.__module__.startswith("torch.") and not method.__closure__:
+            rewritten = _with_rewritten_helpers(_rewritten(method) or method)
+            if rewritten is not method:
+                methods[name] = rewritten
+    if not methods:
         return None
-    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True})
+    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True})
 
 
-def _unbound(function: FunctionType) -> FunctionType | None:
-    """``function`` with head sizes left to reshapes; None if it works out none."""
+def has_free_heads(module: nn.Module) -> bool:
+    """Whether the class of ``module`` was made by `free_heads_class`."""
+    return isinstance(module, SomeHeadsAttention) or bool(vars(type(module)).get(_MARK, False))
+
+
+def _rewritten(function: FunctionType) -> FunctionType | None:
+    """``function`` with -1 for head sizes in its reshapes; None if it has no such sizes."""
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return None
-    change = _Unbind()
-    tree = change.visit(ast.parse(source))
-    if not change.heads:
+    transformer = _InferHeadSize()
+    tree = transformer.visit(ast.parse(source))
+    if not transformer.replaced:
         return None
-    tree = ast.fix_missing_locations(_Rescale(tree).visit(tree))
+    tree = ast.fix_missing_locations(_HeadSizeOfQueries(tree).visit(tree))
     text = ast.unparse(tree)
     filename = f"<slimming: {function.__module__}.{function.__qualname__}>"
-    # So that tracebacks, torch.compile and inspect find the lines.
+    # Tracebacks, torch.compile and inspect look the source up here.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {}
     exec(compile(text, filename, "exec"), vars(sys.modules[function.__module__]), scope)
-    made: FunctionType = scope[function.__name__]
-    made.__qualname__ = function.__qualname__
-    return made
+    rewritten: FunctionType = scope[function.__name__]
+    rewritten.__qualname__ = function.__qualname__
+    return rewritten
 
 
-def _with_helpers(function: FunctionType) -> FunctionType:
-    """``function`` with what it calls of its own file for some number of heads unbound as well."""
+def _with_rewritten_helpers(function: FunctionType) -> FunctionType:
+    """``function`` with rewritten versions of the functions of its module that it calls with a number of heads."""
     helpers: dict[str, FunctionType] = {}
     for name in function.__code__.co_names:
-        found = function.__globals__.get(name)
-        if isinstance(found, FunctionType) and "num_heads" in found.__code__.co_varnames and not found.__closure__:
-            made = _unbound(found)
-            if made is not None:
-                helpers[name] = made
+        helper = function.__globals__.get(name)
+        if isinstance(helper, FunctionType) and "num_heads" in helper.__code__.co_varnames and not helper.__closure__:
+            rewritten = _rewritten(helper)
+            if rewritten is not None:
+                helpers[name] = rewritten
     if not helpers:
         return function
     scope = {**function.__globals__, **helpers}
-    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__qualname__ = function.__qualname__
-    return made
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__qualname__ = function.__qualname__
+    return copy
 
 
-def is_unbound(module: nn.Module) -> bool:
-    """Whether the module's class was made by `unbound_class`."""
-    return isinstance(module, SomeHeadsAttention) or bool(vars(type(module)).get(_MARK, False))
-
-
-class _Unbind(ast.NodeTransformer):
-    """Replace head sizes and widths in reshapes by -1."""
+class _InferHeadSize(ast.NodeTransformer):
+    """Replace the one head size or width in the arguments of a reshape by -1."""
 
     def __init__(self) -> None:
-        self.heads = 0
+        self.replaced = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if not (isinstance(node.func, ast.Attribute) and node.func.attr in RESHAPES):
             return node
-        places = [place for place, argument in enumerate(node.args) if _is_width(argument)]
-        known = any(_is_minus_one(argument) for argument in node.args)
-        if len(places) == 1 and not known:
-            self.heads += 1
-            node.args[places[0]] = ast.parse("-1", mode="eval").body
+        positions = [position for position, argument in enumerate(node.args) if _is_width(argument)]
+        has_inferred = any(_is_minus_one(argument) for argument in node.args)
+        if len(positions) == 1 and not has_inferred:
+            self.replaced += 1
+            node.args[positions[0]] = ast.parse("-1", mode="eval").body
         return node
 
 
-class _Rescale(ast.NodeTransformer):
-    """Once there are queries, the size of a head is theirs."""
+class _HeadSizeOfQueries(ast.NodeTransformer):
+    """Replace head sizes that are computed after the queries, such as in a scale, by the size of the queries."""
 
     def __init__(self, tree: ast.AST) -> None:
         stored = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-        self.known_from = min((node.lineno for node in stored if node.id == "q"), default=None)
+        self.queries_line = min((node.lineno for node in stored if node.id == "q"), default=None)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        size = isinstance(node.op, ast.FloorDiv) and isinstance(node.left, ast.Name) and _is_width(node)
-        if size and self.known_from is not None and node.lineno > self.known_from:
+        is_head_size = isinstance(node.op, ast.FloorDiv) and isinstance(node.left, ast.Name) and _is_width(node)
+        if is_head_size and self.queries_line is not None and node.lineno > self.queries_line:
             return ast.parse("q.size(-1)", mode="eval").body
         return node
 
 
 def _is_width(node: ast.expr) -> bool:
-    """``C``, ``C // self.num_heads``, or a product that begins with ``C``."""
+    """Whether an expression is ``C``, ``C // self.num_heads``, or a product that begins with ``C``."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
         return any(word in ast.unparse(node.right) for word in COUNTS)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):

@@ -1,7 +1,8 @@
-"""Hidden units of MLPs that share a layer with something else, from a table: torch-pruning does not follow a split.
+"""Describe MLPs that share a layer with other units by rows of a table, and turn the row of a module into a group.
 
-A gated MLP has both halves in one layer; a parallel block, queries, keys and values beside the hidden units. A unit is
-one column of the last layer, with one row per block of the first.
+In a gated MLP one layer produces both factors; in a parallel block one layer produces queries, keys, values and hidden
+units. torch-pruning does not follow the split of their outputs. A unit is one column of the last layer, and one row per
+block of the first layer.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from dataclasses import dataclass
 from torch import nn
 
 from slimming.core.groups import Group, Scale, Slices
-from slimming.models.traced.heads import Attributes, block_index, counting, innermost, reader, rows
+from slimming.models.traced.heads import Attributes, block_index, innermost, row_spans, unit_attributes, weight_span
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hidden:
-    """Where one class of MLP keeps its hidden units; for paths see `slimming.models.traced.heads.Heads`.
+    """A row of a table: the layers and attributes of an MLP class that depend on its hidden units.
+
+    For paths see `slimming.models.traced.heads.Heads`.
 
     Attributes:
-        inputs: path of a layer or tensor -> number of equal blocks that its rows fall into.
+        inputs: path of a layer or tensor -> number of equal blocks of its rows.
         output: path of the layer whose columns read the hidden units.
         sizes: paths of attributes that are a multiple of the number of hidden units.
-        why_not: why the hidden units stay, or None.
+        why_not: why hidden units cannot be removed; None if they can.
     """
 
     inputs: Mapping[str, int]
@@ -38,19 +41,19 @@ class Hidden:
 
 
 HiddenRow = Hidden | Callable[[nn.Module], Hidden]
-"""A row of a table: where the hidden units are, or what says so for one module."""
+"""A row of a table, or a function that gives the row for a module."""
 
 
-def hidden_group(name: str, module: nn.Module, spec: Hidden) -> tuple[Group, Attributes] | str:
-    """The hidden units of ``module`` as a group with the attributes that count them, or why they stay."""
-    found = reader(module, spec.output)
-    if spec.why_not is not None or found is None:
-        return spec.why_not or f"it has no {spec.output}"
-    size = found.length
-    columns = found.shifted(block_index(size, 1, size))
-    slices = [Slices(tensor=f"{name}.{found.tensor}", dim=1, index=columns, side="consumes")]
-    for path, blocks in spec.inputs.items():
-        for span in rows(module, path):
+def hidden_group(name: str, module: nn.Module, row: Hidden) -> tuple[Group, Attributes] | str:
+    """The group of the hidden units of ``module`` with the attributes that depend on it, or why they are not cut."""
+    output = weight_span(module, row.output)
+    if row.why_not is not None or output is None:
+        return row.why_not or f"it has no {row.output}"
+    size = output.length
+    columns = output.shifted(block_index(size, 1, size))
+    slices = [Slices(tensor=f"{name}.{output.tensor}", dim=1, index=columns, side="consumes")]
+    for path, blocks in row.inputs.items():
+        for span in row_spans(module, path):
             if span.length != blocks * size:
                 return f"{path} has {span.length} rows for {size} hidden units"
             index = span.shifted(block_index(span.length, blocks, size))
@@ -64,4 +67,4 @@ def hidden_group(name: str, module: nn.Module, spec: Hidden) -> tuple[Group, Att
         slices=tuple(slices),
         scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
     )
-    return group, counting(group, name, module, spec.sizes)
+    return group, unit_attributes(group, name, module, row.sizes)

@@ -1,4 +1,4 @@
-"""What each operation costs, from one forward pass: multiply-adds as products of sizes that groups change."""
+"""Derive the cost formulas of a model from one forward pass: MACs as products of sizes that depend on the groups."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from slimming.models.traced.resize import tensor_dims
 
 
 def operations(
-    model: nn.Module, example: Any, groups: Sequence[Group], each: Collection[str] = ()
+    model: nn.Module, example: Any, groups: Sequence[Group], per_head_layers: Collection[str] = ()
 ) -> tuple[Operation, ...]:
-    """One operation per module that owns parameters or multiplies matrices.
+    """One operation per module that has parameters or multiplies matrices.
 
     Args:
         model: the model.
-        example: what its forward takes.
+        example: input of its forward.
         groups: its groups.
-        each: names of layers that run once per head.
+        per_head_layers: names of layers that run once per head.
     """
     dims = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     macs: defaultdict[str, dict[str, int]] = defaultdict(dict)
@@ -39,22 +39,25 @@ def operations(
     result = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = {}
+        params = []
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                # A scalar is an empty product.
-                own[parameter_name] = dims[f"{name}.{parameter_name}" if name else parameter_name]
-        # A weight that is standardised or made of others first is known by its module alone.
-        known = f"{name}.weight" if isinstance(module, (nn.Linear, *CONV)) else ""
-        counts = {weight or known: count for weight, count in macs.get(name, {}).items() if count}
-        if not own and not counts:
+                # The dimensions of a scalar are an empty product, which is 1.
+                params.append(dims[f"{name}.{parameter_name}" if name else parameter_name])
+        # A weight that is computed from parameters, as in weight standardisation, is attributed to its layer.
+        default = f"{name}.weight" if isinstance(module, (nn.Linear, *CONV)) else ""
+        counts = {weight or default: count for weight, count in macs.get(name, {}).items() if count}
+        if not params and not counts:
             continue
         result.append(
             Operation(
                 name=name or "model",
-                macs=tuple(_product(name, *one, dims, sizes, heads, each) for one in counts.items()),
-                params=tuple(own.values()),
+                macs=tuple(
+                    _product(name, weight, count, dims, sizes, heads, name in per_head_layers)
+                    for weight, count in counts.items()
+                ),
+                params=tuple(params),
             )
         )
     return tuple(result)
@@ -67,46 +70,57 @@ def _product(
     dims: Mapping[str, tuple[Dim, ...]],
     sizes: Mapping[str, int],
     heads: Mapping[str, Group],
-    each: Collection[str],
+    per_head: bool,
 ) -> tuple[Dim, ...]:
-    """The multiply-adds of a module with one weight, or between other tensors, as a product."""
+    """The MACs of a module with one weight, or between other tensors, as a product.
+
+    Args:
+        name: the module.
+        weight: the parameter that is multiplied; empty if none is.
+        count: the number of MACs in the dense model.
+        dims: tensor -> its dimensions as functions of the kept units.
+        sizes: group -> its number of units.
+        heads: attention module -> the group of its heads.
+        per_head: whether the module runs once per head.
+    """
     rows_and_columns = dims.get(weight, ())[:2]
     changing = any(dim.groups for dim in rows_and_columns)
-    if rows_and_columns and name not in each and (changing or weight == f"{name}.weight"):
+    if rows_and_columns and not per_head and (changing or weight == f"{name}.weight"):
         full = math.prod(dim.value(sizes) for dim in rows_and_columns)
         return (Dim(fixed=count // full), *rows_and_columns)
-    around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if name else []
-    owner = next((heads[one] for one in [name, *around] if one in heads), None)
-    if owner is not None and count % owner.size == 0:
-        return (Dim(fixed=count // owner.size), Dim(groups=((owner.name, 1),)))
+    parents = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if name else []
+    group = next((heads[parent] for parent in [name, *parents] if parent in heads), None)
+    if group is not None and count % group.size == 0:
+        return (Dim(fixed=count // group.size), Dim(groups=((group.name, 1),)))
     return (Dim(fixed=count),)
 
 
 @torch.no_grad()
 def macs_by_weight(model: nn.Module, example: Any) -> dict[tuple[str, str], int]:
-    """Multiply-adds of one forward pass by the innermost module that does them and the parameter that takes part.
+    """(Module, parameter) -> MACs of one forward pass between the parameter and another tensor.
 
-    The parameter's name is empty where two other tensors are multiplied.
+    The module is the innermost one that runs. The parameter's name is empty if neither factor is a parameter.
     """
     stack = [""]
     named = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
     weights = {weight.untyped_storage().data_ptr(): name for name, weight in named}
-    found: defaultdict[tuple[str, str], int] = defaultdict(int)
+    result: defaultdict[tuple[str, str], int] = defaultdict(int)
 
-    def note(args: Sequence[Any], macs: int) -> None:
-        places = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        found[stack[-1], next((weights[place] for place in places if place in weights), "")] += macs
+    def record(args: Sequence[Any], macs: int) -> None:
+        pointers = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        result[stack[-1], next((weights[pointer] for pointer in pointers if pointer in weights), "")] += macs
 
-    with _tracked(model, stack), unfused(), MacCounter(note):
+    with _module_stack(model, stack), unfused(), MacCounter(record):
         if isinstance(example, dict):
             model(**example)
         else:
             model(example)
-    return dict(found)
+    return dict(result)
 
 
 @contextmanager
-def _tracked(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that are running in ``stack``, innermost last."""
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))

@@ -1,4 +1,4 @@
-"""How hosts make a dense model again: names and arguments, plain data."""
+"""Find out how a host builds a dense model, as a name and arguments in plain data, and build it from them."""
 
 from __future__ import annotations
 
@@ -19,44 +19,49 @@ from slimming.models.family import ORIGIN, difference
 from slimming.models.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
 
 OWN = "own"
-"""The host of a model that only its user can make."""
-TOKENS = 16
-"""Length of the sequences that torch's own encoders are read with."""
+"""The host of a model that only its user can build."""
+SEQUENCE_LENGTH = 16
+"""Number of tokens in the example input of torch's encoders."""
 
 
-def origin(model: nn.Module, change_: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
-    """The base of ``model``: who makes it, from which name and arguments.
+def is_torchvision(model: nn.Module) -> bool:
+    """Whether the class of ``model`` is torchvision's."""
+    return type(model).__module__.startswith("torchvision.")
 
-    A model that no host makes again has a base that says why; it can be cut, and saved and loaded with the help
-    of whoever made it.
+
+def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+    """Find the base of ``model``: the host that builds it, with the name and arguments.
+
+    If no host builds the model, the base gives the reason. Such a model can be cut and saved; `slimming.load` then
+    needs the dense model as an argument.
 
     Args:
-        model: a model without a structure of its own.
-        change_: what was done to it since its host made it, such as a part that was cut.
+        model: a model that was not cut as a whole.
+        change_: repeats on a new model what was done to this one since its host built it, such as cutting a submodule.
     """
     module = type(model).__module__
     if module.startswith("transformers."):
-        makers = _transformers_candidates(model)
-    elif module.startswith("torchvision."):
-        makers = _torchvision_candidates(model)
+        candidates = _transformers_candidates(model)
+    elif is_torchvision(model):
+        candidates = _torchvision_candidates(model)
     else:
-        makers = _timm_candidates(model)
+        candidates = _timm_candidates(model)
     why = "it is not a model that timm, transformers or torchvision makes by name"
-    for base in makers:
+    for base in candidates:
         try:
-            made = _quiet_build(base)
+            built = _quiet_build(base)
         except CheckpointError:
             continue
         if change_ is not None:
-            change_(made)
-        why = difference(model, made)
+            change_(built)
+        why = difference(model, built)
         if why is None:
             return base
     return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
 
 
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The base of a slim model, with what its user may have changed since the cut: the number of classes, names."""
+    """``base`` with the number of classes and the image settings of ``model``, which may have changed since."""
     if base["host"] == "transformers":
         return {**base, "config": _config(model), "images": image_settings(model)}
     if base["host"] == "torchvision":
@@ -73,10 +78,10 @@ def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
-    """Make the dense model with weights of no meaning.
+    """Build the dense model with random weights.
 
     Raises:
-        CheckpointError: its host is not installed, or does not know the name or an argument.
+        CheckpointError: the host is not installed, or does not have the model or an argument.
     """
     makers = {"timm": _make_timm, "transformers": _make_transformers, "torchvision": _make_torchvision}
     maker = makers.get(base.get("host", ""))
@@ -96,13 +101,13 @@ def build(base: Mapping[str, Any]) -> nn.Module:
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the image that ``model`` takes, as far as it says so; else (C, 224, 224).
+    """Channels, height and width of the image that ``model`` takes; 224 x 224 pixels if it does not specify a size.
 
-    For torch's own encoders, which take no image, some number of tokens and their width.
+    For torch's encoders, which do not take an image, a number of tokens and their width.
     """
     if isinstance(model, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         layer: Any = model.layers[0] if isinstance(model, nn.TransformerEncoder) else model
-        return (TOKENS, layer.self_attn.embed_dim)
+        return (SEQUENCE_LENGTH, layer.self_attn.embed_dim)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else 3
     for owner in model.modules():
@@ -123,18 +128,18 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:
-    found = getattr(model, "pretrained_cfg", None)
-    return found if isinstance(found, dict) else {}
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Ways in which timm may have made ``model``, the plainest first."""
+    """Bases from which timm may have built ``model``, those with the fewest arguments first."""
     config = _timm_config(model)
-    kept = image_settings(model)
-    noted = model.__dict__.get(ORIGIN)
-    if noted is not None:
-        arguments = {key: plain(value) for key, value in noted["arguments"].items()}
-        yield {"host": "timm", "name": noted["name"], "arguments": arguments, "config": kept}
+    settings = image_settings(model)
+    recorded = model.__dict__.get(ORIGIN)
+    if recorded is not None:
+        arguments = {key: plain(value) for key, value in recorded["arguments"].items()}
+        yield {"host": "timm", "name": recorded["name"], "arguments": arguments, "config": settings}
     name = config.get("architecture")
     if name is None:
         return
@@ -146,23 +151,23 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
     if channels != (config.get("input_size") or (channels,))[0]:
         arguments["in_chans"] = channels
-    made_with: Any = getattr(model, "_model_args", None)  # timm notes it from 1.0.31 on
+    made_with: Any = getattr(model, "_model_args", None)  # recorded since timm 1.0.31
     if isinstance(made_with, dict):
         given = {key: plain(value) for key, value in made_with.items()}
         with contextlib.suppress(ConfigError):
             check_json(given, "arguments")
-            yield {"host": "timm", "name": name, "arguments": {**given, **arguments}, "config": kept}
+            yield {"host": "timm", "name": name, "arguments": {**given, **arguments}, "config": settings}
     sized = {"img_size": [height, width]}
     pooled = {"global_pool": model.global_pool} if isinstance(getattr(model, "global_pool", None), str) else {}
     for extra in ({}, sized, pooled, {**sized, **pooled}):
-        yield {"host": "timm", "name": name, "arguments": {**arguments, **extra}, "config": kept}
+        yield {"host": "timm", "name": name, "arguments": {**arguments, **extra}, "config": settings}
 
 
 def _make_timm(base: Mapping[str, Any]) -> nn.Module:
     arguments = unplain(base["arguments"])
     name = str(base["name"])
     if not timm.is_model(name.partition(".")[0]):
-        # timm would take the name for an address on the hub and go there.
+        # timm would look for an unknown name on the Hugging Face hub.
         raise ValueError("there is no such architecture")
     model = timm.create_model(name, pretrained=False, **arguments)
     give_image_settings_(model, base["config"])
@@ -170,16 +175,17 @@ def _make_timm(base: Mapping[str, Any]) -> nn.Module:
 
 
 def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Ways in which torchvision may have made ``model``, the plainest first."""
+    """Bases from which torchvision may have built ``model``, those with the fewest arguments first."""
     module = type(model).__module__
     if not module.startswith("torchvision.models"):
         return
     import torchvision
 
-    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     arguments: dict[str, Any] = {}
-    for one in last:
-        arguments["num_classes"] = one.out_features if isinstance(one, nn.Linear) else one.out_channels
+    if layers:
+        last = layers[-1]
+        arguments["num_classes"] = last.out_features if isinstance(last, nn.Linear) else last.out_channels
     if isinstance(getattr(model, "transform_input", None), bool):  # GoogLeNet and Inception
         arguments |= {"transform_input": model.transform_input, "init_weights": False}
         arguments |= {"aux_logits": bool(model.aux_logits)}
@@ -205,7 +211,7 @@ def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
 
 
 def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
-    """Ways in which transformers may have made ``model``: from its configuration, with or without a pooler."""
+    """Bases from which transformers may have built ``model``: its configuration, with and without a pooler."""
     config = getattr(model, "config", None)
     if config is None:
         return
@@ -215,7 +221,7 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The configuration of a model of transformers, whole and as JSON has it."""
+    """The complete configuration of a transformers model, as JSON values."""
     return json.loads(model.config.to_json_string(use_diff=False))
 
 
@@ -223,7 +229,7 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     cls, config_class = (getattr(transformers, str(base[key]), None) for key in ("name", "config_class"))
-    # A name from a file may only lead to a model.
+    # The names come from a file and must not give access to anything but models and configurations.
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError("there is no such model")
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
@@ -234,8 +240,8 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-class _NumbersApart(TorchFunctionMode):
-    """Number ranges are made on the CPU: some hosts work out their sizes with them."""
+class _RangesOnCpu(TorchFunctionMode):
+    """Create ranges on the CPU instead of the meta device: some hosts compute their sizes from the values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -245,7 +251,7 @@ class _NumbersApart(TorchFunctionMode):
 
 
 def _quiet_build(base: Mapping[str, Any]) -> nn.Module:
-    """The model of a candidate base, on the meta device: its shapes are all that is compared."""
+    """Build a candidate base on the meta device, since only modules and shapes are compared, without warnings."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
@@ -253,5 +259,5 @@ def _quiet_build(base: Mapping[str, Any]) -> nn.Module:
         except CheckpointError as error:
             if not isinstance(error.__cause__, NotImplementedError):
                 raise
-        with _NumbersApart():
+        with _RangesOnCpu():
             return build(base)

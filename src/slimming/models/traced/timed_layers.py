@@ -1,8 +1,8 @@
-"""The steps of a traced model whose time is looked up in a latency table, and how to make each alone.
+"""Divide a traced model into timed layers, and make a module to time for each of them.
 
-A piece is a call of an attention module whose heads can go, or of a single layer. What lies between them (additions,
-windows, reshapes) is one piece more, which has no module: it takes what the whole model took beyond the sum of the
-others, and grows with the elements that the layers give.
+A timed layer is one call of a layer, or of an attention module whose heads can be removed. Everything between them
+(additions, windows, reshapes) is one more timed layer without a module. Its time is what the whole model takes beyond
+the sum of the others, and it is proportional to the number of elements of the layers' outputs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from slimming.core.formulas import Dim
-from slimming.core.groups import REST, Group, LayerSizes, Piece
-from slimming.models.family import Timed
+from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
 from slimming.models.traced.verification import outputs
 
 COPIES, MEGABYTES = 8, 32
-"""At most so many copies of a layer are timed together, and so much of weights: in a model they are not in a cache."""
+"""Most copies of a layer that are timed together, and most megabytes of weights in them.
+
+Several copies are timed because in a model the weights of a layer are not in the processor's cache.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,153 +37,168 @@ class Call:
     """One call of a module for one image.
 
     Attributes:
-        name: the module.
-        leaves: its arguments, flattened.
-        form: how they were nested.
-        grows: places of the tensors among them that grow with the batch.
-        elements: how many its output has.
+        name: name of the module.
+        leaves: its flattened arguments.
+        spec: the nesting of the arguments.
+        batched: positions in ``leaves`` of the tensors whose first dimension is proportional to the batch size.
+        elements: number of elements of the output.
     """
 
     name: str
     leaves: tuple[Any, ...]
-    form: Any
-    grows: tuple[int, ...]
+    spec: Any
+    batched: tuple[int, ...]
     elements: int
 
     @property
     def x(self) -> Tensor:
-        """The first argument that grows with the batch."""
-        return self.leaves[self.grows[0]]
+        """The first batched argument."""
+        return self.leaves[self.batched[0]]
 
 
 @torch.no_grad()
-def calls(model: nn.Module, example: Tensor, whole: Collection[str]) -> list[Call]:
-    """The calls of layers, and of the modules called ``whole``, in order; none if the model takes no batch of two.
+def calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[Call]:
+    """The calls of layers and attention modules in order; empty if the model does not take a batch of two images.
 
     Args:
         model: in evaluation mode.
         example: one image.
-        whole: names of modules that are not looked into.
+        attention: names of the attention modules that are timed as a whole.
     """
     try:
-        one, two = (_recorded(model, x, whole) for x in (example, torch.cat((example, example))))
-    except Exception:  # whatever the host raises
+        single, double = (_recorded_calls(model, x, attention) for x in (example, torch.cat((example, example))))
+    except Exception:  # hosts raise errors of any class
         return []
-    if [name for name, *_ in one] != [name for name, *_ in two]:
+    if [name for name, *_ in single] != [name for name, *_ in double]:
         return []
-    found = []
-    for (name, arguments, elements), (_, of_two, _) in zip(one, two, strict=True):
-        leaves, form = tree_flatten(arguments)
-        pairs = enumerate(zip(leaves, tree_flatten(of_two)[0], strict=True))
-        grows = tuple(
-            place for place, (a, b) in pairs if isinstance(a, Tensor) and a.dim() > 1 and len(b) == 2 * len(a)
+    result = []
+    for (name, arguments, elements), (_, double_arguments, _) in zip(single, double, strict=True):
+        leaves, spec = tree_flatten(arguments)
+        pairs = enumerate(zip(leaves, tree_flatten(double_arguments)[0], strict=True))
+        batched = tuple(
+            position for position, (a, b) in pairs if isinstance(a, Tensor) and a.dim() > 1 and len(b) == 2 * len(a)
         )
-        if grows:
-            found.append(Call(name, tuple(leaves), form, grows, elements))
-    return found
+        if batched:
+            result.append(Call(name, tuple(leaves), spec, batched, elements))
+    return result
 
 
-def pieces(
-    model: nn.Module, found: Sequence[Call], groups: Sequence[Group], layers: Mapping[str, LayerSizes]
-) -> tuple[Piece, ...]:
-    """Every step, with the rest.
+def timed_layers(
+    model: nn.Module, recorded: Sequence[Call], groups: Sequence[Group], layers: Mapping[str, LayerSizes]
+) -> tuple[TimedLayer, ...]:
+    """The timed layers of ``model``, with the one for everything between them last.
 
     Args:
         model: the model.
-        found: its calls.
-        groups: its groups.
-        layers: which modules they change.
+        recorded: what `calls` gives.
+        groups: the groups of the model.
+        layers: module -> its sizes as functions of the groups.
     """
     full = {group.name: group.size for group in groups}
     heads = {group.site: group for group in groups if group.kind == "head"}
-    result: list[Piece] = []
+    result: list[TimedLayer] = []
     elements = Dim()
-    before: Dim | None = None
-    for number, call in enumerate(found):
+    channels: Dim | None = None
+    for number, call in enumerate(recorded):
         module = model.get_submodule(call.name)
         shape = "x".join(map(str, call.x.shape))
         if call.name in heads:
             axes: dict[str, Dim] = {"heads": Dim(groups=((heads[call.name].name, 1),)), **_widths(call.name, groups)}
-            like, before = f"{type(module).__name__} {_digest(module)} on {shape}", None
+            like, channels = f"{type(module).__name__} {_digest(module)} on {shape}", None
         else:
-            axes, before = _axes(module, layers.get(call.name), before, full, call.x.shape)
+            axes, channels = _axes(module, layers.get(call.name), channels, full, call.x.shape)
             like = f"{type(module).__name__}({module.extra_repr()}) on {shape}"
         kind = "attention" if call.name in heads else "layer"
-        result.append(Piece(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
-        wide = 1 if before is None else before.value(full)
-        elements += _times(Dim(fixed=1) if before is None else before, call.elements // wide)
+        result.append(TimedLayer(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
+        dim = Dim(fixed=1) if channels is None else channels
+        elements += _times(dim, call.elements // dim.value(full))
     if result:
-        result.append(Piece(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
+        result.append(TimedLayer(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
     return tuple(result)
 
 
+def call_number(layer: TimedLayer) -> int:
+    """Index of the call of ``layer`` in what `calls` gives."""
+    return int(layer.name.rpartition("#")[2])
+
+
 def _widths(name: str, groups: Sequence[Group]) -> dict[str, Dim]:
-    """The embedding widths that a module reads and, if it is another one, makes."""
+    """The embedding width that a module consumes, and the one that it produces if that is another group."""
     axes: dict[str, Dim] = {}
     for side, axis in (("consumes", "width"), ("produces", "out")):
         for group in groups:
-            touched = any(s.side == side and s.tensor.startswith(f"{name}.") for s in group.slices)
+            used = any(s.side == side and s.tensor.startswith(f"{name}.") for s in group.slices)
             dim = Dim(groups=((group.name, 1),))
-            if group.kind == "width" and touched and dim not in axes.values():
+            if group.kind == "width" and used and dim not in axes.values():
                 axes.setdefault(axis, dim)
     return axes
 
 
 def _axes(
-    module: nn.Module, layer: LayerSizes | None, before: Dim | None, full: Mapping[str, int], shape: Sequence[int]
+    module: nn.Module, layer: LayerSizes | None, channels: Dim | None, full: Mapping[str, int], shape: Sequence[int]
 ) -> tuple[dict[str, Dim], Dim | None]:
-    """What the time of a layer depends on, and the channels that it gives, if groups change them."""
+    """The sizes that the time of a layer depends on, and its output channels if they depend on groups.
+
+    Args:
+        module: the layer.
+        layer: its sizes, if they depend on groups.
+        channels: output channels of the layer before it, if they depend on groups.
+        full: group -> its number of units.
+        shape: shape of the layer's input.
+    """
     if layer is None:
-        passes = before is not None and not [*module.parameters()] and before.value(full) in (shape[1], shape[-1])
-        return ({"channels": before}, before) if passes else ({}, None)
+        if channels is not None and not [*module.parameters()] and channels.value(full) in (shape[1], shape[-1]):
+            return {"channels": channels}, channels  # an operation without weights on the channels
+        return {}, None
     dims = layer.tensors.get("weight", next(iter(layer.tensors.values()), ()))
     axes: dict[str, Dim] = {}
     for name, dim in zip(("out", "in"), dims, strict=False):
-        if dim.groups and all(_names(dim) != _names(other) for other in axes.values()):
+        if dim.groups and all(_group_names(dim) != _group_names(axis) for axis in axes.values()):
             axes[name] = dim
     return axes, dims[0] if dims and dims[0].groups else None
 
 
-def piece_module(
+def timed_module(
     model: nn.Module,
     call: Call,
-    piece: Piece,
+    layer: TimedLayer,
     sizes: Mapping[str, int],
     layers: Mapping[str, LayerSizes],
     full: Mapping[str, int],
-) -> Timed:
-    """A module that does what ``piece`` does at ``sizes``.
+) -> TimedModule:
+    """A module that computes what ``layer`` does at ``sizes``.
 
     Args:
-        model: in evaluation mode, where it is to be timed.
-        call: the piece's call on this model.
-        piece: of `pieces`.
-        sizes: one per axis.
-        layers: which modules the groups change.
-        full: units of each group.
+        model: in evaluation mode, on the device that is timed.
+        call: the call of the layer in this model.
+        layer: one of `timed_layers`, except the last.
+        sizes: axis -> size.
+        layers: module -> its sizes as functions of the groups.
+        full: group -> its number of units.
     """
-    axes = dict(piece.axes)
+    axes = dict(layer.axes)
     small = copy.deepcopy(model.get_submodule(call.name))
-    for path, layer in layers.items():
+    for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
-            resize_module_(module, entry_of(layer, lambda dim: _value(dim, axes, sizes, full)))
+            resize_module_(module, entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, full)))
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if tensor.is_floating_point():
-                    tensor.data.fill_(0.02)  # what fresh memory holds may be slow to multiply
+                    tensor.data.fill_(0.02)  # uninitialised memory may hold denormal numbers, which are slow
     shape = list(call.x.shape)
-    if (piece.kind == "layer" and axes) or "width" in axes:
-        place, size = _input(small, shape, {name: dim.value(full) for name, dim in axes.items()}, sizes)
-        shape[place] = size
-    own = sum(tensor.nbytes for tensor in small.parameters())
-    whole = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
-    copies = [copy.deepcopy(small) for _ in range(min(COPIES, max(1, whole // own)) if own else 1)]
-    called = _Called(copies, call).requires_grad_(False)
-    return Timed(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
+    if (layer.kind == "layer" and axes) or "width" in axes:
+        dim, size = _input_channels(small, shape, {name: dim.value(full) for name, dim in axes.items()}, sizes)
+        shape[dim] = size
+    layer_bytes = sum(tensor.nbytes for tensor in small.parameters())
+    limit = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
+    count = min(COPIES, max(1, limit // layer_bytes)) if layer_bytes else 1
+    copies = [copy.deepcopy(small) for _ in range(count)]
+    called = _Calls(copies, call).requires_grad_(False)
+    return TimedModule(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
 
 
-class _Called(nn.Module):
-    """Copies of a module, each called with the same arguments."""
+class _Calls(nn.Module):
+    """Call several copies of a module with the same arguments."""
 
     def __init__(self, copies: Sequence[nn.Module], call: Call) -> None:
         super().__init__()
@@ -188,19 +206,21 @@ class _Called(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         leaves, first = list(self.call.leaves), self.call.x
-        whole = x if len(first) == 1 else x.flatten(0, 1)
-        for place in self.call.grows:
-            one = leaves[place]
-            if one is first:
-                leaves[place] = whole
+        batch = x if len(first) == 1 else x.flatten(0, 1)  # an image may be several windows
+        for position in self.call.batched:
+            leaf = leaves[position]
+            if leaf is first:
+                leaves[position] = batch
             else:
-                leaves[place] = one.expand(len(x), *one.shape[1:]) if len(one) == 1 else torch.cat([one] * len(x))
-        args, kwargs = tree_unflatten(leaves, self.call.form)
+                leaves[position] = (
+                    leaf.expand(len(x), *leaf.shape[1:]) if len(leaf) == 1 else torch.cat([leaf] * len(x))
+                )
+        args, kwargs = tree_unflatten(leaves, self.call.spec)
         return [module(*args, **kwargs) for module in self.copies][-1]
 
 
-def _recorded(model: nn.Module, example: Tensor, whole: Collection[str]) -> list[tuple[str, Any, int]]:
-    """Name, arguments and elements of the output of every call."""
+def _recorded_calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[tuple[str, Any, int]]:
+    """Name, arguments and number of output elements of every call."""
     result: list[tuple[str, Any, int]] = []
 
     def hook(name: str) -> Any:
@@ -210,12 +230,12 @@ def _recorded(model: nn.Module, example: Tensor, whole: Collection[str]) -> list
 
         return record
 
-    closed = [*whole, *(name for name, module in model.named_modules() if isinstance(module, BATCH_NORM))]
-    inside = tuple(f"{name}." for name in closed)
+    leaves = [*attention, *(name for name, module in model.named_modules() if isinstance(module, BATCH_NORM))]
+    inside = tuple(f"{name}." for name in leaves)
     handles = []
     for name, module in model.named_modules():
-        layer = not [*module.children()] and not isinstance(module, (nn.Identity, nn.Dropout))
-        if name and (name in closed or (layer and not name.startswith(inside))):
+        is_layer = not [*module.children()] and not isinstance(module, (nn.Identity, nn.Dropout))
+        if name and (name in leaves or (is_layer and not name.startswith(inside))):
             handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
     try:
         outputs(model, example)
@@ -226,17 +246,17 @@ def _recorded(model: nn.Module, example: Tensor, whole: Collection[str]) -> list
 
 
 def _value(dim: Dim, axes: Mapping[str, Dim], sizes: Mapping[str, int], full: Mapping[str, int]) -> int:
-    """A dimension at ``sizes``: in step with the axis of the same groups, or whole."""
+    """A dimension at ``sizes``: proportional to the axis of the same groups; full size if there is none."""
     for name, axis in axes.items():
-        if _names(dim) == _names(axis):
+        if _group_names(dim) == _group_names(axis):
             return dim.fixed + dim.groups[0][1] * (sizes[name] - axis.fixed) // axis.groups[0][1]
     return dim.value(full)
 
 
-def _input(
+def _input_channels(
     module: nn.Module, shape: Sequence[int], full: Mapping[str, int], sizes: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Which dimension of a layer's input holds its channels, and how many they are at ``sizes``."""
+    """The dimension of the channels in a layer's input of ``shape``, and their number at ``sizes``."""
     if isinstance(module, nn.Linear):
         return len(shape) - 1, module.in_features
     if isinstance(module, CONV):
@@ -245,7 +265,7 @@ def _input(
     return (1 if shape[1] == full[name] else len(shape) - 1), sizes[name]
 
 
-def _names(dim: Dim) -> tuple[str, ...]:
+def _group_names(dim: Dim) -> tuple[str, ...]:
     return tuple(name for name, _ in dim.groups)
 
 
@@ -254,7 +274,7 @@ def _times(dim: Dim, factor: int) -> Dim:
 
 
 def _summed(dim: Dim) -> Dim:
-    """The same with each group once."""
+    """``dim`` with the weights of equal groups added up."""
     weights: Counter[str] = Counter()
     for name, weight in dim.groups:
         weights[name] += weight

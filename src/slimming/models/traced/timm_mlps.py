@@ -1,4 +1,4 @@
-"""Where timm's gated MLPs and parallel blocks keep their hidden units."""
+"""Table of timm's gated MLPs and parallel blocks: which layers and attributes depend on their hidden units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def _glu(module: Any) -> Hidden:
 
 
 def _gated(module: Any) -> Hidden:
-    gate = None if isinstance(module.gate, nn.Identity) else "its gate mixes them across tokens and by a norm"
+    gate = (
+        None if isinstance(module.gate, nn.Identity) else "its gate mixes them across tokens and normalises over them"
+    )
     return Hidden(inputs={"fc1": 1}, why_not=gate)
 
 
@@ -32,4 +34,4 @@ TIMM_MLPS: dict[str, HiddenRow] = {
     "timm.models.vision_transformer.DiffParallelScalingBlock": _parallel,
     "timm.models.vision_transformer.ParallelScalingBlock": _parallel,
 }
-"""Full class name -> where its hidden units are."""
+"""Qualified class name -> row."""

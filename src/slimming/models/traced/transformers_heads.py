@@ -1,7 +1,7 @@
-"""Where the attention modules of transformers keep their heads.
+"""Table of the attention classes of transformers: which layers, tensors and attributes depend on their heads.
 
-Most of its models share a few layouts, so that a module without a row of its own is looked up by the names of its
-layers; the proof of each group says whether its forward goes by them.
+Most models share a few layouts. The row of a class that is not in the table is inferred from the names of its layers,
+and the verification of the group shows whether it is right.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from slimming.models.traced.free_heads import is_unbound, unbound_class
+from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Heads, Row
 
 COUNTS = ("num_attention_heads", "num_heads", "n_heads")
-"""What the classes call the number of heads."""
+"""Names of the attribute with the number of heads."""
 _PROJECTED = {"q_proj": 1, "k_proj": 1, "v_proj": 1}
 _LAYOUTS = (
     Heads(inputs=_PROJECTED, output="o_proj"),
@@ -26,7 +26,7 @@ _LAYOUTS = (
         for inner in ("attention", "self")
     ),
 )
-"""The layers by which a module without a row is known; what it has besides is found by `_laid_out`."""
+"""Layers by which a module without a row is recognised; `_completed` adds the other fields."""
 _REDUCTIONS = (
     *("sequence_reduction", "spatial_reduction", "layer_norm"),
     *("sequence_reduction.sequence_reduction", "sequence_reduction.layer_norm"),
@@ -34,8 +34,8 @@ _REDUCTIONS = (
 _BIASES = ("relative_position_bias_table", "relative_position_bias.relative_position_bias_table")
 
 
-def _laid_out(module: nn.Module, layout: Heads) -> Heads:
-    """``layout`` with what counts the heads of ``module`` and what else it has per head."""
+def _completed(module: nn.Module, layout: Heads) -> Heads:
+    """``layout`` with the number of heads of ``module`` and its other tensors and attributes that depend on them."""
     inner = next(iter(layout.inputs)).rpartition(".")[0]
     owner: Any = module.get_submodule(inner)
     counts = [count for count in COUNTS if type(getattr(owner, count, None)) is int]
@@ -48,26 +48,26 @@ def _laid_out(module: nn.Module, layout: Heads) -> Heads:
         per_head={f"{prefix}{path}": 1 for path in _BIASES},
         count=f"{prefix}{counts[0]}" if counts else rows // size if size else 1,
         sizes=(f"{prefix}all_head_size",),
-        unbound=is_unbound(module) or unbound_class(type(module)) is not None,
+        free_heads=has_free_heads(module) or free_heads_class(type(module)) is not None,
     )
-    shared = getattr(owner, "num_key_value_heads", None)
-    if type(shared) is int and counts and shared != getattr(owner, counts[0]):
-        # With fewer keys than queries, a unit is a key with all its queries.
+    key_heads = getattr(owner, "num_key_value_heads", None)
+    if type(key_heads) is int and counts and key_heads != getattr(owner, counts[0]):
+        # Grouped queries: a unit is a key head with all its query heads.
         return replace(row, count=f"{prefix}num_key_value_heads", sizes=(*row.sizes, f"{prefix}{counts[0]}"))
     return row
 
 
-def layout_of(module: nn.Module) -> Heads | None:
-    """The heads of a module of transformers that has no row, by the names of its layers; None if they say nothing."""
+def inferred_row(module: nn.Module) -> Heads | None:
+    """The row of a transformers module that is not in the table, from the names of its layers; None if unknown."""
     names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     for layout in _LAYOUTS:
         if {*layout.inputs, layout.output} <= names:
-            return _laid_out(module, layout)
+            return _completed(module, layout)
     return None
 
 
 def _beit_layer(module: Any) -> Heads:
-    """A layer of BEiT owns the position bias of its attention, unless the model has one for all layers."""
+    """A BEiT layer, which holds the position bias of its attention unless all layers of the model share one."""
     return Heads(
         inputs={f"attention.{path}": 1 for path in _PROJECTED},
         output="attention.o_proj",
@@ -89,7 +89,7 @@ _ROWS: dict[str, Row] = {
     ),
     "swinv2.modeling_swinv2.Swinv2Attention": Heads(
         inputs={f"self.{path}": 1 for path in ("query", "key", "value", "continuous_position_bias_mlp.2")},
-        apart=("self.continuous_position_bias_mlp.2",),
+        other_inputs=("self.continuous_position_bias_mlp.2",),
         output="output.dense",
         per_head={"self.logit_scale": 0},
         count="self.num_attention_heads",
@@ -99,4 +99,4 @@ _ROWS: dict[str, Row] = {
 }
 
 TRANSFORMERS: dict[str, Row] = {f"transformers.models.{name}": row for name, row in _ROWS.items()}
-"""Full class name -> where its heads are."""
+"""Qualified class name -> row."""

@@ -1,7 +1,7 @@
-"""Proving groups: what the reader found is held against the model itself before anyone relies on it.
+"""Verify groups: compare the model with units masked and the model with the same units cut, in float64.
 
-The model's weights are drawn anew, half the units of every group are set to 0 on one copy and cut out of
-another, and both must give the same output. A group that fails is left out and named.
+All weights are drawn at random, half the units of every group are set to 0 in one copy and cut from another, and both
+copies must give the same output. A group that fails is left out and reported.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from slimming.core.groups import Group
-from slimming.models.family import silence_
-from slimming.models.masked_norms import keep_in_norms
+from slimming.models.family import zero_slices_
+from slimming.models.masked_norms import mask_norms
 
-LIMIT = 1e-9
-"""Largest relative difference in float64."""
+TOLERANCE = 1e-9
+"""Largest difference of outputs in float64, relative to the largest output."""
 
 Cut = Callable[[nn.Module, Sequence[Group], dict[str, tuple[int, ...]]], nn.Module]
-"""Makes the cut copy of a model, given groups and what they keep."""
+"""Makes the cut copy of a model, given groups and the units that each of them keeps."""
 
 
 @torch.no_grad()
 def randomise_(model: nn.Module, seed: int = 0) -> None:
-    """Draw all parameters and statistics anew, away from 0 and 1, so that nothing is hidden behind a zero."""
+    """Draw all parameters and statistics at random, none of them 0 or 1, so that no error is multiplied by zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or tensor.dim() == 0 or tensor.numel() == 0:
@@ -46,109 +46,111 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
 
 
-def proven(
+def verified(
     model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """Split ``groups`` into those that hold and those that do not, with the reason.
+    """Split ``groups`` into those that pass and those that fail, with the reason.
+
+    All groups are tested together first. A set that fails is halved until the failing groups are found.
 
     Args:
-        model: in float64 with drawn weights, see `randomise_`.
-        groups: what the readers found.
-        example: what the model's forward takes, as a tuple of arguments.
+        model: in float64 with random weights, see `randomise_`.
+        groups: the groups to verify.
+        example: input of the model's forward.
         cut: makes a cut copy.
     """
     failed: list[tuple[Group, str]] = []
 
-    def split(good: list[Group], rest: list[Group]) -> list[Group]:
-        """The groups of ``rest`` that hold beside ``good``."""
-        if not rest:
+    def passing(known: list[Group], untested: list[Group]) -> list[Group]:
+        """The groups of ``untested`` that pass together with ``known``."""
+        if not untested:
             return []
-        reason = difference(model, [*good, *rest], example, cut)
+        reason = cut_difference(model, [*known, *untested], example, cut)
         if reason is None:
-            return rest
-        if len(rest) == 1:
-            failed.append((rest[0], reason))
+            return untested
+        if len(untested) == 1:
+            failed.append((untested[0], reason))
             return []
-        half = len(rest) // 2
-        first = split(good, rest[:half])
-        return first + split([*good, *first], rest[half:])
+        half = len(untested) // 2
+        first = passing(known, untested[:half])
+        return first + passing([*known, *first], untested[half:])
 
-    return split([], list(groups)), failed
+    return passing([], list(groups)), failed
 
 
 @torch.no_grad()
-def difference(model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut, seed: int = 0) -> str | None:
-    """Why the masked model is not the cut one when every group keeps about half its units; None if it is."""
-    chance = random.Random(seed)
+def cut_difference(model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut, seed: int = 0) -> str | None:
+    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
+    rng = random.Random(seed)
     kept = {}
     for group in groups:
         count = max(1, group.size // 2)
-        kept[group.name] = tuple(sorted(chance.sample(range(group.size), count)))
-    masked = masked_output(model, groups, kept, example)
+        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    masked = masked_outputs(model, groups, kept, example)
     try:
         small = outputs(cut(model, groups, kept), example)
-    except Exception as error:  # whatever the host raises when its sizes do not fit
+    except Exception as error:  # hosts raise errors of any class when sizes do not fit
         return (
             f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
         )
-    return compare(masked, small)
+    return output_difference(masked, small)
 
 
-def masked_output(
+def masked_outputs(
     model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], example: Any
 ) -> list[Tensor]:
-    """The outputs with what reads dropped units set to 0 and norms over what stays; the model is as before then."""
+    """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     saved: dict[str, Tensor] = {}
     undo: list[Callable[[], None]] = []
     for group in groups:
-        undo += keep_in_norms(model, group, kept[group.name])
-        gone = sorted(set(range(group.size)) - set(kept[group.name]))
-        for one in group.slices:
-            if one.side == "consumes" and gone:
-                tensor = tensors[one.tensor]
-                saved.setdefault(one.tensor, tensor.detach().clone())
-                silence_(tensor.data, one, gone)
+        undo += mask_norms(model, group, kept[group.name])
+        removed = sorted(set(range(group.size)) - set(kept[group.name]))
+        for part in group.slices:
+            if part.side == "consumes" and removed:
+                tensor = tensors[part.tensor]
+                saved.setdefault(part.tensor, tensor.detach().clone())
+                zero_slices_(tensor.data, part, removed)
     try:
         return outputs(model, example)
     finally:
-        for one in undo:
-            one()
+        for restore in undo:
+            restore()
         for name, tensor in saved.items():
             tensors[name].data.copy_(tensor)
 
 
-class _Unrounded(TorchFunctionMode):
-    """Hosts that cast down inside, to float32 for a softmax, stay in float64: the proof is of the formula."""
+class _KeepFloat64(TorchFunctionMode):
+    """Ignore casts from float64 to float32, which some hosts do before a softmax and which would cause rounding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
-            args = tuple(_kept(one) for one in args)
-            kwargs = {name: _kept(one) for name, one in kwargs.items()}
+            args = tuple(_as_float64(value) for value in args)
+            kwargs = {name: _as_float64(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _kept(value: Any) -> Any:
+def _as_float64(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output."""
-    with _Unrounded():
-        found = model(**example) if isinstance(example, dict) else model(example)
-    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    with _KeepFloat64():
+        result = model(**example) if isinstance(example, dict) else model(example)
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str | None:
-    """In what two lists of outputs differ, relative to the largest value; None if nothing."""
-    for one, other in zip(ours, theirs, strict=True):
-        if one.shape != other.shape:
-            return "they leave the model as its output"
-        size = float(one.abs().max())
-        error = float((one - other).abs().max())
-        if not error <= LIMIT * max(size, 1e-30):
+def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
+    """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal."""
+    for expected, actual in zip(masked, cut, strict=True):
+        if expected.shape != actual.shape:
+            return "they are outputs of the model"
+        size = float(expected.abs().max())
+        error = float((expected - actual).abs().max())
+        if not error <= TOLERANCE * max(size, 1e-30):
             return f"cut and masked differ by {error / max(size, 1e-30):.1e}: something else reads these units"
     return None

@@ -1,0 +1,111 @@
+"""Registry of the model families: find the one that reads a model, and build models from their structures.
+
+Families are imported when the first model is read, so that ``import slimming`` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming.core.structure import Structure
+from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.models.family import Family
+
+WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Wrapper classes of torch -> the attribute that holds the wrapped model."""
+
+
+@cache
+def all_families() -> Mapping[str, Family]:
+    """Every family by name."""
+    from slimming.models.timm_vit import TimmViT
+    from slimming.models.traced import Traced
+
+    vit = TimmViT()
+    return {family.name: family for family in (vit, Traced([vit]))}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that reads ``model``: the first one that supports it; the last one supports every model.
+
+    Raises:
+        UnsupportedModelError: ``model`` is a wrapper around a model.
+    """
+    if (inner := WRAPPERS.get(type(model).__name__)) in model._modules:
+        raise UnsupportedModelError(f"This is a {type(model).__name__} around a model: give its attribute {inner}.")
+    return next(family for family in all_families().values() if family.reads(model))
+
+
+def family_called(name: Any) -> Family:
+    """The family called ``name`` in a structure.
+
+    Raises:
+        CheckpointError: there is no family of this name.
+    """
+    try:
+        return all_families()[name]
+    except (KeyError, TypeError) as error:
+        known = ", ".join(all_families())
+        raise CheckpointError(
+            f"The checkpoint is of family {name!r}; this version of slimming knows {known}. Upgrade slimming."
+        ) from error
+
+
+def build(structure: Structure) -> nn.Module:
+    """Build the model that ``structure`` describes; its weights are undefined, or on the meta device.
+
+    Raises:
+        CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
+    """
+    family = family_called(structure.family)
+    try:
+        model = family.build(structure.base)
+        family.resize_(model, structure)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
+        raise CheckpointError(
+            f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
+        ) from error
+    return model
+
+
+def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
+    """Build the model that ``structure`` describes on the CPU with random weights, ready for training.
+
+    Args:
+        structure: describes the model.
+        dense: build the dense model that it was cut from instead.
+
+    Raises:
+        CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
+    """
+    with torch.device("cpu"):
+        model = family_called(structure.family).build(structure.base) if dense else build(structure)
+        _fill_randomly_(model)
+    return model
+
+
+@torch.no_grad()
+def _fill_randomly_(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                empty = torch.zeros_like(tensor, device="cpu")
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(empty, tensor.requires_grad) if parameter else empty)
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+            continue
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)

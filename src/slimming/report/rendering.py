@@ -1,0 +1,153 @@
+"""Fill in templates; draw charts as SVG for a page, and as SVG and PNG for files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from slimming.core.files import atomic_write_bytes
+from slimming.report import figures, theme
+from slimming.report.charts import Figure
+from slimming.report.model import Layer, Results, Width
+from slimming.report.numbers import NBSP, THIN
+
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+"""The version that Altair writes; vl-convert brings several."""
+SNIPPET = "window.vegaEmbed = vegaEmbed;"
+DOTS_PER_PIXEL = 3
+INTERACTIVE = ("data", "datasets", "$schema", "config", "name", "params", "opacity")
+"""What a chart inside a file has no use for: its place in a page, and the choice of a series by the legend."""
+CHANNELS = ("stroke", "fill", "shape", "strokeDash")
+"""What the legend of each of several charts tells."""
+
+
+@lru_cache(1)
+def environment() -> Environment:
+    """Return Jinja's environment: every text is escaped in HTML, and a name that is not given is an error."""
+    made = Environment(
+        loader=PackageLoader("slimming.report"),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    made.filters |= {"plain": plain, "cell": cell}
+    return made
+
+
+def plain(text: str) -> str:
+    """Return a text with plain spaces instead of those at which no line breaks."""
+    return text.replace(NBSP, " ").replace(THIN, " ")
+
+
+def cell(text: str) -> str:
+    """Return a text that ends neither a cell nor a line of a Markdown table."""
+    return plain(" ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"))
+
+
+def render(name: str, /, **content: Any) -> str:
+    """Return a template of ``report/templates`` filled in."""
+    return environment().get_template(name).render(content)
+
+
+@lru_cache(1)
+def chart_script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, out of the installed vl-convert."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle(SNIPPET, vl_version=VEGA_LITE).replace("</script", "<\\/script")
+
+
+def svg(figure: Figure) -> str:
+    """Return the drawing of a figure as SVG, in the colours of the page that it is put into."""
+    return _svg(json.dumps(figure.spec()))
+
+
+@lru_cache(512)
+def _svg(spec: str) -> str:
+    import vl_convert
+
+    drawn = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    return re.sub("<[^>]*>", _shortened, drawn)
+
+
+def _shortened(tag: re.Match[str]) -> str:
+    """A tag without what the drawing as a whole says already, and with no more digits than a screen shows."""
+    text = re.sub(r' (aria-hidden|pointer-events|opacity|stroke-miterlimit)="(true|none|1|10)"', "", tag[0])
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+
+
+def files(figures: Sequence[Figure], budgets: int, *, down: bool = False) -> dict[str, bytes]:
+    """Return figures, each under its title, as image files on white paper: ending -> content.
+
+    Args:
+        figures: side by side.
+        budgets: how many budgets have a colour in them.
+        down: put one below the other instead.
+    """
+    import vl_convert
+
+    specs = [{**figure.spec(), "title": figure.title} for figure in figures]
+    parts = [_inlined(spec, spec["datasets"]) for spec in specs]
+    shared = {param["name"]: param for spec in specs for param in spec.get("params", ()) if "value" in param}
+    whole = {"params": list(shared.values()), "vconcat" if down else "hconcat": parts, "spacing": 30, "padding": 12,
+             "resolve": {"scale": dict.fromkeys(CHANNELS, "independent")},
+             "config": {**theme.config(), "background": "white"}}  # fmt: skip
+    drawn = vl_convert.vegalite_to_svg(theme.on_paper(json.dumps(whole), budgets), vl_version=VEGA_LITE)
+    return {"svg": drawn.encode(), "png": vl_convert.svg_to_png(drawn, scale=DOTS_PER_PIXEL)}
+
+
+def _inlined(spec: Any, data: Mapping[str, Any]) -> Any:
+    """A part of a specification with its data in place of their names, and without what only a page can do."""
+    if isinstance(spec, list):
+        return [_inlined(one, data) for one in spec]
+    if not isinstance(spec, dict):
+        return spec
+    named = {key: value for key, value in spec.items() if key not in INTERACTIVE}
+    given = spec.get("data", {})
+    own = {"data": {"values": data[given["name"]]} if given.get("name") in data else given} if given else {}
+    return {**{key: _inlined(value, data) for key, value in named.items()}, **own}
+
+
+def kept_picture(layers: Sequence[Layer], widths: Sequence[Width]) -> bytes | None:
+    """Return what a slim model kept of the dense one as a PNG, for places that show no SVG; None where all stays."""
+    parts = figures.structure(layers, widths, "this model")
+    tokens = figures.tokens(layers, "this model", ())
+    parts.pop("tokens", None)
+    found = [part for part in parts.values() if any(one["share"] < 1 for one in part.data["units"])]
+    found += [tokens] if tokens else []
+    return files(found, 0)["png"] if found else None
+
+
+def write_figures(results: Results, directory: Path) -> list[Path]:
+    """Write the figures of a run into ``directory``, each as SVG and as PNG.
+
+    Args:
+        results: the run.
+        directory: where to; files of the same names are replaced.
+
+    Returns:
+        The files: ``structure``, ``accuracy`` and ``tokens``, those of which the run has anything.
+
+    Raises:
+        OutputError: the place is not writable, or the disk is full.
+    """
+    maps = [replace(figure, title=row.label) for row in results.rows
+            if (figure := figures.tokens(row.layers or (), row.label, results.images or (), others=False))]  # fmt: skip
+    written = []
+    drawn = {"structure": figures.depth(results), "accuracy": figures.accuracy(results), "tokens": maps}
+    for name, found in drawn.items():
+        for ending, content in (files(found, len(results.rows), down=name == "tokens") if found else {}).items():
+            atomic_write_bytes(directory / f"{name}.{ending}", content)
+            written.append(directory / f"{name}.{ending}")
+    return written
