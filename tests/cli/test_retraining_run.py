@@ -148,5 +148,5 @@ def test_together_refuses_to_compare_masked_tokens_before_it_searches(
     config, output = start(site, tmp_path, retraining="together"), tmp_path / "out"
     shown = slimming("run", config, "--output", output, "--distil.relations", "[blocks.0]")
     assert shown.code == 2
-    assert "retrain each budget on its own" in shown.err
+    assert "retrain each budget separately" in shown.err
     assert not (output / "search").exists()

@@ -190,7 +190,7 @@ def test_every_flag_says_what_it_does(cls: type) -> None:
 
 
 def test_attribute_texts_are_one_line_each() -> None:
-    assert attribute_docs(Budget)["macs"] == "multiply-adds of one image."
+    assert attribute_docs(Budget)["macs"] == "multiply-adds for one image."
 
 
 def test_the_printed_settings_are_those_that_differ() -> None:

@@ -293,7 +293,7 @@ def test_a_budget_needs_one_kind_of_limit() -> None:
     for arguments, says in (
         ({}, "needs a limit"),
         ({"keep": {}}, "at least one"),
-        ({"keep": {"mlp": 0.5}, "macs": 0.5}, "keep ratios alone"),
+        ({"keep": {"mlp": 0.5}, "macs": 0.5}, "either keep ratios"),
         ({"keep": {"tokens": 0.5}}, "Did you mean 'token'"),
         ({"keep": {"xyz": 0.5}}, "no kind 'xyz'; kinds are head_dim, head, mlp, channel, token"),
     ):

@@ -414,7 +414,7 @@ def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pyte
     [
         ({"architecture": "vit_of_nobody"}, UnsupportedModelError, "no model 'vit_of_nobody'"),
         ({"hello": 1}, CheckpointError, "names neither"),
-        ([], CheckpointError, "no JSON object"),
+        ([], CheckpointError, "does not hold a JSON object"),
         ({"model_type": "slimming"}, CheckpointError, "no format number"),
         (
             {"model_type": "vit", "auto_map": {"AutoModelForImageClassification": "evil.Model"}},
@@ -492,7 +492,7 @@ def test_bad_pushes_write_nothing(slim: nn.Module, tmp_path: Path) -> None:
         slimming.push_to_hub(slim, to=tmp_path / "full")
     own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
     own.image_size = 8
-    with pytest.raises(CheckpointError, match="no host by name"):
+    with pytest.raises(CheckpointError, match="cannot be created by name"):
         slimming.push_to_hub(own, to=tmp_path / "own")
     masked = timm.create_model("test_vit", img_size=32, patch_size=8)
     slimming.attach(masked)

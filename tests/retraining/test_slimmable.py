@@ -185,7 +185,7 @@ def test_what_it_refuses(result: slimming.SearchResult, plans: list[Plan], data:
             result, data, plans, slimming.TrainConfig(steps=1, batch_size=8), tiny(), distil=distil
         )
     unsearched = Plan(kept={"blocks.0.mlp.branch": ()}, sizes={"blocks.0.mlp.branch": 1})
-    with pytest.raises(PlanError, match="no mask here"):
+    with pytest.raises(PlanError, match="which has no mask"):
         slimming.train_slimmable(result, data, [unsearched], slimming.TrainConfig(steps=1))
 
 
@@ -389,5 +389,5 @@ def test_settings_of_distillation_that_cannot_be_are_refused() -> None:
         with pytest.raises(ConfigError, match=said):
             slimming.DistilConfig(**setting)
     model: Any = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="there is none: give the teacher"):
+    with pytest.raises(ConfigError, match="distil needs a teacher: give the teacher"):
         slimming.train(model, None, distil=slimming.DistilConfig())  # pyright: ignore

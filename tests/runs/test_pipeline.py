@@ -68,7 +68,7 @@ def test_a_host_that_says_nothing_of_a_wrong_size_is_named(monkeypatch: pytest.M
         raise AssertionError
 
     monkeypatch.setattr(model, "forward", refuse)
-    with pytest.raises(UnsupportedModelError, match=r"32 x 32 pixels: its forward ends in AssertionError\."):
+    with pytest.raises(UnsupportedModelError, match=r"32 x 32 pixels: its forward raises AssertionError\."):
         check_input(model)
 
 

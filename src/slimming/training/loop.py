@@ -97,8 +97,8 @@ def fit(
         OutputError: ``directory`` holds a run and ``resume`` is False, or the directory is not writable.
         CheckpointError: the saved state is damaged or belongs to another model.
     """
-    check_training(config, data, directory)
     check_trainable(model)
+    check_training(config, data, directory)
     if directory is not None and not resume and (directory / STATE_FILE).exists():
         raise OutputError(f"{directory} holds a run already; resume it, or choose another directory.")
     accelerator = Accelerator(
