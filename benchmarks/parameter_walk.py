@@ -1,6 +1,6 @@
 """Which files of the package a parameter enters: the calls that are given it, while one small job runs.
 
-    python -m benchmarks.parameter_walk
+    python benchmarks/parameter_walk.py [OUTPUT]
 
 A call counts when one of its arguments is the model (or a copy of it, or an object that carries it), for `score` and
 `search`; or the configuration or one of its sections, for `run`. Fewer files and calls mean that less has to be read to
@@ -10,6 +10,7 @@ follow a value through the package.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import tempfile
@@ -27,8 +28,10 @@ from torch import nn
 import slimming
 from slimming.demo import settings
 
+LOG = "log" if "log" in inspect.signature(slimming.run).parameters else "say"  # the name before the layout by steps
 PACKAGE = Path(slimming.__file__).parent
-RESULTS = Path(__file__).parent / "results"
+OUTPUT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results" / "parameter_walk")
+"""Without suffix."""
 
 
 def walk(job: Callable[[], object], is_it: Callable[[Any], bool]) -> Counter[str]:
@@ -98,16 +101,25 @@ def main() -> None:
         )
         found["run(config)"] = dict(
             walk(
-                lambda: slimming.run(config, Path(directory) / "run", log=lambda line: None),
+                lambda: slimming.run(config, Path(directory) / "run", **{LOG: lambda line: None}),
                 lambda value: isinstance(value, slimming.RunConfig),
             )
         )
-    for name, files in found.items():
-        print(f"{name}: {len(files)} files, {sum(files.values())} functions")
-        for file, count in sorted(files.items()):
-            print(f"    {file}: {count}")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    record = {
+        "files": found,
+        "slimming": str(slimming.__version__),
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+    }
+    OUTPUT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    rows = [f"| `{name}` | {len(files)} | {sum(files.values())} |" for name, files in found.items()]
+    listed = [
+        f"- `{name}`: " + ", ".join(f"{file} {count}" for file, count in sorted(files.items()))
+        for name, files in found.items()
+    ]
+    text = ["| value | files | functions |", "|---|---:|---:|", *rows, "", *listed]
+    OUTPUT.with_suffix(".md").write_text("\n".join(text) + "\n", "utf-8")
+    print("\n".join(text))
 
 
 if __name__ == "__main__":
