@@ -28,8 +28,7 @@ from torch import nn
 
 import slimming
 from common import Spread, interleaved, parser, ratios, table, write
-from slimming.benchmarking.config import RUNTIMES
-from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.runtimes import RUNTIMES, prepare
 from slimming.core.layout import FREE
 from slimming.masks.attachment import prunable
 

@@ -416,7 +416,9 @@ def test_both_classifiers_of_a_model_with_a_distillation_head_are_replaced(name:
 def test_a_last_layer_that_does_not_give_the_classes_is_not_replaced() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 8))
     model.num_classes = 3
-    with pytest.raises(UnsupportedModelError, match="has 3 classes, but its last layer '1' has another number of outputs"):
+    with pytest.raises(
+        UnsupportedModelError, match="has 3 classes, but its last layer '1' has another number of outputs"
+    ):
         reset_classes_(model, 5)
     assert model[0].out_features == 3
 

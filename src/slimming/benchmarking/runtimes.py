@@ -1,17 +1,75 @@
-"""Prepare a model for a runtime: eager PyTorch, `torch.compile`, or ONNX Runtime."""
+"""The runtimes that models are timed in: the one registry. Imports no PyTorch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from slimming.errors import ConfigError, MissingExtraError, nearest
 
-from slimming.benchmarking.config import check_runtime
-from slimming.benchmarking.programs import open_onnx, write_onnx
-from slimming.core.modules import in_evaluation
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One way to run a model.
+
+    Attributes:
+        description: what runs it.
+        prepare: returns a module that runs a model in evaluation mode, for inputs like the given one.
+        check: raises `MissingExtraError` if its library is not installed.
+    """
+
+    description: str
+    prepare: Callable[[nn.Module, Tensor], nn.Module]
+    check: Callable[[], None] = lambda: None
+
+
+def check_onnx() -> None:
+    """Check that the libraries that write and run ONNX are installed.
+
+    Raises:
+        MissingExtraError: one is not.
+    """
+    try:
+        import onnxruntime  # pyright: ignore # noqa: F401
+        import onnxscript  # pyright: ignore # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error
+
+
+def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
+    from slimming.benchmarking.runtime_modules import compiled
+
+    return compiled(model, x)
+
+
+def _onnx_runtime(model: nn.Module, x: Tensor) -> nn.Module:
+    from slimming.benchmarking.runtime_modules import OnnxRuntime
+
+    return OnnxRuntime(model, x)
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "eager": Runtime(description="PyTorch as it is", prepare=lambda model, x: model),
+    "compile": Runtime(description="torch.compile", prepare=_compiled),
+    "onnxruntime": Runtime(description="ONNX Runtime", prepare=_onnx_runtime, check=check_onnx),
+}
+"""Every runtime by name, the default first."""
+
+
+def check_runtime(name: str) -> None:
+    """Check that there is a runtime called ``name`` and that its library is installed.
+
+    Raises:
+        ConfigError: there is no such runtime.
+        MissingExtraError: its library is not installed.
+    """
+    if name not in RUNTIMES:
+        raise ConfigError(f"There is no runtime {name!r}; runtimes are {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
+    RUNTIMES[name].check()
 
 
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
@@ -20,7 +78,7 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
     Args:
         model: any module; it is not changed.
         x: an example input with the batch size, dtype and device of later inputs.
-        runtime: one of `slimming.benchmarking.config.RUNTIMES`.
+        runtime: one of `RUNTIMES`.
 
     Raises:
         ConfigError: there is no such runtime, or it does not support the device of ``x``.
@@ -28,39 +86,4 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
         UnsupportedModelError: the model cannot be exported.
     """
     check_runtime(runtime)
-    if runtime == "eager":
-        return model
-    if runtime == "compile":
-        return _compiled(model, x)
-    return _OnnxRuntime(model, x)
-
-
-def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
-    """``model`` compiled for inputs of the shape of ``x``, in evaluation mode without gradients.
-
-    Shapes are static, since a graph for dynamic shapes would be slower than what users compile. Modules of one class
-    with different sizes each need their own graph, and beyond a few graphs PyTorch silently falls back to eager mode;
-    the limits are therefore raised for this call.
-    """
-    compiled: Any = torch.compile(model, dynamic=False)
-    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
-    with limits, in_evaluation(model), torch.no_grad():
-        compiled(x)
-    return compiled
-
-
-class _OnnxRuntime(nn.Module):
-    """A model exported to ONNX, run with the same number of threads as PyTorch."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        super().__init__()
-        provider = "CUDAExecutionProvider" if x.is_cuda else "CPUExecutionProvider"
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "model.onnx"
-            write_onnx(model, x, file)
-            self.session = open_onnx(file, provider)
-        self.name = self.session.get_inputs()[0].name
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run the model; the outputs are on the CPU."""
-        return tuple(torch.from_numpy(out) for out in self.session.run(None, {self.name: x.detach().cpu().numpy()}))
+    return RUNTIMES[runtime].prepare(model, x)

@@ -60,7 +60,7 @@ def paired_times(
         runs: largest number of rounds; at least 5 are measured.
         seconds: approximate time to measure each model.
         like: tensor with the dtype and device of the input; by default the first parameter of the model.
-        runtime: one of `slimming.benchmarking.config.RUNTIMES`.
+        runtime: one of `slimming.benchmarking.runtimes.RUNTIMES`.
     """
     inputs = {}
     for name, model in models.items():

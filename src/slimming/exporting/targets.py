@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimming.benchmarking.config import check_onnx
 from slimming.benchmarking.programs import INPUT, open_onnx, quiet, to_program, write_onnx
+from slimming.benchmarking.runtimes import check_onnx
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.exporting.metadata import KEY
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming.benchmarking.config import check_runtime
-from slimming.benchmarking.runtimes import prepare
+from slimming.benchmarking.runtimes import check_runtime, prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
