@@ -86,11 +86,11 @@ class KeyBiasMask(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.scaled_dot_product_attention:
-                return _attend(*args, **kwargs)
+                return biased_attention(*args, **kwargs)
             return func(*args, **kwargs)
 
 
-def _attend(
+def biased_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
