@@ -15,7 +15,7 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
     """
     kept = resolve_plan(anatomy, plan)
     removed = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
-    # Groups that the plan itself empties are reported first: they are the cause for others to be empty.
+    # Groups that the plan itself empties are reported first: they can be the reason why other groups are empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
         if group.role != "qkv" and group.site not in removed and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(

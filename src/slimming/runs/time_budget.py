@@ -29,7 +29,7 @@ SPARE = 0.1
 SEARCHING = 0.25
 """Largest share of the training time for the search; retraining contributes more to the accuracy."""
 LEAST_SEARCH, LEAST_RETRAIN = 20, 50
-"""With fewer steps, the search is replaced by one-shot scores; a retraining has at least so many steps."""
+"""With fewer steps, the search is replaced by one-shot scores; a retraining has at least ``LEAST_RETRAIN`` steps."""
 MOST_EPOCHS = 300.0
 """Largest number of epochs of a retraining, as in ViT-Slim, section 4.1."""
 
@@ -208,7 +208,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         data: the images.
         config: settings of the training, of which batch size, precision and workers are used.
     """
-    distributed_state()  # joins them
+    distributed_state()  # initialises the process group
     rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)

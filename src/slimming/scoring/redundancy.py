@@ -4,8 +4,8 @@ If a unit can be predicted from other units, removing it costs little once the l
 `slimming.pruning.compensation`): only the unpredictable part is lost, so the importance of the unit is multiplied by
 the share of this part in its power. Of two identical units, which predict each other, only one can be removed at this
 low cost. Units are therefore removed a few at a time, and the inverse covariance of the remaining units is updated
-after each step: the reciprocals of its diagonal are the unpredicted variances (Hassibi and Stork, NeurIPS 1992; for
-structures, ZipLM, NeurIPS 2023).
+after each step: the reciprocals of the entries of its diagonal are the unpredicted variances (Hassibi and Stork,
+NeurIPS 1992; for structures, ZipLM, NeurIPS 2023).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Family of all models without a family of their own: they are read by tracing them.
+"""Family of all models that no other family supports; they are read by tracing.
 
 Channels are found with torch-pruning's dependency graph, attention heads and gated MLPs with tables of classes.
 `reading` combines what `channels`, `heads` and `mlp` find, `verification` checks each group on the model itself,
@@ -30,7 +30,7 @@ SUBMODULE = "part"
 
 
 class Traced(Family):
-    """Reader of every model that has no family of its own.
+    """Reader of every model that no other family supports.
 
     Args:
         others: the other families, which may have cut submodules of a model.
