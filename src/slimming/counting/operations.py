@@ -69,7 +69,7 @@ class MacCounter(TorchDispatchMode):
         super().__init__()
         self.total = 0
         self._note = note
-        # Uses the formulas of FlopCounterMode without entering it: it registers gradient hooks on the inputs of modules,
+        # FlopCounterMode is not entered, only its formulas are used: it registers gradient hooks on inputs of modules,
         # and fails if these are views of parameters made under no_grad, such as the latent of attention pooling.
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 

@@ -41,7 +41,7 @@ class Step:
 class Recipe:
     """Instructions to make the model of a budget: a command line and a Python program, each in three parts.
 
-    ``METRIC=SHARE`` stands between the first two parts, the name of the budget between the last two. ``note`` is a
+    ``METRIC=SHARE`` is inserted between the first two parts, the name of the budget between the last two. ``note`` is a
     note for their use; it may be empty.
     """
 

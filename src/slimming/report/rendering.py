@@ -24,7 +24,7 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 DOTS_PER_PIXEL = 3
 INTERACTIVE = ("data", "datasets", "$schema", "config", "name", "params", "opacity")
-"""Keys that are omitted when a chart becomes part of an image file: its data are inlined, the rest serves a page only."""
+"""Keys that are omitted when a chart becomes part of an image file: data is inlined, the others serve pages only."""
 CHANNELS = ("stroke", "fill", "shape", "strokeDash")
 """Scales that are independent for each chart of an image file, so that each chart has a legend."""
 

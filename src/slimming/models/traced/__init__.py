@@ -86,7 +86,7 @@ class Traced(Family):
 
         if not rebuild.is_torchvision(model):
             return find()
-        # torchvision does not record the name of a model, so many have to be tried.
+        # torchvision does not record the name of a model, so many names have to be tried.
         return rebuild.rebased(self._torchvision.get(digest, find), model)
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:
