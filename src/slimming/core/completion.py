@@ -1,4 +1,4 @@
-"""Complete a plan: derive the kept units of every group from those of the groups that the plan names."""
+"""Complete a plan: derive the kept units of all groups of the model from the groups named in the plan."""
 
 from __future__ import annotations
 

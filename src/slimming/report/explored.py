@@ -62,7 +62,7 @@ class Explored:
         steps: metric -> plans, the smallest budget first.
         measured: the dense model and every budget of the run; empty for a search alone.
         times: name of a model in ``measured`` -> milliseconds predicted by the latency table.
-        recipe: instructions to make a model.
+        recipe: instructions to make the model of a budget.
         latency: description of the conditions of predicted times; empty without a table.
         pictures: images of the data.
     """

@@ -114,9 +114,10 @@ def allocate(
     """Divide ``config.hours`` among the stages of a run.
 
     Scores, cuts, evaluations and measurements, whose time does not depend on the hours, are subtracted first. At most a
-    quarter of the rest is for the search, up to one epoch; if it is not enough for a tenth of an epoch, the model is
-    scored in one shot instead. The remaining time is for retraining, with the same number of steps for every budget.
-    Lengths that are not at their defaults are not changed.
+    quarter of the rest is for the search, up to one epoch; if it is not enough for a tenth of an epoch and
+    `LEAST_SEARCH` steps, the model is scored in one shot instead, unless the score needs training. The remaining time
+    is for retraining, with the same number of steps for every budget. Lengths that are not at their defaults are not
+    changed.
 
     Args:
         config: settings of the run; ``hours`` is set.
