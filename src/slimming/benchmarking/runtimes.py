@@ -1,4 +1,4 @@
-"""The runtimes that models are timed in: the one registry. Imports no PyTorch, so that ``--help`` is fast."""
+"""The registry of the runtimes in which models are timed. Imports no PyTorch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Runtime:
     """One way to run a model.
 
     Attributes:
-        description: what runs it.
+        description: the software that runs the model.
         prepare: returns a module that runs a model in evaluation mode, for inputs like the given one.
         check: raises `MissingExtraError` if its library is not installed.
     """

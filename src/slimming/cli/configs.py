@@ -67,7 +67,7 @@ class TrainCommandConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommandConfig:
-    """Configuration of ``slimming eval``, beside its checkpoints.
+    """Configuration of ``slimming eval``, in addition to its checkpoints.
 
     Attributes:
         data: the images.

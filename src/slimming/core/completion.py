@@ -1,4 +1,4 @@
-"""Complete a plan: derive the kept units of every group from those of the groups that the plan names."""
+"""Complete a plan: derive the kept units of all groups of the model from the groups named in the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
     """
     kept = resolve_plan(anatomy, plan)
     removed = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
-    # Groups that the plan itself empties are reported first: they are the cause for others to be empty.
+    # Groups that the plan itself empties are reported first: they can be the reason why other groups are empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
         if group.role != "qkv" and group.site not in removed and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(

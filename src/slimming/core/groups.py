@@ -143,8 +143,8 @@ class LayerSizes:
     Attributes:
         tensors: name of a parameter or buffer -> its dimensions.
         attributes: name of an attribute that holds a size -> its value.
-        free_heads: whether the module's forward works out its head size from the embedding width, and so needs
-            that expression replaced once heads are gone.
+        free_heads: whether the module's forward infers the head size from the embedding width, so that this
+            expression must be replaced after heads are removed.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class LayerSizes:
 
 
 REST = "rest"
-"""Kind of the timed layer that stands for everything outside the other ones, see `TimedLayer`."""
+"""Kind of the timed layer for the time that the model takes beyond its other timed layers, see `TimedLayer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +162,9 @@ class TimedLayer:
 
     Attributes:
         name: name of the module, or of the step if it is not a module.
-        kind: what it does, for example ``"attention"``; `REST` for the time of the model beyond its other layers.
-        like: what else distinguishes layers of one kind; layers with equal kind and ``like`` share measurements.
+        kind: type of the step, for example ``"attention"``; `REST` for the time of the model beyond its other layers.
+        like: further properties that distinguish layers of one kind; layers with equal kind and ``like`` share
+            measurements.
         axes: name -> size that its time depends on.
         alive: a product that is 0 once the layer is removed.
         unless_same: the number of tokens at which the layer does nothing and is left out of the model.
@@ -179,7 +180,7 @@ class TimedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What the later steps need to know about a model, as plain data.
+    """The data about a model that the later steps need, as plain data.
 
     Attributes:
         groups: all groups that can be pruned, including the coupled alternatives (role ``"qkv"``).

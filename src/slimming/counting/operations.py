@@ -69,8 +69,8 @@ class MacCounter(TorchDispatchMode):
         super().__init__()
         self.total = 0
         self._note = note
-        # Its formulas, without entering it: it registers hooks for gradients on the inputs of modules, and fails where
-        # these are views of parameters made without gradients, such as the latent of a pooling by attention.
+        # FlopCounterMode is not entered, only its formulas are used: it registers gradient hooks on inputs of modules,
+        # and fails if these are views of parameters made under no_grad, such as the latent of attention pooling.
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

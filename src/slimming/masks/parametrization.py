@@ -117,7 +117,7 @@ def flat(index: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
 
 
 def own_class_(module: nn.Module) -> None:
-    """Give a parametrised module its own copy of its class.
+    """Replace the class of a parametrised module by a copy of it.
 
     PyTorch creates a class for each parametrised module, which a deep copy of the module shares. Removing the
     parametrisation changes the class and would break the copy.

@@ -146,7 +146,8 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         if not squares:
             return
         finite = torch.cat(list(squares.values())).isfinite().all()
-        # Starts with the first value. In place, so that checkpoints contain it, and without synchronising the device.
+        # The average starts with the first value. It is updated in place, so that checkpoints contain it, and without
+        # synchronising the device.
         steps = self.collected["steps"] = self.collected["steps"].to(finite.device)
         share = finite * torch.where(steps == 0, 1.0, 1 - _DECAY)
         for name, square in squares.items():

@@ -149,7 +149,7 @@ class _KeyBiased(torch.autograd.Function):
 
 
 def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
-    """A copy with one more dimension per head, which is ``last``; in memory (B, N, H, X), as the kernel likes it."""
+    """A copy with one more dimension per head, filled with ``last``; in the memory order (B, N, H, X) of the kernel."""
     batch, heads, tokens, size = tensor_BHNX.shape
     made = tensor_BHNX.new_empty(batch, tokens, heads, size + 1).transpose(1, 2)
     made[..., :-1] = tensor_BHNX

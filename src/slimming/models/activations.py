@@ -138,8 +138,8 @@ def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | No
 def feeds_layers(group: Group) -> bool:
     """Whether the units of ``group`` are outputs of one layer and inputs of another.
 
-    This is not so for features of the embedding, which norms separate from the layers that read them, for a whole
-    attention or MLP, and for coupled dimensions, which are in the groups of QK and V too.
+    This is False for features of the embedding, because norms lie between them and the layers that read them; for a
+    whole attention or MLP; and for coupled dimensions, which also belong to the groups of QK and V.
     """
     return not group.norms and group.role not in ("branch", "qkv")
 

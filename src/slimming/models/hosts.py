@@ -17,7 +17,7 @@ SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode
 
 
 def is_hosted(name: str) -> bool:
-    """Whether ``name`` has a prefix of another host than timm: ``transformers:…`` or ``torchvision:…``."""
+    """Whether ``name`` has the prefix of a host other than timm: ``transformers:…`` or ``torchvision:…``."""
     return name.startswith((TRANSFORMERS, TORCHVISION))
 
 

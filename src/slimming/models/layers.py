@@ -1,4 +1,4 @@
-"""Modules that replace those of the host in slim models.
+"""Modules that replace modules of the host library in slim models.
 
 Shape suffixes: B batch, N tokens, D embedding width, Q and V the sums of the heads' QK and V sizes.
 """

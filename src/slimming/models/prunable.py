@@ -1,4 +1,4 @@
-"""Read a model, and keep it together with what was read for all steps of the method."""
+"""Read a model, and keep it together with its anatomy for all steps of the method."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class SlimmingForImageClassification(transformers.PreTrainedModel):
         """Logits (B, classes) of images (B, C, H, W), and the cross-entropy if labels (B,) are given."""
         output = self.model(pixel_values)
         logits = getattr(output, "logits", output)
-        if isinstance(logits, (tuple, list)):  # distilled models return the outputs of two classifiers in training
+        if isinstance(logits, (tuple, list)):  # in training, distilled models return the outputs of two classifiers
             logits = torch.stack(list(logits)).mean(0)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         if return_dict is False:

@@ -164,7 +164,7 @@ def removal_order(candidates: Sequence[Candidate], prices: Sequence[float]) -> l
 
 
 def removal_order_of_kind(candidates: Sequence[Candidate], groups: Sequence[Group], kind: str) -> list[int]:
-    """Return the indices of the candidates of one kind, in the order in which they are removed on their own."""
+    """Return the indices of the candidates of one kind, in removal order when only this kind is pruned."""
     names = {group.name for group in groups if group.kind == kind}
     indices = [index for index, candidate in enumerate(candidates) if candidate.units[0][0] in names]
     of_kind = [candidates[index] for index in indices]
@@ -258,7 +258,7 @@ def _uneven_candidates(
     if carrier not in bundles:
         return candidates
     if "head" in roles:
-        # The head that the candidates of whole heads keep, which breaks ties in the same way.
+        # The head that is always kept must be the one that the candidates of whole heads keep, also if scores tie.
         last = _ascending(scores[roles["head"].name], range(roles["head"].size))[-1]
     else:
         best = [max(values[name][unit] for name, unit in of_head[-1]) for of_head in bundles[carrier]]

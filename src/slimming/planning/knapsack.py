@@ -73,7 +73,7 @@ def knapsack(
         try:
             solution = _solve(value, price, limit, before, whole=True)
         except BudgetError:
-            pass  # the rounded answer holds too
+            pass  # the rounded solution is used instead
         else:
             bound = min(bound, -solution.mip_dual_bound)
             if value[solution.x > 0.5].sum() > value[kept].sum():
@@ -120,7 +120,7 @@ def silenced() -> Iterator[None]:
     sys.stdout.flush()
     try:
         out = os.dup(1)
-    except OSError:  # there is none
+    except OSError:  # standard output has no file descriptor
         yield
         return
     try:
@@ -128,7 +128,7 @@ def silenced() -> Iterator[None]:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
-        with suppress(OSError, AttributeError, TypeError):  # what waits in C's buffer; not every system has it here
+        with suppress(OSError, AttributeError, TypeError):  # flushes the buffer of C's stdio, where it is available
             ctypes.CDLL(None).fflush(None)
         os.dup2(out, 1)
         os.close(out)

@@ -112,7 +112,7 @@ def _largest(anatomy: Anatomy) -> tuple[TimedLayer, dict[str, int]]:
 
 
 def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: float, block: float) -> dict[int, float]:
-    """Relative time of the largest layer at odd multiples of 1 … 32 near half its size, compared with those of 64."""
+    """Times of the largest layer at odd multiples of 1 … 32 near half its size, relative to multiples of 64."""
     layer, sizes = _largest(anatomy)
     moving = {name: dim for name, dim in layer.axes if dim.groups}
     axis = max(moving, key=lambda name: sizes[name], default=None)
@@ -131,7 +131,7 @@ def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: flo
 def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
     """``table`` scaled so that the prediction for the dense model is ``whole`` milliseconds.
 
-    The difference is attributed to the rest of the model if it has a layer for it, and otherwise to a factor.
+    The difference is added to the timed layer `REST` if the model has one; otherwise all times are scaled by a factor.
     """
     full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     points = [point for point in table.points if point["kind"] != REST]

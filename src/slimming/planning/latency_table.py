@@ -37,7 +37,7 @@ class LatencyTable:
             ``p25``, ``p75`` and ``runs``.
         calibration: time of the dense model over the sum of its layers; None before it was measured.
         reference_ms: time of a reference block of the dense model. The block is measured alternately with every point,
-            whose time is scaled accordingly, because the speed of the machine varies during the measurement.
+            whose time is scaled accordingly, because the machine's speed varies during the measurement.
         multiples: power of two -> time of the largest layer at sizes that are odd multiples of it, relative to
             multiples of 64, which are assumed to be fast; empty if the layer is too small for this.
     """
@@ -220,5 +220,5 @@ def check_timed_layers(anatomy: Anatomy) -> None:
 
 
 def point_key(point: Point) -> tuple[tuple[str, Any], ...]:
-    """Return what identifies a point: everything except its times."""
+    """Return the key of a point: all its entries except the times."""
     return tuple(sorted((k, v) for k, v in point.items() if k not in ("ms", "p25", "p75", "runs")))

@@ -1,7 +1,7 @@
 """Choose the units to keep under a budget, given their scores and the costs.
 
 Candidates for removal are sorted once, independently of the budget. The greedy solver removes the shortest prefix of
-that order after which the limits hold, so a larger budget keeps all units that a smaller one keeps. Several limits at
+that order with which all limits hold, so a larger budget keeps all units that a smaller one keeps. Several limits at
 once are met by a knapsack instead.
 """
 
@@ -35,14 +35,14 @@ from slimming.planning.knapsack import GAP, knapsack
 from slimming.planning.sensitivity import Sensitivity, with_measured_loss
 
 Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
-"""From kept units per group (complete) to what that costs, by the names that `Budget.limits` uses."""
+"""A function from the number of kept units of every group to the costs, named as in `Budget.limits`."""
 
 _ROUNDS = 10
-"""How often costs are made linear anew, at most."""
+"""Largest number of linearisations of the costs."""
 NEAR = 0.99
-"""The share of a limit that plans of one order are to reach."""
+"""Share of a limit that a nested plan must use; otherwise the exact solver is used."""
 _ORDER = ("macs", "latency", "latency_ms", "params", "memory_bytes")
-"""Of several limits, the one by whose order the exact solver begins."""
+"""Order of preference of the limit whose greedy plan is the first choice of the exact solver."""
 
 
 class Planner:
@@ -156,7 +156,7 @@ def _prices(pool: CandidatePool, budget: Budget, measure: Measure) -> Array:
 
 
 def _greedy(pool: CandidatePool, budget: Budget, measure: Measure, prices: Array) -> Removed:
-    """Remove the shortest prefix of the removal order (lowest score per price first) after which the limits hold."""
+    """Remove the shortest prefix of the removal order (lowest score per price first) with which the limits hold."""
     dense = measure({group.name: group.size for group in pool.anatomy.groups})
     limits = budget.absolute(dense)
     order = removal_order(pool.candidates, prices.tolist())
@@ -223,7 +223,7 @@ def _exact(pool: CandidatePool, budget: Budget, measure: Measure, start: Removed
         excess = {m: max(0.0, reached[m] - limit) for m, limit in limits.items()}
         if not any(excess.values()):
             bound = solution.bound
-            if any(margin.values()):  # the bound for the limits themselves, without the margin
+            if any(margin.values()):  # the bound must be that of the given limits, without the margin
                 whole_room = {metric: room[metric] + margin[metric] for metric in limits}
                 bound = (knapsack(values, prices, whole_room, precedence) or solution).bound
             bound += float(pool.values[pool.branch & ~branches].sum())

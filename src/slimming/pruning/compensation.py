@@ -41,7 +41,7 @@ from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 
 TOGETHER = 4
-"""At most so many layers in one pass over the images: later ones make up for what earlier ones could not."""
+"""Largest number of layers refitted in one pass over the images; later layers correct the error of earlier ones."""
 
 
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The model card of a slim model: what it is, what it costs, how to load it, and how it was made."""
+"""The model card of a slim model: its costs, how to load it, and how it was made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAME_WEIGHTS = frozenset({
     *("num_classes", "img_size", "in_chans", "global_pool", "pretrained_cfg_overlay"),
     *("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "patch_drop_rate"),
 })  # fmt: skip
-"""Arguments with which a model of timm still takes the weights of its name."""
+"""Arguments with which timm still loads the pretrained weights of the model's name."""
 
 
 def card(
@@ -30,13 +30,13 @@ def card(
     """The README.md of a repository, with the front matter that the hub reads.
 
     Args:
-        record: the provenance.
-        structure: of the model.
-        costs: ``"dense"`` and ``"this model"``.
-        classes: how many it tells apart.
+        record: provenance of the model.
+        structure: structure of the model.
+        costs: costs of the models ``"dense"`` and ``"this model"``.
+        classes: number of classes.
         repository: ``owner/name``, if it is known.
-        license: of the weights, as the hub names it.
-        picture: whether there is one.
+        license: license of the weights, in the hub's notation.
+        picture: whether the card shows a picture of the kept units.
     """
     name = repository or "OWNER/NAME"
     plan, source = record.get("plan") or {}, _data_source(record)
@@ -93,7 +93,7 @@ def _base_name(structure: Structure) -> str:
 
 
 def _parent(record: Mapping[str, Any], structure: Structure) -> str | None:
-    """The repository of the dense model, where the record or timm's name tells it."""
+    """The repository of the dense model, if the record or timm's name gives it; else None."""
     started = str(((record.get("settings") or {}).get("model") or {}).get("name") or "")
     for prefix in ("hf-hub:", "transformers:"):
         if started.startswith(prefix) and started.count("/") == 1:
@@ -113,7 +113,7 @@ def _top1(record: Mapping[str, Any]) -> float | None:
 
 
 def _counted(cost: Cost, dense: Cost) -> list[str]:
-    """Parameters, multiply-adds and memory as people read them, with the share of the dense model."""
+    """Parameters, multiply-adds and memory with unit prefixes, and as shares of the dense model."""
     values = ((cost.params, dense.params, 1e6, "M"), (cost.macs, dense.macs, 1e6, "M"),
               (cost.memory_bytes, dense.memory_bytes, 2**20, "MiB"))  # fmt: skip
     return [f"{value / size:.3g} {unit} ({value / whole:.0%})" for value, whole, size, unit in values]

@@ -144,7 +144,7 @@ def _write(
 
 
 def kept_of(dense: Anatomy, slim: Anatomy) -> tuple[tuple[Layer, ...], tuple[Width, ...]]:
-    """Return what ``slim`` has of the units of ``dense``, layer by layer, and of its embedding widths."""
+    """Return the units of ``dense`` that ``slim`` keeps, by layer, and the kept embedding widths."""
     left, rows = {group.name: group for group in slim.groups}, grid_of(dense)
     with_dimensions = {group.site for group in dense.groups if group.kind == "head_dim"}
     layers: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The report of a run: pages that open anywhere, image files, and the table that ends a run on the console."""
+"""The report of a run: self-contained pages, image files, and the table of results on the console."""
 
 from slimming.report.console import print_table
 from slimming.report.pages import read_results, write_comparison, write_report, write_table

@@ -1,6 +1,6 @@
-"""The kinds of chart: each function makes one Altair definition, which serves a page as well as PNG and SVG files.
+"""Chart types: each function returns one Altair definition, which is used for the page and for PNG and SVG files.
 
-Colours are CSS variables (see `theme`). Texts of users are data of a chart, never part of an expression.
+Colours are CSS variables (see `theme`). User texts are only data of a chart, never part of an expression.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import altair as alt
 from slimming.report.theme import colour, config
 
 WIDE, NARROW, FRONTIER, BAR = (300, 180), (224, 140), (540, 200), 150
-"""Width and height of a plot in pixels: three or four stand side by side on a laptop; and the length of a bar."""
+"""Width and height of plots in pixels, of which three or four fit side by side on a laptop; and the length of a bar."""
 TILE, ACROSS = 96, 6
-"""Width of one map of token positions, and how many stand in a row."""
+"""Width of one map of token positions in pixels, and the number of maps in a row."""
 DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 SHORT = "format(datum.value, abs(datum.value) < 1 ? '~g' : '~s')"
-"""Labels of an axis: 0.5, 20, 4.6G."""
+"""Expression for axis labels such as 0.5, 20, 4.6G."""
 NOTHING = alt.InlineData(values=[{}])
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A chart with its title, what it shows in words for those who do not see it, and a caption that may be empty.
+    """A chart with its title, a text description for screen readers, and a caption that may be empty.
 
-    ``data`` is what is drawn, by the names that the chart knows; the columns of the table beside the chart, and of its
-    tooltips, are fields of the first with their names.
+    ``data`` contains the chart's data by name. ``columns`` maps fields of the first data set to the column names of
+    the table beside the chart and of the tooltips.
     """
 
     title: str
@@ -47,17 +47,17 @@ class Figure:
         return {**spec, "datasets": own, "description": self.told, "config": config()}
 
     def table(self) -> list[list[str]]:
-        """Return what is drawn as rows of text, in the order of the columns."""
+        """Return the data as rows of text, in the order of the columns."""
         rows = [[record.get(key, "–") for key in self.columns] for record in next(iter(self.data.values()))]
         return [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How one series looks: its colour, the dashes of its line (None draws none) and its marks.
+    """Style of one series: its colour, the dashes of its line (None draws no line) and its marks.
 
-    ``mark`` is a shape of Vega (``"circle"``, ``"square"``, ``"diamond"``), or empty for none; ``hollow`` leaves its
-    inside empty.
+    ``mark`` is a shape of Vega (``"circle"``, ``"square"``, ``"diamond"``), or empty for none; ``hollow`` draws only
+    its outline.
     """
 
     colour: str = "var(--accent)"
@@ -67,12 +67,12 @@ class Style:
 
 
 def look(index: int, shade: str, *, marks: bool = True) -> Style:
-    """Return the style of the series at ``index``: dashes, and shapes where there are marks, tell them apart too."""
+    """Return the style of the series at ``index``; series also differ in dashes and, with ``marks``, in shapes."""
     return Style(colour=shade, dash=DASHES[index % len(DASHES)], mark=SHAPES[index % len(SHAPES)] if marks else "")
 
 
 def of(name: str) -> alt.Chart:
-    """Return a chart of the data of this name, which its figure, or the page, gives."""
+    """Return a chart of the data called ``name``, which the figure or the page provides."""
     return alt.Chart(alt.NamedData(name=name))
 
 
@@ -99,17 +99,17 @@ def lines(
     rule: float | None = None,
     size: tuple[int, int] = WIDE,
 ) -> alt.LayerChart:
-    """Return points and lines over two linear axes, of the data ``points``.
+    """Return a chart of the data ``points`` as points and lines with linear axes.
 
     Args:
-        records: these: ``series``, ``x`` and ``y``; where known ``low`` and ``high``, the ends of a spread along x, and
-            ``label``, what is written beside the point.
-        styles: series -> how it looks, in the order of the legend.
-        columns: what tooltips show, see `Figure`.
+        records: the points, with ``series``, ``x`` and ``y``; optionally ``low`` and ``high``, the ends of an
+            interval along x, and ``label``, the text beside the point.
+        styles: series -> its style, in the order of the legend.
+        columns: fields of the tooltips, see `Figure`.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        x_domain: its ends, where the data do not decide.
-        y_domain: the same. What lies below is drawn as a triangle at the lower edge.
+        x_domain: ends of the horizontal axis; None uses those of the data.
+        y_domain: ends of the vertical axis. Points below it are drawn as triangles at the lower edge.
         rule: height of a horizontal reference line.
         size: width and height of the plot in pixels.
     """
@@ -142,7 +142,7 @@ def lines(
         level = alt.YDatum(rule, scale=_scale(y_domain))
         layers.append(alt.Chart(NOTHING).mark_rule(strokeDash=[2, 2]).encode(y=level))
     patterns = {name: list(style.dash) for name, style in styles.items() if style.dash is not None}
-    if marked:  # the legend tells points apart by their shapes, which dashes would only fray
+    if marked:  # the legend shows shapes, whose outlines should not be dashed
         layers += [only(base, [name]).mark_line(fill=None, strokeDash=dash) for name, dash in patterns.items()]
     elif patterns:
         layers.append(base.mark_line(fill=None).encode(strokeDash=by_series(alt.StrokeDash, list(patterns.values()))))
@@ -166,15 +166,15 @@ def lines(
 
 
 def heads(layers: Sequence[str], count: int, kind: str, columns: Mapping[str, str]) -> alt.LayerChart:
-    """Return a grid of layers by heads: the deeper the colour, the more is kept; a cross is a head that is gone.
+    """Return a grid of layers by heads: a darker colour means a larger kept share; a cross is a removed head.
 
     The data ``units`` has ``layer``, ``head``, ``kept``, ``share`` and ``told``.
 
     Args:
-        layers: labels, from the input on.
-        count: of heads.
+        layers: labels of the layers, starting at the input.
+        count: number of heads.
         kind: name of a colour.
-        columns: what tooltips show.
+        columns: fields of the tooltips.
     """
     step = min(30.0, max(11.0, 312 / count))
     across = alt.Axis(orient="top", title=None, domain=False, ticks=False, labelAngle=0, offset=-2,
@@ -198,7 +198,7 @@ def heads(layers: Sequence[str], count: int, kind: str, columns: Mapping[str, st
 
 
 def bars(layers: Sequence[str], kind: str, columns: Mapping[str, str]) -> alt.LayerChart:
-    """Return one bar per layer, as long as the share of units that it keeps, before a grey one of all; see `heads`."""
+    """Return one bar per layer for its kept share of units, in front of a grey bar for all units; see `heads`."""
     base = of("units").encode(y=_by_layer(layers), tooltip=_tips(columns))
     across = alt.X("share:Q", scale=alt.Scale(domain=[0, 1], range=[0, BAR]), axis=None)
     whole = base.mark_bar(cornerRadius=2, color=colour("faint")).encode(x=alt.value(0), x2=alt.value(BAR))
@@ -217,14 +217,14 @@ def _height(layers: Sequence[str]) -> float:
 
 
 def token_maps(count: int, pictures: Sequence[str], shape: float) -> alt.LayerChart:
-    """Return maps of token positions, one tile per block: what is cut is darkened, or without a picture left out.
+    """Return maps of token positions, one tile per block; removed positions are dark, or empty without a picture.
 
     The data ``tiles`` has ``column``, ``row``, ``block``, ``told`` and ``picture``, a number among ``pictures``; the
     data ``cells`` has ``x``, ``x2``, ``y`` and ``y2`` in units of tiles.
 
     Args:
-        count: how many tiles there are.
-        pictures: addresses of images; the parameter ``pictures`` can be given others.
+        count: number of tiles.
+        pictures: URLs of images; the chart's parameter ``pictures`` can replace them.
         shape: height of the pictures over their width.
     """
     tall, wide, down = TILE * shape, TILE + 8, TILE * shape + 42
@@ -255,14 +255,14 @@ def token_maps(count: int, pictures: Sequence[str], shape: float) -> alt.LayerCh
 
 
 def histogram(ends: Sequence[float], groups: Sequence[str], kind: str) -> alt.VConcatChart:
-    """Return a histogram of masks over all units, and below it one line per group, darker where more of them lie.
+    """Return a histogram of masks over all units, and below it one line per group that is darker in fuller bins.
 
     The data ``bins`` has ``left``, ``right`` and ``units``; the data ``bands`` has ``group``, ``left``, ``right`` and
     ``share`` of the fullest bin of the group.
 
     Args:
-        ends: of the axis.
-        groups: labels from the top on.
+        ends: ends of the axis.
+        groups: labels of the groups, from top to bottom.
         kind: colour of the kind of unit.
     """
     scale, names = _scale(ends), {"left": "from", "right": "to", "units": "units"}
@@ -284,12 +284,12 @@ def frontier(measured: alt.LayerChart | None, title: str, most: float, least: fl
     """Return accuracies above the share of the score that plans keep, over one cost.
 
     Args:
-        measured: what was measured, over the same axis.
-        title: of the cost.
+        measured: chart of measured accuracies over the same axis.
+        title: title of the cost axis.
         most: right end of the axis.
         least: lower end of the score's axis, in percent.
 
-    The page gives the data ``plans`` and ``chosen``: records with ``side`` (``"A"`` or ``"B"``), ``x`` and ``y``.
+    The page provides the data ``plans`` and ``chosen``: records with ``side`` (``"A"`` or ``"B"``), ``x`` and ``y``.
     """
     bare = alt.X("x:Q", axis=alt.Axis(labels=False, ticks=False, title=None), scale=_scale([0, most]))
     across = alt.X("x:Q", axis=alt.Axis(title=title, labelExpr=SHORT), scale=_scale([0, most]))

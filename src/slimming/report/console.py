@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print budgets with what was measured: the dense model first, medians above their quartiles.
+    """Print the measurements of all budgets: the dense model first, medians above their quartiles.
 
     Args:
         results: the content of ``results.json``.
-        console: where to; 100 columns hold two batch sizes.
+        console: output console; 100 columns suffice for two batch sizes.
 
     Raises:
         CheckpointError: an entry is missing or malformed.
@@ -35,7 +35,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         table.add_column(head.replace("after cut", "cut"), justify="right", no_wrap=True)
     for line in found.lines:
         cells = [line.cells[place] for place in shown]
-        # Plain spaces, so that a terminal's search finds what it shows; no cell breaks but the first.
+        # Plain spaces, so that the search of a terminal finds the text; only the first cell may be wrapped.
         texts = [Text.assemble(cell.text, (f"\n{cell.below.replace(NBSP, ' ')}", "dim")) if cell.below
                  else Text(cell.text) for cell in cells]  # fmt: skip
         table.add_row(line.label.replace(NBSP, " "), *texts)

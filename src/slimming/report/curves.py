@@ -1,4 +1,4 @@
-"""What the logs tell: reading them, and thinning them to what a picture can show."""
+"""Read the logs of trainings, and reduce curves to the resolution of a chart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from slimming.errors import CheckpointError
 
 POINTS = 200
-"""A curve has at most so many points; more would be narrower than a pixel."""
+"""Largest number of points of a curve; more would be less than a pixel apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,14 @@ class Log:
 
     Attributes:
         lines: one mapping per logged step.
-        axis: what the curves run over, ``"epoch"`` or ``"step"``.
+        axis: horizontal axis of the curves, ``"epoch"`` or ``"step"``.
     """
 
     lines: tuple[Mapping[str, Any], ...]
     axis: str
 
     def curve(self, key: str, factor: float = 1.0) -> list[tuple[float, float]]:
-        """The points of one entry, neighbours averaged where there are too many; gaps are left out."""
+        """The points of one entry; if there are too many, neighbours are averaged. Missing values are left out."""
         points = [
             (float(line[self.axis]), factor * float(line[key]))
             for line in self.lines
@@ -39,12 +39,12 @@ class Log:
         return [(_mean([x for x, _ in part]), _mean([y for _, y in part])) for part in parts]
 
     def entries(self) -> list[str]:
-        """Every entry that some line has, in order of appearance."""
+        """All entries that occur in a line, in order of appearance."""
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
 
 def read_log(directory: Path, name: str | None) -> Log | None:
-    """Read a log that results name, or return None when it names none or the file is not there.
+    """Read a log that the results name; None if no log is named or the file does not exist.
 
     A last line that was cut off while it was written is left out.
 

@@ -1,4 +1,4 @@
-"""What the explorer of a report shows: many plans of one search, as plain data."""
+"""The data of the explorer in a report: many plans of one search."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from slimming.report.model import Layer, Picture, Row, Width
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a model costs.
+    """The costs of a model.
 
-    MACs are multiply-adds for one image, and memory is that of weights and peak activations at batch 1 (None where
-    there is no formula). The latency is of one batch, by a latency table (None without one).
+    MACs are multiply-adds for one image, and memory is that of weights and peak activations at batch 1 (None if there
+    is no formula). The latency is that of one batch, predicted by a latency table (None without a table).
     """
 
     params: int
@@ -24,9 +24,9 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One plan: what it costs, and what it keeps of the total score, in each layer, and of embedding widths.
+    """One plan: its costs, the kept share of the total score, and the kept units of each layer and embedding width.
 
-    ``share`` is its limit as a share of the dense model, ``name`` that of its budget.
+    ``share`` is the limit as a share of the dense model, ``name`` the name of the budget.
     """
 
     share: float
@@ -39,10 +39,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to make a model of a budget: a command line and a program, each in three parts.
+    """Instructions to make the model of a budget: a command line and a Python program, each in three parts.
 
-    ``METRIC=SHARE`` stands between the first two parts, the name of the budget between the last two. ``note`` is what
-    the reader must know to use them; it may be empty.
+    ``METRIC=SHARE`` is inserted between the first two parts, the name of the budget between the last two. ``note`` is a
+    note for their use; it may be empty.
     """
 
     command: tuple[str, ...]
@@ -52,18 +52,18 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Explored:
-    """One search, and what can be made of it.
+    """One search with its plans.
 
     Attributes:
-        name: of the run.
-        place: the directory that was read, as the user gave it.
+        name: name of the run.
+        place: path of the directory, as the user gave it.
         model: name of the dense model.
-        dense: its costs.
+        dense: costs of the dense model.
         steps: metric -> plans, the smallest budget first.
         measured: the dense model and every budget of the run; empty for a search alone.
-        times: name of one of them -> milliseconds by the latency table.
-        recipe: how to make one.
-        latency: what predicted times are of, in words; empty without a table.
+        times: name of a model in ``measured`` -> milliseconds predicted by the latency table.
+        recipe: instructions to make the model of a budget.
+        latency: description of the conditions of predicted times; empty without a table.
         pictures: images of the data.
     """
 

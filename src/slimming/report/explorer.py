@@ -1,4 +1,4 @@
-"""The explorer: its charts, whose numbers the page's script gives, and the plans, packed for that script."""
+"""The explorer: its charts, whose data the script of the page provides, and the plans, packed for that script."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COSTS = {
     "memory": ("memory_bytes", "memory", "bytes of memory"),
     "time": ("latency_ms", "predicted time", "predicted time, ms"),
 }
-"""Cost for the script -> field of `Costs`, its name, and the title of its axis."""
+"""Key of a cost in the script -> field of `Costs`, name of the cost, and title of its axis."""
 RUN_COLOURS = ("accent", "v", "mlp", "token", "ink", "soft")
 
 
 def content(runs: Sequence[Explored]) -> dict[str, Any]:
-    """Return what the template of the explorer needs.
+    """Return the variables of the explorer's template.
 
     Args:
-        runs: one search each, at least one.
+        runs: the searches, at least one.
     """
     known = [key for key, (cost, _, _) in COSTS.items() if any(getattr(run.dense, cost) is not None for run in runs)]
     metrics = dict.fromkeys(metric for run in runs for metric in run.steps)
@@ -49,7 +49,7 @@ def specs(runs: Sequence[Explored]) -> dict[str, Any]:
 
 
 def _frontier(runs: Sequence[Explored], key: str) -> dict[str, Any]:
-    """The chart over one cost: accuracies where they were measured, and room for the plans."""
+    """The chart over one cost: measured accuracies, and the plans, whose data the script of the page provides."""
     field, _, title = COSTS[key]
     records, styles = [], {}
     for index, (name, run) in enumerate(zip(figures.distinct([run.name for run in runs]), runs, strict=True)):
@@ -76,7 +76,7 @@ def _frontier(runs: Sequence[Explored], key: str) -> dict[str, Any]:
 
 
 def packed(run: Explored) -> dict[str, Any]:
-    """Return a run for the script: the records of what the dense model has, and of each plan what it keeps of them."""
+    """Return a run for the script: records of the units of the dense model, and for each plan the kept units."""
     last = _last(run)
     parts = {part: figures.units(last.layers, last.widths, part) for part in figures.PARTS}
     return {
@@ -95,12 +95,12 @@ def packed(run: Explored) -> dict[str, Any]:
 
 
 def _shares(row: Row) -> dict[str, float]:
-    """The limit of a budget that has a single one, if it is a share."""
+    """The limit of a budget by metric, if it is its only limit and a share."""
     return {metric: limit for metric, limit in row.limits.items() if len(row.limits) == 1 and limit <= 1}
 
 
 def _last(run: Explored) -> Step:
-    """The plan that keeps all."""
+    """The plan that keeps all units."""
     return next(iter(run.steps.values()))[-1]
 
 
@@ -110,7 +110,7 @@ def _costs(costs: Costs) -> dict[str, float | None]:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    """A plan: what it keeps by part, in the order of the records; positions as hexadecimal numbers that a 1 leads."""
+    """A plan: kept units by part, in the order of the records; positions as hexadecimal bit masks with a leading 1."""
     kept = {part: [unit["kept"] for unit in figures.units(step.layers, step.widths, part)] for part in figures.PARTS}
     return {
         "share": step.share,

@@ -1,4 +1,4 @@
-"""The figures of a run: what each function shows is drawn on its page and written as PNG and SVG."""
+"""The figures of a run, for its page and for PNG and SVG files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PARTS = {
 }
 """Part of a layer -> its title and its colour."""
 IMAGES = 4
-"""So many images are shown at the most."""
+"""Largest number of images that are shown."""
 THUMBNAIL = 160
-"""Images that are larger are made so large, in pixels."""
+"""Larger images are reduced to this size in pixels."""
 POINT = {"row": "budget", "series": "measured", "x": "cost", "top1": "top-1"}
 AROUND = {"low": "lower quartile", "high": "upper quartile"}
 
@@ -71,12 +71,12 @@ def accuracy(results: Results) -> list[Figure]:
 def stages(
     rows: Sequence[Row], cost: Callable[[Row], float | None], shade: str | None = None
 ) -> tuple[list[Record], dict[str, Style]]:
-    """Return accuracies at every stage over a cost, with their styles by stage.
+    """Return the accuracies of every stage as a function of a cost, with the style of each stage.
 
     Args:
-        rows: the dense model first.
-        cost: of a model; None where it is not known.
-        shade: one colour for all.
+        rows: the models, the dense model first.
+        cost: returns the cost of a model; None if it is not known.
+        shade: colour of all stages.
     """
     accent, soft, v, ink = (shade or colour(name) for name in ("accent", "soft", "v", "ink"))
     every: dict[str, tuple[Sequence[Row], str, Style]] = {
@@ -96,7 +96,7 @@ def stages(
 
 
 def around(good: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return the ends of an axis that fits what is good enough to use; other values may lie far below its end."""
+    """Return the ends of an axis that fits the values ``good``; values in ``others`` may lie below it."""
     span = max(max(good) - min(good), 1.0)
     near = [*good, *(value for value in others if value >= min(good) - 1.5 * span)]
     air = 0.14 * max(max(near) - min(near), 1.0)
@@ -104,18 +104,18 @@ def around(good: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def point(row: str, x: float, top1: float, series: str, label: str | None = None) -> Record:
-    """Return the record of an accuracy over a cost."""
+    """Return the record of an accuracy at a cost."""
     found = {"row": row, "series": series, "x": float(x), "y": 100 * top1, "top1": percent(top1, 1)}
     return {**found, **({} if label is None else {"label": label})}
 
 
 def told_points(records: Sequence[Record]) -> str:
-    """Return accuracies in words."""
+    """Return a description of accuracies as text."""
     return "; ".join(f"{one['row']}: {one['top1']} {one['series']}" for one in records)
 
 
 def apart(records: Sequence[Record], most: float) -> list[Record]:
-    """Return records without the labels that would lie on one before them."""
+    """Return records without the labels that would overlap an earlier one."""
     taken: list[float] = []
     found = []
     for record in records:
@@ -146,7 +146,7 @@ def compared(runs: Sequence[Results]) -> list[Figure]:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, numbered where one of them stands twice."""
+    """Return the names, with numbers added to repeated names."""
     many = Counter(names)
     return [f"{name} ({place})" if many[name] > 1 else name for place, name in enumerate(names, 1)]
 
@@ -173,12 +173,12 @@ def depth(results: Results) -> list[Figure]:
 
 
 def structure(layers: Sequence[Layer], widths: Sequence[Width], label: str) -> dict[str, Figure]:
-    """Return what stays, one figure per part of the layers.
+    """Return the figures of kept units, one per part of the layers.
 
     Args:
-        layers: from the input on.
-        widths: embedding widths, where they can go.
-        label: of the budget.
+        layers: the layers, starting at the input.
+        widths: embedding widths, if they can be pruned.
+        label: label of the budget.
     """
     found = {}
     for part, (title, shade) in PARTS.items():
@@ -198,9 +198,9 @@ def structure(layers: Sequence[Layer], widths: Sequence[Width], label: str) -> d
 
 
 def units(layers: Sequence[Layer], widths: Sequence[Width], part: str) -> list[Record]:
-    """Return what stays of one part, layer by layer and head by head, as records of a chart."""
+    """Return the kept units of one part by layer and head, as records of a chart."""
     if part == "width":
-        # The stage that a width is of: its name up to the first number.
+        # The stage of a width is its name up to the first number.
         return [_unit(re.split(r"(?<=\d)\.", one.name)[0] if len(widths) > 1 else "all", one) for one in widths]
     if part not in ("qk", "v"):
         return [_unit(layer.label, kept) for layer in layers if (kept := layer.whole(part)) is not None]
@@ -218,13 +218,13 @@ def _unit(layer: str, kept: Kept) -> Record:
 
 
 def tokens(layers: Sequence[Layer], label: str, images: Sequence[Picture], *, others: bool = True) -> Figure | None:
-    """Return the positions that each block sees, drawn over an image; None without any.
+    """Return the figure of the token positions of each block over an image; None if no layer has them.
 
     Args:
-        layers: from the input on.
-        label: of the budget.
-        images: the first lies under every block.
-        others: show the other images too, under the positions of the last block.
+        layers: the layers, starting at the input.
+        label: label of the budget.
+        images: images of the data; the first is drawn for every block.
+        others: show the other images too, with the positions of the last block.
     """
     shown = [(f"block {layer.label}", layer.tokens, 0) for layer in layers]
     grid = next((kept.grid for _, kept, _ in shown if kept), None)
@@ -252,7 +252,7 @@ def tokens(layers: Sequence[Layer], label: str, images: Sequence[Picture], *, ot
 
 
 def address(image: Picture) -> str:
-    """Return an image as a data URL, made smaller and a JPEG where it is large."""
+    """Return an image as a data URL; large images are reduced and encoded as JPEG."""
     if max(image.size) <= THUMBNAIL:
         return f"data:image/png;base64,{image.png}"
     try:
@@ -260,13 +260,13 @@ def address(image: Picture) -> str:
             buffer, small = io.BytesIO(), opened.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(buffer, format="JPEG", quality=82)
-    except OSError:  # a head of a PNG and nothing behind it; browsers show what they can
+    except OSError:  # a truncated PNG is embedded unchanged
         return f"data:image/png;base64,{image.png}"
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def masks(results: Results) -> list[Figure]:
-    """Return the distribution of each kind's masks: over the network, and below it group by group."""
+    """Return the histogram of the masks of each kind: over the whole network, and below it by group."""
     found = results.search.masks if results.search else None
     return [_histogram(kind, one) for kind, one in (found or {}).items()]
 
@@ -292,10 +292,10 @@ def _histogram(kind: str, masks: Masks) -> Figure:
 
 
 def searching(log: Log | None) -> list[Figure]:
-    """Return loss, penalty and accuracy over the search; empty when nothing was logged."""
+    """Return the curves of loss, penalty and accuracy of the search; empty if there is no log."""
     if log is None or not log.lines:
         return []
-    names = {"loss": "total", "task": "without the penalty"}  # the loss of a search is its task's plus the penalties
+    names = {"loss": "total", "task": "without the penalty"}  # the loss of a search is the task loss plus the penalties
     shades = [colour("accent"), colour("mlp")]
     loss = {names[key]: (log, key, look(i, shades[i], marks=False)) for i, key in enumerate(names)}
     penalties = [key for key in log.entries() if key in KINDS or key.startswith("penalty")]
@@ -310,8 +310,8 @@ def searching(log: Log | None) -> list[Figure]:
 
 
 def retraining(results: Results, logs: Mapping[str, Log]) -> list[Figure]:
-    """Return loss and accuracy over retraining, one line per budget or training; empty when nothing was logged."""
-    # Budgets that were trained together have one log, which was evaluated at the smallest of them.
+    """Return the curves of loss and accuracy of the retraining, one line per budget or training; empty without logs."""
+    # Budgets that were trained together share one log, with evaluations at the smallest budget.
     counts = Counter(row.log for row in results.rows)
     loss, top1, seen = {}, {}, set()
     for index, row in enumerate(results.rows):
@@ -351,7 +351,7 @@ def _curves(
 
 
 def alone(results: Results) -> list[Figure]:
-    """Return what cutting each kind alone does; empty when it was not measured."""
+    """Return the sensitivity of each kind; empty if it was not measured."""
     measured = (results.search.sensitivity if results.search else None) or {}
     found = {kind_name(kind): (curve, kind_colour(kind)) for kind, curve in measured.items() if curve}
     if not found:
@@ -359,7 +359,7 @@ def alone(results: Results) -> list[Figure]:
     every = [(kind, trial) for kind, (curve, _) in found.items() for trial in curve]
     records = [{"series": kind, "x": 0.0, "y": 0.0} for kind in found]
     records += [{"series": kind, "x": 100 * (1 - trial.kept), "y": trial.loss} for kind, trial in every]
-    # Where next to nothing is left the loss is so large that all else would lie flat.
+    # The loss at the smallest shares is so large that the other values would not be distinguishable.
     firsts = [curve[0] for curve, _ in found.values()]
     top = max(0.0, 1.2 * max(trial.loss for _, trial in every if trial.kept >= 0.3 or trial in firsts))
     styles = {kind: look(i, shade) for i, (kind, (_, shade)) in enumerate(found.items())}

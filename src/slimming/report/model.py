@@ -1,4 +1,4 @@
-"""The schema of ``results.json``: what it must hold, checked as a whole, as plain data for tables and charts."""
+"""The schema of ``results.json``: its content as plain data for tables and charts, and the check of this content."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """How many units stay, of how many."""
+    """Number of kept units, and the number of units in the dense model."""
 
     kept: Count
     of: AtLeastOne
@@ -61,7 +61,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Query and key dimensions, and value dimensions, that one attention head keeps of ``of``."""
+    """Query-key dimensions, and value dimensions, that one attention head keeps, out of ``of`` in the dense model."""
 
     of: AtLeastOne
     qk: Count | None = None
@@ -74,7 +74,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Positions that stay in a grid of patches (rows, columns), numbered row by row."""
+    """Kept token positions in a grid of patches (rows, columns), numbered row by row."""
 
     grid: tuple[Count, Count]
     kept: frozenset[Count]
@@ -85,16 +85,16 @@ class Tokens:
 
     @property
     def count(self) -> Kept:
-        """How many stay."""
+        """Number of kept and of all positions."""
         return Kept(kept=len(self.kept), of=self.grid[0] * self.grid[1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What stays in one layer; whatever was not searched is None or empty.
+    """The kept units of one layer; parts that cannot be pruned or were not searched are None or empty.
 
-    ``tokens`` are those of this layer or of the last one before it that cut some, ``whole_heads`` count heads whose
-    dimensions stay, and ``label`` is a short name for axes.
+    ``tokens`` are the positions present in this layer, ``whole_heads`` counts heads that are kept or removed as a
+    whole, and ``label`` is a short name for axes.
     """
 
     name: str
@@ -106,12 +106,12 @@ class Layer:
     label: str = ""
 
     def per_head(self, role: str) -> tuple[Kept, ...]:
-        """What each head keeps of its ``"qk"`` or ``"v"`` dimensions."""
+        """The kept ``"qk"`` or ``"v"`` dimensions of each head."""
         heads = [head for head in self.heads or () if getattr(head, role) is not None]
         return tuple(Kept(kept=getattr(head, role), of=head.of) for head in heads)
 
     def whole(self, part: str) -> Kept | None:
-        """What it keeps of a part, over all its heads; None where it has none."""
+        """The kept units of a part, summed over all heads; None if the layer has no such part."""
         if part in ("qk", "v"):
             found = self.per_head(part)
             return Kept(kept=sum(one.kept for one in found), of=sum(one.of for one in found)) if found else None
@@ -122,18 +122,18 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Width(Kept):
-    """How much of an embedding width stays; hierarchical models have one per stage."""
+    """The kept features of an embedding width; hierarchical models have one width per stage."""
 
     name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model: the dense one (without a budget), or what a budget left of it.
+    """One model: the dense model (without a budget), or the model cut to a budget.
 
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
-    memory is that of weights and of the peak of activations at batch 1. Accuracies are shares: when cut without search
-    and training, straight after the cut, and after retraining. ``log`` is relative to the run's directory.
+    memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
+    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Row:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The metrics that its budget limits, with the limits; empty for keep ratios."""
+        """Limits of the budget by metric; empty for keep ratios."""
         found = {key: value for key, value in (self.budget or {}).items() if key in METRICS}
         return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
@@ -171,12 +171,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The budget in words, or the name where there is none."""
+        """Text of the budget, or the name of the model if it has none."""
         return ", ".join(f"{value}{NBSP}{name}".replace(" ", NBSP) for name, value in self._words.items()) or self.name
 
     @property
     def short(self) -> str:
-        """The limit alone where there is only one, for the labels of points."""
+        """Value of the limit if there is only one, else the name of the model; for the labels of points."""
         return next(iter(self._words.values())) if len(self._words) == 1 else self.name
 
 
@@ -204,7 +204,7 @@ class Masks:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The loss that cutting one kind to a share adds."""
+    """Increase of the loss when one kind alone is cut to a share of its units."""
 
     kept: Finite
     loss: Finite
@@ -212,7 +212,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a run tells of its search: its log, and by kind of unit the masks and what cutting this kind alone does."""
+    """The search of a run: its log, and by kind of unit the masks and the measured sensitivity."""
 
     log: str | None = None
     seconds: Finite | None = None
@@ -254,7 +254,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that a report tells, apart from the curves."""
+    """All data of a report except the training curves."""
 
     format: int
     name: str
@@ -272,7 +272,7 @@ class Results:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Every batch size that was measured somewhere."""
+        """All batch sizes at which a model was measured."""
         return tuple(sorted({size for row in (self.dense, *self.rows) for size in row.latency_ms}))
 
 
@@ -280,11 +280,12 @@ def parse(value: Any, where: str = "results") -> Results:
     """Check the content of a ``results.json``.
 
     Args:
-        value: what the JSON holds.
-        where: the file's name, for complaints.
+        value: the decoded JSON.
+        where: name of the file, for messages.
 
     Raises:
-        CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than ours.
+        CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than this version
+            reads.
     """
     version = value.get("format") if isinstance(value, Mapping) else None
     if isinstance(version, int) and version > FORMAT:
@@ -319,9 +320,9 @@ def checked(value: Any, kind: type[Checked], where: str) -> Checked:
 
 
 def labelled(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return layers with short labels; one without token positions has those of the one before it.
+    """Return layers with short labels; a layer without token positions gets those of the layer before it.
 
-    A position that one layer cut is gone for every later one, whether it names it or not.
+    A position that was removed in one layer is absent from all later layers.
     """
     labels = [".".join(re.findall(r"\d+", layer.name)) for layer in layers]
     if len(set(labels)) < len(labels) or "" in labels:

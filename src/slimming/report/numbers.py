@@ -1,4 +1,4 @@
-"""Numbers as people read them: units for a whole column, three digits where three are known."""
+"""Format numbers: one unit per column, and three significant digits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NBSP = "\u00a0"
-"""A space at which no line breaks: between a number and its unit."""
+"""Non-breaking space, between a number and its unit."""
 THIN = "\u202f"
-"""The same, narrow: between thousands."""
+"""Narrow non-breaking space, between thousands."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A unit that a whole column shares.
+    """The unit of a column.
 
     Attributes:
-        unit: its name, for the column's head.
-        factor: how much one of it is.
+        unit: name of the unit, for the header of the column.
+        factor: value of one unit.
         decimals: digits after the point.
     """
 
@@ -32,7 +32,7 @@ class Scale:
 
 
 def scale(values: Iterable[float], suffixes: Sequence[str] = ("", "k", "M", "G", "T"), base: str = "") -> Scale:
-    """Return the unit in which the largest of ``values`` is below 1000 and all show about three digits.
+    """Return the unit in which the largest of ``values`` is below 1000, with decimals for about three digits.
 
     >>> scale([5_500_000, 2_100_000], base="")
     Scale(unit='M', factor=1000000.0, decimals=2)
@@ -49,7 +49,7 @@ def scale(values: Iterable[float], suffixes: Sequence[str] = ("", "k", "M", "G",
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Return how many digits after the point show three digits of the smallest value; 0 to 2.
+    """Return the number of decimals, 0 to 2, that shows three digits of the smallest value.
 
     >>> decimals([4.2, 130.0]), decimals([42.0]), decimals([420.0])
     (2, 1, 0)
@@ -68,7 +68,7 @@ def percent(value: float, digits: int = 0) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person says it.
+    """Return a time in hours, minutes and seconds as text.
 
     >>> duration(7.34), duration(95), duration(7320)
     ('7.3 s', '1 min 35 s', '2 h 02 min')

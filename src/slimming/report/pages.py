@@ -1,4 +1,4 @@
-"""The pages: the report of a run and the comparison of several, each one file that needs nothing else."""
+"""Write the report of a run, or a comparison of several runs, as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from slimming.report.numbers import duration, percent, scale
 
 RESULTS, REPORT = "results.json", "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The page may load nothing from anywhere; browsers hold it to that."""
+"""Content security policy of a page, which does not allow it to load anything."""
 
 
 @dataclass
 class Page:
-    """What templates need to put charts into a page, and the charts that they have put there."""
+    """A page that is being rendered: templates add charts to it, and it collects their data for the script."""
 
     explored: Sequence[Explored] = ()
     drawn: dict[str, Any] = field(default_factory=dict)
 
     def add(self, figure: Figure) -> str:
-        """Return the id of the element in which a chart stands."""
+        """Add a chart and return the id of its element."""
         name = f"chart-{len(self.drawn)}"
         self.drawn[name] = figure.spec()
         return name
 
     def svg(self, figure: Figure) -> Markup:
-        """Return a chart as it is before, or without, the script."""
+        """Return a chart as SVG, which is shown until the script replaces it, or without JavaScript."""
         return Markup(rendering.svg(figure))
 
     def write(self, template: str, path: Path, *, budgets: int, **content: Any) -> Path:
-        """Write a template filled in."""
+        """Render a template and write the page."""
         text = rendering.render(
             template,
             page=self,
@@ -57,7 +57,7 @@ class Page:
         return path
 
     def data(self) -> dict[str, Any]:
-        """Return what the script reads: charts, and the plans of the explorer."""
+        """Return the data of the script: charts, and the plans of the explorer."""
         found: dict[str, Any] = {"charts": self.drawn}
         if self.explored:
             found["explorer-charts"] = explorer.specs(self.explored)
@@ -91,9 +91,9 @@ def write_report(run_directory: Path, output: Path | None = None, explored: Expl
     """Write the report of a run as one HTML file that opens without a server or a network.
 
     Args:
-        run_directory: holds ``results.json`` and the logs that it names.
-        output: the file to write; by default ``report.html`` in the run's directory.
-        explored: plans to choose from; None leaves the explorer out.
+        run_directory: directory with ``results.json`` and the logs that it names.
+        output: path of the file; by default ``report.html`` in the run's directory.
+        explored: plans for the explorer; None omits the explorer.
 
     Returns:
         The path of the file.
@@ -129,12 +129,12 @@ def write_report(run_directory: Path, output: Path | None = None, explored: Expl
 
 
 def write_comparison(runs: Sequence[Results], explored: Sequence[Explored], output: Path) -> Path:
-    """Write one HTML file over several runs; like the report of one, it needs nothing else.
+    """Write a self-contained HTML file that compares several runs.
 
     Args:
-        runs: what was measured, for tables and charts; runs that are not finished have none.
-        explored: the plans of the explorer; may be fewer.
-        output: the file.
+        runs: results of the finished runs, for tables and charts.
+        explored: plans for the explorer; may be of fewer runs.
+        output: path of the file.
 
     Raises:
         OutputError: the place is not writable, or the disk is full.
@@ -162,7 +162,7 @@ def write_table(results: Results, path: Path) -> Path:
 
 
 def _summary(results: Results) -> str:
-    """The whole run in a sentence or two."""
+    """A summary of the run in one or two sentences."""
     dense, budgets = results.dense, results.rows
     params = scale([dense.params])
     many = "one budget" if len(budgets) == 1 else f"{len(budgets)} budgets"

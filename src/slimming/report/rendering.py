@@ -1,4 +1,4 @@
-"""Fill in templates; draw charts as SVG for a page, and as SVG and PNG for files."""
+"""Render templates, and draw charts as SVG for a page and as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from slimming.report.model import Layer, Results, Width
 from slimming.report.numbers import NBSP, THIN
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-"""The version that Altair writes; vl-convert brings several."""
+"""The Vega-Lite version of Altair's specifications; vl-convert contains several versions."""
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 DOTS_PER_PIXEL = 3
 INTERACTIVE = ("data", "datasets", "$schema", "config", "name", "params", "opacity")
-"""What a chart inside a file has no use for: its place in a page, and the choice of a series by the legend."""
+"""Keys that are omitted when a chart becomes part of an image file: data is inlined, the others serve pages only."""
 CHANNELS = ("stroke", "fill", "shape", "strokeDash")
-"""What the legend of each of several charts tells."""
+"""Scales that are independent for each chart of an image file, so that each chart has a legend."""
 
 
 @lru_cache(1)
 def environment() -> Environment:
-    """Return Jinja's environment: every text is escaped in HTML, and a name that is not given is an error."""
+    """Return Jinja's environment: texts are escaped in HTML, and an undefined name is an error."""
     made = Environment(
         loader=PackageLoader("slimming.report"),
         autoescape=select_autoescape(("html",)),
@@ -46,30 +46,30 @@ def environment() -> Environment:
 
 
 def plain(text: str) -> str:
-    """Return a text with plain spaces instead of those at which no line breaks."""
+    """Return a text with plain spaces instead of non-breaking spaces."""
     return text.replace(NBSP, " ").replace(THIN, " ")
 
 
 def cell(text: str) -> str:
-    """Return a text that ends neither a cell nor a line of a Markdown table."""
+    """Return a text escaped for a cell of a Markdown table."""
     return plain(" ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"))
 
 
 def render(name: str, /, **content: Any) -> str:
-    """Return a template of ``report/templates`` filled in."""
+    """Render a template of ``report/templates``."""
     return environment().get_template(name).render(content)
 
 
 @lru_cache(1)
 def chart_script() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, out of the installed vl-convert."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, from the installed vl-convert."""
     import vl_convert
 
     return vl_convert.javascript_bundle(SNIPPET, vl_version=VEGA_LITE).replace("</script", "<\\/script")
 
 
 def svg(figure: Figure) -> str:
-    """Return the drawing of a figure as SVG, in the colours of the page that it is put into."""
+    """Return a figure as SVG, with the CSS colour variables of a page."""
     return _svg(json.dumps(figure.spec()))
 
 
@@ -82,18 +82,18 @@ def _svg(spec: str) -> str:
 
 
 def _shortened(tag: re.Match[str]) -> str:
-    """A tag without what the drawing as a whole says already, and with no more digits than a screen shows."""
+    """An SVG tag without redundant attributes and with numbers rounded to visible precision."""
     text = re.sub(r' (aria-hidden|pointer-events|opacity|stroke-miterlimit)="(true|none|1|10)"', "", tag[0])
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
 
 
 def files(figures: Sequence[Figure], budgets: int, *, down: bool = False) -> dict[str, bytes]:
-    """Return figures, each under its title, as image files on white paper: ending -> content.
+    """Return one image of several figures with their titles, on white: file suffix -> content.
 
     Args:
-        figures: side by side.
-        budgets: how many budgets have a colour in them.
-        down: put one below the other instead.
+        figures: figures to draw side by side.
+        budgets: number of budgets that have a colour in the figures.
+        down: draw the figures below one another instead.
     """
     import vl_convert
 
@@ -108,7 +108,7 @@ def files(figures: Sequence[Figure], budgets: int, *, down: bool = False) -> dic
 
 
 def _inlined(spec: Any, data: Mapping[str, Any]) -> Any:
-    """A part of a specification with its data in place of their names, and without what only a page can do."""
+    """A part of a specification with inline data instead of data names, and without interactive keys."""
     if isinstance(spec, list):
         return [_inlined(one, data) for one in spec]
     if not isinstance(spec, dict):
@@ -120,7 +120,7 @@ def _inlined(spec: Any, data: Mapping[str, Any]) -> Any:
 
 
 def kept_picture(layers: Sequence[Layer], widths: Sequence[Width]) -> bytes | None:
-    """Return what a slim model kept of the dense one as a PNG, for places that show no SVG; None where all stays."""
+    """Return a PNG of the units that a slim model keeps, for viewers without SVG; None if all units are kept."""
     parts = figures.structure(layers, widths, "this model")
     tokens = figures.tokens(layers, "this model", ())
     parts.pop("tokens", None)
@@ -134,10 +134,10 @@ def write_figures(results: Results, directory: Path) -> list[Path]:
 
     Args:
         results: the run.
-        directory: where to; files of the same names are replaced.
+        directory: output directory; files of the same names are replaced.
 
     Returns:
-        The files: ``structure``, ``accuracy`` and ``tokens``, those of which the run has anything.
+        Paths of the files ``structure``, ``accuracy`` and ``tokens``, as far as the run has data for them.
 
     Raises:
         OutputError: the place is not writable, or the disk is full.

@@ -1,4 +1,4 @@
-"""The table of budgets, once: what the page, the console and the Markdown file show of it."""
+"""The table of budgets, shared by the page, the console and the Markdown file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Column:
     """A column of numbers.
 
     Attributes:
-        name: what is measured.
-        unit: of the numbers; may be empty.
-        part: which of several columns of this name; empty where there is one.
+        name: name of the measurement.
+        unit: unit of the numbers; may be empty.
+        part: distinguishes columns of the same name; empty if there is only one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A number: as it was measured, as it is shown, and what stands below it."""
+    """A number: its measured value, its text, and the text below it."""
 
     value: float | None = None
     text: str = NONE
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One model: the dense one (``index`` None) or that of a budget, with a cell per column."""
+    """One model, the dense model (``index`` None) or that of a budget, with a cell per column."""
 
     name: str
     label: str
@@ -61,7 +61,7 @@ class Table:
     lines: tuple[Line, ...]
 
     def groups(self) -> list[tuple[str, list[Column]]]:
-        """Columns of one title that stand side by side."""
+        """Adjacent columns with the same title."""
         found: list[tuple[str, list[Column]]] = []
         for column in self.columns:
             if not found or found[-1][0] != column.title:
@@ -71,7 +71,7 @@ class Table:
 
 
 def budget_table(results: Results) -> Table:
-    """Return the table of a run: costs, times, speed-ups and accuracies, all as measured."""
+    """Return the table of a run: costs, latencies, speed-ups and accuracies."""
     rows, sizes = (results.dense, *results.rows), results.batch_sizes
     units = [scale(row.params for row in rows), scale(row.macs for row in rows),
              scale((row.memory_bytes for row in rows), BYTES)]  # fmt: skip
@@ -121,7 +121,7 @@ def _top1(top1: float | None, dense: float | None = None) -> Cell:
 
 
 def notes(results: Results) -> list[str]:
-    """Return what a reader must know to trust the table's numbers."""
+    """Return notes that a reader needs to interpret the numbers of the table."""
     found = [
         "One multiply-add is one MAC; MACs and memory are for one image, memory is weights plus the peak of "
         "activations. Shares below are of the dense model.",

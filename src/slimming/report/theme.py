@@ -1,7 +1,8 @@
-"""Colours and the look of the charts: CSS variables on a page, the same colours written out in image files.
+"""Colours and style of the charts: CSS variables on a page, and the same colours as values in image files.
 
-The colours keep apart for the usual kinds of colour blindness: the ramp of the budgets goes from dark blue over teal to
-orange, so that neighbours differ in lightness or between blue and yellow, and lines differ by their dashes besides.
+The colours can be distinguished with the common kinds of colour blindness: the colours of the budgets range from dark
+blue over teal to orange, so that neighbours differ in lightness or between blue and yellow, and lines also differ in
+their dashes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberat
 
 
 def kind_name(kind: str) -> str:
-    """Return what a kind of unit is called in text."""
+    """Return the display name of a kind of unit."""
     return KINDS[kind][0] if kind in KINDS else kind
 
 
@@ -61,7 +62,7 @@ def variables(budgets: int, mode: str) -> dict[str, str]:
     """Return every colour by name.
 
     Args:
-        budgets: how many budgets need one.
+        budgets: number of budgets that need a colour.
         mode: ``"light"`` or ``"dark"``.
 
     >>> variables(2, "light")["budget-1"]
@@ -83,7 +84,7 @@ def on_paper(text: str, budgets: int) -> str:
 
 
 def config() -> dict[str, Any]:
-    """Return the look of all charts, as Vega-Lite's ``config``."""
+    """Return the style of all charts, as Vega-Lite's ``config``."""
     axis = {
         "domainColor": colour("soft"), "gridColor": colour("faint"), "labelColor": colour("soft"), "labelFontSize": 10,
         "labelLimit": 150, "tickColor": colour("soft"), "titleColor": colour("soft"), "titleFontSize": 10.5,
@@ -92,7 +93,7 @@ def config() -> dict[str, Any]:
     return {
         "font": "var(--sans)",
         "background": None,
-        "aria": False,  # a chart is told as a whole, and its numbers stand in a table beside it
+        "aria": False,  # the chart has one description, and a table beside it contains its numbers
         "view": {"stroke": None},
         "axis": axis,
         "axisX": {"grid": False, "titleAnchor": "end", "tickCount": 5},

@@ -159,7 +159,7 @@ def _steps(
 
 
 def _times(place: Path, results: Results, prices: _Prices) -> dict[str, float]:
-    """Predicted times of the run's models by name. That of a budget needs its plan, which may be gone."""
+    """Predicted times of the run's models by name; budgets whose plan was deleted are left out."""
     found = {"dense": prices.dense.latency_ms}
     for row in results.rows:
         if prices.table is not None and (place / row.name / "plan.json").is_file():

@@ -242,4 +242,4 @@ def _search(
 
 
 def _discard(line: str) -> None:
-    """Log nothing: the first process speaks for all."""
+    """Log nothing; only the main process logs."""

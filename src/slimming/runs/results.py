@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 def measure_all(
     models: Mapping[str, nn.Module], input_shape: Sequence[int], config: BenchConfig
 ) -> dict[str, dict[str, Any]]:
-    """Return latency and speed-up over the first model by batch size, for every model; all are measured in turns."""
+    """Return latency and speed-up over the first model by batch size, of all models, which are measured alternately."""
     reference = next(iter(models))
     timed: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
     for size in config.batch_sizes:

@@ -29,7 +29,7 @@ SPARE = 0.1
 SEARCHING = 0.25
 """Largest share of the training time for the search; retraining contributes more to the accuracy."""
 LEAST_SEARCH, LEAST_RETRAIN = 20, 50
-"""With fewer steps, the search is replaced by one-shot scores; a retraining has at least so many steps."""
+"""With fewer steps, the search is replaced by one-shot scores; a retraining has at least ``LEAST_RETRAIN`` steps."""
 MOST_EPOCHS = 300.0
 """Largest number of epochs of a retraining, as in ViT-Slim, section 4.1."""
 
@@ -114,9 +114,10 @@ def allocate(
     """Divide ``config.hours`` among the stages of a run.
 
     Scores, cuts, evaluations and measurements, whose time does not depend on the hours, are subtracted first. At most a
-    quarter of the rest is for the search, up to one epoch; if it is not enough for a tenth of an epoch, the model is
-    scored in one shot instead. The remaining time is for retraining, with the same number of steps for every budget.
-    Lengths that are not at their defaults are not changed.
+    quarter of the rest is for the search, up to one epoch; if it is not enough for a tenth of an epoch and
+    `LEAST_SEARCH` steps, the model is scored in one shot instead, unless the score needs training. The remaining time
+    is for retraining, with the same number of steps for every budget. Lengths that are not at their defaults are not
+    changed.
 
     Args:
         config: settings of the run; ``hours`` is set.
@@ -208,7 +209,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         data: the images.
         config: settings of the training, of which batch size, precision and workers are used.
     """
-    distributed_state()  # joins them
+    distributed_state()  # initialises the process group
     rank, world = rank_and_world_size()
     parts = world * config.accumulate
     batch_size = max(parts, min(config.batch_size, 64) // parts * parts)

@@ -1,6 +1,6 @@
 """Fisher scores: mean squared derivatives of the log-likelihood with respect to a factor on each unit.
 
-Half of it approximates, to second order, the KL divergence between the outputs with and without the unit.
+Half of this mean approximates, to second order, the KL divergence between the outputs with and without the unit.
 """
 
 from __future__ import annotations

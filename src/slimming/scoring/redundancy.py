@@ -2,10 +2,10 @@
 
 If a unit can be predicted from other units, removing it costs little once the layers that read it are compensated (see
 `slimming.pruning.compensation`): only the unpredictable part is lost, so the importance of the unit is multiplied by
-the share of this part in its power. Of two identical units, which predict each other, only one can be removed at this
-low cost. Units are therefore removed a few at a time, and the inverse covariance of the remaining units is updated
-after each step: the reciprocals of its diagonal are the unpredicted variances (Hassibi and Stork, NeurIPS 1992; for
-structures, ZipLM, NeurIPS 2023).
+the share of this part in its second moment. Of two identical units, which predict each other, only one can be removed
+at this low cost. Units are therefore removed a few at a time, and the inverse covariance of the remaining units is
+updated after each step: the reciprocals of the entries of its diagonal are the unpredicted variances (Hassibi and
+Stork, NeurIPS 1992; for structures, ZipLM, NeurIPS 2023).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ReadLayer:
         self._power = F.pad(power, (0, 1))[self._inputs].sum(1)
 
     def unpredicted(self, units: Tensor) -> Tensor:
-        """Return the share of the power of each of ``units`` that is not predicted, 0 to 1, shape (units,)."""
+        """Return the unpredicted share of the second moment of each of ``units``, 0 to 1, shape (units,)."""
         inputs = self._inputs[units]
         there = inputs < len(self._row)
         rows = self._row[inputs.clamp_max(len(self._row) - 1)]
@@ -160,7 +160,7 @@ class ReadLayer:
         self._row = moved[self._row]  # rows of removed inputs are not used again
 
     def restricted_to(self, units: Tensor) -> ReadLayer:
-        """Return the layer restricted to a few units, in which removing one of these takes little time."""
+        """Return the layer restricted to a few units, from which units can be removed quickly."""
         result = copy.copy(self)
         rows = self._rows(units)
         result._inverse = self._inverse[rows][:, rows]

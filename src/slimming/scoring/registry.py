@@ -52,7 +52,7 @@ class Score:
         needs_training: whether a search collects it during training, so that a search without training steps does not
             have it.
         needs_images: whether it is computed on calibration images (in a search: after the training).
-        kinds: the kinds for which it uses more than the mask; None: all.
+        kinds: the kinds for which the score depends on more than the mask; None means all kinds.
     """
 
     function: Callable[[Request], dict[str, Tensor]]

@@ -20,8 +20,8 @@ from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
 
 _LEAST, _NOTHING = 1e-6, 1e-30
-"""Eigenvalues of second moments are clamped to this share of their mean, and the mean to the other number, so that
-their square roots can be inverted even with the errors of single precision."""
+"""Eigenvalues of second moments are clamped to at least ``_LEAST`` times their mean, and the mean to at least
+``_NOTHING``, so that their square roots can be inverted despite rounding errors in single precision."""
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
             roles[group.site][group.role] = group
     queries = [of_site["qk"] for of_site in roles.values() if "qk" in of_site]
     values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
-    # The rotations change nothing outside the heads, so that all statistics can be computed before.
+    # The rotations change nothing outside the heads, so all statistics can be computed beforehand.
     moments = _moments(model, queries, values, images)
     for group in queries:
         q, k = (_slices(group, side) for side in ("query", "key"))
@@ -152,7 +152,7 @@ def _add_qk(moments_of: Sequence[Sequence[Moments]], group: Group, out_BND: Tens
     q, k = (
         out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
     )
-    k = k - k.mean(1, keepdim=True)  # softmax does not depend on what all keys have in common
+    k = k - k.mean(1, keepdim=True)  # the softmax does not depend on the mean key
     for units, (of_q, of_k) in zip(_heads(group), moments_of, strict=True):
         for moments, x in ((of_q, q), (of_k, k)):
             moments.add(x[..., units.start : units.stop].flatten(0, -2))

@@ -4,8 +4,8 @@ Scores are first-order estimates for one unit at a time. If many units are remov
 features of the embedding cost far more than the sum of their scores, and hidden units far less. The kinds are therefore
 weighed against each other by measurement: each kind alone is pruned to several shares, and the loss is evaluated on a
 few hundred images. The best way to distribute the loss of a kind over its units depends on the model: by rank if all
-layers have one shape, by score for channels of stages with different costs. Up to three plans of all kinds are
-therefore measured for each way.
+layers have the same shape, by score for channels of stages with different costs. Therefore up to three plans with all
+kinds are measured for each way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ JOINT = (0.7, 0.5, 0.3)
 BROKEN = 1e3
 """Increase of the loss that is recorded if the loss is not finite."""
 _SMALL = 1e-3
-"""Losses below this are not distinguished when the ways are compared."""
+"""Losses below this value count as equal when the ways are compared."""
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from slimming.errors import ConfigError, nearest
 SCHEDULES = ("cosine", "constant", "step")
 PRECISIONS = ("no", "bf16", "fp16")
 POOLS = ("first", "mean")
-"""What of a module's outputs (B, N, D) distillation compares: the first token, or the mean over tokens."""
+"""The part of a module's outputs (B, N, D) that distillation compares: the first token, or the mean over tokens."""
 AUGMENTATIONS = ("none", "light", "overhead", "deit")
 # Settings that affect logging or speed but not the result; they may differ when a run is resumed.
 FREE_SETTINGS = ("workers", "eval_every", "log_every", "checkpoint_seconds", "trackers")
@@ -26,11 +26,11 @@ class TrainConfig:
         batch_size: images per optimizer step, over all processes and accumulated parts together.
         accumulate: parts that each process splits its share of a batch into, to save memory.
         optimizer: a name of ``timm.optim``.
-        lr: learning rate at the end of warm-up, for the whole batch; nothing rescales it.
-        weight_decay: on weights with two or more dimensions.
-        schedule: ``"cosine"`` down to 1 % of ``lr``, ``"constant"``, or ``"step"``: a tenth from half the steps on, a
-            hundredth from three quarters.
-        warmup_epochs: linear rise at the start, within the epochs.
+        lr: learning rate at the end of warm-up; it is not rescaled with the batch size or the number of processes.
+        weight_decay: weight decay of parameters with two or more dimensions.
+        schedule: ``"cosine"`` down to 1 % of ``lr``, ``"constant"``, or ``"step"``: ``lr`` / 10 after half of the
+            steps, ``lr`` / 100 after three quarters.
+        warmup_epochs: epochs of linear warm-up, which are part of the total.
         clip_grad: largest gradient norm, or None.
         label_smoothing: share of the target spread over all classes.
         mixup: alpha of timm's mixup; 0 is off.
@@ -38,7 +38,7 @@ class TrainConfig:
         ema: decay of the averaged weights per step, or None.
         precision: autocast of the forward pass: ``"no"``, ``"bf16"`` or ``"fp16"``. Parameters stay float32.
         compile: run the model through ``torch.compile``.
-        seed: with the settings and the data, decides the whole run.
+        seed: random seed; seed, settings and data determine the result.
         workers: processes that read images; 0 reads in the training process. The result does not depend on
             it.
         eval_every: epochs between two evaluations; 0 evaluates at the end only.
@@ -116,10 +116,11 @@ class DataConfig:
         val_limit: use only the first images of the validation data.
         stream: read ``hf:`` data as a stream instead of downloading it first.
         augment: ``"none"``; ``"light"`` (crop, horizontal flip); ``"overhead"`` (light, and vertical flip and
-            90-degree rotations, for images without an up); ``"deit"`` (RandAugment and random erasing).
+            90-degree rotations, for images without an upright orientation); ``"deit"`` (RandAugment and random
+            erasing).
         mean: mean of the pixels by channel, between 0 and 1, instead of the model's own. For `transformers:NAME` it is
             read from the processor; a transformers model that is passed in has none and gets ImageNet's.
-        std: standard deviation by channel, likewise.
+        std: standard deviation of the pixels by channel, with the same defaults as ``mean``.
     """
 
     source: str
@@ -159,7 +160,7 @@ def check_distillation(alpha: float, temperature: float, pool: str, relation_hea
     """Check settings of `DistilTask`.
 
     Raises:
-        ConfigError: one of them cannot be.
+        ConfigError: a value is out of range.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is {alpha}; the teacher's share of the loss must be between 0 and 1.")

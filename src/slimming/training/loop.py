@@ -39,7 +39,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class History:
-    """Result of a training run, beside the trained model.
+    """Result of a training run, in addition to the trained model.
 
     Attributes:
         steps: optimizer steps, including those before the run was resumed.

@@ -183,7 +183,7 @@ class TarSource:
 
     A sample consists of an image (``.jpg``, ``.png``, ...) and its class number, in a ``.cls`` file or as ``label`` in
     a ``.json`` file. The headers of the shards are read once, which gives random access without a shuffle buffer. The
-    names of the classes are read from a file ``classes.txt`` beside the shards, one per line.
+    names of the classes are read from a file ``classes.txt`` in the same directory, one per line.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:

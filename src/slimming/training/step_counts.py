@@ -17,7 +17,7 @@ class StepCounts:
 
     Attributes:
         total: steps of the whole run.
-        per_epoch: steps of one epoch; ``total`` where the length of the data is unknown.
+        per_epoch: steps of one epoch; ``total`` if the length of the data is unknown.
         warmup: steps of the linear warm-up, contained in ``total``.
     """
 

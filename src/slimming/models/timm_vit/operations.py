@@ -108,7 +108,7 @@ def _block_operations(
         operation = _attention(block, sizes, groups, width, tokens)
         result.append(_if_alive(operation, attends, (*held, *normed), held_if_fewer))
     if sizes.hidden:
-        # The sum of the block's input and the attention's output is alive beside the block's input.
+        # The sum of the block's input and the attention's output is alive in addition to the block's input.
         attended: tuple[Product, ...] = ((tokens, width, *attends),) if sizes.heads else ()
         operation = _mlp(block, sizes, groups, width, tokens)
         alive = alive_of(f"{sizes.name}.mlp", groups)
@@ -164,7 +164,8 @@ def _mlp(block: Any, sizes: BlockSizes, groups: Set[str], width: Dim, tokens: Di
     params += [(width, one)] if mlp.fc2.bias is not None else []
     live: list[Product] = [(tokens, rows), (tokens, hidden)]
     if gated or isinstance(mlp.act, QuickGELU):
-        # Beside input and output of the activation: the product with the gate, or a factor of x * sigmoid(1.702 x).
+        # In addition to input and output of the activation: the product with the gate, or a factor of x *
+        # sigmoid(1.702 x).
         live.append((tokens, hidden))
     return Operation(
         name=site,

@@ -109,7 +109,7 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
         "embed_dim": width,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
-        # timm truncates width * ratio to an integer; a quarter of a unit more protects it from rounding down.
+        # timm truncates width * ratio to an integer; adding a quarter of a unit prevents rounding down.
         "mlp_ratio": (block.mlp.fc1.out_features + 0.25) / width,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),

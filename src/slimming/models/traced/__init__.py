@@ -1,4 +1,4 @@
-"""Family of all models without a family of their own: they are read by tracing them.
+"""Family of all models that no other family supports; they are read by tracing.
 
 Channels are found with torch-pruning's dependency graph, attention heads and gated MLPs with tables of classes.
 `reading` combines what `channels`, `heads` and `mlp` find, `verification` checks each group on the model itself,
@@ -30,7 +30,7 @@ SUBMODULE = "part"
 
 
 class Traced(Family):
-    """Reader of every model that has no family of its own.
+    """Reader of every model that no other family supports.
 
     Args:
         others: the other families, which may have cut submodules of a model.
@@ -86,7 +86,7 @@ class Traced(Family):
 
         if not rebuild.is_torchvision(model):
             return find()
-        # torchvision does not record the name of a model, so many have to be tried.
+        # torchvision does not record the name of a model, so many names have to be tried.
         return rebuild.rebased(self._torchvision.get(digest, find), model)
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:

@@ -2,10 +2,10 @@
 
 A unit is a channel with everything that produces it (rows of convolutions and Linears, entries of a BatchNorm) and
 everything that consumes it (columns of convolutions and Linears). Setting the columns to 0 is equivalent to removal,
-whatever lies in between: activations, pooling, squeeze-and-excitation, a depthwise convolution.
+regardless of the operations in between: activations, pooling, squeeze-and-excitation, depthwise convolutions.
 
 Channels that a LayerNorm or attention reads are features of a residual stream: the embedding width, which is one group
-per stage in hierarchical models. The norms take their statistics over the features that are kept.
+per stage in hierarchical models. After a cut, the norms compute their statistics over the kept features.
 """
 
 from __future__ import annotations

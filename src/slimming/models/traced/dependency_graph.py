@@ -108,8 +108,8 @@ class _OpaquePruner:
 def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
     """The coupled sets of channels.
 
-    torch-pruning prints and warns about operations that it may not follow. This is silenced, because every group is
-    verified on the model afterwards.
+    torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
+    is verified on the model afterwards.
     """
     import torch_pruning
 
@@ -177,7 +177,8 @@ def _unsupported_mappings_skipped() -> Iterator[None]:
     from torch_pruning.dependency import index_mapping
 
     errors = {
-        # torch-pruning knows no size for a residual sum over one part of a split that is joined with the other part.
+        # torch-pruning has no size for a residual sum over one part of a split that is concatenated with the other
+        # part.
         "update_concat_index_mapping": TypeError,
         "update_reshape_index_mapping": ArithmeticError,
     }

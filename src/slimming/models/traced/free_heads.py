@@ -1,7 +1,7 @@
 """Rewrite forwards that infer the head size from the embedding width, so that heads can be removed.
 
 Many attention classes contain ``reshape(B, N, 3, self.num_heads, C // self.num_heads)``, which determines the size of
-a head by the width of the input. With -1 in place of that one size, the same forward accepts any number of heads. The
+a head by the width of the input. With -1 in place of this size, the same forward accepts any number of heads. The
 forward is rewritten from the installed source of the host when a module loses heads, and nothing else in it changes. A
 forward without such an expression is not rewritten, and its heads are not removed.
 

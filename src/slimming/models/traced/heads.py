@@ -45,8 +45,9 @@ class Heads:
     """A row of a table: the layers, tensors and attributes of an attention class that depend on its heads.
 
     All paths are relative to the attention module. A path that a module does not have is ignored, so that one row
-    serves all variants of a class. The path of a layer or tensor that holds more than the heads ends in a range,
-    ``"in_proj[3072:]"``. The path of an attribute may end in an index into a tuple, ``"rel_pos.bias_shape[2]"``.
+    serves all variants of a class. If a layer or tensor has other rows too, its path ends in the range of the rows of
+    the heads, ``"in_proj[3072:]"``. The path of an attribute may end in an index into a tuple,
+    ``"rel_pos.bias_shape[2]"``.
 
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks of its rows, each with all heads in order (3 for a

@@ -1,4 +1,4 @@
-"""Make modules opaque to torch-pruning: each is one operation of its graph, whose inside is not traced.
+"""Make modules opaque to torch-pruning: each becomes a single operation of its graph and is not traced further.
 
 This is for attention and MLP modules that the tables of classes describe. Their reshapes into heads, position biases
 and splits make the index mappings of torch-pruning wrong and slow.

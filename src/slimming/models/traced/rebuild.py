@@ -37,7 +37,8 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
 
     Args:
         model: a model that was not cut as a whole.
-        change_: repeats on a new model what was done to this one since its host built it, such as cutting a submodule.
+        change_: applies to a newly built model the changes made to ``model`` since its host built it, such as cutting a
+            submodule.
     """
     module = type(model).__module__
     if module.startswith("transformers."):

@@ -17,7 +17,7 @@ from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
 TENSORS, FREE_HEADS = "tensors", "free_heads"
-"""Keys of a structure's entry beside the attributes: shapes of tensors, and whether the forward is rewritten."""
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
 
 
 def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, set[int]]]:
