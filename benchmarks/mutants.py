@@ -48,7 +48,14 @@ TESTS: tuple[tuple[str, ...], ...] = (
     ("tests/planning/test_latency_table.py", "tests/core"),
     ("tests/planning", "--ignore", "tests/planning/test_latency_table.py"),
     ("tests/pruning", "tests/masks", "tests/retraining", "-k", "not resumed"),
-    ("tests/scoring", "tests/models/test_widths.py", "tests/checkpoints", "-k", "not killed and not memory"),
+    (
+        "tests/scoring",
+        "tests/models/test_widths.py",
+        "tests/models/test_masked_norms.py",
+        "tests/checkpoints",
+        "-k",
+        "not killed and not memory",
+    ),
     ("tests/test_contract.py", "tests/models/test_slim_models.py", "-k", f"{SOME} and not compile and not process"),
 )
 """Where tests of the four folders are, in parts that are read at once; what others find besides is not counted."""

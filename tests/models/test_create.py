@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from slimming.errors import CheckpointError, UnsupportedModelError
-from slimming.models.create import WRAPPERS, create_dense, create_untrained, read_state
+from slimming.models.create import STATE_KEYS, create_dense, create_untrained, read_state
 
 ARGUMENTS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -22,7 +22,7 @@ def state() -> dict[str, torch.Tensor]:
     return timm.create_model("vit_tiny_patch16_224", **ARGUMENTS, num_classes=3).state_dict()
 
 
-@pytest.mark.parametrize("wrapper", [None, *WRAPPERS], ids=str)
+@pytest.mark.parametrize("wrapper", [None, *STATE_KEYS], ids=str)
 def test_weights_are_found_where_training_scripts_keep_them(
     wrapper: str | None, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -175,7 +175,7 @@ def test_a_log_line_cut_off_at_the_end_is_left_out_and_one_inside_is_refused(mak
         (lambda r: r["images"][0].update(png='"><script>'), "png is not base64"),
         (lambda r: r["search"].update(log="../elsewhere.jsonl"), "does not lie in"),
     ],
-    ids=["missing", "words", "percent", "quartile", "position", "dimensions", "no PNG", "markup", "outside"],
+    ids=["missing", "words", "percent", "quartile", "budget", "position", "dimensions", "no PNG", "markup", "outside"],
 )
 def test_what_no_run_holds_is_refused_by_place(
     make_run: MakeRun, change: Callable[[dict[str, Any]], Any], complaint: str
