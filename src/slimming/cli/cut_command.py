@@ -109,7 +109,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.scoring.one_shot import score
 
     if arguments.plan:
-        raise ConfigError("--one-shot and --plan exclude each other; drop one of them.")
+        raise ConfigError("--one-shot makes a plan itself; drop it or --plan.")
     if arguments.data is None:
         raise ConfigError("--one-shot needs images: give --data with a folder of them.")
     budgets = _budgets(arguments)
