@@ -64,7 +64,9 @@ def test_a_plan_may_name_groups_without_masks_that_it_leaves_whole() -> None:
     masks = attached(model, "mlp")
     hidden = {"blocks.0.mlp.hidden": tuple(range(0, 192, 2))}
     heads = {"blocks.0.attn.heads": 3}
-    masks.apply_(slimming.Plan(kept={**hidden, "blocks.0.attn.heads": (0, 1, 2)}, sizes=heads | dict.fromkeys(hidden, 192)))
+    masks.apply_(
+        slimming.Plan(kept={**hidden, "blocks.0.attn.heads": (0, 1, 2)}, sizes=heads | dict.fromkeys(hidden, 192))
+    )
     assert int((masks["blocks.0.mlp.hidden"] == 0).sum()) == 96
     with pytest.raises(PlanError, match=r"'blocks\.0\.attn\.heads', which has no mask"):
         masks.apply_(slimming.Plan(kept={"blocks.0.attn.heads": (0, 1)}, sizes=heads))
