@@ -281,3 +281,12 @@ def test_a_constant_input_that_goes_is_added_to_the_bias(layer: Any) -> None:
     torch.testing.assert_close(layer.bias, bias + 2 * weight[:, 2].reshape(3, -1).sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.weight[:, [0, 1, 3]], weight[:, [0, 1, 3]], rtol=1e-4, atol=1e-5)
     assert not layer.weight[:, 2].any()
+
+
+def test_a_plan_that_leaves_too_little_is_refused_before_anything_is_cut() -> None:
+    model = vit()
+    plan = plan_of(model, **{"blocks.0.tokens": (0, 1), "blocks.1.mlp.hidden": ()})
+    before = repr(model)
+    with pytest.raises(PlanError, match=r"leaves 0 units in 'blocks\.1\.mlp\.hidden'"):
+        compensation.cut_compensated_(prunable(model), plan, images(1, 2))
+    assert repr(model) == before
