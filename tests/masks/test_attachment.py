@@ -12,7 +12,7 @@ from torch import nn
 import slimming
 from slimming.errors import PlanError
 from slimming.masks import tokens
-from slimming.masks.attachment import independent, joint
+from slimming.masks.attachment import independent, joint, prunable
 from slimming.masks.soft_masks import SoftMasks
 from variants import SMALL
 
@@ -37,7 +37,7 @@ def test_queries_and_values_are_one_group_or_two() -> None:
 
 
 def test_attentions_without_a_coupled_group_keep_two() -> None:
-    groups = slimming.masks.attachment.prunable(vit(depth=2)).anatomy.groups
+    groups = prunable(vit(depth=2)).anatomy.groups
     some = [group for group in groups if group.name != "blocks.1.attn.qkv"]
     names = {group.name for group in joint(some)}
     assert names == {group.name for group in some} - {QUERIES, VALUES}
