@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slimming.core import files
 from slimming.core.files import (
     FORMAT,
     atomic_directory,
@@ -137,8 +137,8 @@ def test_newer_formats_are_refused_and_this_one_is_read() -> None:
 
 def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic_write_bytes(tmp_path / "file", b"one")
-    (tmp_path / "taken").write_bytes(b"of another process")
-    monkeypatch.setattr(files, "_beside", lambda path: path.with_name("taken"))
+    (tmp_path / ".file.taken").write_bytes(b"of another process")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
     with pytest.raises(OutputError, match="cannot be written"):
         atomic_write_bytes(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"

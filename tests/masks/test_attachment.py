@@ -72,7 +72,7 @@ def test_a_plan_may_name_groups_without_masks_that_it_leaves_whole() -> None:
         masks.apply_(slimming.Plan(kept={"blocks.0.attn.heads": (0, 1)}, sizes=heads))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=str)
 def test_the_mean_over_tokens_leaves_out_those_that_any_block_lost(depth: int) -> None:
     model = vit(depth=depth, global_pool="avg", class_token=False)
     masks = attached(model, "token")
@@ -86,8 +86,8 @@ def test_the_mean_over_tokens_leaves_out_those_that_any_block_lost(depth: int) -
 
 def test_private_operators_are_used_only_where_a_mask_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = tokens._KeyBiased.apply
-    monkeypatch.setattr(tokens._KeyBiased, "apply", lambda *given: calls.append(1) or real(*given))
+    real = tokens.KeyBiased.apply
+    monkeypatch.setattr(tokens.KeyBiased, "apply", lambda *given: calls.append(1) or real(*given))
     model = vit(depth=1)
     masks = attached(model, "token")
     image = torch.randn(1, 3, 32, 32)

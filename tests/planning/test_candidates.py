@@ -12,7 +12,7 @@ from slimming.planning.candidates import Candidate, CandidatePool, all_candidate
 
 
 @pytest.mark.parametrize(
-    ("size", "multiple", "bundle"), [(32, 8, 8), (16, 8, 4), (8, 8, 2), (6, 8, 1), (7, 2, 1), (4, 4, 1)]
+    ("size", "multiple", "bundle"), [(32, 8, 8), (16, 8, 4), (8, 8, 2), (6, 8, 1), (7, 2, 1), (4, 4, 1)], ids=str
 )
 def test_multiples_are_halved_until_four_sizes_are_left(size: int, multiple: int, bundle: int) -> None:
     candidates = all_candidates([mlp("m", size)], {"m": torch.arange(float(size))}, Layout(multiple=multiple))

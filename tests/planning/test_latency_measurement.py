@@ -63,7 +63,7 @@ def test_points_are_counted_in_the_log_and_kept_after_every_ten(
     assert LatencyTable.load(tmp_path / "table.json").points == whole.points[:20]
 
 
-@pytest.mark.parametrize(("width", "half"), [(48, None), (64, 128), (80, 128), (96, 192)])
+@pytest.mark.parametrize(("width", "half"), [(48, None), (64, 128), (80, 128), (96, 192)], ids=str)
 def test_multiples_are_timed_near_half_of_the_largest_size_from_256_on(
     monkeypatch: pytest.MonkeyPatch, width: int, half: int | None
 ) -> None:
@@ -83,7 +83,7 @@ def test_multiples_are_timed_near_half_of_the_largest_size_from_256_on(
     assert set(timed[-8:]) == {half + more for more in (0, 1, 2, 4, 8, 16, 32, 64)}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 8], ids=str)
 def test_the_time_beyond_the_layers_falls_with_what_it_depends_on(size: int) -> None:
     group = mlp("m", size)
     layers = (
@@ -92,7 +92,7 @@ def test_the_time_beyond_the_layers_falls_with_what_it_depends_on(size: int) -> 
     )
     anatomy = anatomy_of(group, layers=layers)
     table = LatencyTable(setting={}, points=({"kind": "conv", "like": "1", "out": 4, "ms": 2.0},), reference_ms=1.0)
-    found = latency_measurement._calibrated(table, anatomy, 10.0)
+    found = latency_measurement.calibrated(table, anatomy, 10.0)
     assert found.calibration == pytest.approx(1.0)
     for kept in range(1, size + 1):
         assert found.predict(anatomy, {"m": kept}) == pytest.approx(2.0 + 8.0 * kept / size)
@@ -104,9 +104,9 @@ def test_the_time_beyond_the_layers_falls_with_what_it_depends_on(size: int) -> 
 )
 def test_small_layers_are_timed_at_sizes_of_their_own(size: int, timed: tuple[int, ...]) -> None:
     layer = TimedLayer(name="fc", kind="mlp", like="1", axes=(("hidden", Dim(fixed=0, groups=(("m", 1),))),))
-    points = list(latency_measurement._grid_points(anatomy_of(mlp("m", size), layers=(layer, layer)), {"m"}))
+    points = list(latency_measurement.grid_points(anatomy_of(mlp("m", size), layers=(layer, layer)), {"m"}))
     assert [at for _, at in points] == [{"hidden": each} for each in timed]
-    whole = list(latency_measurement._grid_points(anatomy_of(mlp("m", size), layers=(layer,)), ()))
+    whole = list(latency_measurement.grid_points(anatomy_of(mlp("m", size), layers=(layer,)), ()))
     assert [at for _, at in whole] == [{"hidden": size}]
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 from planning.tiny import anatomy_of, mlp, sizes, tokens
 from slimming.core.budget import Budget
 from slimming.core.layout import FREE
-from slimming.errors import BudgetError
-from slimming.planning import knapsack as knapsack_module
 from slimming.planning import planner as planner_module
 from slimming.planning.knapsack import Solution, knapsack
 from slimming.planning.planner import Planner
@@ -84,40 +84,45 @@ def test_a_round_that_finds_less_does_not_replace_a_better_one(monkeypatch: pyte
 
 
 def test_what_does_not_fit_the_order_is_left_out_and_the_rest_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where branching fails, items are added by value per price; one that waits for another comes after it."""
-    solve = knapsack_module._solve
+    """Where branching fails, items are added by value per price."""
+    solve = scipy.optimize.milp
 
-    def relaxed_only(*arguments: Any, whole: bool) -> Any:
-        if whole:
-            raise BudgetError("no time")
-        return solve(*arguments, whole=whole)
+    def relaxed_only(*arguments: Any, integrality: Any, **others: Any) -> Any:
+        if integrality.any():
+            return SimpleNamespace(x=None, message="no time")
+        return solve(*arguments, integrality=integrality, **others)
 
-    monkeypatch.setattr(knapsack_module, "_solve", relaxed_only)
+    monkeypatch.setattr(scipy.optimize, "milp", relaxed_only)
     found = knapsack([10.0, 6.0, 1.0], {"a": [5.0, 4.0, 1.0]}, {"a": 6.0}, [])
     assert found is not None
     assert found.kept == (True, False, True)
     assert (found.value, found.bound) == (11.0, pytest.approx(11.5))
 
 
-def test_items_are_filled_in_until_no_more_fit() -> None:
+def test_items_are_filled_in_until_no_more_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first item may be kept with the third only, which comes later in the order; the fourth never fits."""
-    value, price = np.array([4.0, 3.0, 1.0, 5.0]), np.array([[2.0, 2.0, 2.0, 9.0]])
-    nothing = np.zeros(4, dtype=bool)
-    found = knapsack_module._filled(nothing, value, price, np.array([6.5]), [(0, 2)])
-    assert found.tolist() == [True, True, True, False]
-    assert not nothing.any()
-    assert knapsack_module._filled(nothing, value, price, np.array([4.5]), []).tolist() == [True, True, False, False]
+
+    def nothing(cost: Any, *, integrality: Any, **_: Any) -> Any:
+        x = None if integrality.any() else np.zeros(len(cost))
+        return SimpleNamespace(x=x, fun=-10.0, message="no time")
+
+    monkeypatch.setattr(scipy.optimize, "milp", nothing)
+    value, price = [4.0, 3.0, 1.0, 5.0], {"a": [2.0, 2.0, 2.0, 9.0]}
+    for room, before, kept in ((6.5, [(0, 2)], (True, True, True, False)), (4.5, [], (True, True, False, False))):
+        found = knapsack(value, price, {"a": room}, before)
+        assert found is not None
+        assert found.kept == kept
 
 
 def test_there_is_no_branching_where_the_relaxation_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    solve = knapsack_module._solve
+    solve = scipy.optimize.milp
 
-    def watched(*arguments: Any, whole: bool) -> Any:
-        asked.append(whole)
-        return solve(*arguments, whole=whole)
+    def watched(*arguments: Any, integrality: Any, **others: Any) -> Any:
+        asked.append(bool(integrality.any()))
+        return solve(*arguments, integrality=integrality, **others)
 
-    monkeypatch.setattr(knapsack_module, "_solve", watched)
+    monkeypatch.setattr(scipy.optimize, "milp", watched)
     found = knapsack([3.0, 2.0, 1.0], {"a": [1.0, 1.0, 1.0]}, {"a": 2.0}, [])
     assert found == Solution(kept=(True, True, False), value=5.0, bound=pytest.approx(5.0))
     assert asked == [False]
@@ -132,9 +137,9 @@ def test_times_are_averaged_over_a_quarter_of_the_group() -> None:
     def measure(kept: Mapping[str, int]) -> dict[str, float]:
         return {"latency": float(-(-kept["m"] // 4)) ** 2, "macs": float(kept["m"])}
 
-    found = planner_module._independent_unit_cost(anatomy_of(group), "m", {"m": 16}, {"latency": 1.0}, measure)
+    found = planner_module.independent_unit_cost(anatomy_of(group), "m", {"m": 16}, {"latency": 1.0}, measure)
     assert found == {"latency": (16 - 9) / 4}
-    counted = planner_module._independent_unit_cost(anatomy_of(group), "m", {"m": 16}, {"macs": 1.0}, measure)
+    counted = planner_module.independent_unit_cost(anatomy_of(group), "m", {"m": 16}, {"macs": 1.0}, measure)
     assert counted == {"macs": 1.0}
 
 
@@ -145,7 +150,7 @@ def test_a_unit_of_a_group_that_keeps_one_is_priced_by_one_more() -> None:
         return {"macs": float(kept["m"]) ** 2}
 
     for count, price in ((1, 4 - 1), (2, 4 - 1), (4, 16 - 9)):
-        found = planner_module._independent_unit_cost(anatomy_of(group), "m", {"m": count}, {"macs": 1.0}, measure)
+        found = planner_module.independent_unit_cost(anatomy_of(group), "m", {"m": count}, {"macs": 1.0}, measure)
         assert found == {"macs": float(price)}
 
 
@@ -156,5 +161,5 @@ def test_a_token_is_priced_where_deeper_blocks_have_lost_it_already() -> None:
         return {"macs": float(kept["t0"] * kept["t1"])}
 
     for counts, price in (({"t0": 5, "t1": 5}, 4), ({"t0": 5, "t1": 1}, 1)):
-        found = planner_module._independent_unit_cost(anatomy_of(*groups), "t0", counts, {"macs": 1.0}, measure)
+        found = planner_module.independent_unit_cost(anatomy_of(*groups), "t0", counts, {"macs": 1.0}, measure)
         assert found == {"macs": float(price)}

@@ -17,7 +17,7 @@ import slimming
 from slimming.errors import PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.traced import channels
-from slimming.pruning.checks import _covered, distance
+from slimming.pruning.checks import covered, distance
 
 
 def small(name: str, **arguments: Any) -> nn.Module:
@@ -210,6 +210,6 @@ def test_outputs_are_compared_with_as_many() -> None:
 
 def test_what_can_be_removed_is_a_share() -> None:
     model = timm.create_model("test_vit", img_size=32, num_classes=5, depth=1)
-    params, macs = _covered(prunable(model).anatomy)
+    params, macs = covered(prunable(model).anatomy)
     assert 0.5 < params <= 1
     assert 0.5 < macs <= 1

@@ -260,7 +260,7 @@ def test_a_layer_that_does_not_run_only_stops_to_read_what_goes() -> None:
     layer = nn.Linear(4, 3)
     before = copy.deepcopy(layer)
     with torch.no_grad():
-        compensation._refit_(layer, activations.Moments(3, torch.device("cpu"), 4), [0, 1, 3], [2])
+        compensation.refit_(layer, activations.Moments(3, torch.device("cpu"), 4), [0, 1, 3], [2])
     assert torch.equal(layer.weight[:, [0, 1, 3]], before.weight[:, [0, 1, 3]])
     assert not layer.weight[:, 2].any()
     assert torch.equal(layer.bias, before.bias)
@@ -277,7 +277,7 @@ def test_a_constant_input_that_goes_is_added_to_the_bias(layer: Any) -> None:
     moments.add(x, d)
     bias, weight = layer.bias.detach().clone(), layer.weight.detach().clone()
     with torch.no_grad():
-        compensation._refit_(layer, moments, [0, 1, 3], [2])
+        compensation.refit_(layer, moments, [0, 1, 3], [2])
     torch.testing.assert_close(layer.bias, bias + 2 * weight[:, 2].reshape(3, -1).sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.weight[:, [0, 1, 3]], weight[:, [0, 1, 3]], rtol=1e-4, atol=1e-5)
     assert not layer.weight[:, 2].any()
