@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,12 @@ def test_newer_formats_are_refused_and_this_one_is_read() -> None:
     check_format({"format": FORMAT}, "x")
     with pytest.raises(CheckpointError, match=rf"x has format {FORMAT + 1}, this version of slimming reads up to"):
         check_format({"format": FORMAT + 1}, "x")
+
+
+def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write_bytes(tmp_path / "file", b"one")
+    (tmp_path / ".file.taken").write_bytes(b"of another process")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
+    with pytest.raises(OutputError, match="cannot be written"):
+        atomic_write_bytes(tmp_path / "file", b"two")
+    assert (tmp_path / "file").read_bytes() == b"one"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.errors import PlanError, UnsupportedModelError
+from slimming.masks.attachment import prunable
 from slimming.models.traced import channels
-from slimming.pruning.checks import distance
+from slimming.pruning.checks import covered, distance
 
 
 def small(name: str, **arguments: Any) -> nn.Module:
@@ -39,6 +40,7 @@ def test_models_that_work_pass(name: str) -> None:
         "saves and loads",
     ]
     assert 0.3 < found.covered_macs <= 1
+    assert 0.3 < found.covered_params <= 1
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
@@ -112,6 +114,8 @@ def test_a_model_that_does_not_pass_says_where() -> None:
     found = slimming.check(nn.Linear(3, 4))
     assert not found.ok
     assert "does not take one image" in str(found)
+    assert (found.covered_params, found.covered_macs) == (0, 0)
+    assert str(found).startswith("no groups; covers 0% of MACs, 0% of params\n")
 
 
 def test_joins_that_torch_pruning_cannot_follow_are_passed_over() -> None:
@@ -196,3 +200,16 @@ def test_outputs_of_other_shapes_are_infinitely_far() -> None:
     assert distance([], []) == float("inf")
     assert distance([2 * one], [one]) == 0.5
     assert distance([one, one], [one, 1.25 * one]) == 0.25
+
+
+def test_outputs_are_compared_with_as_many() -> None:
+    one = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        distance([one, one], [one])
+
+
+def test_what_can_be_removed_is_a_share() -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=5, depth=1)
+    params, macs = covered(prunable(model).anatomy)
+    assert 0.5 < params <= 1
+    assert 0.5 < macs <= 1

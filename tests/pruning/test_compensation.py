@@ -245,3 +245,48 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_measured() -> Non
     plan = Plan(kept={"blocks.99.mlp.hidden": (0,)}, sizes={"blocks.99.mlp.hidden": 4})
     with pytest.raises(PlanError, match="does not have"):
         slimming.cut(model, plan, images=[torch.randn(2, 3, 32, 32)])
+
+
+def test_readers_name_the_inputs_that_go_in_order() -> None:
+    model: Any = vit()
+    anatomy = prunable(model).anatomy
+    for gone in ({8, 1}, {64, 3, 32}, {191, 0, 100, 7}):
+        stays = tuple(unit for unit in range(192) if unit not in gone)
+        kept = complete(anatomy, plan_of(model, **{"blocks.0.mlp.hidden": stays}))
+        assert compensation.readers(model, anatomy, kept) == {"blocks.0.mlp.fc2": sorted(gone)}
+
+
+def test_a_layer_that_does_not_run_only_stops_to_read_what_goes() -> None:
+    layer = nn.Linear(4, 3)
+    before = copy.deepcopy(layer)
+    with torch.no_grad():
+        compensation.refit_(layer, activations.Moments(3, torch.device("cpu"), 4), [0, 1, 3], [2])
+    assert torch.equal(layer.weight[:, [0, 1, 3]], before.weight[:, [0, 1, 3]])
+    assert not layer.weight[:, 2].any()
+    assert torch.equal(layer.bias, before.bias)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(4, 3, (1, 5)), nn.Conv1d(4, 3, 2)], ids=str
+)
+def test_a_constant_input_that_goes_is_added_to_the_bias(layer: Any) -> None:
+    """The third input is always 2, so that the bias takes over twice its weights, at every place of a kernel."""
+    x = torch.randn(64, 3)
+    d = torch.tensor([0.0, 0.0, 2.0, 0.0]).expand(64, 4)
+    moments = activations.Moments(3, torch.device("cpu"), 4)
+    moments.add(x, d)
+    bias, weight = layer.bias.detach().clone(), layer.weight.detach().clone()
+    with torch.no_grad():
+        compensation.refit_(layer, moments, [0, 1, 3], [2])
+    torch.testing.assert_close(layer.bias, bias + 2 * weight[:, 2].reshape(3, -1).sum(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight[:, [0, 1, 3]], weight[:, [0, 1, 3]], rtol=1e-4, atol=1e-5)
+    assert not layer.weight[:, 2].any()
+
+
+def test_a_plan_that_leaves_too_little_is_refused_before_anything_is_cut() -> None:
+    model = vit()
+    plan = plan_of(model, **{"blocks.0.tokens": (0, 1), "blocks.1.mlp.hidden": ()})
+    before = repr(model)
+    with pytest.raises(PlanError, match=r"leaves 0 units in 'blocks\.1\.mlp\.hidden'"):
+        compensation.cut_compensated_(prunable(model), plan, images(1, 2))
+    assert repr(model) == before

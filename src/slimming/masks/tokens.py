@@ -102,17 +102,17 @@ def biased_attention(
     """Attention with a key bias (1, 1, 1, N); on CPUs, a bias with a gradient uses private operators of PyTorch.
 
     These save more memory than time: without them, a search step of DeiT-S needs 1.17 times the memory at 224 pixels
-    and 1.54 times at 384, and takes 1.03 and 1.05 times as long. Only `_KeyBiased` calls them.
+    and 1.54 times at 384, and takes 1.03 and 1.05 times as long. Only `KeyBiased` calls them.
     """
     needs_gradient = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
     same_shape = query.shape == value.shape and query.dtype == key.dtype == value.dtype
     if not (needs_gradient and same_shape) or dropout_p or is_causal or others.get("enable_gqa"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
-    out: Any = _KeyBiased.apply(query, key, value, attn_mask.to(query.dtype), others.get("scale"))
+    out: Any = KeyBiased.apply(query, key, value, attn_mask.to(query.dtype), others.get("scale"))
     return out
 
 
-class _KeyBiased(torch.autograd.Function):
+class KeyBiased(torch.autograd.Function):
     """Fused attention on a CPU with a gradient of the key bias.
 
     In the backward pass, the bias is given to the kernel as an additional head dimension, which is 1 in the queries and
@@ -121,6 +121,7 @@ class _KeyBiased(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+        """Return the outputs of attention; the bias has shape (1, 1, 1, N)."""
         ctx.scale = query.shape[-1] ** -0.5 if scale is None else scale
         mask = bias.expand(1, 1, query.shape[2], -1)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -131,6 +132,7 @@ class _KeyBiased(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of queries, keys, values and the bias."""
         query, key, value, bias, out, total = ctx.saved_tensors
         column = bias.view(1, 1, -1).clamp_min(NEVER) / ctx.scale
         grads_wide = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

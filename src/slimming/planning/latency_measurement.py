@@ -82,7 +82,7 @@ def build_latency_table(
         table = LatencyTable.load(path).merged(table)
     known = {point_key(point) for point in table.points}
     missing = [
-        (layer, sizes) for layer, sizes in _grid_points(anatomy, moving) if point_key(_point(layer, sizes)) not in known
+        (layer, sizes) for layer, sizes in grid_points(anatomy, moving) if point_key(_point(layer, sizes)) not in known
     ]
     clock = Clock(even(*_largest(anatomy)), next(model.parameters()), batch_size, runtime)
     block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
@@ -97,7 +97,7 @@ def build_latency_table(
             table.save(path)
     if missing or table.calibration is None:
         whole = clock.times(TimedModule(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
-        table = _calibrated(table, anatomy, whole)
+        table = calibrated(table, anatomy, whole)
         table = replace(table, multiples=_multiples(clock, even, anatomy, 5 * seconds, block))
     if path is not None:
         table.save(path)
@@ -128,7 +128,7 @@ def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: flo
     return {**{multiple: at(half + multiple) / interpolated[multiple] for multiple in MULTIPLES}, WHOLE: 1.0}
 
 
-def _calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
+def calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
     """``table`` scaled so that the prediction for the dense model is ``whole`` milliseconds.
 
     The difference is added to the timed layer `REST` if the model has one; otherwise all times are scaled by a factor.
@@ -207,7 +207,7 @@ def _setting(model: nn.Module, anatomy: Anatomy, batch_size: int, runtime: str, 
     }
 
 
-def _grid_points(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[TimedLayer, dict[str, int]]]:
+def grid_points(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[TimedLayer, dict[str, int]]]:
     """All grid points of each distinct layer, along the axes whose sizes depend on ``groups``."""
     full = {group.name: group.size for group in anatomy.groups}
     seen: set[tuple[str, str]] = set()

@@ -280,7 +280,7 @@ def _marginal_cost(
         measure: see `Planner`.
     """
     if _is_independent(pool.anatomy.group(name)):
-        return _independent_unit_cost(pool.anatomy, name, counts, limits, measure)
+        return independent_unit_cost(pool.anatomy, name, counts, limits, measure)
     changed = kept[name].copy()
     unit = int(changed.argmin())  # the first that is removed, or unit 0 if all are kept
     changed[unit] = not changed[unit]
@@ -313,7 +313,7 @@ def _price_per_unit(
 ) -> float:
     """The cost of one unit of a group in the dense model, as the sum of its shares of the limits."""
     if _is_independent(anatomy.group(name)):
-        unit_cost = _independent_unit_cost(anatomy, name, full, limits, measure)
+        unit_cost = independent_unit_cost(anatomy, name, full, limits, measure)
         return sum(unit_cost[metric] / limit for metric, limit in limits.items())
     kept = np.ones(full[name], dtype=bool)
     kept[0] = False
@@ -321,7 +321,7 @@ def _price_per_unit(
     return sum((dense[metric] - less[metric]) / limit for metric, limit in limits.items())
 
 
-def _independent_unit_cost(
+def independent_unit_cost(
     anatomy: Anatomy, name: str, counts: Mapping[str, int], limits: Mapping[str, float], measure: Measure
 ) -> dict[str, float]:
     """The cost per metric of one unit of an independent group, when every group keeps ``counts`` units.

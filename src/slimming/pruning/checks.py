@@ -117,7 +117,7 @@ def check_with_trial(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> t
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
     kinds = Counter(group.kind for group in anatomy.groups if group.role != "qkv")
-    params, macs = _covered(anatomy)
+    params, macs = covered(anatomy)
     steps: list[Step] = []
     trial = Trial(read_model, keep, seed)
     stages: Sequence[tuple[str, Callable[[], str]]] = (
@@ -149,7 +149,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _covered(anatomy: Anatomy) -> tuple[float, float]:
+def covered(anatomy: Anatomy) -> tuple[float, float]:
     """The shares of parameters and multiply-adds that are removed with all units of all groups."""
     full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     whole, none = total(anatomy, full), total(anatomy, dict.fromkeys(full, 0))

@@ -94,7 +94,7 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
         for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
             kept_inputs = {name: _kept_inputs(removed_inputs[name], model.get_submodule(name)) for name in part}
             for name, moments in _gather_moments(dense, model, kept_inputs, images).items():
-                _refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
+                refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
@@ -162,7 +162,7 @@ def _gather_moments(
     return gathered
 
 
-def _refit_(module: Any, moments: Moments, kept: Sequence[int], removed: Sequence[int]) -> None:
+def refit_(module: Any, moments: Moments, kept: Sequence[int], removed: Sequence[int]) -> None:
     """Add the predicted contribution of the difference to the kept columns and the bias."""
     weight, bias = module.weight, module.bias
     moments.add_up()
