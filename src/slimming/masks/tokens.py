@@ -102,7 +102,8 @@ def biased_attention(
     """Attention with a key bias (1, 1, 1, N); on CPUs, a bias with a gradient uses private operators of PyTorch.
 
     These save more memory than time: without them, a search step of DeiT-S needs 1.17 times the memory at 224 pixels
-    and 1.52 times at 384, and takes 1.02 and 1.04 times as long (`benchmarks/key_bias.py`). Only `KeyBiased` calls them.
+    and 1.52 times at 384, and takes 1.02 and 1.04 times as long (`benchmarks/key_bias.py`). Only `KeyBiased` calls
+    them.
     """
     needs_gradient = attn_mask.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"
     same_shape = query.shape == value.shape and query.dtype == key.dtype == value.dtype
