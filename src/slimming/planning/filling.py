@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from slimming.planning.candidates import CandidatePool, Removed
 
 Usage = Callable[[Removed], Mapping[str, float]]
@@ -18,6 +16,11 @@ NEAR = 0.99
 """Share of a limit that a plan must use; one that uses less is filled, and says why if it still uses less."""
 _TRIALS = 4000
 """Largest number of plans whose cost is computed while candidates are exchanged."""
+
+
+def share_of(cost: float, limit: float) -> float:
+    """Return ``cost`` as a share of ``limit``: above 1 if and only if the cost is above the limit, despite rounding."""
+    return cost / limit if cost <= limit else max(cost / limit, 1 + 1e-12)
 
 
 class Filling:
@@ -94,7 +97,7 @@ class Filling:
         return removed
 
     def _exchanges(self, removed: Removed) -> Iterator[Removed]:
-        """Yield choices of more value: the next candidates of one chain are removed, and the room is filled."""
+        """Yield choices of more value: the next candidates of one chain make room for those of other chains."""
         value = self.kept_value(removed)
         chains: dict[tuple[str, int], list[int]] = {}
         for index in self._order:
@@ -123,7 +126,7 @@ def shortfall(
     Args:
         filling: the candidates and limits.
         removed: the removed candidates of the plan.
-        amount: returns the text for a share of a limit: ``amount("macs", 0.9)`` is ``"45 % of the dense model's MACs"``.
+        amount: returns the text for a share of a limit, such as ``"45.00% of the dense model's MACs"``.
         nested: whether the plan had to be nested, so that its room was not filled.
 
     Returns:
@@ -138,14 +141,14 @@ def shortfall(
     fitting = [index for index, after in additions.items() if max(after.values()) <= 1]
     if nested and fitting:
         step, reason = filling.last(removed), "The next units in the fixed order of nested plans do not fit"
-    elif additions:
+    else:
         step = min(additions, key=lambda index: max(additions[index].values()))
         reason = "No further units fit"
-    else:
-        return {"below": 1 - usage[closest], "note": note}
-    after = additions.get(step) or filling.usage_with(removed, step)
+        if not nested:
+            reason += ", and no exchange of units was found that keeps more of the score"
+    after = additions[step]
     worst = max(after, key=lambda metric: after[metric])
-    note += f" {reason}: {filling.words(step)} would make it {amount(worst, after[worst])}."
+    note += f" {reason}: with {filling.words(step)} more, it would keep {amount(worst, after[worst])}."
     if nested and fitting:
         note += " Plans of the default solver fill the room with other units."
     return {"below": 1 - usage[closest], "note": note}

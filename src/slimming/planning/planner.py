@@ -31,7 +31,7 @@ from slimming.planning.candidates import (
     removal_order,
     removal_order_of_kind,
 )
-from slimming.planning.filling import NEAR, Filling, shortfall
+from slimming.planning.filling import Filling, share_of, shortfall
 from slimming.planning.knapsack import GAP, knapsack
 from slimming.planning.sensitivity import Sensitivity, with_measured_loss
 
@@ -87,8 +87,8 @@ class Planner:
         Args:
             budget: what the slim model may cost.
             fold: stored in the plan, see `Plan`.
-            solver: ``"nested"`` or ``"exact"``; None takes ``"nested"`` if it reaches 99 % of a single limit, else
-                ``"exact"``. Keep ratios need no solver.
+            solver: ``"nested"`` or ``"exact"``; None takes ``"nested"`` if it reaches 99 % of a single limit or of
+                every keep ratio, else ``"exact"``.
 
         Raises:
             BudgetError: the budget cannot be reached (the message names the smallest that can), or it names a kind
@@ -110,21 +110,25 @@ class Planner:
     def _under_limits(self, budget: Budget, solver: str | None) -> tuple[Removed, dict[str, Any]]:
         """Return the removed candidates under limits, and how they were chosen."""
         prices = _prices(self._pool, budget, self._measure)
-        pool = self._pool.with_candidates(
-            with_measured_loss(self._candidates, self._groups, self._sensitivity, prices)
-        )
+        pool = self._pool.with_candidates(with_measured_loss(self._candidates, self._groups, self._sensitivity, prices))
         dense = self._measure({group.name: group.size for group in pool.anatomy.groups})
         limits = budget.absolute(dense)
 
         def usage(removed: Removed) -> dict[str, float]:
             cost = self._measure(pool.counts(pool.kept(removed)))
-            return {metric: cost[metric] / limit for metric, limit in limits.items()}
+            return {metric: share_of(cost[metric], limit) for metric, limit in limits.items()}
 
         filling = Filling(pool, removal_order(pool.candidates, prices.tolist()), usage)
         removed, solution = _greedy(pool, budget, self._measure, prices), {"solver": "nested"}
         if solver == "exact" or (solver is None and (len(limits) > 1 or not filling.is_near(removed))):
             exact, solution = _exact(pool, budget, self._measure, removed)
-            removed = max(filling.improve(exact), filling.improve(removed), key=filling.kept_value)
+            filled = max(filling.improve(exact), filling.improve(removed), key=filling.kept_value)
+            gain = filling.kept_value(filled) - filling.kept_value(exact)
+            if "gap" in solution:
+                solution["gap"] = max(0.0, solution["gap"] - gain / (float(pool.values.sum()) or 1.0))
+            if (filled != exact).any():
+                solution["solver"] = "exact"
+            removed = filled
         lost, total = float(pool.values[~pool.remaining(removed)].sum()), float(pool.values.sum())
         solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
         return removed, solution | shortfall(filling, removed, _amounts(budget), nested=solver == "nested")
@@ -136,8 +140,8 @@ class Planner:
         solution: dict[str, Any] = {}
         for kind in sorted(keep, key=list(KINDS).index):
             order, ratios = _keep_ratios_along_order(self._groups, self._candidates, kind)
-            names = [group.name for group in self._groups if group.kind == kind and group.name in self._pool.names]
-            if not any(group.kind == kind for group in self._groups):
+            sizes = {group.name: group.size for group in self._groups if group.kind == kind}
+            if not sizes:
                 have = ", ".join(sorted({group.kind for group in self._groups}))
                 raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
             count = next((i for i, ratio in enumerate(ratios) if ratio <= keep[kind] + 1e-9), None)
@@ -148,13 +152,13 @@ class Planner:
                 )
             removed[order[:count]] = True
 
-            def usage(removed: Removed, kind: str = kind, names: Sequence[str] = names) -> dict[str, float]:
+            def usage(removed: Removed, kind: str = kind, sizes: Mapping[str, int] = sizes) -> dict[str, float]:
                 kept = self._pool.kept(removed)
-                total = sum(mask.size for name, mask in kept.items() if name in names)
-                return {kind: sum(int(kept[name].sum()) for name in names) / total / (keep[kind] + 1e-9)}
+                units = sum(int(kept[name].sum()) if name in kept else size for name, size in sizes.items())
+                return {kind: share_of(units / sum(sizes.values()), keep[kind] + 1e-9)}
 
             filling = Filling(self._pool, order, usage)
-            if solver != "nested":
+            if solver == "exact" or (solver is None and not filling.is_near(removed)):
                 removed = filling.improve(removed)
             found = shortfall(filling, removed, _amounts(budget), nested=solver == "nested")
             if float(found.get("below", 0.0)) > float(solution.get("below", 0.0)):

@@ -134,6 +134,7 @@ class Row:
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
     memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
     one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory.
+    ``plan_note`` says why the plan ends below its limit.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Row:
     layers: tuple[Layer, ...] | None = ()
     widths: tuple[Width, ...] | None = ()
     log: str | None = None
+    plan_note: str = ""
 
     def __post_init__(self) -> None:
         for key, limit in self.limits.items():
