@@ -15,26 +15,28 @@ from slimming.core.files import (
     atomic_json,
     atomic_write_bytes,
     check_format,
+    check_free,
     check_json,
     explain,
-    new_directory,
     read_json,
     read_sealed,
     seal,
     unseal,
 )
+from slimming.core.locks import PARTIAL
 from slimming.errors import CheckpointError, ConfigError, OutputError
 
 
-def test_a_new_directory_is_empty_and_may_be_there_already(tmp_path: Path) -> None:
-    assert new_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert new_directory(tmp_path / "a" / "b").is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_only_new_and_empty_directories_are_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "a")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    check_free(tmp_path / "a" / "b")
     with pytest.raises(OutputError, match="is not empty"):
-        new_directory(tmp_path / "a")
+        check_free(tmp_path / "a")
+    check_free(tmp_path / "a", besides=("b",))
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        new_directory(tmp_path / "file")
+        check_free(tmp_path / "file")
 
 
 def test_what_a_block_writes_is_there_at_its_end_only(tmp_path: Path) -> None:
@@ -137,8 +139,8 @@ def test_newer_formats_are_refused_and_this_one_is_read() -> None:
 
 def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic_write_bytes(tmp_path / "file", b"one")
-    (tmp_path / ".file.taken").write_bytes(b"of another process")
     monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
+    (tmp_path / f"{PARTIAL}taken").write_bytes(b"of another process")
     with pytest.raises(OutputError, match="cannot be written"):
         atomic_write_bytes(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"

@@ -295,7 +295,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     train(data, tiny_config(steps=2), tmp_path, make_model())
     with pytest.raises(OutputError, match="holds a run already"):
         train(data, tiny_config(steps=2), tmp_path, make_model())
-    with pytest.raises(ConfigError, match=r"started with lr 0\.003 \(now 0\.1\)"):
+    with pytest.raises(ConfigError, match=r"started with other settings:\n  lr: 0\.003 \(now 0\.1\)"):
         train(data, tiny_config(steps=2, lr=0.1), tmp_path, make_model(), resume=True)
     with pytest.raises(CheckpointError, match="another model"):
         train(data, tiny_config(steps=2), tmp_path, make_model(embed_dim=32), resume=True)

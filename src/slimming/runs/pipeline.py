@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from slimming.core.completion import complete
-from slimming.core.files import atomic_json, json_values, read_json
+from slimming.core.files import atomic_json, check_free, exclusive, json_values, read_json
+from slimming.core.interrupts import interruptible
 from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
@@ -60,15 +62,23 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         The content of ``results.json``; an empty dict on processes other than the main one.
 
     Raises:
-        SlimmingError: a subclass for each cause, such as ConfigError, DataError or BudgetError.
+        OutputError: the directory contains files of others, is in use by another process, or is not writable.
+        Interrupted: Ctrl-C was pressed, or SIGTERM received; finished stages and the state of a training are kept.
+        SlimmingError: a subclass for each other cause, such as ConfigError, DataError or BudgetError.
     """
+    directory, is_main = Path(directory), distributed_state().is_main_process
+    stop = interruptible(f"finished stages are kept in {directory}; run again to go on.")
+    with stop, exclusive(directory) if is_main else nullcontext():
+        if is_main and not (directory / SETTINGS).exists():
+            check_free(directory, besides=("config.yaml",))
+        return _run(config, directory, log if is_main else _discard)
+
+
+def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
     from slimming.report import write_report, write_table
     from slimming.report.model import parse
 
-    directory, began = Path(directory), time.monotonic()
-    world = distributed_state()
-    if not world.is_main_process:
-        log = _discard
+    began, world = time.monotonic(), distributed_state()
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
     for note in notes:
@@ -77,6 +87,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     shares = check_budgets(whole, config)
     check_training("search.train", config.search.train, data, directory)
     check_training("retrain", config.retrain, data, directory)
+    check_settings(config, directory, write=world.is_main_process)
     asked, allocation = config, _time_allocation(dense, data, config, shares, directory, began)
     if allocation is not None:
         log(allocation.line(asked))
@@ -84,7 +95,6 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     images_per_pass = min(256, config.search.train.images_per_pass, config.retrain.images_per_pass)
     evaluate_model = partial(evaluate, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, evaluate_model, directory, log)
-    check_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, evaluate_model, log)
     result, seconds = _search(dense, data, config, directory / "search", evaluate_model, log)
     context = RunContext(
