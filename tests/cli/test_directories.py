@@ -20,7 +20,8 @@ import slimming as library
 from slimming.cli import main
 from slimming.errors import OutputError
 from slimming.training import loop
-from tests.cli.conftest import ARGUMENTS, TRAIN, Call, settings
+
+from .conftest import ARGUMENTS, TRAIN, Call, settings
 
 COMMANDS = ("run", "search", "train")
 

@@ -22,13 +22,13 @@ from slimming.core.files import (
     check_free,
     exclusive,
     json_values,
-    read_json,
     recorded_creations,
     remove_empty,
 )
 from slimming.core.locks import is_temporary
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.errors import ConfigError, OutputError
+from slimming.report.model import RESULTS
 from slimming.runs.config import FREE_SECTIONS
 from slimming.training.config import FREE_SETTINGS
 
@@ -161,7 +161,7 @@ def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
-    results = read_json(target)
+    results = RESULTS.read_values(target)
     return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
 
 
