@@ -21,14 +21,12 @@ from slimming.core.files import (
     atomic_write_text,
     check_free,
     exclusive,
-    json_values,
     recorded_creations,
     remove_empty,
 )
 from slimming.core.locks import is_temporary
-from slimming.core.same_settings import check_same_settings, differing
+from slimming.core.same_settings import check_same_settings
 from slimming.errors import ConfigError, OutputError
-from slimming.report.model import RESULTS
 from slimming.runs.config import FREE_SECTIONS
 from slimming.training.config import FREE_SETTINGS
 
@@ -154,15 +152,6 @@ def check_config(directory: Path, config: Any, command: str) -> None:
         free_sections=() if edited else FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
-
-
-def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
-    """Return the results of a finished run in ``directory`` with these settings, or None."""
-    target = directory / "results.json"
-    if not target.exists() or not (directory / "report.html").exists():
-        return None
-    results = RESULTS.read_values(target)
-    return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
 
 
 @contextmanager

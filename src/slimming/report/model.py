@@ -278,7 +278,7 @@ class Results:
 RESULTS = FileKind(
     name="the results of a run",
     schema=Results,
-    mend="Repeat `slimming run`, which goes on where it stopped and writes them again.",
+    mend="Remove it and repeat `slimming run`, which goes on where it stopped and writes it again.",
     largest=64 * MIB,
 )
 

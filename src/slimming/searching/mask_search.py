@@ -346,6 +346,21 @@ def search_directory(directory: Path) -> Path | None:
     return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
+def verify_search(directory: Path) -> SearchContent:
+    """Verify the checksums of the files that `SearchResult.save` wrote, and return the record.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    record = SEARCH.read(directory / RECORD)
+    for name in (WEIGHTS, MASKS, SCORES_FILE):
+        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
+            raise CheckpointError(
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
+            )
+    return record
+
+
 def load_search(directory: str | Path) -> SearchResult:
     """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
@@ -353,12 +368,7 @@ def load_search(directory: str | Path) -> SearchResult:
         CheckpointError: a file is missing, damaged, or of a newer format.
     """
     directory = Path(directory)
-    record = SEARCH.read(directory / RECORD)
-    for name in (WEIGHTS, MASKS, SCORES_FILE):
-        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
-            raise CheckpointError(
-                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
-            )
+    record = verify_search(directory)
     scored = load_scores(directory / SCORES_FILE)
     config = record.config
     model = checkpoint.build(scored.anatomy.structure)
