@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from slimming.training import loop
 from .conftest import ARGUMENTS, TRAIN, Call, settings
 
 COMMANDS = ("run", "search", "train")
+slow = pytest.mark.slow
+RUN_IS_SLOW = [pytest.param(name, marks=slow if name == "run" else (), id=name) for name in COMMANDS]
 
 
 def words(site: Path, command: str, output: Path) -> list[str]:
@@ -148,7 +152,7 @@ def watch_writes(monkeypatch: pytest.MonkeyPatch, output: Path, copies: Path) ->
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", RUN_IS_SLOW)
 def test_killed_in_the_first_writes_the_same_command_goes_on(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -165,7 +169,7 @@ def test_killed_in_the_first_writes_the_same_command_goes_on(
         assert {*tree(copy)} == {*tree(output)}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", RUN_IS_SLOW)
 def test_a_second_start_is_refused_while_the_first_runs(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -187,6 +191,21 @@ def test_a_second_start_is_refused_while_the_first_runs(
     assert f"{output} is in use by process {os.getpid()} on " in shown.err
     assert shown.code == 0
     assert not list(output.rglob(".*"))
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["to a directory", "to nothing"])
+def test_an_output_that_is_a_link_is_used_and_stays_a_link(
+    slimming: Call, site: Path, tmp_path: Path, exists: bool
+) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    if exists:
+        real.mkdir()
+    link.symlink_to(real)
+    assert slimming(*words(site, "search", link)).code == 0
+    assert link.is_symlink()
+    assert (real / "search.json").exists()
+    assert "nothing to do" in slimming(*words(site, "search", real)).out
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
 HOLDER = """
@@ -217,12 +236,12 @@ def test_a_killed_process_holds_no_lock(slimming: Call, site: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
-    """Send this process a signal at a call of a function of slimming; the argument ``at`` counts the calls from 1."""
+def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A context in which the call number ``at`` of a function of slimming sends this process a signal."""
 
-    def patch(place: str, number: int, at: int) -> None:
-        original = _resolve(place)
-        calls = []
+    @contextmanager
+    def patched(place: str, number: int, at: int) -> Iterator[None]:
+        original, calls = resolve_name(place), []
 
         def interrupted(*given: Any, **more: Any) -> Any:
             calls.append(1)
@@ -230,52 +249,53 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
                 signal.raise_signal(number)
             return original(*given, **more)
 
-        monkeypatch.setattr(place, interrupted)
-
-    return patch
-
-
-def _resolve(place: str) -> Any:
-    from pkgutil import resolve_name
-
-    return resolve_name(place)
-
-
-STEP = "slimming.training.loop.TrainingRun.train_step"
-MOMENTS = {
-    "first step of the search": (STEP, 1),
-    "last step of the search": (STEP, 2),
-    "evaluation of the search": ("slimming.training.evaluation.validation_batches", 2),
-    "scoring": ("slimming.searching.mask_search.calibration_batches", 1),
-    "cutting": ("slimming.runs.stages.cut_from_last", 1),
-    "last step of a retraining": (STEP, 4),
-    "measuring": ("slimming.runs.results.paired_times", 1),
-    "planning for the report": ("slimming.runs.explore.plans", 1),
-    "report": ("slimming.report.pages.Page.write", 1),
-}
-
-
-@pytest.mark.parametrize(("place", "at"), MOMENTS.values(), ids=MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_stops_the_run_which_then_goes_on(
-    slimming: Call, site: Path, tmp_path: Path, sent: Any, monkeypatch: Any, number: int, place: str, at: int
-) -> None:
-    output, before = tmp_path / "out", {}
-    for each in (signal.SIGINT, signal.SIGTERM):
-        before[each] = signal.signal(each, lambda *_: None)
-    try:
         with monkeypatch.context() as patch:
-            patch.setattr(monkeypatch, "setattr", patch.setattr)
-            sent(place, number, at)
-            stopped = slimming(*words(site, "run", output))
+            patch.setattr(place, interrupted)
+            yield
+        assert len(calls) >= at
+
+    return patched
+
+
+STEP, EVALUATION = "slimming.training.loop.TrainingRun.train_step", "slimming.training.evaluation.validation_batches"
+MOMENTS = {
+    "last step": ("search", STEP, 2),
+    "evaluation": ("search", EVALUATION, 1),
+    "last step of a training": ("train", STEP, 2),
+    "first step of a run": ("run", STEP, 1),
+    "evaluation of the search": ("run", EVALUATION, 2),
+    "scoring": ("run", "slimming.searching.mask_search.calibration_batches", 1),
+    "cutting": ("run", "slimming.runs.stages.cut_from_last", 1),
+    "last step of a retraining": ("run", STEP, 4),
+    "measuring": ("run", "slimming.runs.results.paired_times", 1),
+    "planning for the report": ("run", "slimming.runs.explore.plans", 1),
+    "report": ("run", "slimming.report.pages.Page.write", 1),
+}
+LAST_FILES = {"run": "table.md", "search": "search.json", "train": "model"}
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "at"),
+    [pytest.param(*case, id=name, marks=slow if case[0] == "run" else ()) for name, case in MOMENTS.items()],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_stops_the_command_which_then_goes_on(
+    slimming: Call, site: Path, tmp_path: Path, sent: Any, number: int, command: str, place: str, at: int
+) -> None:
+    output, line = tmp_path / "out", words(site, command, tmp_path / "out")
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+    ours = signal.getsignal(number)
+    try:
+        with sent(place, number, at):
+            stopped = slimming(*line)
         assert stopped.code == 128 + number
         assert "Stopped" in stopped.err
-        assert f"slimming run {site / 'config.yaml'} --output {output}" in stopped.err
-        assert not (output / "table.md").exists()
-        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+        assert f": slimming {command} " in stopped.err
+        assert not (output / LAST_FILES[command]).exists()
+        assert signal.getsignal(number) is ours
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    gone_on = slimming(*words(site, "run", output))
+    gone_on = slimming(*line)
     assert gone_on.code == 0, gone_on.err
-    assert (output / "table.md").exists()
+    assert (output / LAST_FILES[command]).exists()

@@ -40,7 +40,8 @@ def _record(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents, as far as they do not exist."""
+    """Create a directory and its parents, as far as they do not exist; of a link, the directory that it points to."""
+    path = Path(os.path.realpath(path))
     for missing in reversed([place for place in (path, *path.parents) if not place.exists()]):
         missing.mkdir(exist_ok=True)
         _record(missing)
@@ -153,7 +154,8 @@ def exclusive(directory: Path) -> Iterator[None]:
     """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"{directory} is a file; give a directory that is empty or does not exist yet.")
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    real = Path(os.path.realpath(directory))
+    missing = [path for path in (real, *real.parents) if not path.exists()]
     try:
         with ExitStack() as stack:
             try:

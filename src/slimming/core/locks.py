@@ -70,20 +70,23 @@ def lock_file(target: Path) -> Path:
 
 def _acquired(target: Path) -> BaseFileLock:
     path = lock_file(target)
+    existed = path.exists()
     # The instance of a path is shared, so that functions which call each other can all take the lock.
     try:
-        lock: BaseFileLock = FileLock(path, is_singleton=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OutputError(_in_use(target)) from error
+        return _taken(FileLock(path, is_singleton=True), target)
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-        lock = SoftFileLock(path, is_singleton=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as held:
-            raise OutputError(_in_use(target)) from held
+    if not existed and path.stat().st_size == 0:  # left by the attempt
+        path.unlink()
+    return _taken(SoftFileLock(path, is_singleton=True), target)
+
+
+def _taken(lock: BaseFileLock, target: Path) -> BaseFileLock:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(_in_use(target)) from error
     return lock
 
 

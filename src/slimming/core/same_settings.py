@@ -57,7 +57,7 @@ def differing(
 
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Single values by dotted name, also those in lists of mappings: ``budgets[0].macs``."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not name):
         parts = [(f"{name}.{key}" if name else key, entry) for key, entry in value.items()]
     elif isinstance(value, (list, tuple)) and any(isinstance(entry, (Mapping, list, tuple)) for entry in value):
         parts = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]

@@ -105,8 +105,8 @@ def write_report(run_directory: Path, output: Path | None = None, explored: Expl
     run_directory = Path(run_directory)
     results = read_results(run_directory)
     search = results.search or Search()
-    searched = read_log(run_directory, search.log)
-    read = {row.name: read_log(run_directory, row.log) for row in results.rows}
+    searched = read_log(run_directory, search.log, search.log_sha256)
+    read = {row.name: read_log(run_directory, row.log, row.log_sha256) for row in results.rows}
     logs = {name: log for name, log in read.items() if log is not None and log.lines}
     named = {search.log: searched, **{row.log: logs.get(row.name) for row in results.rows}}
     return Page([explored] if explored is not None else []).write(

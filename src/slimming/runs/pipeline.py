@@ -133,6 +133,7 @@ def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
         rows = [{**row, **timed[row["name"]]} for row in rows]
         dense_row = dense_entry(dense, top1, timed["dense"])
         results = results_of(asked, whole, data, dense_row, rows, result, seconds)
+        results["search"]["log_sha256"] = checkpoint.sha256(directory / SEARCH_PLACE / LOG_FILE)
         if allocation is not None:
             results["time_allocation"] = dataclasses.asdict(allocation)
         RESULTS_KIND.write(directory / RESULTS_FILE, results)
