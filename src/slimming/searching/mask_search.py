@@ -25,6 +25,7 @@ from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import assign_state_
+from slimming.models.hosts import name_classes
 from slimming.models.prunable import read_as
 from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
@@ -162,7 +163,9 @@ def search(
     check_trainable(model)
     config = config or SearchConfig()
     masks = _attach_masks(model, data, config)
-    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing, data.classes)
+    if loss is None:
+        name_classes(model, data.classes)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
