@@ -26,19 +26,20 @@ from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
 from slimming.pruning.cutting import cut
 from slimming.retraining.slimmable import check_tokens
-from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
+from slimming.runs.config import FREE_SECTIONS, SEARCH, TOGETHER, RunConfig, is_unscored
 from slimming.runs.explore import explore
 from slimming.runs.results import dense_entry, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
-from slimming.searching.mask_search import RECORD, SearchResult, groups_to_search, load_search, search
+from slimming.searching.config import RECORD, scoring_settings
+from slimming.searching.mask_search import SearchResult, groups_to_search, load_search, search
 from slimming.training import loop
 from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import agreed, check_others, distributed_state, of_main_process
 from slimming.training.evaluation import evaluate
 from slimming.training.samples import Data, ImageDataset
 from slimming.training.step_counts import steps_per_epoch
@@ -46,6 +47,7 @@ from slimming.training.step_counts import steps_per_epoch
 SETTINGS = "settings.json"
 
 
+@agreed()
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
@@ -86,7 +88,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     top1 = _dense_metrics(dense, evaluate_model, directory, log)
     check_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, evaluate_model, log)
-    result, seconds = _search(dense, data, config, directory / "search", evaluate_model, log)
+    result, seconds = _search(dense, data, config, directory / SEARCH, evaluate_model, log)
     context = RunContext(
         config=config, dense=whole, data=data, result=result, root=directory, evaluate=evaluate_model, log=log
     )
@@ -142,7 +144,9 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     """
     path, now = directory / SETTINGS, json_values(config)
     if path.exists():
-        check_same_settings(directory, read_json(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
+        scoring = scoring_settings(config.search) if is_unscored(directory) else ()
+        free = (*FREE_SETTINGS, *scoring)
+        check_same_settings(directory, read_json(path), now, free=free, free_sections=FREE_SECTIONS)
     if write:
         atomic_json(path, now)
 
@@ -171,7 +175,7 @@ def _time_allocation(
     if config.hours is None:
         return None
     target = directory / "time_allocation.json"
-    if not target.exists():
+    if not of_main_process(target.exists()):
         epochs = [steps_per_epoch(data.train, train.batch_size) for train in (config.search.train, config.retrain)]
         if epochs[0] is None or epochs[1] is None:
             raise ConfigError("hours needs data with a known number of images; set steps instead.")
@@ -184,16 +188,19 @@ def _time_allocation(
         check_training("retrain", applied.retrain, data, directory)
         if distributed_state().is_main_process:
             atomic_json(target, dataclasses.asdict(chosen))
-        distributed_state().wait_for_everyone()
+        check_others()
     return TimeAllocation(**read_json(target))
 
 
 def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
     target = directory / "dense" / "metrics.json"
-    if not target.exists():
-        log("evaluating the dense model")
-        atomic_json(target, evaluate_model(dense))
-    return float(read_json(target)["top1"])
+    if of_main_process(target.exists()):
+        return float(read_json(target)["top1"])
+    log("evaluating the dense model")
+    metrics = evaluate_model(dense)
+    if distributed_state().is_main_process:
+        atomic_json(target, metrics)
+    return metrics["top1"]
 
 
 def _one_shot(
@@ -203,7 +210,7 @@ def _one_shot(
     if not config.one_shot:
         return {}
     target = directory / "one_shot.json"
-    if target.exists():
+    if of_main_process(target.exists()):
         log("one shot: already done")
         return read_json(target)
     began, seed = time.monotonic(), config.search.train.seed
@@ -225,7 +232,7 @@ def _one_shot(
 def _search(
     dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> tuple[SearchResult, float]:
-    if (directory / RECORD).exists():
+    if of_main_process((directory / RECORD).exists()):
         log("search: already done")
         result = load_search(directory)
         result.model.to(distributed_state().device)

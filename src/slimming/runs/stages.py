@@ -27,7 +27,7 @@ from slimming.runs.config import EACH, PROGRESSIVE, TOGETHER, RunConfig
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import check_others, distributed_state, of_main_process
 from slimming.training.samples import Data
 
 Log = Callable[[str], None]
@@ -75,7 +75,7 @@ def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], li
     plans = {name: _plan(context, budget) for name, budget in budgets.items()}
     names = list(budgets)
     if context.config.retraining == TOGETHER:
-        unfinished = [name for name in names if not (context.root / name / "row.json").exists()]
+        unfinished = of_main_process([name for name in names if not (context.root / name / "row.json").exists()])
         shared = _shared_training(context, plans) if unfinished else None
     else:
         shared = None
@@ -110,7 +110,7 @@ def _prune_and_retrain(
     """
     directory = context.root / budget.name
     row_file = directory / "row.json"
-    if row_file.exists():
+    if of_main_process(row_file.exists()):
         context.log(f"{budget.name}: already done")
         return checkpoint.load(directory / "slim").to(distributed_state().device), read_json(row_file)
     began, config, result = time.monotonic(), context.config, context.result
@@ -156,7 +156,7 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
     directory, world = context.root / TOGETHER, distributed_state()
-    if (directory / SERVED).exists():
+    if of_main_process((directory / SERVED).exists()):
         served = read_json(directory / SERVED)
         context.log(f"{TOGETHER}: already trained for {', '.join(served['budgets'])}")
         result = load_search(directory)
@@ -194,5 +194,5 @@ def _plan(context: RunContext, budget: Budget) -> Plan:
     solver = None if context.config.retraining == EACH else "nested"
     if distributed_state().is_main_process and not target.exists():
         plan(context.result, budget, latency=context.config.latency_table, solver=solver).save(target)
-    distributed_state().wait_for_everyone()
+    check_others()
     return Plan.load(target)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from slimming.core.files import atomic_file
 from slimming.core.same_settings import check_same_settings
 from slimming.errors import CheckpointError
 from slimming.training.config import FREE_SETTINGS, TrainConfig
+from slimming.training.sharding import sharded_state
 from slimming.training.tasks import Task
 
 FORMAT = 1
@@ -32,8 +34,8 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     step: int = 0
 
-    def save(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Write the state to ``directory`` atomically.
+    def save(self, directory: Path, config: TrainConfig, total: int, optimizer: dict[str, Any]) -> None:
+        """Write the state to ``directory`` atomically; ``optimizer`` is the optimizer's, with whole tensors.
 
         Raises:
             OutputError: the disk is full, or the directory is not writable.
@@ -43,7 +45,7 @@ class TrainingState:
             "step": self.step,
             "settings": _settings(config, total),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "task": self.task.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.module.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -54,8 +56,8 @@ class TrainingState:
             except RuntimeError as error:  # the OSError of the file explains more than PyTorch's error
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
-    def load(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Load the state from ``directory``.
+    def load(self, directory: Path, config: TrainConfig, total: int, sharded: Sequence[Tensor] | None = None) -> None:
+        """Load the state from ``directory``; ``sharded`` are the parameters of the optimizer if they are sharded.
 
         Raises:
             CheckpointError: the file is damaged, has another format, or belongs to another model.
@@ -68,7 +70,8 @@ class TrainingState:
         )
         try:
             self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            optimizer = content["optimizer"]
+            self.optimizer.load_state_dict(optimizer if sharded is None else sharded_state(optimizer, sharded))
             self.task.load_state_dict(content["task"])
             self.scaler.load_state_dict(content["scaler"])
             if self.averaged is not None:
