@@ -16,7 +16,7 @@ from slimming.training.config import DataConfig, TrainConfig
 
 EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
 """Ways to retrain the models of all budgets after one search, see `RunConfig`."""
-SEARCH = "search"
+SEARCH_PLACE = "search"
 """Directory of the search in that of a run."""
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
@@ -127,7 +127,7 @@ class RunConfig:
 
 def is_unscored(directory: Path) -> bool:
     """Return whether the search of the run in ``directory`` has no scores yet, so that they may be other ones."""
-    return not (directory / SEARCH / RECORD).exists()
+    return not (directory / SEARCH_PLACE / RECORD).exists()
 
 
 def _length(config: TrainConfig) -> tuple[float, int | None]:

@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
-from slimming.core.files import FORMAT, atomic_json, check_json, json_values, read_sealed, seal
+from slimming.core.files import check_json
 from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import check_trainable, in_evaluation
+from slimming.core.records import FileKind
 from slimming.errors import CheckpointError, PlanError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import assign_state_
+from slimming.models.hosts import name_classes
 from slimming.models.prunable import read_as
 from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
 from slimming.scoring.rotation import rotate_
-from slimming.searching.config import RECORD, SearchConfig, config_from_dict, scoring_settings
+from slimming.searching.config import RECORD, SearchConfig, scoring_settings
 from slimming.searching.trained_scores import score_trained
 from slimming.training.batches import calibration_images
 from slimming.training.distributed import agreed, distributed_state
@@ -89,14 +92,29 @@ class SearchResult(HasScores):
             checkpoint.write_tensors(directory / name, checkpoint.untied(content))
         save_scores(directory / SCORES_FILE, self.scored)
         record = {
-            "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
             "config": config,
             "scored_by": self.scored_by,
             "metrics": metrics,
             "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
         }
-        atomic_json(directory / RECORD, seal(record))
+        SEARCH.write(directory / RECORD, record)
+
+
+class SearchContent(msgspec.Struct, frozen=True):
+    """The content of the file of a search."""
+
+    config: SearchConfig
+    metrics: dict[str, float]
+    files_sha256: dict[str, str]
+    scored_by: str = ""
+
+    def __post_init__(self) -> None:
+        if missing := {WEIGHTS, MASKS, SCORES_FILE} - self.files_sha256.keys():
+            raise ValueError(f"files_sha256 lacks {min(missing)}")
+
+
+SEARCH = FileKind(name="the record of a search", schema=SearchContent, mend="Repeat the search in another directory.")
 
 
 @agreed()
@@ -144,7 +162,9 @@ def search(
     config, directory = config or SearchConfig(), Path(directory) if directory is not None else None
     resumed = resume and directory is not None and (directory / STATE_FILE).exists()
     masks = _attach_masks(model, data, config, rotate=config.rotate and not resumed)
-    task = _task(config, loss)
+    task = _task(config, data, loss)
+    if loss is None:
+        name_classes(model, data.classes)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
@@ -220,14 +240,14 @@ def score_search(
     if masks is None:
         raise PlanError("The model has no masks; give one that slimming.search trained, or call slimming.score.")
     kept = "The trained model keeps its masks: call this again"
-    scores, scored_by, measured = score_trained(masks, data, config, _task(config, loss), kept)
+    scores, scored_by, measured = score_trained(masks, data, config, _task(config, data, loss), kept)
     return SearchResult(
         model=model, masks=masks, scores=scores, config=config, scored_by=scored_by, sensitivity=measured
     )
 
 
-def _task(config: SearchConfig, loss: Loss | None) -> Task:
-    return LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+def _task(config: SearchConfig, data: Data, loss: Loss | None) -> Task:
+    return LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing, data.classes)
 
 
 def groups_to_search(anatomy: Anatomy, config: SearchConfig) -> list[Group]:
@@ -260,21 +280,34 @@ def search_directory(directory: Path) -> Path | None:
 
 
 def is_scored(directory: Path, config: SearchConfig) -> bool:
-    """Return whether ``directory`` holds a search that was scored with these settings.
+    """Return whether the finished search in ``directory`` was scored with these settings.
 
     Raises:
         CheckpointError: it was scored with others, and its training, from which it could be scored again, is gone.
     """
-    if not (directory / RECORD).exists():
-        return False
-    before, now = read_sealed(directory / RECORD)["config"], json_values(config)
-    changed = [name for name in scoring_settings(config) if before[name] != now[name]]
+    before = SEARCH.read(directory / RECORD).config
+    changed = [name for name in scoring_settings(config) if getattr(before, name) != getattr(config, name)]
     if changed and config.train.steps != 0 and not (directory / STATE_FILE).exists():
         raise CheckpointError(
             f"{directory} was scored with another search.{changed[0]}, and {STATE_FILE} is missing, from which it "
             "could be scored again. Give another directory, which trains anew."
         )
     return not changed
+
+
+def verify_search(directory: Path) -> SearchContent:
+    """Verify the checksums of the files that `SearchResult.save` wrote, and return the record.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    record = SEARCH.read(directory / RECORD)
+    for name in (WEIGHTS, MASKS, SCORES_FILE):
+        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
+            raise CheckpointError(
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
+            )
+    return record
 
 
 def load_search(directory: str | Path) -> SearchResult:
@@ -284,14 +317,9 @@ def load_search(directory: str | Path) -> SearchResult:
         CheckpointError: a file is missing, damaged, or of a newer format.
     """
     directory = Path(directory)
-    record = read_sealed(directory / RECORD)
-    for name, digest in record["files_sha256"].items():
-        if checkpoint.sha256(directory / name) != digest:
-            raise CheckpointError(
-                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
-            )
+    record = verify_search(directory)
     scored = load_scores(directory / SCORES_FILE)
-    config = config_from_dict(record["config"])
+    config = record.config
     model = checkpoint.build(scored.anatomy.structure)
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
@@ -311,7 +339,7 @@ def load_search(directory: str | Path) -> SearchResult:
         masks=masks,
         scores=scored.scores,
         config=config,
-        scored_by=record.get("scored_by", config.score),
+        scored_by=record.scored_by or config.score,
         sensitivity=scored.sensitivity,
-        metrics=record["metrics"],
+        metrics=record.metrics,
     )

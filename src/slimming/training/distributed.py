@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimming import errors
-from slimming.errors import ConfigError, ProcessError, SlimmingError
+from slimming.errors import ConfigError, Interrupted, ProcessError, SlimmingError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -115,9 +115,9 @@ class agreed(ContextDecorator):
             return
         if error is None:
             check_others()
-        elif isinstance(error, Exception) and not _is_lost(error):
+        elif isinstance(error, Exception) and not isinstance(error, Interrupted) and not _is_lost(error):
             _vote(error)
-        else:  # Ctrl-C must not wait for others
+        else:  # a signal must not wait for others
             _leave(error)
             _raise_lost(error)
 
