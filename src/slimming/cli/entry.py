@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 import traceback
@@ -85,8 +86,22 @@ def _run(words: Sequence[str]) -> int:
         config, notes = read_config(arguments.config_class, arguments)
         print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
-        command(name).execute(arguments)
+        with _all_processes():
+            command(name).execute(arguments)
     return 0
+
+
+@contextmanager
+def _all_processes() -> Iterator[None]:
+    """Let the processes of ``torchrun`` or ``accelerate launch`` end together if one of them fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from slimming.training.distributed import agreed, distributed_state
+
+    distributed_state()
+    with agreed():
+        yield
 
 
 def command(name: str) -> ModuleType:

@@ -15,7 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
+from slimming.cli.configs import (
+    SearchCommandConfig,
+    changed_settings,
+    config_from_values,
+    config_to_values,
+    config_to_yaml,
+)
 from slimming.cli.settings import read_yaml
 from slimming.core.files import (
     atomic_write_text,
@@ -27,7 +33,8 @@ from slimming.core.files import (
 from slimming.core.locks import is_temporary
 from slimming.core.same_settings import check_same_settings
 from slimming.errors import ConfigError, OutputError
-from slimming.runs.config import FREE_SECTIONS
+from slimming.runs.config import FREE_SECTIONS, RunConfig, is_unscored
+from slimming.searching.config import scoring_settings
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
@@ -148,10 +155,17 @@ def check_config(directory: Path, config: Any, command: str) -> None:
         config_to_values(before),
         config_to_values(config),
         # An edited file is not overwritten, and must have all settings of this call.
-        free=() if edited else FREE_SETTINGS,
+        free=() if edited else (*FREE_SETTINGS, *_unused_settings(directory, config)),
         free_sections=() if edited else FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
+
+
+def _unused_settings(directory: Path, config: Any) -> tuple[str, ...]:
+    """The settings of the scores, unless models were cut by these scores."""
+    if isinstance(config, SearchCommandConfig) or (isinstance(config, RunConfig) and is_unscored(directory)):
+        return scoring_settings(config.search)
+    return ()
 
 
 @contextmanager

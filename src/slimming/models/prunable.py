@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from slimming.core.groups import Anatomy
+from slimming.core.modules import check_whole
 from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
 
@@ -36,7 +37,9 @@ def read(model: nn.Module) -> PrunableModel:
 
     Raises:
         UnsupportedModelError: the model, or a part of it, is not supported.
+        ConfigError: the weights are sharded.
     """
+    check_whole(model)
     family = family_of(model)
     return PrunableModel(model=model, family=family, anatomy=family.read(model))
 
