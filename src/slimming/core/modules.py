@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -12,15 +12,23 @@ from slimming.errors import ConfigError
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put ``model`` into training or evaluation mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            if type(module).train is not nn.Module.train and module.training != mode:
+                module.train(mode)  # some models exchange their graph here
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:
+    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+    return in_mode(model, False)
 
 
 def check_trainable(model: nn.Module) -> None:
