@@ -130,7 +130,9 @@ class ExampleCall:
         return ExampleCall(*tree_map(change, (self.args, dict(self.kwargs))))
 
 
-def image_call(shape: tuple[int, ...], *, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> ExampleCall:
+def image_call(
+    shape: tuple[int, ...], *, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ExampleCall:
     """A call with random images of ``shape`` (without the batch dimension)."""
     generator = torch.Generator().manual_seed(seed)
     return ExampleCall((torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype),))

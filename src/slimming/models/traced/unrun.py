@@ -152,4 +152,6 @@ def _advice(model: nn.Module, each: Unrun) -> str:
     if settings:
         ways.append(f"set the setting that runs it ({', '.join(settings[:4])})")
     ways = ways or ["pass a call that runs it"]
-    return f"To include it, {' or '.join(ways)}: describe(model, example_inputs=[first call, second call]); or delete it."
+    return (
+        f"To include it, {' or '.join(ways)}: describe(model, example_inputs=[first call, second call]); or delete it."
+    )
