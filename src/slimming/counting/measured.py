@@ -41,7 +41,7 @@ def count(model: nn.Module, example: Sequence[int] | ExampleCall) -> Counted:
         example: channels, height and width of the image, or the arguments of the call.
     """
     parameter = next(model.parameters())
-    call = example if isinstance(example, ExampleCall) else image_call(tuple(example))
+    call = example if isinstance(example, ExampleCall) else image_call(example)
     call = call.to(parameter.dtype, parameter.device)
     alive, macs = _Alive([*model.parameters(), *model.buffers(), *call.tensors]), MacCounter()
     with in_evaluation(model), unfused(), alive, macs:

@@ -90,8 +90,9 @@ def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0, example_inputs:
 
     In a float64 copy, weights and statistics are randomised, random masks are attached, and a plan that keeps about
     ``keep`` of the units is applied. The outputs and the input gradient of the masked and the cut model must agree
-    within 1e-9 in evaluation and in training mode (with a common seed and without dropout), the costs by formula must agree with the counted costs within 0.5 %, and the slim model must give the
-    same outputs after saving and loading.
+    within 1e-9, in evaluation and in training mode (there with a common seed and without dropout), the costs by formula
+    must agree with the counted costs within 0.5 %, and the slim model must give the same outputs after saving and
+    loading.
 
     Args:
         model: any model; the shape of its input is read from it.

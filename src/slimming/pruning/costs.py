@@ -50,7 +50,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model, or a copy of it without its masks."""
     if attached(model) is None:
         return model
-    copied = copied(model)
-    if (masks := attached(copied)) is not None:
+    plain = copied(model)
+    if (masks := attached(plain)) is not None:
         masks.detach_()
-    return copied
+    return plain

@@ -28,9 +28,9 @@ class Unrun:
     Attributes:
         name: its name.
         what: ``"module"`` or ``"parameter"``.
-        reads: channels that its layers take from outside, as far as they could.
+        reads: channels that its layers take.
         makes: channels that its layers make.
-        flattened: those of ``reads`` that may be several positions of fewer channels, as in a Linear after a flatten.
+        flattened: those of ``reads`` that may be several positions of fewer channels, as of a Linear after a flatten.
     """
 
     name: str
@@ -75,10 +75,12 @@ def _unrun_module(name: str, module: nn.Module) -> Unrun:
             sizes = [*parameter.shape]
             if isinstance(layer, (nn.Linear, *CONV)) and parameter.dim() > 1:
                 groups = getattr(layer, "groups", 1)
-                makes.add(sizes[0])
-                reads.add(sizes[1] * groups)
+                # A Linear may read what a layer before it made, flattened.
+                if not isinstance(layer, nn.Linear) or not any(sizes[1] % own == 0 for own in makes if own > 1):
+                    reads.add(sizes[1] * groups)
                 if isinstance(layer, nn.Linear):
                     flattened.add(sizes[1])
+                makes.add(sizes[0])
             elif not isinstance(layer, (nn.Linear, *CONV)):
                 reads.update(size for size in sizes if size > 1)
                 makes.update(size for size in sizes if size > 1)
@@ -120,38 +122,41 @@ def _readable(
     touched = module.reads | module.makes
     result = [group for group in groups if widths[group.name] & touched]
     for size in module.reads:
-        if size in known or size in module.makes:
+        if size == 1 or size in known or size in module.makes:
             continue
-        if size in module.flattened and any(size % own == 0 for own in module.makes if own > 1):
-            continue  # from a layer of its own
         parts = [group for group in groups if any(size % width == 0 for width in widths[group.name])]
         result += parts if size in module.flattened and parts else groups
     return result
 
 
 def _sentence(model: nn.Module, each: Unrun, count: int) -> str:
-    effect = f", so {count} groups that it could read are left out" if count else ""
-    return f"{each.name}: this {each.what} did not run in evaluation or training{effect}. {_advice(model, each)}"
-
-
-def _advice(model: nn.Module, each: Unrun) -> str:
-    """How to make the module run, from the arguments of the model's forward and the settings of the modules."""
-    forward = inspect.signature(type(model).forward).parameters.values()
-    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    optional = [p.name for p in [*forward][1:] if p.kind in plain and p.default is not inspect.Parameter.empty]
-    owners = [each.name.rsplit(".", depth)[0] for depth in range(1, each.name.count(".") + 1)]
-    settings = [
-        f"{owner}.{key}" if owner else key
-        for owner in [*owners, ""]
-        for key, value in vars(model.get_submodule(owner)).items()
-        if not key.startswith("_") and key != "training" and (type(value) is bool or type(value) is str)
-    ]
-    ways = []
-    if optional:
-        ways.append(f"pass a call that runs it (forward also takes {', '.join(optional[:4])})")
-    if settings:
-        ways.append(f"set the setting that runs it ({', '.join(settings[:4])})")
-    ways = ways or ["pass a call that runs it"]
+    groups = "1 group" if count == 1 else f"{count} groups"
+    effect = f", so that {groups} of units that it could read cannot be cut" if count else ""
     return (
-        f"To include it, {' or '.join(ways)}: describe(model, example_inputs=[first call, second call]); or delete it."
+        f"{each.name}: no example call uses this {each.what}, in evaluation or in training{effect}. {_way(model, each)}"
     )
+
+
+def _way(model: nn.Module, each: Unrun) -> str:
+    """How to make the module run: by an argument of the model's forward, or by a setting of a module around it."""
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    arguments = [one for one in inspect.signature(model.forward).parameters.values() if one.kind in plain]
+    required = [one.name for one in arguments if one.default is inspect.Parameter.empty]
+    optional = [one.name for one in arguments if one.default is not inspect.Parameter.empty]
+    owners = [each.name.rsplit(".", depth)[0] for depth in range(1, each.name.count(".") + 1)]
+    key = next((name for name in owners if isinstance(model.get_submodule(name), nn.ModuleDict)), None)
+    value = "..." if key is None else repr(each.name[len(key) + 1 :].partition(".")[0])
+    first = ", ".join(f"{name!r}: {'image' if not at else '...'}" for at, name in enumerate(required))
+    settings = [
+        f"{owner}.{name}" if owner else name
+        for owner in [*owners, ""]
+        for name, value in vars(model.get_submodule(owner)).items()
+        if not name.startswith("_") and name != "training" and type(value) in (bool, str)
+    ]
+    call = f"{{{first}, {optional[0]!r}: {value}}}" if optional else "(image, ...)"
+    ways = [f"Give a call that uses it: describe(model, example_inputs=[{{{first}}}, {call}])"]
+    if len(optional) > 1:
+        ways.append(f"with another of the arguments {', '.join(optional[1:4])}")
+    if settings:
+        ways.append(f"set {' or '.join(settings[:3])} so that it is used")
+    return ", or ".join([*ways, f"delete the {each.what}"])
