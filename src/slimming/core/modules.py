@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,15 +14,23 @@ from slimming.errors import ConfigError
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put ``model`` into training or evaluation mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            if type(module).train is not nn.Module.train and module.training != mode:
+                module.train(mode)  # some models exchange their graph here
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:
+    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+    return in_mode(model, False)
 
 
 def check_whole(model: nn.Module) -> None:
