@@ -56,7 +56,8 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
 
     >>> import torch
     >>> boxes = torch.randn(2, 4)
-    >>> list(named_outputs({"class": torch.randn(2, 3), "box": [boxes], "again": boxes, "best": torch.tensor([1, 0])}, 2))
+    >>> outputs = {"class": torch.randn(2, 3), "box": [boxes], "again": boxes, "best": torch.tensor([1, 0])}
+    >>> list(named_outputs(outputs, 2))
     ['class', 'box.0']
     """
     found: dict[str, Tensor] = {}
