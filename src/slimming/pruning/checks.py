@@ -18,6 +18,7 @@ from slimming.core.budget import Budget
 from slimming.core.groups import Anatomy, Group, keep_all
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE
+from slimming.core.modules import MODEL_ERRORS
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
@@ -112,7 +113,7 @@ def check_with_trial(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> t
     began = time.perf_counter()
     try:
         read_model = prunable(model)
-    except Exception as error:  # models raise errors of any class, which are the result of the check
+    except (SlimmingError, *MODEL_ERRORS) as error:
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
@@ -128,7 +129,7 @@ def check_with_trial(model: nn.Module, *, keep: float = 0.5, seed: int = 0) -> t
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except Exception as error:  # models raise errors of any class, which are the result of the check
+        except (SlimmingError, *MODEL_ERRORS) as error:
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(
