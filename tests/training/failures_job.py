@@ -172,8 +172,8 @@ def killed(out: Path) -> None:
 CASES: dict[str, Callable[[Path], None]] = {
     case.__name__: case
     for case in (
-        scoring, reading, saving, rotation, sensitivity, one_shot, compensation, evaluation, logging, planning, reporting,
-        forward, killed,
+        scoring, reading, saving, rotation, sensitivity, one_shot, compensation, evaluation, logging, planning,
+        reporting, forward, killed,
     )
 }  # fmt: skip
 LAST = ("forward", "killed")
