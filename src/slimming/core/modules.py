@@ -12,6 +12,12 @@ from torch import nn
 
 from slimming.errors import ConfigError
 
+MODEL_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What the code of a model, or a library that traces it, raises on inputs and sizes that it does not take."""
+
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
