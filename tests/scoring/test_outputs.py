@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
+from slimming.cli import main as slimming_command
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.training.distillation import MatchLoss
 from slimming.training.samples import Data
@@ -270,15 +273,38 @@ def test_logits_of_queries_are_no_classes_of_images() -> None:
         slimming.evaluate(model, data.val)
 
 
+@torch.no_grad()
 def test_matching_compares_every_output() -> None:
     images = pictures(16)
     teacher, student = model_giving(WAYS["dict"]), model_giving(WAYS["dict"])
     matching = MatchLoss(teacher, [images[:8], images[8:]])
     batch = (images, torch.zeros(16, dtype=torch.int64))
     assert float(matching(student, batch)) == 0
-    with torch.no_grad():
-        student.boxes[2].weight.zero_()
+    student.boxes[2].weight.zero_()
     error = float(matching(student, batch))
     assert 0.3 < error < 30  # the boxes are off by their own spread and more; their scale of 100 does not count
     with pytest.raises(ConfigError, match="as boxes, the student none; give a teacher"):
         matching(model_giving(lambda a, b: {"scores": a}), batch)
+
+
+def test_a_search_scores_every_output_and_records_them() -> None:
+    images = pictures(16)
+    data = Data([(images, torch.arange(16) % 5)], [], tuple("abcde"))
+    config = slimming.SearchConfig(train=slimming.TrainConfig(steps=0, batch_size=16), score="fisher", images=16)
+    result = slimming.search(model_giving(transformers_output), data, config)
+    assert "logits / " in result.scored_by
+    assert "pred_boxes / " in result.scored_by
+    assert float(result.scores["boxes.0.hidden"].mean()) > 0
+    assert result.sensitivity is not None
+    single = slimming.search(model_giving(lambda a, b: a), data, config)
+    assert single.scored_by == "fisher"
+
+
+def test_export_names_the_outputs_that_a_file_would_lose(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has 2 outputs \(scores, boxes\), but exported files have one"):
+        slimming.export(model_giving(WAYS["dict"]), tmp_path / "out", images=[pictures()])
+
+
+def test_inspect_names_the_outputs_that_count(capsys: pytest.CaptureFixture[str]) -> None:
+    slimming_command(["inspect", "test_vit", "--json"])
+    assert json.loads(capsys.readouterr().out)["outputs"] == [{"name": "output", "shape": [1000], "kind": "classes"}]

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from slimming.core.files import read_json
+from slimming.core.records import FileKind
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
 from slimming.models.families import build_filled
@@ -18,6 +18,9 @@ from slimming.models.hosts import TRANSFORMERS, classes_of, make
 from slimming.models.prunable import read
 
 CONFIG, HOST_WEIGHTS = "config.json", "model.safetensors"
+CONFIG_FILE = FileKind(
+    name="the config.json of timm or transformers", schema=dict[str, Any], sealed=False, numbered=False
+)
 MODEL_TYPE = "slimming"
 """Name of slim models in timm's registry, and their model type in transformers."""
 INNER = "model"
@@ -32,12 +35,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of ``config.json`` in the directory ``path``.
 
     Raises:
-        CheckpointError: the file is missing or does not hold a JSON object.
+        CheckpointError: the file is missing, damaged or too large.
     """
-    content = read_json(path / CONFIG)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path / CONFIG} does not hold a JSON object. Take an intact copy.")
-    return content
+    return CONFIG_FILE.read(path / CONFIG)
 
 
 def structure_in(config: Mapping[str, Any]) -> Structure | None:

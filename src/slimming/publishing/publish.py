@@ -13,16 +13,16 @@ from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.files import (
-    FORMAT,
     atomic_directory,
     atomic_json,
     atomic_write_bytes,
     atomic_write_text,
     check_free,
     json_values,
-    seal,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.plain_text import without_places
+from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
@@ -115,7 +115,7 @@ def _write(
         )
     check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
-    record = _without_places({**record, "versions": record.get("versions", versions())})
+    record = without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
     picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
@@ -131,9 +131,9 @@ def _write(
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
         checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
-        sealed = seal({**structure.to_dict(), "weights_sha256": checkpoint.sha256(weights)})
-        atomic_json(partial / checkpoint.STRUCTURE, sealed)
-        atomic_json(partial / checkpoint.PROVENANCE, seal({"format": FORMAT, **record}))
+        digest = checkpoint.sha256(weights)
+        STRUCTURE.write(partial / checkpoint.STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
+        checkpoint.PROVENANCE_FILE.write(partial / checkpoint.PROVENANCE, record)
         atomic_json(partial / CONFIG, config)
         if images is not None:
             atomic_json(partial / IMAGES, images)
@@ -267,13 +267,3 @@ def register_with_transformers() -> None:
         if error.name != "transformers":
             raise
         raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from error
-
-
-def _without_places(value: Any) -> Any:
-    """A record in which absolute paths are replaced by their last component."""
-    if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(entry) for entry in value]
-    absolute = isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value

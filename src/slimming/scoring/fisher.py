@@ -8,7 +8,7 @@ Half of this mean approximates, to second order, the KL divergence between the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,18 @@ from slimming.core.groups import Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import attach_
-from slimming.models.activations import add_up, own_share
+from slimming.models.activations import own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.scoring.outputs import IMAGES_PER_PASS, finite, outputs_that_count
 from slimming.training.batches import Batch
+from slimming.training.distributed import add_up
 from slimming.training.images import derive_seed
-from slimming.training.outputs import CLASSES, VALUES, CountedOutput, class_dim, kind_of, logits_by_head, named_outputs
+from slimming.training.outputs import CLASSES, CountedOutput, class_dim, logits_by_head, named_outputs
 from slimming.training.tasks import Loss, LossTask
 
-IMAGES_PER_PASS, DRAWS = 8, 2
-"""Images per backward pass with drawn labels, and number of draws per image: more passes reduce the noise."""
-
-CONVEX = {VALUES: torch.square, CLASSES: lambda p: 2 * torch.xlogy(p, p)}
-"""For each kind of output, the function that gives its spread, see `_spreads`."""
+DRAWS = 2
+"""Draws of labels per image: more passes reduce the noise."""
 
 
 @torch.enable_grad()
@@ -82,7 +81,7 @@ def fisher_scores(
         part for batch in batches for part in zip(batch.images.split(size), batch.labels.split(size), strict=False)
     ]
     if outputs is None:
-        outputs = outputs_that_count(prunable, batches) if drawn else ()
+        outputs = outputs_that_count(prunable.model, batches) if drawn else ()
     draws = DRAWS if drawn else 1
     for number, (images, labels) in own_share(list(enumerate(parts))):
         generator = torch.Generator().manual_seed(derive_seed(seed, number))
@@ -110,83 +109,16 @@ def fisher_scores(
     return result
 
 
-def outputs_that_count(prunable: PrunableModel, batches: Sequence[Batch]) -> tuple[CountedOutput, ...]:
-    """Return the outputs of a model that count in its scores, see `named_outputs`, with their scales.
-
-    Outputs that are the same for all images do not count.
-
-    Args:
-        prunable: a model in evaluation mode; it is not changed.
-        batches: calibration images, the same on every process.
-
-    Raises:
-        ConfigError: the model has no such output, or several that are the same for all images or change in shape.
-    """
-    model, classes = prunable.model, classes_of(prunable.model)
-    like = next(model.parameters())
-    first = batches[0].images[:IMAGES_PER_PASS].to(like.device, like.dtype)
-    with torch.no_grad():
-        named = named_outputs(model(first), len(first))
-    if len(named) == 1:
-        [(name, tensor)] = named.items()
-        return (CountedOutput(name=name, kind=kind_of(name, tensor, single=True, classes=classes)),)
-    kinds = {name: kind_of(name, tensor, single=False, classes=classes) for name, tensor in named.items()}
-    spreads = _spreads(model, named, kinds, batches)
-    counted = [
-        CountedOutput(name=name, kind=kinds[name], scale=spread**0.5) for name, spread in spreads.items() if spread > 0
-    ]
-    if not counted:
-        raise ConfigError(
-            f"The outputs of the model ({', '.join(named)}) are the same for all images; give two images or more that "
-            "differ."
-        )
-    return tuple(counted)
-
-
-@torch.no_grad()
-def _spreads(
-    model: nn.Module, named: Mapping[str, Tensor], kinds: Mapping[str, str], batches: Sequence[Batch]
-) -> dict[str, float]:
-    """Return the spread of each output, see `CountedOutput`; 0 if it is rounding noise.
-
-    Variance and mean divergence are both the mean of a convex function of the values minus its value at their mean.
-    """
-    classes, like = classes_of(model), next(model.parameters())
-    sums = {name: torch.zeros(2, *tensor.shape[1:], dtype=torch.float64) for name, tensor in named.items()}
-    sums = {name: total.to(like.device) for name, total in sums.items()}
-    count = torch.zeros((), dtype=torch.float64, device=like.device)
-    parts = [images for batch in batches for images in batch.images.split(IMAGES_PER_PASS)]
-    for images in own_share(parts):
-        found = named_outputs(model(images.to(like.device, like.dtype)), len(images))
-        for name, total in sums.items():
-            if name not in found or found[name].shape[1:] != total.shape[1:]:
-                raise ConfigError(
-                    f"Output {name} of the model does not have the same shape for all images, so that its spread is "
-                    "unknown. Wrap the model in a module that returns outputs of one shape."
-                )
-            values = _finite(found[name]).double()
-            if kinds[name] == CLASSES:
-                values = values.softmax(class_dim(values, classes))
-            total += torch.stack([values.sum(0), CONVEX[kinds[name]](values).sum(0)])
-        count += len(images)
-    add_up(count, *sums.values())
-    result = {}
-    for name, (total, convex) in sums.items():
-        spread = float((convex / count - CONVEX[kinds[name]](total / count)).sum())
-        result[name] = spread if spread > 1e-12 * float((convex / count).abs().sum()) else 0.0
-    return result
-
-
 def _own_loss(loss: Loss, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The custom loss of one image."""
-    return _finite(LossTask(loss).loss(model, images, labels)["loss"])
+    return finite(LossTask(loss).loss(model, images, labels)["loss"])
 
 
 def _likelihood(output: Any, labels: Tensor, classes: int) -> Tensor:
     """Cross-entropy of the logits of the classes with labels, summed over images."""
     if classes < 2:
         raise ConfigError("Score 'taylor' needs a model with a classifier; take score 'compensated'.")
-    return F.cross_entropy(_finite(logits_by_head(output)[0]).float(), labels, reduction="sum")
+    return F.cross_entropy(finite(logits_by_head(output)[0]).float(), labels, reduction="sum")
 
 
 def _drawn_likelihood(
@@ -199,7 +131,7 @@ def _drawn_likelihood(
     """
     named, losses = named_outputs(output, images), []
     for counted in outputs:
-        values = _finite(named[counted.name]).float()
+        values = finite(named[counted.name]).float()
         if counted.kind == CLASSES:
             logits = values.movedim(class_dim(values, classes), 1)
             probabilities = logits.detach().softmax(1).movedim(1, -1)
@@ -210,9 +142,3 @@ def _drawn_likelihood(
             value = (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
         losses.append(value if counted.scale == 1 else value / counted.scale)
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
-    return values

@@ -14,10 +14,11 @@ from slimming.masks.attachment import independent, prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
 from slimming.planning.scores import HasScores, ScoredModel
-from slimming.scoring.fisher import outputs_that_count
+from slimming.scoring.outputs import outputs_that_count
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
+from slimming.training.distributed import agreed
 from slimming.training.outputs import CountedOutput
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss
@@ -58,6 +59,7 @@ class OneShot(HasScores):
         return ScoredModel(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
+@agreed()
 def score(
     model: nn.Module,
     data: Data | Sequence[Tensor],
@@ -122,7 +124,7 @@ def score(
     if rotate:
         rotate_(copied, image_batches)
     groups = select_kinds(independent(copied.anatomy.groups), kinds)
-    outputs = outputs_that_count(copied, batches) if chosen.compares_outputs and loss is None else ()
+    outputs = outputs_that_count(copied.model, batches) if chosen.compares_outputs and loss is None else ()
     request = Request(prunable=copied, groups=groups, batches=batches, seed=seed, outputs=outputs, loss=loss)
     scores = chosen.function(request)
     return OneShot(

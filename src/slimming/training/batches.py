@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -268,8 +269,13 @@ def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoade
 
 
 def _init_worker(_: int) -> None:
-    """Ignore Ctrl-C, which the main process handles after its current step, and use one thread per worker."""
+    """Leave Ctrl-C and a first SIGTERM to the main process, which finishes its step; use one thread per worker."""
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the main process stops its workers by this signal
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
     torch.set_num_threads(1)
 
 
