@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -39,12 +40,33 @@ def set_attribute_(module: nn.Module, name: str, value: Any) -> None:
         module.meta.setdefault("_user_preserved_attributes", {})[name] = value
 
 
+def check_whole(model: nn.Module) -> None:
+    """Check that the weights of ``model`` are whole tensors, not shards of a model in several processes.
+
+    Raises:
+        ConfigError: they are sharded, for example by ``fully_shard``.
+    """
+    # Importing the class would take a second; without it, no tensor is one.
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    named = [] if tensors is None else model.named_parameters()
+    sharded = next((name for name, tensor in named if isinstance(tensor, tensors.DTensor)), None)
+    if sharded is not None:
+        raise ConfigError(
+            f"The model's weights are sharded ({sharded} is a DTensor, as fully_shard makes it); slimming needs whole "
+            "weights. Give the model before fully_shard: in a training under accelerate launch --use_fsdp "
+            "--fsdp_version 2, slimming shards it. To use a sharded model, load its full state dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a model "
+            "that is not sharded."
+        )
+
+
 def check_trainable(model: nn.Module) -> None:
     """Check that the weights of ``model`` are float32 or float64, as training requires.
 
     Raises:
-        ConfigError: they are in half precision.
+        ConfigError: they are in half precision, or sharded.
     """
+    check_whole(model)
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ConfigError(

@@ -8,6 +8,7 @@ from torch import nn
 
 from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.groups import Anatomy
+from slimming.core.modules import check_whole
 from slimming.models.copies import copied
 from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
@@ -47,7 +48,9 @@ def read(model: nn.Module) -> PrunableModel:
 
     Raises:
         UnsupportedModelError: the model, or a part of it, is not supported.
+        ConfigError: the weights are sharded.
     """
+    check_whole(model)
     family = family_of(model)
     return PrunableModel(model=model, family=family, anatomy=family.read(model))
 
