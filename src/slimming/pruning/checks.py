@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.checkpoints.checkpoint import load, save
+from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import Budget
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
@@ -86,6 +87,7 @@ class Check:
         return "\n".join([*lines, *(f"stays whole: {reason}" for reason in self.uncovered)])
 
 
+@checked_arguments
 def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0, example_inputs: Any = None) -> Check:
     """Check that slimming can prune ``model``; the model is not changed.
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
     atomic_directory,
     atomic_json,
@@ -42,6 +43,7 @@ PROCESSOR = "CLIPImageProcessor"
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
+@checked_arguments
 def push_to_hub(
     source: nn.Module | str | Path,
     repository: str | None = None,
@@ -225,6 +227,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     }
 
 
+@checked_arguments
 def as_transformers(model: nn.Module) -> nn.Module:
     """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 

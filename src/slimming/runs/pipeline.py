@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.interrupts import interruptible
@@ -72,6 +73,7 @@ TIMES = ("latency_ms", "speedup")
 
 
 @agreed()
+@checked_arguments
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 

@@ -11,6 +11,7 @@ import msgspec
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import check_json, exclusive
 from slimming.core.groups import Anatomy, Group
 from slimming.core.interrupts import interruptible
@@ -120,6 +121,7 @@ SEARCH = FileKind(name="the record of a search", schema=SearchContent, mend="Rep
 
 
 @agreed()
+@checked_arguments
 def search(
     model: nn.Module,
     data: Data,
@@ -313,6 +315,7 @@ def verify_search(directory: Path) -> SearchContent:
     return record
 
 
+@checked_arguments
 def load_search(directory: str | Path) -> SearchResult:
     """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
