@@ -26,10 +26,11 @@ from slimming.core.groups import Anatomy
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report import kept_picture
