@@ -43,7 +43,10 @@ ORDER = (
     "__main__",
 )
 """The folders (and single modules) of the package: each imports from those before it only."""
-ONLY = {"training": ("errors", "core.files", "core.modules", "core.same_settings"), "report": ("errors", "core")}
+ONLY = {
+    "training": ("errors", "core.files", "core.limits", "core.modules", "core.records", "core.same_settings"),
+    "report": ("errors", "core"),
+}
 """Folders that may import less than what stands before them: training and reports know nothing of pruning."""
 
 HOSTS = {"timm", "transformers", "torchvision", "torch_pruning", "lightning"}

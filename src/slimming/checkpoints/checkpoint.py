@@ -17,16 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
-from slimming.core.files import (
-    FORMAT,
-    atomic_directory,
-    atomic_file,
-    atomic_json,
-    check_free,
-    check_json,
-    read_sealed,
-    seal,
-)
+from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
+from slimming.core.records import FileKind
+from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
@@ -41,6 +34,7 @@ from slimming.models.weight_files import read_metadata as read_metadata
 from slimming.models.weight_files import read_tensors as read_tensors
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
+PROVENANCE_FILE = FileKind(name="the provenance of a model", schema=dict[str, Any])
 
 
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
@@ -76,8 +70,9 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
     check_free(path)
     with atomic_directory(path) as partial:
         write_tensors(partial / WEIGHTS, weights)
-        atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))
-        atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **record}))
+        digest = sha256(partial / WEIGHTS)
+        STRUCTURE_FILE.write(partial / STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
+        PROVENANCE_FILE.write(partial / PROVENANCE, record)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:
@@ -137,12 +132,11 @@ def _structure_in(path: Path) -> tuple[Structure, Path] | None:
     if not sealed.exists() and (path / CONFIG).exists():
         structure = structure_in(read_config(path))
         return None if structure is None else (structure, path / HOST_WEIGHTS)
-    raw = read_sealed(sealed)
-    structure = Structure.from_dict(raw, source=str(sealed))
+    saved = STRUCTURE_FILE.read(sealed)
     weights = path / (HOST_WEIGHTS if (path / HOST_WEIGHTS).exists() else WEIGHTS)
-    if sha256(weights) != raw.get("weights_sha256"):
+    if sha256(weights) != saved.weights_sha256:
         raise CheckpointError(f"{weights} was changed after it was written: its checksum differs. Take an intact copy.")
-    return structure, weights
+    return saved.structure, weights
 
 
 def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
@@ -187,7 +181,7 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return read_sealed(Path(path) / PROVENANCE)
+    return PROVENANCE_FILE.read(Path(path) / PROVENANCE)
 
 
 def check_provenance(record: Mapping[str, Any]) -> None:

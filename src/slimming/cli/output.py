@@ -16,9 +16,10 @@ from rich.console import Console
 
 from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
 from slimming.cli.settings import read_yaml
-from slimming.core.files import atomic_write_text, explain, json_values, new_directory, read_json
+from slimming.core.files import atomic_write_text, explain, json_values, new_directory
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.errors import ConfigError, OutputError
+from slimming.report.model import RESULTS
 from slimming.runs.config import FREE_SECTIONS
 from slimming.training.config import FREE_SETTINGS
 
@@ -128,7 +129,7 @@ def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
     target = directory / "results.json"
     if not target.exists() or not (directory / "report.html").exists():
         return None
-    results = read_json(target)
+    results = RESULTS.read_values(target)
     return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
 
 

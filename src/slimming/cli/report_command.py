@@ -35,9 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from slimming.cli.output import console, echo
-    from slimming.core.files import read_json
     from slimming.errors import ConfigError
     from slimming.report import print_table, read_results, write_comparison, write_figures, write_report, write_table
+    from slimming.report.model import RESULTS as RESULTS_FILE
     from slimming.report.pages import RESULTS
 
     runs = [Path(run) for run in arguments.run]
@@ -49,7 +49,7 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError("--figures needs a finished slimming run, because a search has no budgets; drop it.")
     results = [read_results(run) for run in finished]
     for run, result in zip(finished, results, strict=True):
-        print_table(read_json(run / RESULTS), console())
+        print_table(RESULTS_FILE.read_values(run / RESULTS), console())
         if arguments.figures:
             directory = Path(arguments.figures) / (_unique_name(run, finished) if len(finished) > 1 else "")
             write_figures(result, directory)

@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON files with a checksum and a format number."""
+"""Atomic writes of files and directories, and the checksum of JSON files; `slimming.core.records` reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slimming.errors import CheckpointError, ConfigError, OutputError
+from slimming.errors import ConfigError, OutputError
 
 
 @contextmanager
@@ -170,64 +170,13 @@ def explain(error: OSError, path: Path) -> OutputError:
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
     """Return ``value`` with the SHA-256 of its canonical JSON under ``"sha256"``."""
-    return {**value, "sha256": _digest(value)}
+    return {**value, "sha256": digest(value)}
 
 
-def unseal(value: Any) -> tuple[Any, bool]:
-    """Return ``value`` without its ``"sha256"`` entry, and whether that entry is correct or absent."""
-    if not isinstance(value, dict) or "sha256" not in value:
-        return value, True
-    rest = {key: entry for key, entry in value.items() if key != "sha256"}
-    return rest, value["sha256"] == _digest(rest)
-
-
-def _digest(value: dict[str, Any]) -> str:
+def digest(value: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the canonical JSON of ``value`` as hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 FORMAT = 1
 """Version of the package's JSON formats; files with a larger number are refused."""
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist. Give the path that slimming wrote.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not JSON ({error}). Take an intact copy.") from error
-
-
-def read_sealed(path: Path) -> Any:
-    """Read a JSON file that contains its own checksum.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or was changed after it was written.
-    """
-    value, intact = unseal(read_json(path))
-    if not intact:
-        raise CheckpointError(
-            f"{path} was changed after it was written: its checksum differs. Take an intact copy, or, if you changed "
-            'it on purpose, remove its "sha256" entry.'
-        )
-    return value
-
-
-def check_format(value: Any, source: str) -> None:
-    """Check that ``value`` is a dict with a format number that this version can read.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
-        raise CheckpointError(f"{source} is not a file of slimming: it has no format number.")
-    if value["format"] > FORMAT:
-        raise CheckpointError(
-            f"{source} has format {value['format']}, this version of slimming reads up to {FORMAT}. "
-            "Upgrade: pip install -U slimming."
-        )

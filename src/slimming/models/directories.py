@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from slimming.core.files import atomic_json, read_json
-from slimming.core.structure import Structure
+from slimming.core.files import atomic_json
+from slimming.core.records import FileKind
+from slimming.core.structure import IN_CONFIG, Structure
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.models.allowed import check_timm, image_settings_of, timm_has, timm_settings, transformers_config
 from slimming.models.downloads import first_line
@@ -23,6 +24,12 @@ from slimming.models.prunable import read
 from slimming.models.weight_files import HOST_WEIGHTS, read_directory, weight_files
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG_FILE = FileKind(
+    name="the config.json of timm or transformers", schema=dict[str, Any], sealed=False, numbered=False
+)
+PROCESSOR_FILE = FileKind(
+    name="the preprocessor_config.json of transformers", schema=dict[str, Any], sealed=False, numbered=False
+)
 MODEL_TYPE = "slimming"
 """Name of slim models in timm's registry, and their model type in transformers."""
 INNER = "model"
@@ -42,12 +49,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of ``config.json`` in the directory ``path``.
 
     Raises:
-        CheckpointError: the file is missing or does not hold a JSON object.
+        CheckpointError: the file is missing, damaged or too large.
     """
-    content = read_json(path / CONFIG)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path / CONFIG} does not hold a JSON object. Take an intact copy.")
-    return content
+    return CONFIG_FILE.read(path / CONFIG)
 
 
 def structure_in(config: Mapping[str, Any]) -> Structure | None:
@@ -59,7 +63,7 @@ def structure_in(config: Mapping[str, Any]) -> Structure | None:
     if MODEL_TYPE not in (config.get("model_type"), config.get("architecture")):
         return None
     arguments = config.get("model_args")
-    return Structure.from_dict(arguments.get("structure") if isinstance(arguments, dict) else None, source=CONFIG)
+    return IN_CONFIG.check(arguments.get("structure") if isinstance(arguments, Mapping) else None, CONFIG)
 
 
 def timm_config(model: nn.Module) -> dict[str, Any]:
@@ -286,8 +290,7 @@ def from_transformers(
         raise UnsupportedModelError(f"transformers cannot make {path} with {options}: {first_line(error)}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"The weights in {path} are of another model than its config.json: {error}") from error
-    images = read_json(path / PROCESSOR) if (path / PROCESSOR).exists() else {}
-    images = images if isinstance(images, dict) else {}
+    images = PROCESSOR_FILE.read(path / PROCESSOR) if (path / PROCESSOR).exists() else {}
     given = image_settings_of({"mean": images.get("image_mean"), "std": images.get("image_std")})
     model.pretrained_cfg = unplain(given)
     return model.eval(), notes

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimming.core.files import read_json
+from slimming.core.records import FileKind
 from slimming.errors import CheckpointError
 
 HOST_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_FILE = FileKind(name="the index of weights", schema=dict[str, Any], sealed=False, numbered=False)
 STATE_KEYS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
 """Keys of the state dict in files that training scripts write."""
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -53,8 +54,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _names_in_index(index: Path) -> list[str]:
     check_inside(index, index.parent)
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    places = INDEX_FILE.read(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map; it is damaged. Take an intact copy.")
     for name in places.values():

@@ -42,21 +42,6 @@ class Sensitivity:
         )
         return {"curves": curves, "spread": self.spread, "joint": joint}
 
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Sensitivity:
-        """Read what `to_dict` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError: ``value`` has another form.
-        """
-        if value.get("spread") not in SPREADS:
-            raise ValueError(f"spread {value['spread']!r}")
-        curves, joint = (
-            {name: tuple((float(at), float(loss)) for at, loss in curve) for name, curve in value[key].items()}
-            for key in ("curves", "joint")
-        )
-        return Sensitivity(curves=curves, spread=value["spread"], joint=joint)
-
 
 def with_measured_loss(
     candidates: Sequence[Candidate], groups: Sequence[Group], sensitivity: Sensitivity | None, prices: Array

@@ -13,7 +13,6 @@ from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.files import (
-    FORMAT,
     atomic_directory,
     atomic_json,
     atomic_write_bytes,
@@ -23,6 +22,7 @@ from slimming.core.files import (
     seal,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
@@ -132,9 +132,9 @@ def _write(
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
         checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
-        sealed = seal({**structure.to_dict(), "weights_sha256": checkpoint.sha256(weights)})
-        atomic_json(partial / checkpoint.STRUCTURE, sealed)
-        atomic_json(partial / checkpoint.PROVENANCE, seal({"format": FORMAT, **record}))
+        digest = checkpoint.sha256(weights)
+        STRUCTURE.write(partial / checkpoint.STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
+        checkpoint.PROVENANCE_FILE.write(partial / checkpoint.PROVENANCE, record)
         atomic_json(partial / CONFIG, config)
         if images is not None:
             atomic_json(partial / IMAGES, images)
@@ -185,7 +185,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        "model_args": {"structure": structure},
+        "model_args": {"structure": seal(structure)},
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}

@@ -10,12 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from slimming.core.files import atomic_write_text, read_json
+from slimming.core.files import atomic_write_text
 from slimming.errors import CheckpointError
 from slimming.report import explorer, figures, rendering, rows, theme
 from slimming.report.charts import Figure
 from slimming.report.curves import read_log
 from slimming.report.explored import Explored
+from slimming.report.model import RESULTS as RESULTS_FILE
 from slimming.report.model import Results, Search, parse
 from slimming.report.numbers import duration, percent, scale
 
@@ -84,7 +85,7 @@ def read_results(directory: Path) -> Results:
     source = directory / RESULTS
     if not source.is_file():
         raise CheckpointError(f"{directory} holds no {RESULTS}. Give the directory of a finished run.")
-    return parse(read_json(source), str(source))
+    return parse(RESULTS_FILE.read_values(source), str(source))
 
 
 def write_report(run_directory: Path, output: Path | None = None, explored: Explored | None = None) -> Path:

@@ -14,7 +14,6 @@ import yaml
 from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
-from slimming.core.files import read_json
 from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
@@ -24,7 +23,8 @@ from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.scores import HasScores, ScoredModel, load_scores
 from slimming.report.explored import Costs, Explored, Recipe, Step
-from slimming.report.model import Layer, Picture, Results, Width, checked, labelled, parse
+from slimming.report.model import Layer, Picture, Results, Width, checked, labelled
+from slimming.report.pages import read_results
 from slimming.runs.config import EACH
 from slimming.runs.results import examples, layers_of, widths_of
 from slimming.runs.setup import open_data
@@ -56,7 +56,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
     if found is None:
         raise CheckpointError(f"{place} holds no finished search; give a directory that slimming search or run wrote.")
     source = _Saved(load_scores(found / SCORES_FILE))
-    results = parse(read_json(place / "results.json")) if (place / "results.json").is_file() else None
+    results = read_results(place) if (place / "results.json").is_file() else None
     settings = (results.settings or {}) if results is not None else _settings(place)
     table_file = str(latency) if latency is not None else settings.get("latency_table")
     table = LatencyTable.load(table_file) if table_file else None

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from slimming.core.completion import complete
-from slimming.core.files import atomic_json, json_values, read_json
+from slimming.core.files import json_values
 from slimming.core.same_settings import check_same_settings
 from slimming.counting.model_cost import total
 from slimming.errors import ConfigError, MissingExtraError
@@ -28,6 +28,7 @@ from slimming.pruning.cutting import cut
 from slimming.retraining.slimmable import check_tokens
 from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
 from slimming.runs.explore import explore
+from slimming.runs.files import METRICS, ONE_SHOT, SECONDS, SETTINGS, TIME_ALLOCATION
 from slimming.runs.results import dense_entry, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
@@ -42,8 +43,6 @@ from slimming.training.distributed import distributed_state
 from slimming.training.evaluation import evaluate
 from slimming.training.samples import Data, ImageDataset
 from slimming.training.step_counts import steps_per_epoch
-
-SETTINGS = "settings.json"
 
 
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         SlimmingError: a subclass for each cause, such as ConfigError, DataError or BudgetError.
     """
     from slimming.report import write_report, write_table
-    from slimming.report.model import parse
+    from slimming.report.model import RESULTS, parse
 
     directory, began = Path(directory), time.monotonic()
     world = distributed_state()
@@ -101,7 +100,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     results = results_of(asked, whole, data, dense_row, rows, result, seconds)
     if allocation is not None:
         results["time_allocation"] = dataclasses.asdict(allocation)
-    atomic_json(directory / "results.json", results)
+    RESULTS.write(directory / "results.json", results)
     log("report: plans of the search at every hundredth")
     write_report(directory, explored=explore(directory))
     write_table(parse(results), directory / "table.md")
@@ -140,11 +139,11 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     Raises:
         ConfigError: it has other settings.
     """
-    path, now = directory / SETTINGS, json_values(config)
+    path, now = directory / "settings.json", json_values(config)
     if path.exists():
-        check_same_settings(directory, read_json(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
+        check_same_settings(directory, SETTINGS.read(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
     if write:
-        atomic_json(path, now)
+        SETTINGS.write(path, now)
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
@@ -183,17 +182,17 @@ def _time_allocation(
         check_training("search.train", applied.search.train, data, directory)
         check_training("retrain", applied.retrain, data, directory)
         if distributed_state().is_main_process:
-            atomic_json(target, dataclasses.asdict(chosen))
+            TIME_ALLOCATION.write(target, dataclasses.asdict(chosen))
         distributed_state().wait_for_everyone()
-    return TimeAllocation(**read_json(target))
+    return TIME_ALLOCATION.read(target)
 
 
 def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
     target = directory / "dense" / "metrics.json"
     if not target.exists():
         log("evaluating the dense model")
-        atomic_json(target, evaluate_model(dense))
-    return float(read_json(target)["top1"])
+        METRICS.write(target, evaluate_model(dense))
+    return METRICS.read(target).top1
 
 
 def _one_shot(
@@ -205,7 +204,7 @@ def _one_shot(
     target = directory / "one_shot.json"
     if target.exists():
         log("one shot: already done")
-        return read_json(target)
+        return ONE_SHOT.read_values(target)
     began, seed = time.monotonic(), config.search.train.seed
     still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
     images = calibration_images(still, config.one_shot, seed=seed)
@@ -218,7 +217,7 @@ def _one_shot(
         entries[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
         log(f"{budget.name}: one shot, top-1 {entries[budget.name]['top1_one_shot']:.4f} without training")
     if distributed_state().is_main_process:
-        atomic_json(target, entries)
+        ONE_SHOT.write(target, entries)
     return entries
 
 
@@ -229,14 +228,14 @@ def _search(
         log("search: already done")
         result = load_search(directory)
         result.model.to(distributed_state().device)
-        return result, float(read_json(directory / "seconds.json")["seconds"])
+        return result, SECONDS.read(directory / "seconds.json").seconds
     log("search: weights and masks train together")
     began = time.monotonic()
     model = copy.deepcopy(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
     seconds = time.monotonic() - began
     if distributed_state().is_main_process:
-        atomic_json(directory / "seconds.json", {"seconds": seconds})
+        SECONDS.write(directory / "seconds.json", {"seconds": seconds})
         result.save(directory)
     return result, seconds
 

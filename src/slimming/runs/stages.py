@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
-from slimming.core.files import atomic_json, read_json
 from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
@@ -24,6 +23,7 @@ from slimming.retraining.progressive import cut_from_last, order_by_macs
 from slimming.retraining.retrain import train
 from slimming.retraining.slimmable import recalibrate_batch_norms_, train_slimmable
 from slimming.runs.config import EACH, PROGRESSIVE, TOGETHER, RunConfig
+from slimming.runs.files import ROW, SERVED
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
@@ -32,7 +32,7 @@ from slimming.training.samples import Data
 
 Log = Callable[[str], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
-SERVED = "served.json"
+SERVED_FILE = "served.json"
 """File in the directory of a training for all budgets: the names of these budgets, and the seconds that it took."""
 
 
@@ -112,7 +112,7 @@ def _prune_and_retrain(
     row_file = directory / "row.json"
     if row_file.exists():
         context.log(f"{budget.name}: already done")
-        return checkpoint.load(directory / "slim").to(distributed_state().device), read_json(row_file)
+        return checkpoint.load(directory / "slim").to(distributed_state().device), ROW.read_values(row_file)
     began, config, result = time.monotonic(), context.config, context.result
     images = context.images()
     small = cut_from_last(result.model, chosen, before, images=images).eval()
@@ -131,7 +131,7 @@ def _prune_and_retrain(
     if shared is not None:
         row["log"] = f"{TOGETHER}/log.jsonl"
     if distributed_state().is_main_process:
-        atomic_json(row_file, row)
+        ROW.write(row_file, row)
     return small, row
 
 
@@ -156,12 +156,12 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
     directory, world = context.root / TOGETHER, distributed_state()
-    if (directory / SERVED).exists():
-        served = read_json(directory / SERVED)
-        context.log(f"{TOGETHER}: already trained for {', '.join(served['budgets'])}")
+    if (directory / SERVED_FILE).exists():
+        served = SERVED.read(directory / SERVED_FILE)
+        context.log(f"{TOGETHER}: already trained for {', '.join(served.budgets)}")
         result = load_search(directory)
         result.model.to(world.device)
-        return result, served["seconds"] / len(served["budgets"])
+        return result, served.seconds / len(served.budgets)
     context.log(f"{TOGETHER}: one training for {', '.join(plans)}")
     began = time.monotonic()
     result = train_slimmable(
@@ -178,7 +178,7 @@ def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[Se
     seconds = time.monotonic() - began
     if world.is_main_process:
         result.save(directory)
-        atomic_json(directory / SERVED, {"budgets": list(plans), "seconds": seconds})
+        SERVED.write(directory / SERVED_FILE, {"budgets": list(plans), "seconds": seconds})
     return result, seconds / len(plans)
 
 

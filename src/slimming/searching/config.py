@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
@@ -148,13 +147,3 @@ def preset(name: str) -> SearchConfig:
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
     return PRESETS[name]()
-
-
-def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
-    """Return the `SearchConfig` that was written to JSON with `dataclasses.asdict`."""
-    nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
-    return SearchConfig(**{**_tuples(value), **nested})
-
-
-def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}

@@ -11,14 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
-from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, seal
+from slimming.core.files import check_json
 from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import check_trainable, in_evaluation
+from slimming.core.records import FileKind
 from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
@@ -30,7 +32,7 @@ from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.scoring.sensitivity import sensitivity
-from slimming.searching.config import SearchConfig, config_from_dict
+from slimming.searching.config import SearchConfig
 from slimming.training.batches import calibration_batches, calibration_images, first_batches
 from slimming.training.distillation import MatchLoss
 from slimming.training.distributed import distributed_state, rank_and_world_size
@@ -96,13 +98,27 @@ class SearchResult(HasScores):
             checkpoint.write_tensors(directory / name, checkpoint.untied(content))
         save_scores(directory / SCORES_FILE, self.scored)
         record = {
-            "format": FORMAT,
             "structure": self.anatomy.structure.to_dict(),
             "config": config,
             "metrics": metrics,
             "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
         }
-        atomic_json(directory / RECORD, seal(record))
+        SEARCH.write(directory / RECORD, record)
+
+
+class SearchContent(msgspec.Struct, frozen=True):
+    """The content of the file of a search."""
+
+    config: SearchConfig
+    metrics: dict[str, float]
+    files_sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if missing := {WEIGHTS, MASKS, SCORES_FILE} - self.files_sha256.keys():
+            raise ValueError(f"files_sha256 lacks {min(missing)}")
+
+
+SEARCH = FileKind(name="the record of a search", schema=SearchContent, mend="Repeat the search in another directory.")
 
 
 def search(
@@ -337,14 +353,14 @@ def load_search(directory: str | Path) -> SearchResult:
         CheckpointError: a file is missing, damaged, or of a newer format.
     """
     directory = Path(directory)
-    record = read_sealed(directory / RECORD)
-    for name, digest in record["files_sha256"].items():
-        if checkpoint.sha256(directory / name) != digest:
+    record = SEARCH.read(directory / RECORD)
+    for name in (WEIGHTS, MASKS, SCORES_FILE):
+        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
             raise CheckpointError(
                 f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
             )
     scored = load_scores(directory / SCORES_FILE)
-    config = config_from_dict(record["config"])
+    config = record.config
     model = checkpoint.build(scored.anatomy.structure)
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
@@ -365,5 +381,5 @@ def load_search(directory: str | Path) -> SearchResult:
         scores=scored.scores,
         config=config,
         sensitivity=scored.sensitivity,
-        metrics=record["metrics"],
+        metrics=record.metrics,
     )
