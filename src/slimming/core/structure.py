@@ -52,6 +52,6 @@ class SavedStructure(Structure):
 EMBEDDED = FileKind(name="a structure", schema=Structure, sealed=False)
 """The structure of a part, within that of a model."""
 IN_CONFIG = FileKind(name="the structure in a config.json", schema=Structure)
-"""The structure in the config.json of a model on the hub. It has a checksum of its own, which transformers and timm keep
-when they save the model again."""
+"""The structure in the config.json of a model on the hub. It has a checksum of its own, which transformers keeps when
+it saves the model again."""
 STRUCTURE = FileKind(name="the structure.json of a model", schema=SavedStructure)

@@ -68,7 +68,7 @@ OWN_WORDS: Mapping[str, frozenset[str]] = {
 }
 """Values of `REFUSED` fields that are harmless: implementations that transformers contains."""
 DROPPED = frozenset({
-    *("_name_or_path", "architectures", "transformers_version", "tokenizer_class", "torchscript", "_commit_hash"),
+    *("_name_or_path", "transformers_version", "tokenizer_class", "torchscript", "_commit_hash"),
     *("finetuning_task", "task_specific_params", "prefix", "feature_extractor_type", "image_processor_type"),
 })  # fmt: skip
 """Fields that describe where a configuration comes from, and are not passed on."""

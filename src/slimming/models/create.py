@@ -128,6 +128,7 @@ def _from_timm(name: str, classes: int | None, options: dict[str, Any]) -> tuple
     heads = tuple(f"{head}." for head in classifiers_of(model))
     body = {key: tensor for key, tensor in dense.state_dict().items() if not key.startswith(heads)}
     _load_(model, body, name, [key for key in model.state_dict() if key.startswith(heads)])
+    known = classes_of(dense)
     return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
 
 
