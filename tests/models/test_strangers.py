@@ -282,7 +282,8 @@ NETWORK: dict[str, Callable[[], nn.Module]] = {
 def test_loading_a_directory_never_asks_the_network(tmp_path: Path) -> None:
     for name, make in NETWORK.items():
         model = make().eval()
-        model.image_size = 64
+        if "vit" not in name:
+            model.image_size = 64
         slimming.save(model, tmp_path / name)
     assert _load_guarded(*tmp_path.iterdir()) == {name: ("loaded", []) for name in NETWORK}
 
