@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from slimming.core.modules import in_evaluation
+from slimming.core.modules import check_whole, in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
-from slimming.training.distributed import rank_and_world_size
+from slimming.training.distributed import add_up, agreed, rank_and_world_size
 from slimming.training.guards import explain_out_of_memory
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import logits_by_head
 
 
+@agreed()
 def evaluate(
     model: nn.Module,
     images: ImageDataset | StreamDataset | Loader,
@@ -39,7 +41,8 @@ def evaluate(
         precision: autocast of the forward pass, as in `TrainConfig`.
 
     Raises:
-        DataError: too many or all images are unreadable, or a label is not a class of the model.
+        DataError: too many or all images are unreadable, a label is not a class of the model, or the images are of
+            other classes than the model.
         ConfigError: out of memory.
 
     >>> import timm, slimming
@@ -50,6 +53,7 @@ def evaluate(
     >>> sorted(slimming.evaluate(model, data.val))
     ['images', 'loss', 'top1']
     """
+    check_whole(model)
     parameter = next(model.parameters())
     dtype, device = parameter.dtype, torch.device(device or parameter.device)
     rank, world_size = rank_and_world_size()
@@ -64,6 +68,7 @@ def evaluate(
                 continue
             labels = batch.labels.to(device)
             logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
+            check_classes_of_model("The model", model, logits.shape[1], images)
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()
@@ -71,11 +76,47 @@ def evaluate(
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
     if world_size > 1:
         sums = sums.to(device)
-        torch.distributed.all_reduce(sums)
+        add_up(sums)
     correct, loss, count = sums.tolist()
     if not count:
         raise DataError("None of the validation images could be read; repair them, or give other validation data.")
     return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+
+
+def check_classes_of_model(
+    who: str, model: nn.Module, known: int, images: ImageDataset | StreamDataset | Loader
+) -> None:
+    """Check that the classes of ``images`` are those of the model: their number, and their names if both have names.
+
+    Nothing is checked for a custom loader, whose classes are unknown.
+
+    Args:
+        who: the model in messages.
+        model: its class names are those of ``label_names`` in its ``pretrained_cfg``, if they fit.
+        known: number of classes of the model.
+        images: the images.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    classes = images.classes if isinstance(images, (ImageDataset, StreamDataset)) else ()
+    if not classes:
+        return
+    if known != len(classes):
+        raise DataError(
+            f"{who} knows {known} classes, the data has {len(classes)} ({_first(classes)}); give the data that it was "
+            "trained for."
+        )
+    names = tuple((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    if len(names) == known and names != classes:
+        raise DataError(
+            f"{who} was trained for other classes ({_first(names)}) than those of the data ({_first(classes)}); give "
+            "the data that it was trained for."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
