@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
     atomic_directory,
     atomic_json,
@@ -19,16 +20,19 @@ from slimming.core.files import (
     atomic_write_text,
     check_free,
     json_values,
+    seal,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.plain_text import without_places
 from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report import kept_picture
@@ -41,6 +45,7 @@ PROCESSOR = "CLIPImageProcessor"
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
+@checked_arguments
 def push_to_hub(
     source: nn.Module | str | Path,
     repository: str | None = None,
@@ -114,7 +119,7 @@ def _write(
         )
     check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
-    record = _without_places({**record, "versions": record.get("versions", versions())})
+    record = without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
     picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
@@ -183,7 +188,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        "model_args": {"structure": structure},
+        "model_args": {"structure": seal(structure)},
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}
@@ -224,6 +229,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     }
 
 
+@checked_arguments
 def as_transformers(model: nn.Module) -> nn.Module:
     """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 
@@ -266,13 +272,3 @@ def register_with_transformers() -> None:
         if error.name != "transformers":
             raise
         raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from error
-
-
-def _without_places(value: Any) -> Any:
-    """A record in which absolute paths are replaced by their last component."""
-    if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(entry) for entry in value]
-    absolute = isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value

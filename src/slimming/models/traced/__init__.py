@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slimming.core.example_inputs import given_calls, image_call
 from slimming.core.groups import Anatomy, TimedLayer
+from slimming.core.modules import set_attribute_
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, TimedModules
@@ -48,15 +49,15 @@ class Traced(Family):
         return True
 
     def read(self, model: nn.Module) -> Anatomy:
-        shape = rebuild.input_shape(model)
-        digest = architecture_digest(model, shape)
-        reading = self.readings.get(digest, lambda: read_model(model, shape))
+        candidates = rebuild.example_candidates(model)
+        digest = architecture_digest(model, [call.digest for calls in candidates for call in calls])
+        reading = self.readings.get(digest, lambda: read_model(model, candidates))
         return Anatomy(
             groups=reading.groups,
             operations=reading.operations,
             structure=Structure(family=self.name, base=self._base(model, digest), layers=_cut_layers(model)),
             uncovered=reading.uncovered,
-            input_shape=shape,
+            input_shape=reading.input_shape,
             sizes=reading.sizes,
             timed_layers=reading.timed_layers,
         )
@@ -65,7 +66,8 @@ class Traced(Family):
         if uneven_heads:
             raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
         like = next(model.parameters())
-        example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
+        calls_ = given_calls(model) or (image_call(anatomy.input_shape),)
+        example = calls_[0].with_batch(1).to(like.dtype, like.device)
         recorded = calls(model, example, attention_sites(anatomy.groups))
         full = {group.name: group.size for group in anatomy.groups}
 
@@ -101,7 +103,7 @@ class Traced(Family):
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)
-        model.__dict__[STRUCTURE] = structure
+        set_attribute_(model, STRUCTURE, structure)
 
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
