@@ -49,6 +49,7 @@ ONLY = {
         "core.argument_types",
         "core.console",
         "core.files",
+        "core.inputs",
         "core.interrupts",
         "core.limits",
         "core.modules",

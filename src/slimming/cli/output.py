@@ -40,7 +40,7 @@ from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
 HEADER = "# Settings of `slimming "
-BEFORE_WORK = (CONFIG, "settings.json", "metrics.json", "log.jsonl")
+BEFORE_WORK = (CONFIG, "inputs.json", "settings.json", "metrics.json", "log.jsonl")
 """Files that a failed run may leave without any work to resume from."""
 
 
