@@ -147,9 +147,6 @@ def check_inputs(directory: Path, inputs: Inputs, *, fresh: bool = False) -> Non
     path = directory / INPUTS_FILE
     known = RECORD.read(path) if path.exists() else InputsContent({}, {}, {})
     before = InputsContent({}, {}, {}) if fresh else known
-    for name, checksum in inputs.checksums.items():
-        if before.checksums.get(name, checksum) != checksum:
-            raise _refusal(directory, f"{name} changed")
     lists = {
         kind: {
             name: _compared(directory, name, now, earlier.get(name), sampled=kind == "images")
@@ -160,6 +157,9 @@ def check_inputs(directory: Path, inputs: Inputs, *, fresh: bool = False) -> Non
             ("images", inputs.images, before.images),
         )
     }
+    for name, checksum in inputs.checksums.items():
+        if before.checksums.get(name, checksum) != checksum:
+            raise _refusal(directory, f"{name} changed")
     content = InputsContent(
         checksums={**known.checksums, **inputs.checksums},
         weights={**known.weights, **lists["weights"]},

@@ -208,7 +208,8 @@ def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | Non
     stored = SETTINGS.read(directory / SETTINGS_FILE)
     if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS):
         return None
-    _check_files(config, directory)
+    if distributed_state().is_main_process:
+        _check_files(config, directory)
     return results
 
 

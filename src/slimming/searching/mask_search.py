@@ -150,8 +150,8 @@ def search(
         PlanError: the model has masks already.
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
             `slimming.training.loop.fit`; ConfigError also if a resumed search was started with other weights or images,
-            see `slimming.training.inputs`.
-            If the score or the sensitivity cannot be computed, the training is kept: with a ``directory`` and ``resume``, the next call goes on from there, also with another ``score`` or
+            see `slimming.training.inputs`. If the score or the sensitivity cannot be computed, the training is kept:
+            with a ``directory`` and ``resume``, the next call goes on from there, also with another ``score`` or
             ``sensitivity``; without a directory, see `score_search`.
 
     >>> import timm, slimming
