@@ -46,10 +46,13 @@ ORDER = (
 ONLY = {
     "training": (
         "errors",
+        "core.argument_types",
+        "core.console",
         "core.files",
         "core.interrupts",
         "core.limits",
         "core.modules",
+        "core.plain_text",
         "core.records",
         "core.same_settings",
     ),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
 from slimming.core.records import FileKind
 from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
@@ -37,6 +38,7 @@ WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "prove
 PROVENANCE_FILE = FileKind(name="the provenance of a model", schema=dict[str, Any])
 
 
+@checked_arguments
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write a dense or slim model atomically to the directory ``path``.
 
@@ -75,6 +77,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         PROVENANCE_FILE.write(partial / PROVENANCE, record)
 
 
+@checked_arguments
 def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:
     """Rebuild the model that `save` wrote to the directory ``path``, in evaluation mode.
 
@@ -196,6 +199,7 @@ def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
+@checked_arguments
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return the provenance with which the model was saved.
 

@@ -81,6 +81,7 @@ def _write(
 ) -> None:
     from slimming.checkpoints.checkpoint import save
     from slimming.cli.output import echo
+    from slimming.core.plain_text import without_places
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -88,7 +89,7 @@ def _write(
     for name, chosen in plans.items():
         small = cut(model, chosen, images=images).eval()
         chosen.save(partial / name / "plan.json")
-        save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
+        save(small, partial / name / "cut", {**without_places(record), "plan": chosen.to_dict()})
         slim = cost(small)
         echo(
             f"{output / name}: {slim.params / dense.params:.1%} of the params, "
@@ -99,6 +100,8 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score the units of a model without a search, and plan."""
+    import dataclasses
+
     from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
@@ -124,7 +127,11 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
     planned = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
-    record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
+    outputs = [dataclasses.asdict(output) for output in scored.outputs]
+    if len(outputs) > 1:
+        echo(f"scored on {len(outputs)} outputs: {', '.join(output.name for output in scored.outputs)}")
+    one_shot = {"score": scored.how, "images": sum(map(len, images)), "outputs": outputs}
+    record = {"source": arguments.source, "one_shot": one_shot}
     named = {budget.name: plan for budget, plan in zip(budgets, planned, strict=True)}
     return scored.model, images, named, {**record, "versions": versions()}
 

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from slimming.core.interrupts import handled_by, raise_interrupt, signal_of
+from slimming.core.plain_text import on_one_line, printable
 from slimming.errors import ConfigError, Interrupted, SlimmingError, nearest
 
 COMMANDS = {
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _fail(error, f"{error} To go on: {command_line}", STOPPED_BY + error.signal, debug)
     except KeyboardInterrupt as error:
-        line = f"Stopped; saved files are kept. To go on or start again: {command_line}"
+        line = f"Stopped. Saved files are kept. To go on or start again: {command_line}"
         return _fail(error, line, STOPPED_BY + signal_of(error), debug)
     except SlimmingError as error:
         return _fail(error, f"error: {error}", INPUT_ERROR, debug)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return INTERNAL_ERROR
     except Exception as error:
-        traceback.print_exception(error)
+        _print_traceback(error)
         return _fail(error, INTERNAL_ERROR_MESSAGE, INTERNAL_ERROR, debug=False)
 
 
@@ -172,10 +173,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, visible, [], prefix)
 
 
+def _print_traceback(error: BaseException) -> None:
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _fail(error: BaseException, line: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
-    print(f"slimming: {line}", file=sys.stderr)
+        _print_traceback(error)
+    print(f"slimming: {on_one_line(line)}", file=sys.stderr)
     return code
 
 

@@ -22,7 +22,7 @@ from slimming.cli.configs import (
     config_to_values,
     config_to_yaml,
 )
-from slimming.cli.settings import read_yaml
+from slimming.core.console import PlainConsole
 from slimming.core.files import (
     atomic_write_text,
     check_free,
@@ -32,6 +32,7 @@ from slimming.core.files import (
 )
 from slimming.core.locks import is_temporary
 from slimming.core.same_settings import check_same_settings
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError, OutputError
 from slimming.runs.config import FREE_SECTIONS, RunConfig, is_unscored
 from slimming.searching.config import scoring_settings
@@ -53,7 +54,7 @@ def console() -> Console:
     # Without a terminal, rich would limit tables to 80 columns.
     width = None if sys.stdout.isatty() else 160
     # Paths may contain brackets, which rich would read as markup.
-    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
+    return PlainConsole(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def echo(line: str) -> None:

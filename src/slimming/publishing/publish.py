@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
     atomic_directory,
     atomic_json,
@@ -22,6 +23,7 @@ from slimming.core.files import (
     seal,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.plain_text import without_places
 from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
@@ -43,6 +45,7 @@ PROCESSOR = "CLIPImageProcessor"
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
+@checked_arguments
 def push_to_hub(
     source: nn.Module | str | Path,
     repository: str | None = None,
@@ -116,7 +119,7 @@ def _write(
         )
     check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
-    record = _without_places({**record, "versions": record.get("versions", versions())})
+    record = without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
     picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
@@ -226,6 +229,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     }
 
 
+@checked_arguments
 def as_transformers(model: nn.Module) -> nn.Module:
     """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 
@@ -268,13 +272,3 @@ def register_with_transformers() -> None:
         if error.name != "transformers":
             raise
         raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from error
-
-
-def _without_places(value: Any) -> Any:
-    """A record in which absolute paths are replaced by their last component."""
-    if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(entry) for entry in value]
-    absolute = isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value

@@ -17,9 +17,11 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.interrupts import interruptible
+from slimming.core.plain_text import without_places
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.counting.model_cost import total
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError
@@ -71,6 +73,7 @@ TIMES = ("latency_ms", "speedup")
 
 
 @agreed()
+@checked_arguments
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
@@ -90,7 +93,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         SlimmingError: a subclass for each other cause, such as ConfigError, DataError or BudgetError.
     """
     directory, is_main = Path(directory), distributed_state().is_main_process
-    stop = interruptible(f"finished stages are kept in {directory}; run again to go on.")
+    stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
     with stop, exclusive(directory) if is_main else nullcontext():
         if is_main and not (directory / SETTINGS_FILE).exists():
             check_free(directory, besides=("config.yaml",))
@@ -155,9 +158,13 @@ def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | Non
     if not (directory / RESULTS_FILE).exists():
         return None
     results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
-    if differing(results["settings"], json_values(config), free=FREE_SETTINGS):
+    if differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS):
         return None
-    return None if missing_files(directory, config) else results
+    if missing_files(directory, config):
+        return None
+    # The settings in the results lack the directories of the data and of the model.
+    stored = SETTINGS.read(directory / SETTINGS_FILE)
+    return None if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS) else results
 
 
 def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -166,7 +173,7 @@ def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any
         return None
     results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
     stored = [{key: entry for key, entry in row.items() if key not in TIMES} for row in results["rows"]]
-    same = not differing(results["settings"], json_values(config), free=FREE_SETTINGS)
+    same = not differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS)
     return results if same and stored == json_values(rows) else None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.modules import in_evaluation
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
 from slimming.masks.attachment import prunable
@@ -24,6 +25,7 @@ from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
 
 
+@checked_arguments
 def open_model(
     config: ModelConfig, *, classes: int | None = None, headless: bool = False
 ) -> tuple[nn.Module, list[str]]:
@@ -66,6 +68,7 @@ def open_model(
     return model, [replaced_note(config.name, known, classes)]
 
 
+@checked_arguments
 def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     """Open the data for ``model``, with the input size, normalisation, interpolation and crop of the model.
 
@@ -89,6 +92,7 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     return open_images(config, image_spec(config, model), seed)
 
 
+@checked_arguments
 def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
     """Read calibration images, preprocessed for ``model``, without labels: for `slimming.score` and `slimming.cut`.
 
