@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import hub
 from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
 from slimming.core.records import FileKind
 from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
@@ -176,7 +176,7 @@ def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
     if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
         raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
     family = family_called(structure.family)
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     try:
         family.resize_(model, structure)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:

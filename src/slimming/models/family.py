@@ -167,10 +167,11 @@ def select_indices(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tens
         tensor: any shape.
         indices: dimension -> indices to keep.
     """
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for dim, index in indices.items():
         if list(index) != list(range(tensor.shape[dim])):
             tensor = tensor.index_select(dim, torch.tensor(list(index), device=tensor.device))
-    return tensor
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
 def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:

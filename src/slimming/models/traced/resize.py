@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.copies import clear_caches_
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
@@ -179,13 +180,6 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             )
         module.__class__ = cls
     clear_caches_(module)
-
-
-def clear_caches_(module: nn.Module) -> None:
-    """Empty the host's caches of values that it computed from the previous tensors of ``module``."""
-    for name, value in vars(module).items():
-        if name.endswith("_cache") and isinstance(value, dict):
-            value.clear()
 
 
 def disable_nested_tensors_(model: nn.Module) -> None:
