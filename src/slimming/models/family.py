@@ -17,6 +17,13 @@ from slimming.errors import UnsupportedModelError
 STRUCTURE = "slimming_structure"
 """Attribute of a slim model with its `Structure`."""
 
+ENTRY = "slimming_entry"
+"""Attribute of a module that was resized within a larger model, with its entry in the structure's ``layers``; an empty
+one if the family of that model keeps none by module."""
+
+BLUEPRINT = "slimming_blueprint"
+"""Attribute of a slim model that only its user can make, with the `Blueprint` of what its structure gives."""
+
 ORIGIN = "slimming_origin"
 """Attribute of a model that slimming created with the name and arguments that were passed to its host."""
 

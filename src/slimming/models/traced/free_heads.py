@@ -66,8 +66,8 @@ def new_with_free_heads(cls: type[nn.Module]) -> nn.Module:
     rewritten = free_heads_class(cls)
     if rewritten is None:
         raise UnsupportedModelError(
-            f"The forward of {cls.__name__} cannot be rewritten for fewer heads in the installed version of its library. "
-            "Install the version with which the model was cut."
+            f"The forward of {cls.__name__} cannot be rewritten for fewer heads in the installed version of its "
+            "library. Install the version with which the model was cut."
         )
     return rewritten.__new__(rewritten)
 

@@ -12,7 +12,7 @@ from slimming.core.copies import clear_caches_
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
-from slimming.models.family import Kept, select_indices
+from slimming.models.family import ENTRY, Kept, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -179,6 +179,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 
 
