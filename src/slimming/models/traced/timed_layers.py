@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.models.copies import copied
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
@@ -69,7 +70,7 @@ def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) ->
     """
     try:
         single, double = (_recorded_calls(model, example.with_batch(size), attention) for size in (1, 2))
-    except Exception:  # hosts raise errors of any class
+    except MODEL_ERRORS:
         return []
     if [name for name, *_ in single] != [name for name, *_ in double]:
         return []
