@@ -339,6 +339,24 @@ def _function(
     return wrong
 
 
+def broad_exceptions_go_on(files: list[Source]) -> list[str]:
+    """A handler of every exception raises it again, or prints its traceback; all others name what they expect."""
+    wrong = []
+    for source in files:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
+                shown = any(isinstance(n, ast.Call) and _called(n) == "print_exception" for n in ast.walk(node))
+                last = node.body[-1]
+                if not shown and not (isinstance(last, ast.Raise) and last.exc is None):
+                    wrong.append(f"{source.module}:{node.lineno} hides an exception of any class")
+    return wrong
+
+
+def _is_broad(kind: ast.expr | None) -> bool:
+    names = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(name is None or ast.unparse(name) in ("Exception", "BaseException") for name in names)
+
+
 RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
     imports_follow_the_order,
     public_functions_hide_no_module,
@@ -349,6 +367,7 @@ RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
     models_are_copied_by_the_helper,
     files_stay_short,
     no_hasattr,
+    broad_exceptions_go_on,
     public_is_annotated_and_documented,
 )
 
@@ -394,6 +413,13 @@ BROKEN = [
     (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nplan._x()", "uses _x"),
     (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nsetattr(plan, '_x', 1)", "replaces"),
     (no_private_names_of_others, "cli/__init__.py", "patch.setattr('pkg.core.plan._x.y', 1)", "replaces"),
+    (broad_exceptions_go_on, "core/plan.py", "try:\n    x = 1\nexcept Exception:\n    x = 2", "any class"),
+    (
+        broad_exceptions_go_on,
+        "core/plan.py",
+        "try:\n    x = 1\nexcept (OSError, BaseException):\n    x = 2",
+        "any class",
+    ),
     (no_cycles, "core/plan.py", "def _f():\n    from pkg.core.groups import x", "cycle"),
     (hosts_in_their_rooms, "pruning/cutting.py", "def _f():\n    from timm.layers import Mlp", "names timm"),
     (hosts_in_their_rooms, "cli/__init__.py", "import torchvision.ops", "names torchvision"),

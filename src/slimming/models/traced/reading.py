@@ -12,6 +12,7 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
@@ -144,7 +145,7 @@ def _passes(
         training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
-        except Exception as error:  # hosts raise errors of any class
+        except MODEL_ERRORS as error:
             reasons.append(
                 f"training mode: the forward raises {type(error).__name__} ({_first_line(error)}), so the groups are "
                 "verified in evaluation mode only; give a call that works in both modes as example_inputs"
@@ -169,7 +170,7 @@ def _evaluation_passes(
         passes = [Pass(call.to(torch.float64)) for call in calls_]
         try:
             return passes, [course_of(model, forward) for forward in passes]
-        except Exception as error:  # hosts raise errors of any class
+        except MODEL_ERRORS as error:
             first = first or error
     what = " and ".join(f"{tuple(call.main.shape[1:])}" for call in candidates[0])
     raise UnsupportedModelError(
