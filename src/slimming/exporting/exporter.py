@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import atomic_directory, atomic_json, check_free
 from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
@@ -60,6 +61,7 @@ class Exported:
     speedup: Mapping[str, float]
 
 
+@checked_arguments
 def export(
     model: nn.Module | str | Path,
     directory: str | Path,

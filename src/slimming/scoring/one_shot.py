@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.layout import Layout
 from slimming.errors import ConfigError, DataError, PlanError
 from slimming.masks.attachment import independent, prunable, select_kinds
@@ -60,6 +61,7 @@ class OneShot(HasScores):
 
 
 @agreed()
+@checked_arguments
 def score(
     model: nn.Module,
     data: Data | Sequence[Tensor],

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.modules import check_whole, in_evaluation
 from slimming.errors import ConfigError, DataError
 from slimming.training.batches import validation_batches
@@ -18,6 +19,7 @@ from slimming.training.samples import ImageDataset, Loader, StreamDataset, Unrea
 
 
 @agreed()
+@checked_arguments
 def evaluate(
     model: nn.Module,
     images: ImageDataset | StreamDataset | Loader,

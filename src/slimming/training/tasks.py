@@ -77,7 +77,7 @@ def check_logits(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None
         )
 
 
-Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor | Mapping[str, Tensor]]
 """A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
 of scalars: ``"loss"`` is minimised, the others are logged."""
 
