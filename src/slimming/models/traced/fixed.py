@@ -59,8 +59,8 @@ def check_resizable(model: nn.Module) -> None:
             program = "a program of torch.export"
         if program is not None:
             raise UnsupportedModelError(
-                f"{name or 'This model'} is {program}, whose sizes are fixed: give the nn.Module that it was made from, "
-                "and make the program from the slim model."
+                f"{name or 'This model'} is {program}, whose sizes are fixed: give the nn.Module that it was made from "
+                "to slimming, and make the program anew from the slim model."
             )
         if type(module).__module__.startswith("torch.ao."):
             raise UnsupportedModelError(
