@@ -20,6 +20,7 @@ from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE
+from slimming.core.modules import MODEL_ERRORS
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
@@ -121,7 +122,7 @@ def check_with_trial(
     try:
         set_example_inputs_(model, example_inputs)
         read_model = prunable(model)
-    except Exception as error:  # models raise errors of any class, which are the result of the check
+    except (SlimmingError, *MODEL_ERRORS) as error:
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
@@ -137,7 +138,7 @@ def check_with_trial(
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except Exception as error:  # models raise errors of any class, which are the result of the check
+        except (SlimmingError, *MODEL_ERRORS) as error:
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(

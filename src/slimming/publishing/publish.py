@@ -20,6 +20,7 @@ from slimming.core.files import (
     atomic_write_text,
     check_free,
     json_values,
+    seal,
 )
 from slimming.core.groups import Anatomy
 from slimming.core.plain_text import without_places
@@ -27,10 +28,11 @@ from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report import kept_picture
@@ -186,7 +188,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        "model_args": {"structure": structure},
+        "model_args": {"structure": seal(structure)},
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}

@@ -93,7 +93,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         SlimmingError: a subclass for each other cause, such as ConfigError, DataError or BudgetError.
     """
     directory, is_main = Path(directory), distributed_state().is_main_process
-    stop = interruptible(f"finished stages are kept in {directory}; run again to go on.")
+    stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
     with stop, exclusive(directory) if is_main else nullcontext():
         if is_main and not (directory / SETTINGS_FILE).exists():
             check_free(directory, besides=("config.yaml",))
