@@ -122,7 +122,7 @@ def check_with_trial(
     try:
         set_example_inputs_(model, example_inputs)
         read_model = prunable(model)
-    except (SlimmingError, *MODEL_ERRORS) as error:
+    except MODEL_ERRORS as error:
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
@@ -138,7 +138,7 @@ def check_with_trial(
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except (SlimmingError, *MODEL_ERRORS) as error:
+        except MODEL_ERRORS as error:
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(
@@ -213,7 +213,7 @@ class Trial:
         for forward in training:
             try:
                 forward.outputs(copied(self.model))
-            except Exception as error:  # models raise errors of any class
+            except MODEL_ERRORS as error:
                 found = self._difference(passes)
                 return f"they differ by {found:.1e}; not tried in training mode, where {_first_line(error)}"
         return f"they differ by {self._difference([*passes, *training]):.1e} in evaluation and training mode"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.core.copies import copied
-from slimming.core.modules import in_mode
+from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
 from slimming.models.traced.verification import Pass
@@ -58,10 +58,10 @@ def coupled_channels(model: nn.Module, passes: Sequence[Pass], opaque_names: Ite
     try:
         try:
             return _trace(model, passes, opaque_names)
-        except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
+        except MODEL_ERRORS:
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
                 return _trace(model, passes, opaque_names)
-    except Exception as error:
+    except MODEL_ERRORS as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
             f"torch-pruning cannot trace this model ({type(error).__name__}: {first})"

@@ -21,6 +21,7 @@ from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
@@ -68,7 +69,7 @@ def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) ->
     """
     try:
         single, double = (_recorded_calls(model, example.with_batch(size), attention) for size in (1, 2))
-    except Exception:  # hosts raise errors of any class
+    except MODEL_ERRORS:
         return []
     if [name for name, *_ in single] != [name for name, *_ in double]:
         return []
