@@ -86,7 +86,11 @@ def _directory(name: str, *, weights: bool = True) -> Path:
     if is_address(name):
         return fetch(name, weights=weights)
     bare = name.removeprefix(TRANSFORMERS)
-    return Path(bare) if Path(bare).is_dir() else fetch(f"{PREFIX}{bare}", weights=weights)
+    if Path(bare).is_dir():
+        return Path(bare)
+    if bare.startswith((".", "/", "~")) or bare.count("/") > 1:
+        raise CheckpointError(f"{bare!r} could not be loaded: there is no such directory. Give one with a config.json.")
+    return fetch(f"{PREFIX}{bare}", weights=weights)
 
 
 def _check_name(name: str) -> None:
@@ -128,8 +132,7 @@ def _from_timm(name: str, classes: int | None, options: dict[str, Any]) -> tuple
     heads = tuple(f"{head}." for head in classifiers_of(model))
     body = {key: tensor for key, tensor in dense.state_dict().items() if not key.startswith(heads)}
     _load_(model, body, name, [key for key in model.state_dict() if key.startswith(heads)])
-    known = classes_of(dense)
-    return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
+    return model, [replaced_note(name, classes_of(dense), classes)]
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -282,10 +282,10 @@ def from_transformers(
         else:
             with torch.device("meta"):
                 cls = type(auto.from_config(settings))
-            loaded = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 None, config=settings, state_dict=read_directory(path), dtype=dtype, output_loading_info=True
             )
-            model, notes = loaded[0], _differences(*loaded, path, headless)
+            model, notes = loaded[0], _differences(loaded[0], loaded[1], path, headless)
     except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         raise UnsupportedModelError(f"transformers cannot make {path} with {options}: {first_line(error)}") from error
     except (OSError, RuntimeError) as error:
