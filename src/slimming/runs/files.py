@@ -18,7 +18,7 @@ from slimming.report.model import RESULTS, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.stamps import is_whole
-from slimming.runs.config import SEARCH_PLACE, TOGETHER, RunConfig
+from slimming.runs.config import CONFIG_FILE, TOGETHER, RunConfig, is_own_config
 from slimming.runs.time_budget import TimeAllocation
 from slimming.searching.mask_search import MASKS, RECORD, SCORES_FILE, WEIGHTS, verify_search
 from slimming.training.log import LOG_FILE
@@ -65,6 +65,11 @@ SETTINGS_FILE, DENSE_FILE, SHOTS_FILE, HOURS_FILE = (
 )  # fmt: skip
 SECONDS_FILE, SERVED_FILE = "seconds.json", "served.json"
 PLAN_FILE, CUT_PLACE, SLIM_PLACE, ROW_FILE = "plan.json", "cut", "slim", "row.json"
+
+
+def is_started(directory: Path) -> bool:
+    """Return whether a run, or a command, has written its settings to ``directory``."""
+    return (directory / SETTINGS_FILE).exists() or is_own_config(directory / CONFIG_FILE)
 
 
 def missing_files(directory: Path, config: RunConfig) -> list[str]:
