@@ -18,7 +18,7 @@ from slimming.report.model import RESULTS, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.stamps import is_whole
-from slimming.runs.config import CONFIG_FILE, TOGETHER, RunConfig, is_own_config
+from slimming.runs.config import CONFIG_FILE, SEARCH_PLACE, TOGETHER, RunConfig, is_own_config
 from slimming.runs.time_budget import TimeAllocation
 from slimming.searching.mask_search import MASKS, RECORD, SCORES_FILE, WEIGHTS, verify_search
 from slimming.training.log import LOG_FILE
