@@ -267,6 +267,17 @@ def _flag(call: ast.Call, name: str, value: bool) -> bool:
     )
 
 
+def models_are_copied_by_the_helper(files: list[Source]) -> list[str]:
+    """A plain deep copy refuses what a forward pass left in a model."""
+    return [
+        f"{source.module}:{node.lineno} calls {ast.unparse(node.func)}; call slimming.core.copies.copied"
+        for source in files
+        if not source.module.endswith("core.copies")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and _called(node) == "deepcopy"
+    ]
+
+
 def files_stay_short(files: list[Source]) -> list[str]:
     counts = {source.module: len(source.text.splitlines()) for source in files}
     return [f"{module} has {count} lines, more than {LINES}" for module, count in counts.items() if count > LINES]
@@ -353,6 +364,7 @@ RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
     no_cycles,
     hosts_in_their_rooms,
     nothing_unpickled,
+    models_are_copied_by_the_helper,
     files_stay_short,
     no_hasattr,
     broad_exceptions_go_on,
@@ -418,6 +430,7 @@ BROKEN = [
     (nothing_unpickled, "core/plan.py", "torch.load(path, weights_only=False)", "without weights_only"),
     (nothing_unpickled, "core/plan.py", "numpy.load(path, allow_pickle=True)", "allows pickles"),
     (nothing_unpickled, "core/plan.py", "eval('1')", "runs text"),
+    (models_are_copied_by_the_helper, "core/plan.py", "small = copy.deepcopy(model)", "calls copy.deepcopy"),
     (files_stay_short, "core/plan.py", "\n" * LINES, "more than"),
     (no_hasattr, "core/plan.py", "x = hasattr(1, 'real')", "calls hasattr"),
     (public_is_annotated_and_documented, "core/plan.py", "def f() -> None:\n    pass", "no docstring"),

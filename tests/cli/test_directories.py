@@ -152,7 +152,7 @@ def watch_writes(monkeypatch: pytest.MonkeyPatch, output: Path, copies: Path) ->
     return found
 
 
-@pytest.mark.parametrize("command", RUN_IS_SLOW)
+@pytest.mark.parametrize("command", RUN_IS_SLOW, ids=str)
 def test_killed_in_the_first_writes_the_same_command_goes_on(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -169,7 +169,7 @@ def test_killed_in_the_first_writes_the_same_command_goes_on(
         assert {*tree(copy)} == {*tree(output)}
 
 
-@pytest.mark.parametrize("command", RUN_IS_SLOW)
+@pytest.mark.parametrize("command", RUN_IS_SLOW, ids=str)
 def test_a_second_start_is_refused_while_the_first_runs(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -264,7 +264,7 @@ MOMENTS = {
     "last step of a training": ("train", STEP, 2),
     "first step of a run": ("run", STEP, 1),
     "evaluation of the search": ("run", EVALUATION, 2),
-    "scoring": ("run", "slimming.searching.mask_search.calibration_batches", 1),
+    "scoring": ("run", "slimming.searching.trained_scores.calibration_batches", 1),
     "cutting": ("run", "slimming.runs.stages.cut_from_last", 1),
     "last step of a retraining": ("run", STEP, 4),
     "measuring": ("run", "slimming.runs.results.paired_times", 1),
@@ -277,6 +277,7 @@ LAST_FILES = {"run": "table.md", "search": "search.json", "train": "model"}
 @pytest.mark.parametrize(
     ("command", "place", "at"),
     [pytest.param(*case, id=name, marks=slow if case[0] == "run" else ()) for name, case in MOMENTS.items()],
+    ids=str,
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_stops_the_command_which_then_goes_on(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimming.checkpoints.checkpoint import load, save
 from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import Budget
+from slimming.core.copies import copied
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
 from slimming.core.kinds import KINDS
@@ -26,7 +27,6 @@ from slimming.counting.measured import count
 from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
 from slimming.masks.attachment import attach, prunable, select_kinds
-from slimming.models.copies import copied
 from slimming.models.prunable import PrunableModel
 from slimming.models.traced.verification import Pass, outputs, randomise_
 from slimming.planning.budgeting import plan

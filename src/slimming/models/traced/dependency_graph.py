@@ -7,7 +7,6 @@ mapping, and reads the items of its groups. The requirement is therefore pinned 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.core.copies import copied
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
@@ -151,7 +151,7 @@ def with_batch_norms(model: nn.Module) -> nn.Module:
         return no_parameters and statistics <= buffers.keys() and buffers["weight"].dim() == 1
 
     names = [name for name, module in model.named_modules() if is_frozen_norm(module)]
-    model = copy.deepcopy(model) if names else model
+    model = copied(model) if names else model
     for name in names:
         parent, _, child = name.rpartition(".")
         frozen = model.get_submodule(name)

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slimming.core.copies import clear_caches_, copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
-from slimming.models.copies import copied
 from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
+from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.operations import operations
-from slimming.models.traced.parametrized import check_not_quantized, computed_weights
-from slimming.models.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
+from slimming.models.traced.resize import layer_sizes, layers_after, resize_module_, select
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
@@ -121,7 +121,7 @@ def _random_copy(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"This {type(model).__name__} is on the meta device, and is read by running it: make it on the CPU."
         )
-    check_not_quantized(model)
+    check_resizable(model)
     model = copied(model).cpu().double().eval().requires_grad_(True)
     for module in model.modules():
         module.__dict__.pop(STRUCTURE, None)
