@@ -48,6 +48,7 @@ ONLY = {
         "errors",
         "core.argument_types",
         "core.console",
+        "core.copies",
         "core.files",
         "core.interrupts",
         "core.limits",
