@@ -104,6 +104,8 @@ def _all_processes() -> Iterator[None]:
     distributed_state()
     with agreed():
         yield
+    # All have finished. Otherwise the threads of the group could abort a process whose peers end before it.
+    distributed_state().destroy_process_group()
 
 
 def command(name: str) -> ModuleType:
