@@ -38,7 +38,7 @@ from slimming.runs.config import CONFIG_FILE, CONFIG_START, FREE_SECTIONS, RunCo
 from slimming.searching.config import scoring_settings
 from slimming.training.config import FREE_SETTINGS
 
-BEFORE_WORK = (CONFIG_FILE, "settings.json", "metrics.json", "log.jsonl")
+BEFORE_WORK = (CONFIG_FILE, "inputs.json", "settings.json", "metrics.json", "log.jsonl")
 """Files that a failed run may leave without any work to resume from."""
 
 

@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from slimming.checkpoints import checkpoint
+from slimming.core.inputs import INPUTS_FILE
+from slimming.core.inputs import RECORD as INPUTS
 from slimming.core.pruning_plan import PLAN
 from slimming.core.records import FileKind
 from slimming.errors import CheckpointError
@@ -79,6 +81,7 @@ def missing_files(directory: Path, config: RunConfig) -> list[str]:
         CheckpointError: a file is damaged; the message says what to do.
     """
     kinds: dict[str, FileKind[Any]] = {SETTINGS_FILE: SETTINGS, DENSE_FILE: METRICS, RESULTS_FILE: RESULTS}
+    kinds[INPUTS_FILE] = INPUTS
     kinds |= {HOURS_FILE: TIME_ALLOCATION} if config.hours is not None else {}
     kinds |= {SHOTS_FILE: ONE_SHOT} if config.one_shot else {}
     missing = [name for name, kind in kinds.items() if not _is_there(directory / name, kind)]
