@@ -19,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from slimming.core.limits import MOST_ELEMENTS, MOST_MODULES, MOST_TENSOR_ELEMENTS
 from slimming.errors import CheckpointError
 
-BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ARGUMENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """What constructors of hosts raise for arguments that they do not check."""
+BUILD_ERRORS = (*ARGUMENT_ERRORS, RuntimeError)
+"""The same, with what PyTorch raises for sizes that do not fit."""
 FACTORIES = {
     getattr(torch, name)
     for name in ("empty", "zeros", "ones", "rand", "randn", "full", "arange", "linspace", "eye", "randperm", "randint")
