@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +13,11 @@ from msgspec import Meta
 from slimming.checkpoints import checkpoint
 from slimming.core.inputs import INPUTS_FILE
 from slimming.core.inputs import RECORD as INPUTS
+from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import PLAN
 from slimming.core.records import FileKind
-from slimming.errors import CheckpointError
+from slimming.core.yaml_text import read_yaml
+from slimming.errors import CheckpointError, SlimmingError
 from slimming.report.model import RESULTS, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
@@ -161,3 +163,26 @@ def _repeatable(path: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{error} Or remove {path} to repeat this stage.") from error
+
+
+def stored_data(path: Path) -> Mapping[str, Any]:
+    """Return the settings of the data on which a checkpoint was trained; empty if it does not record them.
+
+    The provenance has only the last component of an absolute path. In the directory of its run or training, the whole
+    path is taken from the settings there.
+
+    Raises:
+        CheckpointError: the provenance is damaged.
+    """
+    if not (path / checkpoint.PROVENANCE).exists():
+        return {}
+    stored = checkpoint.read_provenance(path).get("data")
+    if not isinstance(stored, Mapping):
+        return {}
+    readers = {path.parent.parent / SETTINGS_FILE: SETTINGS.read, path.parent / "config.yaml": read_yaml}
+    for file, read in readers.items():
+        with suppress(SlimmingError):  # a file of another program with this name
+            data = read(file).get("data") if file.is_file() else None
+            if isinstance(data, Mapping) and without_places(data) == stored:
+                return data
+    return stored
