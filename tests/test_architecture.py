@@ -44,7 +44,15 @@ ORDER = (
 )
 """The folders (and single modules) of the package: each imports from those before it only."""
 ONLY = {
-    "training": ("errors", "core.files", "core.limits", "core.modules", "core.records", "core.same_settings"),
+    "training": (
+        "errors",
+        "core.files",
+        "core.interrupts",
+        "core.limits",
+        "core.modules",
+        "core.records",
+        "core.same_settings",
+    ),
     "report": ("errors", "core"),
 }
 """Folders that may import less than what stands before them: training and reports know nothing of pruning."""

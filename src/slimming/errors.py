@@ -11,7 +11,7 @@
      ├── ParityError             the outputs of an exported file differ from those of the model
      ├── NonFiniteLossError      a loss or a gradient in training is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
-     └── Interrupted             training was stopped by the user, after its state was saved
+     └── Interrupted             the work was stopped by Ctrl-C or SIGTERM; a training saves its state first
 
 A message says what is wrong, where, and how to correct it.
 """
@@ -67,7 +67,15 @@ class MissingExtraError(SlimmingError):
 
 
 class Interrupted(SlimmingError):
-    """Training was stopped by the user, after its state was saved."""
+    """The work was stopped by Ctrl-C or SIGTERM; a training saves its state first.
+
+    Attributes:
+        signal: number of the signal, 2 for Ctrl-C (SIGINT) and 15 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal: int = 2) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def nearest(name: str, candidates: Iterable[str], prefix: str = "") -> str:

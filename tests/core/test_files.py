@@ -13,22 +13,24 @@ from slimming.core.files import (
     atomic_directory,
     atomic_json,
     atomic_write_bytes,
+    check_free,
     check_json,
     explain,
-    new_directory,
 )
+from slimming.core.locks import PARTIAL
 from slimming.errors import ConfigError, OutputError
 
 
-def test_a_new_directory_is_empty_and_may_be_there_already(tmp_path: Path) -> None:
-    assert new_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert new_directory(tmp_path / "a" / "b").is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_only_new_and_empty_directories_are_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "a")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    check_free(tmp_path / "a" / "b")
     with pytest.raises(OutputError, match="is not empty"):
-        new_directory(tmp_path / "a")
+        check_free(tmp_path / "a")
+    check_free(tmp_path / "a", besides=("b",))
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        new_directory(tmp_path / "file")
+        check_free(tmp_path / "file")
 
 
 def test_what_a_block_writes_is_there_at_its_end_only(tmp_path: Path) -> None:
@@ -96,8 +98,18 @@ def test_nothing_is_written_that_json_cannot_hold(tmp_path: Path) -> None:
 
 def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic_write_bytes(tmp_path / "file", b"one")
-    (tmp_path / ".file.taken").write_bytes(b"of another process")
     monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
+    (tmp_path / f"{PARTIAL}taken").write_bytes(b"of another process")
     with pytest.raises(OutputError, match="cannot be written"):
         atomic_write_bytes(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"
+
+
+def test_a_temporary_directory_of_a_living_writer_stays(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "made") as place:
+        (place / "x").write_text("1")
+        (tmp_path / f"{PARTIAL}0123456789ab").mkdir()
+        atomic_write_bytes(tmp_path / "file", b"x")  # removes leftovers beside it
+        assert place.exists()
+        assert not (tmp_path / f"{PARTIAL}0123456789ab").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "file"}

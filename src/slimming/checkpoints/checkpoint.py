@@ -137,6 +137,27 @@ def _structure_in(path: Path) -> tuple[Structure, Path] | None:
     return saved.structure, weights
 
 
+def missing_files(path: Path) -> list[str]:
+    """Return the names of the files that a checkpoint in ``path`` lacks; if it lacks none, verify their checksums.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    missing = [name for name in (WEIGHTS, STRUCTURE, PROVENANCE) if not (path / name).exists()]
+    if not missing:
+        _structure_in(path)
+        read_provenance(path)
+    return missing
+
+
+def save_again(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Save a checkpoint like `save`, unless a whole one is in ``path``; the files of a partial one are replaced."""
+    if missing_files(path):
+        for name in (WEIGHTS, STRUCTURE, PROVENANCE):
+            (path / name).unlink(missing_ok=True)
+        save(model, path, provenance)
+
+
 def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
     """Return a copy of ``dense`` with the sizes of ``structure``.
 

@@ -1,7 +1,7 @@
 """Entry point of the command line: parse arguments, run a command, turn errors into exit codes.
 
 Exit codes: 0 success, 1 internal error, 2 error in the input (reported in one sentence on stderr), 130 stopped by
-Ctrl-C after the state was saved.
+Ctrl-C, 143 stopped by SIGTERM, both after the state of a training was saved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from slimming.core.interrupts import handled_by, raise_interrupt, signal_of
 from slimming.errors import ConfigError, Interrupted, SlimmingError, nearest
 
 COMMANDS = {
@@ -35,7 +36,7 @@ COMMANDS = {
     "demo": "run the whole pipeline on an embedded model and embedded images",
 }
 INTERNAL_ERROR_MESSAGE = "This is a bug in slimming. Please report it with the lines above and your command."
-INTERNAL_ERROR, INPUT_ERROR, STOPPED = 1, 2, 130
+INTERNAL_ERROR, INPUT_ERROR, STOPPED_BY = 1, 2, 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = shlex.join(["slimming", *words])
     words = [word for word in words if word != "--debug"]
     try:
-        with _explain_system_errors():
+        with handled_by(raise_interrupt), _explain_system_errors():
             return _run(words)
     except Interrupted as error:
-        return _fail(error, f"{error} To go on: {command_line}", STOPPED, debug)
+        return _fail(error, f"{error} To go on: {command_line}", STOPPED_BY + error.signal, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, f"Stopped; saved files are kept. To go on or start again: {command_line}", STOPPED, debug)
+        line = f"Stopped; saved files are kept. To go on or start again: {command_line}"
+        return _fail(error, line, STOPPED_BY + signal_of(error), debug)
     except SlimmingError as error:
         return _fail(error, f"error: {error}", INPUT_ERROR, debug)
     except BrokenPipeError:

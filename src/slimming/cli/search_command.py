@@ -27,14 +27,15 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.configs import SearchCommandConfig, read_config
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
+    from slimming.runs.files import missing_result
     from slimming.runs.setup import open_start
-    from slimming.searching.mask_search import RECORD, search
+    from slimming.searching.mask_search import search
     from slimming.training.evaluation import evaluate
 
     config, notes = read_config(SearchCommandConfig, arguments)
     directory = output_path(arguments, "search")
     with run_directory(directory, config, "search"):
-        if (directory / RECORD).exists():
+        if not missing_result(directory):
             echo(f"{directory} holds the finished search already; nothing to do.")
             return
         print_settings("search", config, directory, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -43,13 +44,19 @@ class Log:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
 
-def read_log(directory: Path, name: str | None) -> Log | None:
+def read_log(directory: Path, name: str | None, sha256: str | None = None) -> Log | None:
     """Read a log that the results name; None if no log is named or the file does not exist.
 
     A last line that was cut off while it was written is left out.
 
+    Args:
+        directory: directory of the run.
+        name: path of the log in it.
+        sha256: its checksum; None does not verify it.
+
     Raises:
-        CheckpointError: the name leads out of the run's directory, or a line is not JSON.
+        CheckpointError: the name leads out of the run's directory, the log was changed after the run, or a line is not
+            JSON.
     """
     if name is None:
         return None
@@ -60,7 +67,13 @@ def read_log(directory: Path, name: str | None) -> Log | None:
         )
     if not path.is_file():
         return None
-    texts = [text for text in path.read_text("utf-8", "replace").splitlines() if text.strip()]
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{path} was changed after it was written: its checksum differs. Take an intact copy, or remove it, which "
+            "leaves out its curves."
+        )
+    texts = [text for text in content.decode("utf-8", "replace").splitlines() if text.strip()]
     lines: list[Mapping[str, Any]] = []
     for number, text in enumerate(texts, 1):
         try:

@@ -133,7 +133,8 @@ class Row:
 
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
     memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
-    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory.
+    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory;
+    ``log_sha256`` is the checksum of this file.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Row:
     layers: tuple[Layer, ...] | None = ()
     widths: tuple[Width, ...] | None = ()
     log: str | None = None
+    log_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for key, limit in self.limits.items():
@@ -215,6 +217,7 @@ class Search:
     """The search of a run: its log, and by kind of unit the masks and the measured sensitivity."""
 
     log: str | None = None
+    log_sha256: str | None = None
     seconds: Finite | None = None
     masks: Mapping[str, Masks] | None = None
     sensitivity: Mapping[str, tuple[Trial, ...]] | None = None
@@ -278,7 +281,7 @@ class Results:
 RESULTS = FileKind(
     name="the results of a run",
     schema=Results,
-    mend="Repeat `slimming run`, which goes on where it stopped and writes them again.",
+    mend="Remove it and repeat `slimming run`, which goes on where it stopped and writes it again.",
     largest=64 * MIB,
 )
 

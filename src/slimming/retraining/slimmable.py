@@ -104,7 +104,7 @@ def train_slimmable(
     check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
-        SandwichTask(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
+        SandwichTask(task_of(masks.model, config, teacher, distil, loss, data.classes), masks, ones, config.seed),
         data,
         config,
         directory=Path(directory) if directory is not None else None,

@@ -25,6 +25,7 @@ from slimming.errors import CheckpointError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import assign_state_
+from slimming.models.hosts import name_classes
 from slimming.models.prunable import read_as
 from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
@@ -162,7 +163,9 @@ def search(
     check_trainable(model)
     config = config or SearchConfig()
     masks = _attach_masks(model, data, config)
-    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing, data.classes)
+    if loss is None:
+        name_classes(model, data.classes)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
@@ -346,6 +349,21 @@ def search_directory(directory: Path) -> Path | None:
     return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
+def verify_search(directory: Path) -> SearchContent:
+    """Verify the checksums of the files that `SearchResult.save` wrote, and return the record.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    record = SEARCH.read(directory / RECORD)
+    for name in (WEIGHTS, MASKS, SCORES_FILE):
+        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
+            raise CheckpointError(
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
+            )
+    return record
+
+
 def load_search(directory: str | Path) -> SearchResult:
     """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
@@ -353,12 +371,7 @@ def load_search(directory: str | Path) -> SearchResult:
         CheckpointError: a file is missing, damaged, or of a newer format.
     """
     directory = Path(directory)
-    record = SEARCH.read(directory / RECORD)
-    for name in (WEIGHTS, MASKS, SCORES_FILE):
-        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
-            raise CheckpointError(
-                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
-            )
+    record = verify_search(directory)
     scored = load_scores(directory / SCORES_FILE)
     config = record.config
     model = checkpoint.build(scored.anatomy.structure)

@@ -121,6 +121,9 @@ class DataConfig:
         mean: mean of the pixels by channel, between 0 and 1, instead of the model's own. For `transformers:NAME` it is
             read from the processor; a transformers model that is passed in has none and gets ImageNet's.
         std: standard deviation of the pixels by channel, with the same defaults as ``mean``.
+        value_range: values of black and white in images with one channel of more than 8 bits, such as ``[0, 4095]`` for
+            12 bits in 16. By default that of the file: 65535 is white in 16 bits, or what a TIFF file states.
+            Floating-point and 32-bit images need it.
     """
 
     source: str
@@ -135,6 +138,7 @@ class DataConfig:
     augment: str = "light"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    value_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -151,6 +155,9 @@ class DataConfig:
             raise ConfigError(f"image_key and label_key are both {self.image_key!r}; name two columns.")
         for value in self.std or ():
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
+        if self.value_range is not None:
+            increasing = len(self.value_range) == 2 and -math.inf < self.value_range[0] < self.value_range[1] < math.inf
+            _require(increasing, "value_range", self.value_range, "two numbers, the lower one first, such as [0, 4095]")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
             raise ConfigError("stream is only for hf: data; other data is on the disk already. Drop stream.")

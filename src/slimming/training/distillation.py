@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, N tokens, D embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
 from slimming.training.config import check_distillation
-from slimming.training.tasks import classification_loss, logits_by_head
+from slimming.training.tasks import check_number_of_classes, classification_loss, logits_by_head
 
 
 def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tensor:
@@ -81,6 +81,7 @@ class DistilTask:
         relation_heads: number of relation heads, see `relation_error`.
         places: for modules in ``relations``, indices of the teacher's tokens that a student with fewer tokens kept.
         label_smoothing: label smoothing factor of the cross-entropy.
+        classes: names of the classes of the data; empty if they are unknown.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class DistilTask:
         relation_heads: int = 12,
         places: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
+        classes: Sequence[str] = (),
     ) -> None:
         check_distillation(alpha, temperature, pool, relation_heads)
         self.teacher = teacher
@@ -105,6 +107,7 @@ class DistilTask:
         self.relations, self.relation_weight, self.relation_heads = relations, relation_weight, relation_heads
         self.places = dict(places or {})
         self.label_smoothing = label_smoothing
+        self.classes = classes
         self.student: nn.Module | None = None
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
@@ -139,6 +142,7 @@ class DistilTask:
 
         Raises:
             ConfigError: teacher and student differ in their number of classes or in the shape of features.
+            DataError: the student has another number of classes than the data.
         """
         with torch.no_grad():
             teacher_logits = logits_by_head(self.teacher(images))[0].float()
@@ -149,6 +153,7 @@ class DistilTask:
                 f"The teacher knows {teacher_logits.shape[1]} classes, the student {student_logits.shape[1]}; give a "
                 "teacher with the same classes."
             )
+        check_number_of_classes(logits, self.classes)
         labelled = classification_loss(logits, labels, self.label_smoothing)
         log_student = F.log_softmax(student_logits.float() / self.temperature, 1)
         log_teacher = F.log_softmax(teacher_logits / self.temperature, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -39,7 +41,8 @@ def evaluate(
         precision: autocast of the forward pass, as in `TrainConfig`.
 
     Raises:
-        DataError: too many or all images are unreadable, or a label is not a class of the model.
+        DataError: too many or all images are unreadable, a label is not a class of the model, or the images are of
+            other classes than the model.
         ConfigError: out of memory.
 
     >>> import timm, slimming
@@ -64,6 +67,7 @@ def evaluate(
                 continue
             labels = batch.labels.to(device)
             logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
+            check_classes_of_model("The model", model, logits.shape[1], images)
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()
@@ -76,6 +80,42 @@ def evaluate(
     if not count:
         raise DataError("None of the validation images could be read; repair them, or give other validation data.")
     return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+
+
+def check_classes_of_model(
+    who: str, model: nn.Module, known: int, images: ImageDataset | StreamDataset | Loader
+) -> None:
+    """Check that the classes of ``images`` are those of the model: their number, and their names if both have names.
+
+    Nothing is checked for a custom loader, whose classes are unknown.
+
+    Args:
+        who: the model in messages.
+        model: its class names are those of ``label_names`` in its ``pretrained_cfg``, if they fit.
+        known: number of classes of the model.
+        images: the images.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    classes = images.classes if isinstance(images, (ImageDataset, StreamDataset)) else ()
+    if not classes:
+        return
+    if known != len(classes):
+        raise DataError(
+            f"{who} knows {known} classes, the data has {len(classes)} ({_first(classes)}); give the data that it was "
+            "trained for."
+        )
+    names = tuple((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    if len(names) == known and names != classes:
+        raise DataError(
+            f"{who} was trained for other classes ({_first(names)}) than those of the data ({_first(classes)}); give "
+            "the data that it was trained for."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -16,13 +16,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from slimming.core.files import exclusive
+from slimming.core.interrupts import InterruptRequest, defer_interrupt
 from slimming.core.modules import check_trainable
 from slimming.errors import DataError, Interrupted, NonFiniteLossError, OutputError
 from slimming.training.batches import Batch, BatchShard, train_batches
 from slimming.training.config import TrainConfig
 from slimming.training.distributed import cpu_only
 from slimming.training.evaluation import autocast
-from slimming.training.guards import defer_interrupt, explain_out_of_memory
+from slimming.training.guards import explain_out_of_memory
 from slimming.training.images import derive_seed, fork_rng, seed_cpu_generators
 from slimming.training.log import RunLog, check_trackers
 from slimming.training.optimisation import averaged_model, make_mixup, make_optimizer, make_schedule, parameter_groups
@@ -93,32 +95,39 @@ def fit(
         ConfigError: a setting does not fit the data, the model or the resumed run; or memory is exhausted.
         DataError: too many images are unreadable, or a loader yields something other than images and labels.
         NonFiniteLossError: the loss or its gradient is NaN or infinite; the last saved state is kept.
-        Interrupted: Ctrl-C was pressed; the state was saved first if there is a ``directory``.
-        OutputError: ``directory`` holds a run and ``resume`` is False, or the directory is not writable.
+        Interrupted: Ctrl-C was pressed, or SIGTERM received; the state was saved first if there is a ``directory``.
+        OutputError: ``directory`` holds a run and ``resume`` is False, is in use by another process, or is not
+            writable; or it holds a log.jsonl that is not of a training.
         CheckpointError: the saved state is damaged or belongs to another model.
     """
     check_trainable(model)
     check_training(config, data, directory)
-    if directory is not None and not resume and (directory / STATE_FILE).exists():
-        raise OutputError(f"{directory} holds a run already; resume it, or choose another directory.")
     accelerator = Accelerator(
         cpu=cpu_only(), mixed_precision="no", log_with=list(config.trackers) or None, project_dir=directory
     )
-    with fork_rng(), defer_interrupt() as interrupt, explain_out_of_memory(ADVICE.format(config.batch_size)):
+    locked = exclusive(directory) if directory is not None and accelerator.is_main_process else nullcontext()
+    with (
+        fork_rng(), locked, defer_interrupt() as interrupt, explain_out_of_memory(ADVICE.format(config.batch_size)),
+    ):  # fmt: skip
+        resumed = directory is not None and (directory / STATE_FILE).exists()
+        if resumed and not resume:
+            raise OutputError(f"{directory} holds a run already; resume it, or choose another directory.")
         run = TrainingRun(accelerator, model, task, data, config, no_decay, lr_scale)
-        if resume and directory is not None and (directory / STATE_FILE).exists():
+        if resumed and directory is not None:
             run.state.load(directory, config, run.total)
         if config.trackers:
             accelerator.init_trackers("slimming", {k: str(v) for k, v in dataclasses.asdict(config).items()})
         began, metrics = time.monotonic(), {}
         try:
             task.start(model, accelerator.device)
-            with RunLog(accelerator, directory, title, run.state.step, run.total) as log:
-                metrics = run.train(log, directory, evaluate, lambda: interrupt.requested)
+            with RunLog(accelerator, directory, title, run.state.log, run.state.step, run.total) as log:
+                metrics = run.train(log, directory, evaluate, interrupt)
         finally:
             task.stop()
             for tracker in accelerator.trackers:  # Accelerator.end_training would also destroy the process group
                 tracker.finish()
+    if interrupt.requested:  # after the last step
+        raise run.interrupted(directory, interrupt)
     return History(
         run.total,
         time.monotonic() - began,
@@ -182,34 +191,61 @@ class TrainingRun:
         log: RunLog,
         directory: Path | None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
-        stop: Callable[[], bool],
+        interrupt: InterruptRequest,
     ) -> dict[str, float]:
         """Train to the last step, with evaluations and saved states; return the metrics of the last evaluation.
 
         Raises:
-            Interrupted: ``stop`` returned True before the last step.
+            Interrupted: a signal was received in any process.
         """
-        metrics = {}
-        for line in self.train_steps(log, stop):
-            finished = self.state.step == self.total
-            if evaluate is not None and (finished or line["step"] % self.evaluate_steps == 0):
-                metrics = self._evaluate(evaluate, log, line["epoch"])
+        state, metrics = self.state, {}
+        if evaluate is not None and (state.evaluation_due or not self.total):
+            metrics = self._evaluate(evaluate, log, directory, interrupt)
+        for line in self.train_steps(log, lambda: interrupt.requested):
+            finished, stop = state.step == self.total, line["stop"]
+            state.evaluation_due = evaluate is not None and (finished or state.step % self.evaluate_steps == 0)
+            if evaluate is not None and state.evaluation_due and not stop:
+                metrics = self._evaluate(evaluate, log, directory, interrupt)
                 log.print({**line, **log.lines[-1]})
-            self.save(directory, always=finished or line["stop"])
-            if line["stop"] and not finished:
-                saved = f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
-                raise Interrupted(f"Stopped after step {line['step']} of {self.total}; {saved}.")
-        if evaluate is not None and not self.total:
-            metrics = self._evaluate(evaluate, log, 0.0)
+                stop = self._agree(interrupt.requested)
+            self.save(directory, always=finished or stop)
+            if stop:
+                raise self.interrupted(directory, interrupt)
         return metrics
 
     def _evaluate(
-        self, evaluate: Callable[[nn.Module], dict[str, float]], log: RunLog, epoch: float
+        self,
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        log: RunLog,
+        directory: Path | None,
+        interrupt: InterruptRequest,
     ) -> dict[str, float]:
-        averaged = self.state.averaged
-        metrics = evaluate(self.state.model.eval() if averaged is None else averaged.module)
-        log.write({"step": self.state.step, "epoch": epoch, **{f"val_{key}": value for key, value in metrics.items()}})
+        state = self.state
+        # A single process stops within the evaluation, several when all have finished it.
+        several = self.accelerator.num_processes > 1
+        try:
+            with nullcontext() if several else interrupt.at_once():
+                metrics = evaluate(state.model.eval() if state.averaged is None else state.averaged.module)
+        except KeyboardInterrupt as error:
+            state.evaluation_due = True
+            self.save(directory, always=True)
+            raise self.interrupted(directory, interrupt) from error
+        state.evaluation_due = False
+        line = {"step": state.step, "epoch": state.step / self.per_epoch}
+        log.write({**line, **{f"val_{key}": value for key, value in metrics.items()}})
         return metrics
+
+    def _agree(self, stop: bool) -> bool:
+        """Return whether any process asks to stop."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        asked: Any = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum")
+        return asked.item() > 0
+
+    def interrupted(self, directory: Path | None, interrupt: InterruptRequest) -> Interrupted:
+        """Return the error that says after which step the training was stopped."""
+        saved = f"its state is saved in {directory}: resume to go on" if directory else "nothing is saved"
+        return Interrupted(f"Stopped after step {self.state.step} of {self.total}; {saved}.", interrupt.signal)
 
     def train_steps(self, log: RunLog, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Run the remaining steps; yield a log line after each, with ``"stop"``: whether to stop after this step."""

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.modules import train_heads_apart_
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, DataError
 
 
 class Task(Protocol):
@@ -77,6 +77,20 @@ def logits_by_head(output: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
+def check_number_of_classes(logits: Tensor, classes: Sequence[str]) -> None:
+    """Check that logits (B, K) are those of ``classes``, which are empty if they are unknown.
+
+    Raises:
+        DataError: K is not the number of the classes.
+    """
+    if classes and logits.shape[1] != len(classes):
+        shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        raise DataError(
+            f"The model knows {logits.shape[1]} classes, the data has {len(classes)} ({shown}); give the model a "
+            f"classifier for {len(classes)} classes, such as with reset_classifier({len(classes)}) of timm."
+        )
+
+
 Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
 """A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
 of scalars: ``"loss"`` is minimised, the others are logged."""
@@ -124,10 +138,16 @@ class LossTask:
 
 
 class ClassificationTask:
-    """Cross-entropy with label smoothing. In a model with a distillation token, both heads learn the labels."""
+    """Cross-entropy with label smoothing. In a model with a distillation token, both heads learn the labels.
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    Args:
+        label_smoothing: share of the target spread over all classes.
+        classes: names of the classes of the data; empty if they are unknown.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, classes: Sequence[str] = ()) -> None:
         self.label_smoothing = label_smoothing
+        self.classes = classes
         self.student: nn.Module | None = None
 
     def start(self, model: nn.Module, device: torch.device) -> None:
@@ -136,8 +156,13 @@ class ClassificationTask:
         train_heads_apart_(model, True)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See `Task.loss`."""
+        """See `Task.loss`.
+
+        Raises:
+            DataError: the model has another number of classes than the data.
+        """
         logits, second = logits_by_head(model(images))
+        check_number_of_classes(logits, self.classes)
         loss = classification_loss(logits, labels, self.label_smoothing)
         if second is not None:
             loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2
