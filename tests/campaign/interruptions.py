@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-import shutil
 
 from tests.campaign.jobs import Job, content, hidden
 from tests.campaign.processes import CHANGES, AtChange, Outcome, run
@@ -37,12 +38,14 @@ def fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def count_changes(job: Job, directory: Path) -> int:
-    """Run ``job`` undisturbed in ``directory`` and return how often it changed a file."""
-    with tempfile.TemporaryFile() as counter:
-        outcome = run(job.into(directory), hook=AtChange(directory, 0, kill, counter.fileno()))
-        assert outcome.code == 0, outcome.output
-        return counter.tell() or os.fstat(counter.fileno()).st_size
+def allow_size(limit: int) -> Callable[[], None]:
+    """Let files grow to ``limit`` bytes only, as a quota does."""
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return act
 
 
 class Interruptions:
@@ -50,15 +53,27 @@ class Interruptions:
 
     Attributes:
         job: the job.
-        changes: how often the undisturbed job changes a file.
+        expected: content of the directory after an undisturbed job.
     """
 
     def __init__(self, job: Job, root: Path) -> None:
-        self.job, self.root = job, root
-        self.undisturbed = root / f"{job.name}-undisturbed"
-        self.changes = count_changes(job, self.undisturbed)
-        self.expected = content(self.undisturbed)
-        self.number = 0
+        self.job, self.root, self.number = job, root, 0
+        self._counts: dict[frozenset[str], int] = {}
+        self.expected = content(self._undisturbed(CHANGES))
+
+    def _undisturbed(self, events: Collection[str]) -> Path:
+        directory = self.root / f"{self.job.name}-undisturbed-{len(self._counts)}"
+        with tempfile.TemporaryFile() as counter:
+            outcome = run(self.job.into(directory), hook=AtChange(directory, 0, kill, counter.fileno(), events))
+            assert outcome.code == 0, outcome.output
+            self._counts[frozenset(events)] = os.fstat(counter.fileno()).st_size
+        return directory
+
+    def changes(self, events: Collection[str] = CHANGES) -> int:
+        """Return how often the undisturbed job changes a file, by the events that count as changes."""
+        if frozenset(events) not in self._counts:
+            self._undisturbed(events)
+        return self._counts[frozenset(events)]
 
     def attack(
         self,
@@ -80,11 +95,15 @@ class Interruptions:
             events: audit events that count as changes, see `AtChange`.
         """
         for change in at:
+            assert 1 <= change <= self.changes(events), f"there is no change {change}"
             self.number += 1
             directory = self.root / f"{self.job.name}-{self.number}"
             attacked = run(self.job.into(directory), hook=AtChange(directory, change, act, events=events))
-            fault = self._fault_of(attacked, codes, says) or self._fault_after(directory)
-            tally.add(None if fault is None else f"{self.job.name}, change {change} of {self.changes}: {fault}")
+            fault = self._fault_of(attacked, codes, says)
+            if fault is None and attacked.code == 0:
+                fault = self._difference(directory)
+            fault = fault or self._fault_after(directory)
+            tally.add(None if fault is None else f"{self.job.name}, change {change} of {self.changes(events)}: {fault}")
             if fault is None:
                 shutil.rmtree(directory)
 
@@ -104,9 +123,10 @@ class Interruptions:
         left = [name for name in hidden(directory) if Path(name).name not in ALLOWED_HIDDEN]
         if left:
             return f"leftovers: {left}"
-        found = content(directory)
-        different = sorted(
-            name for name in {*found, *self.expected} if found.get(name, None) != self.expected.get(name, None)
-        )
-        return f"other content than undisturbed: {different}" if different else None
+        return self._difference(directory)
 
+    def _difference(self, directory: Path) -> str | None:
+        found = content(directory)
+        names = sorted({*found, *self.expected})
+        different = [name for name in names if found.get(name) != self.expected.get(name)]
+        return f"other content than undisturbed: {different}" if different else None

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -21,6 +20,8 @@ import torch
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 """Audit events of Python that change files, besides opening one for writing."""
+SPACE = {"os.mkdir"}
+"""Audit events that need space on the disk, besides opening a file for writing."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -44,12 +45,12 @@ class Process:
     """A process that was started and not waited for yet."""
 
     pid: int
-    output: Path
+    output: int
     began: float
 
     def wait(self, limit: float = 120.0) -> Outcome:
         """Return the outcome; a process that does not end within ``limit`` seconds is killed and has code -SIGALRM."""
-        code = None
+        code, text = None, b""
         while code is None:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
@@ -60,20 +61,24 @@ class Process:
                 code = -signal.SIGALRM
             else:
                 time.sleep(0.005)
-        text = self.output.read_text("utf-8", errors="replace")[-3000:]
-        self.output.unlink()
-        return Outcome(code, text, time.monotonic() - self.began)
+            with suppress(BlockingIOError):
+                while part := os.read(self.output, 1 << 16):
+                    text += part
+        os.close(self.output)
+        return Outcome(code, text.decode("utf-8", errors="replace")[-3000:], time.monotonic() - self.began)
 
 
 def start(words: Sequence[str], *, hook: Callable[[str, tuple[Any, ...]], None] | None = None) -> Process:
     """Start ``slimming WORDS`` in a forked process; ``hook`` is an audit hook of that process."""
-    descriptor, name = tempfile.mkstemp(prefix="output-")
+    # A pipe, as the process may not be allowed to write files.
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _run(words, hook, descriptor)
-    os.close(descriptor)
-    return Process(pid, Path(name), began)
+        _run(words, hook, writing)
+    os.close(writing)
+    return Process(pid, reading, began)
 
 
 def run(words: Sequence[str], *, hook: Callable[[str, tuple[Any, ...]], None] | None = None) -> Outcome:
