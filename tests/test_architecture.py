@@ -46,10 +46,12 @@ ORDER = (
 ONLY = {
     "training": (
         "errors",
+        "core.console",
         "core.files",
         "core.interrupts",
         "core.limits",
         "core.modules",
+        "core.plain_text",
         "core.records",
         "core.same_settings",
     ),

@@ -11,6 +11,7 @@
      ├── ParityError             the outputs of an exported file differ from those of the model
      ├── NonFiniteLossError      a loss or a gradient in training is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
+     ├── ProcessError            another process of the run failed or ended
      └── Interrupted             the work was stopped by Ctrl-C or SIGTERM; a training saves its state first
 
 A message says what is wrong, where, and how to correct it.
@@ -64,6 +65,10 @@ class NonFiniteLossError(SlimmingError):
 
 class MissingExtraError(SlimmingError):
     """An optional dependency is not installed; the message says how to install it."""
+
+
+class ProcessError(SlimmingError):
+    """Another process of a run with several processes failed, or ended."""
 
 
 class Interrupted(SlimmingError):

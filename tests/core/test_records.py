@@ -51,24 +51,24 @@ def test_a_checksum_is_of_the_content_whatever_its_order(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"a": {"size": "3"}}, r"x is damaged: a\.size|x is damaged: \[\.\.\.\]\.size: expected `int`, got `str`"),
-        ({"a": {"size": True}}, r"expected `int`, got `bool`"),
-        ({"a": {"size": 0}}, r"expected `int` >= 1.*found"),
-        ({"a": {}}, r"missing required field `size`"),
-        ({"a": [1]}, r"expected `object`, got `array`"),
+        ({"b": {"size": "3"}}, r"x is damaged: b\.size: expected `int`, got `str`"),
+        ({"b": {"size": True}}, r"expected `int`, got `bool`"),
+        ({"b": {"size": 0}}, r"b\.size: expected `int` >= 1, found 0"),
+        ({"b": {}}, r"missing required field `size`"),
+        ({"b": [1]}, r"expected `object`, got `array`"),
     ],
     ids=["text", "bool", "range", "missing", "list"],
 )
 def test_a_wrong_entry_is_named_with_what_is_needed(value: Any, says: str) -> None:
     with pytest.raises(CheckpointError, match=f"{says}.*Measure again"):
-        KIND.check(seal({"format": 1, **value}), "x")
+        KIND.check(seal({"format": 1, "a": {"size": 1}, "b": {"size": 2}, **value, "c": {"size": 3}}), "x")
 
 
 @pytest.mark.parametrize(
     "value", [[], {}, {"format": "1"}, {"format": True}, {"format": 0}], ids=["list", "nothing", "text", "bool", "zero"]
 )
 def test_a_file_without_a_format_is_none_of_ours(value: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"x (is not a table of sizes of slimming|has no checksum)"):
+    with pytest.raises(CheckpointError, match="x is not a table of sizes of slimming: it has no format"):
         KIND.check(seal(value) if isinstance(value, dict) else value, "x")
 
 

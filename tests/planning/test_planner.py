@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
+from slimming.core.files import seal
 from slimming.core.groups import Anatomy, Group
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
@@ -353,12 +354,15 @@ def test_files_that_are_no_plan(plan_file: Path) -> None:
         ({"format": 1}, "is damaged"),
         ({**value, "groups": {"a": {"size": 3, "kept": "x"}}}, "is damaged"),
     ):
-        plan_file.write_text(json.dumps(changed))
+        plan_file.write_text(json.dumps(seal(changed) if isinstance(changed, dict) else changed))
         with pytest.raises(CheckpointError, match=says):
             Plan.load(plan_file)
     with pytest.raises(CheckpointError, match="does not exist"):
         Plan.load(plan_file.parent / "none.json")
     plan_file.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="has no checksum"):
+        Plan.load(plan_file)
+    plan_file.write_text(json.dumps(seal(value)))
     assert Plan.load(plan_file).kept
     with pytest.raises(OutputError, match="cannot be written"):
         Plan.load(plan_file).save(plan_file / "inside" / "plan.json")

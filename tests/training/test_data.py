@@ -26,8 +26,7 @@ from slimming.training.batches import BatchShard, train_batches, validation_batc
 from slimming.training.config import DataConfig, TrainConfig
 from slimming.training.data import open_data, open_unlabelled
 from slimming.training.evaluation import evaluate
-from slimming.training.image_files import UnreadableImageError
-from slimming.training.images import ImageSpec, decode, make_transform
+from slimming.training.images import ImageSpec, UnreadableImageError, decode, make_transform
 from slimming.training.samples import Data, ImageDataset, SampleReader, StreamDataset
 from slimming.training.sources import Record
 

@@ -81,6 +81,7 @@ def _write(
 ) -> None:
     from slimming.checkpoints.checkpoint import save
     from slimming.cli.output import echo
+    from slimming.core.plain_text import without_places
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -88,7 +89,7 @@ def _write(
     for name, chosen in plans.items():
         small = cut(model, chosen, images=images).eval()
         chosen.save(partial / name / "plan.json")
-        save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
+        save(small, partial / name / "cut", {**without_places(record), "plan": chosen.to_dict()})
         slim = cost(small)
         echo(
             f"{output / name}: {slim.params / dense.params:.1%} of the params, "

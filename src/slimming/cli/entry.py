@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 import traceback
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from slimming.core.interrupts import handled_by, raise_interrupt, signal_of
+from slimming.core.plain_text import on_one_line, printable
 from slimming.errors import ConfigError, Interrupted, SlimmingError, nearest
 
 COMMANDS = {
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return INTERNAL_ERROR
     except Exception as error:
-        traceback.print_exception(error)
+        _print_traceback(error)
         return _fail(error, INTERNAL_ERROR_MESSAGE, INTERNAL_ERROR, debug=False)
 
 
@@ -85,8 +87,22 @@ def _run(words: Sequence[str]) -> int:
         config, notes = read_config(arguments.config_class, arguments)
         print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
-        command(name).execute(arguments)
+        with _all_processes():
+            command(name).execute(arguments)
     return 0
+
+
+@contextmanager
+def _all_processes() -> Iterator[None]:
+    """Let the processes of ``torchrun`` or ``accelerate launch`` end together if one of them fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from slimming.training.distributed import agreed, distributed_state
+
+    distributed_state()
+    with agreed():
+        yield
 
 
 def command(name: str) -> ModuleType:
@@ -157,10 +173,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, visible, [], prefix)
 
 
+def _print_traceback(error: BaseException) -> None:
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _fail(error: BaseException, line: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
-    print(f"slimming: {line}", file=sys.stderr)
+        _print_traceback(error)
+    print(f"slimming: {on_one_line(line)}", file=sys.stderr)
     return code
 
 

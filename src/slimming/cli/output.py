@@ -15,8 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
-from slimming.cli.settings import read_yaml
+from slimming.cli.configs import (
+    SearchCommandConfig,
+    changed_settings,
+    config_from_values,
+    config_to_values,
+    config_to_yaml,
+)
+from slimming.core.console import PlainConsole
 from slimming.core.files import (
     atomic_write_text,
     check_free,
@@ -26,8 +32,10 @@ from slimming.core.files import (
 )
 from slimming.core.locks import is_temporary
 from slimming.core.same_settings import check_same_settings
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError, OutputError
-from slimming.runs.config import FREE_SECTIONS
+from slimming.runs.config import FREE_SECTIONS, RunConfig, is_unscored
+from slimming.searching.config import scoring_settings
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
@@ -46,7 +54,7 @@ def console() -> Console:
     # Without a terminal, rich would limit tables to 80 columns.
     width = None if sys.stdout.isatty() else 160
     # Paths may contain brackets, which rich would read as markup.
-    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
+    return PlainConsole(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def echo(line: str) -> None:
@@ -148,10 +156,17 @@ def check_config(directory: Path, config: Any, command: str) -> None:
         config_to_values(before),
         config_to_values(config),
         # An edited file is not overwritten, and must have all settings of this call.
-        free=() if edited else FREE_SETTINGS,
+        free=() if edited else (*FREE_SETTINGS, *_unused_settings(directory, config)),
         free_sections=() if edited else FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
+
+
+def _unused_settings(directory: Path, config: Any) -> tuple[str, ...]:
+    """The settings of the scores, unless models were cut by these scores."""
+    if isinstance(config, SearchCommandConfig) or (isinstance(config, RunConfig) and is_unscored(directory)):
+        return scoring_settings(config.search)
+    return ()
 
 
 @contextmanager

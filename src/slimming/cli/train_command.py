@@ -30,6 +30,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
+    from slimming.core.plain_text import without_places
     from slimming.retraining.retrain import train
     from slimming.runs.files import missing_in_checkpoint
     from slimming.runs.setup import open_start
@@ -64,8 +65,8 @@ def execute(arguments: argparse.Namespace) -> None:
         )
         if is_main_process():
             record = {
-                "settings": config_to_values(config),
-                "data": config_to_values(config)["data"],
+                "settings": without_places(config_to_values(config)),
+                "data": without_places(config_to_values(config)["data"]),
                 "metrics": history.metrics,
             }
             trained = history.averaged if history.averaged is not None else model

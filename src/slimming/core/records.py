@@ -6,6 +6,7 @@ its content by a schema. The result is an object of the schema's type, so that i
 
 from __future__ import annotations
 
+import bisect
 import re
 import stat
 from collections.abc import Mapping
@@ -91,13 +92,6 @@ class FileKind(Generic[T]):
 
     def unsealed(self, value: Any, source: str) -> Any:
         """Return the decoded content of a file without its checksum, after a check of the checksum and the format."""
-        if isinstance(value, dict) and "sha256" in value and self.numbered:
-            rest = {key: entry for key, entry in value.items() if key != "sha256"}
-            if value["sha256"] != digest(rest):
-                raise self.error(f"{source} was changed after it was written: its checksum differs. {self.mend}")
-            value = rest
-        elif self.sealed:
-            raise self.error(f"{source} has no checksum, so it is not {self.name} as slimming writes it. {self.mend}")
         if not self.numbered:
             return value
         version = value.get("format") if isinstance(value, dict) else None
@@ -108,6 +102,13 @@ class FileKind(Generic[T]):
                 f"{source} has format {version}, this version of slimming reads up to {FORMAT}. "
                 "Upgrade: pip install -U slimming."
             )
+        if "sha256" in value:
+            rest = {key: entry for key, entry in value.items() if key != "sha256"}
+            if value["sha256"] != digest(rest):
+                raise self.error(f"{source} was changed after it was written: its checksum differs. {self.mend}")
+            return rest
+        if self.sealed:
+            raise self.error(f"{source} has no checksum, so it is not {self.name} as slimming writes it. {self.mend}")
         return value
 
     def write(self, path: str | Path, value: Mapping[str, Any]) -> None:
@@ -223,22 +224,67 @@ def converted(
     try:
         return msgspec.convert(value, schema, str_keys=True)
     except msgspec.ValidationError as failure:
-        what, _, place = str(failure).partition(" - at ")
-        place = place.strip("`").removeprefix("$").removeprefix(".")
-        found = "" if ", got" in what or "missing" in what else f", found {shown(_at(value, place))}"
-        where = f"{place}: " if place else ""
-        raise error(f"{source} is damaged: {where}{what[0].lower()}{what[1:]}{found}. {mend}") from failure
+        what, _, at = str(failure).partition(" - at ")
+        place = _Place(value, schema, at.strip("`"))
+        found = "" if ", got" in what or "missing" in what else f", found {shown(place.entry)}"
+        raise error(f"{source} is damaged: {place}{what[0].lower()}{what[1:]}{found}. {mend}") from failure
     except SlimmingError as failure:  # of a dataclass of settings, which checks itself
         raise error(f"{source} is damaged: {failure} {mend}") from failure
 
 
-def _at(value: Any, place: str) -> Any:
-    """The entry of a nested value at a place as msgspec writes it, as far as the place is known."""
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", place):
-        if index == "..." or not isinstance(value, (dict, list)):
-            return value
-        value = value.get(key) if isinstance(value, dict) else value[int(index)]
-    return value
+class _Place:
+    """The place of an entry that does not fit a schema: `entry` is its value, and the text names it for a message.
+
+    msgspec writes ``$.groups[...].size`` without the keys of mappings. It stops at the first wrong entry, which is
+    therefore found by conversions of fewer and fewer entries.
+    """
+
+    def __init__(self, value: Any, schema: Any, path: str) -> None:
+        prefix, _, rest = path.rpartition("$")
+        self.of_key = prefix.startswith("key")
+        steps = re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", rest)
+        self.keys: list[Any] = []
+        self.entry = value
+        for name, index in [*steps, *([("", "...")] if self.of_key else [])]:
+            key: Any = name or index
+            if isinstance(self.entry, list):
+                if not index.isdigit():  # of a set
+                    break
+                key = int(index)
+            elif isinstance(self.entry, dict) and index == "...":
+                key = self._first_wrong_key(value, schema, self.entry)
+            if isinstance(self.entry, dict) and key not in self.entry:
+                break
+            self.keys.append(key)
+            self.entry = self.entry[key]
+        if self.of_key and self.keys:
+            self.entry = self.keys[-1]
+
+    def _first_wrong_key(self, value: Any, schema: Any, entries: dict[str, Any]) -> str:
+        names = list(entries)
+
+        def wrong(count: int) -> bool:
+            fewer: Any = {name: entries[name] for name in names[:count]}
+            try:
+                msgspec.convert(_replaced(value, self.keys, fewer), schema, str_keys=True)
+            except msgspec.ValidationError:
+                return True
+            return False
+
+        return names[bisect.bisect_left(range(1, len(names)), True, key=wrong)]
+
+    def __str__(self) -> str:
+        text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.keys).removeprefix(".")
+        return f"{'the name of ' if self.of_key else ''}{text}: " if text else ""
+
+
+def _replaced(value: Any, keys: list[Any], entry: Any) -> Any:
+    """A copy of a nested value with another entry at the place ``keys``."""
+    if not keys:
+        return entry
+    copied = value.copy()
+    copied[keys[0]] = _replaced(value[keys[0]], keys[1:], entry)
+    return copied
 
 
 def shown(value: Any, length: int = 60) -> str:

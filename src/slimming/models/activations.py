@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.distributed import rank_and_world_size
+from slimming.training.distributed import add_up, rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,13 +67,6 @@ def own_share(batches: Sequence[T]) -> Sequence[T]:
     """The batches of this process, which are all batches if there is only one process."""
     rank, world = rank_and_world_size()
     return batches if world == 1 else batches[rank::world]
-
-
-def add_up(*sums: Tensor) -> None:
-    """Replace ``sums`` by their sums over all processes, in place."""
-    if rank_and_world_size()[1] > 1:
-        for tensor in sums:
-            torch.distributed.all_reduce(tensor)
 
 
 class Moments:

@@ -11,7 +11,7 @@ import numpy as np
 from slimming.core.groups import Group
 from slimming.planning.candidates import Array, Candidate, removal_order, removal_order_of_kind
 
-Curve = Sequence[tuple[float, float]]
+Curve = tuple[tuple[float, float], ...]
 """Measurements of one kind: pairs (share of its units that is kept, increase of the loss), the largest share first."""
 
 SPREADS = ("rank", "score", "none")

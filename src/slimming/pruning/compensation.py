@@ -39,11 +39,13 @@ from slimming.models.activations import (
 from slimming.models.family import Kept, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
+from slimming.training.distributed import agreed
 
 TOGETHER = 4
 """Largest number of layers refitted in one pass over the images; later layers correct the error of earlier ones."""
 
 
+@agreed()
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
     """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from slimming.core.completion import complete
@@ -13,6 +11,7 @@ from slimming.counting.measured import count
 from slimming.counting.model_cost import Cost, per_group, total
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
+from slimming.models.copies import copied
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.cutting import cut
 
@@ -43,7 +42,7 @@ def cost_of(read_model: PrunableModel, plan: Plan | None = None) -> Cost:
     if read_model.family.has_memory_formula(anatomy, kept):
         memory = formula.memory_bytes
     else:
-        memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
+        memory = count(_plain(model) if plan is None else cut(model, plan), read_model.examples()[0]).memory_bytes
     return Cost(params=formula.params, macs=formula.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
 
 
@@ -51,7 +50,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model, or a copy of it without its masks."""
     if attached(model) is None:
         return model
-    copied = copy.deepcopy(model)
-    if (masks := attached(copied)) is not None:
+    plain = copied(model)
+    if (masks := attached(plain)) is not None:
         masks.detach_()
-    return copied
+    return plain

@@ -21,6 +21,7 @@ from slimming.core.files import (
     json_values,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.plain_text import without_places
 from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
@@ -114,7 +115,7 @@ def _write(
         )
     check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
-    record = _without_places({**record, "versions": record.get("versions", versions())})
+    record = without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
     picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
@@ -266,13 +267,3 @@ def register_with_transformers() -> None:
         if error.name != "transformers":
             raise
         raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from error
-
-
-def _without_places(value: Any) -> Any:
-    """A record in which absolute paths are replaced by their last component."""
-    if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(entry) for entry in value]
-    absolute = isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value

@@ -14,6 +14,7 @@ import altair as alt
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from slimming.core.files import atomic_write_bytes
+from slimming.core.plain_text import markdown, markdown_code
 from slimming.errors import OutputError
 from slimming.report import figures, theme
 from slimming.report.charts import Figure
@@ -43,7 +44,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    made.filters |= {"plain": plain, "cell": cell}
+    made.filters |= {"plain": plain, "cell": cell, "code": markdown_code}
     return made
 
 
@@ -54,7 +55,7 @@ def plain(text: str) -> str:
 
 def cell(text: str) -> str:
     """Return a text escaped for a cell of a Markdown table."""
-    return plain(" ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"))
+    return markdown(plain(str(text)))
 
 
 def render(name: str, /, **content: Any) -> str:

@@ -29,6 +29,7 @@ from slimming.retraining.config import DistilConfig
 from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import asks_for_fsdp, rank_and_world_size
 from slimming.training.images import derive_seed
 from slimming.training.loop import fit
 from slimming.training.samples import Data
@@ -93,6 +94,11 @@ def train_slimmable(
     """
     if not plans:
         raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
+    if asks_for_fsdp() and rank_and_world_size()[1] > 1:
+        raise ConfigError(
+            "train_slimmable (retraining: together) does not work with sharded weights (FSDP2): every step sets other "
+            "weights to 0. Take retraining each or progressive, or do not shard."
+        )
     config = config or TrainConfig()
     # Learned factors are folded into the weights first, so that the masks of kept units are 1.
     ones = [dataclasses.replace(plan, fold=False) for plan in plans]

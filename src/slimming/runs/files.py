@@ -18,7 +18,7 @@ from slimming.report.model import RESULTS, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.stamps import is_whole
-from slimming.runs.config import TOGETHER, RunConfig
+from slimming.runs.config import SEARCH_PLACE, TOGETHER, RunConfig
 from slimming.runs.time_budget import TimeAllocation
 from slimming.searching.mask_search import MASKS, RECORD, SCORES_FILE, WEIGHTS, verify_search
 from slimming.training.log import LOG_FILE
@@ -63,7 +63,7 @@ SETTINGS = FileKind(
 SETTINGS_FILE, DENSE_FILE, SHOTS_FILE, HOURS_FILE = (
     "settings.json", "dense/metrics.json", "one_shot.json", "time_allocation.json",
 )  # fmt: skip
-SEARCH_PLACE, SECONDS_FILE, SERVED_FILE = "search", "seconds.json", "served.json"
+SECONDS_FILE, SERVED_FILE = "seconds.json", "served.json"
 PLAN_FILE, CUT_PLACE, SLIM_PLACE, ROW_FILE = "plan.json", "cut", "slim", "row.json"
 
 

@@ -20,6 +20,7 @@ from slimming.checkpoints import checkpoint
 from slimming.core.completion import complete
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.interrupts import interruptible
+from slimming.core.plain_text import without_places
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.counting.model_cost import total
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError
@@ -32,7 +33,7 @@ from slimming.report.model import RESULTS as RESULTS_KIND
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.pages import TABLE
 from slimming.retraining.slimmable import check_tokens
-from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
+from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
 from slimming.runs.explore import explore
 from slimming.runs.files import (
     DENSE_FILE,
@@ -54,12 +55,13 @@ from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
+from slimming.searching.config import scoring_settings
 from slimming.searching.mask_search import SearchResult, groups_to_search, load_search, search
 from slimming.training import loop
 from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import agreed, check_others, distributed_state, of_main_process
 from slimming.training.evaluation import evaluate
 from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data, ImageDataset
@@ -69,6 +71,7 @@ TIMES = ("latency_ms", "speedup")
 """Entries of a row that are measured after all budgets are finished."""
 
 
+@agreed()
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
@@ -153,9 +156,13 @@ def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | Non
     if not (directory / RESULTS_FILE).exists():
         return None
     results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
-    if differing(results["settings"], json_values(config), free=FREE_SETTINGS):
+    if differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS):
         return None
-    return None if missing_files(directory, config) else results
+    if missing_files(directory, config):
+        return None
+    # The settings in the results lack the directories of the data and of the model.
+    stored = SETTINGS.read(directory / SETTINGS_FILE)
+    return None if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS) else results
 
 
 def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -164,7 +171,7 @@ def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any
         return None
     results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
     stored = [{key: entry for key, entry in row.items() if key not in TIMES} for row in results["rows"]]
-    same = not differing(results["settings"], json_values(config), free=FREE_SETTINGS)
+    same = not differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS)
     return results if same and stored == json_values(rows) else None
 
 
@@ -202,7 +209,8 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     """
     path, now = directory / SETTINGS_FILE, json_values(config)
     if path.exists():
-        check_same_settings(directory, SETTINGS.read(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
+        free = (*FREE_SETTINGS, *(scoring_settings(config.search) if is_unscored(directory) else ()))
+        check_same_settings(directory, SETTINGS.read(path), now, free=free, free_sections=FREE_SECTIONS)
     if write:
         SETTINGS.write(path, now)
 
@@ -231,7 +239,7 @@ def _time_allocation(
     if config.hours is None:
         return None
     target = directory / HOURS_FILE
-    if not target.exists():
+    if not of_main_process(target.exists()):
         if (directory / SEARCH_PLACE).exists():
             raise CheckpointError(
                 f"{target} is missing, which says how long the finished stages were. Put it back, or start a new run "
@@ -249,16 +257,19 @@ def _time_allocation(
         check_training("retrain", applied.retrain, data, directory)
         if distributed_state().is_main_process:
             TIME_ALLOCATION.write(target, dataclasses.asdict(chosen))
-        distributed_state().wait_for_everyone()
+        check_others()
     return TIME_ALLOCATION.read(target)
 
 
 def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
     target = directory / DENSE_FILE
-    if not target.exists():
-        log("evaluating the dense model")
-        METRICS.write(target, evaluate_model(dense))
-    return METRICS.read(target).top1
+    if of_main_process(target.exists()):
+        return METRICS.read(target).top1
+    log("evaluating the dense model")
+    metrics = evaluate_model(dense)
+    if distributed_state().is_main_process:
+        METRICS.write(target, metrics)
+    return metrics["top1"]
 
 
 def _one_shot(
@@ -268,7 +279,7 @@ def _one_shot(
     if not config.one_shot:
         return {}
     target = directory / SHOTS_FILE
-    if target.exists():
+    if of_main_process(target.exists()):
         log("one shot: already done")
         return ONE_SHOT.read_values(target)
     began, seed = time.monotonic(), config.search.train.seed
@@ -290,7 +301,7 @@ def _one_shot(
 def _search(
     dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> tuple[SearchResult, float]:
-    if not missing_in_search(directory):
+    if not of_main_process(missing_in_search(directory)):
         log("search: already done")
         result = load_search(directory)
         result.model.to(distributed_state().device)

@@ -37,7 +37,7 @@ from slimming.runs.files import (
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import check_others, distributed_state, of_main_process
 from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data
 
@@ -84,7 +84,7 @@ def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], li
     plans = {name: _plan(context, budget) for name, budget in budgets.items()}
     names = list(budgets)
     if context.config.retraining == TOGETHER:
-        unfinished = [name for name in names if missing_in_budget(context.root, name)]
+        unfinished = of_main_process([name for name in names if missing_in_budget(context.root, name)])
         shared = _shared_training(context, plans) if unfinished else None
     else:
         shared = None
@@ -119,7 +119,7 @@ def _prune_and_retrain(
     """
     directory = context.root / budget.name
     row_file = directory / ROW_FILE
-    if not (missing := missing_in_budget(context.root, budget.name)):
+    if not (missing := of_main_process(missing_in_budget(context.root, budget.name))):
         context.log(f"{budget.name}: already done")
         return checkpoint.load(directory / SLIM_PLACE).to(distributed_state().device), ROW.read_values(row_file)
     if row_file.exists():
@@ -168,7 +168,7 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
     directory, world = context.root / TOGETHER, distributed_state()
-    if not missing_in_shared_training(directory):
+    if not of_main_process(missing_in_shared_training(directory)):
         served = SERVED.read(directory / SERVED_FILE)
         context.log(f"{TOGETHER}: already trained for {', '.join(served.budgets)}")
         result = load_search(directory)
@@ -207,5 +207,5 @@ def _plan(context: RunContext, budget: Budget) -> Plan:
     solver = None if context.config.retraining == EACH else "nested"
     if distributed_state().is_main_process and not target.exists():
         plan(context.result, budget, latency=context.config.latency_table, solver=solver).save(target)
-    distributed_state().wait_for_everyone()
+    check_others()
     return Plan.load(target)

@@ -15,10 +15,11 @@ from slimming.core.groups import Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import attach_
-from slimming.models.activations import add_up, own_share
+from slimming.models.activations import own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
 from slimming.training.batches import Batch
+from slimming.training.distributed import add_up
 from slimming.training.images import derive_seed
 from slimming.training.tasks import logits_by_head
 

@@ -17,6 +17,7 @@ from slimming.planning.scores import HasScores, ScoredModel
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
+from slimming.training.distributed import agreed
 from slimming.training.samples import Data
 
 NO_LABEL = -1
@@ -52,6 +53,7 @@ class OneShot(HasScores):
         return ScoredModel(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
+@agreed()
 def score(
     model: nn.Module,
     data: Data | Sequence[Tensor],

@@ -12,6 +12,9 @@ from slimming.masks.options import BIAS, MULTIPLY
 from slimming.scoring.registry import SCORES, score_called
 from slimming.training.config import TrainConfig
 
+RECORD = "search.json"
+"""File that a search writes last, when its units are scored."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -27,16 +30,17 @@ class SearchConfig:
         penalty: kind -> weight of its l1 penalty.
         penalty_sum: whether the weights multiply sums over units, as in the paper, instead of means.
         score: score by which units are ranked, one of `slimming.scoring.registry.SCORES`. With a custom loss, its
-            gradients replace those of the log-likelihood.
+            gradients replace those of the log-likelihood. It may be changed after the training.
         rotate: whether to change the bases of attention heads before the training, see `slimming.scoring.rotation`;
             skipped if the training images can be iterated only once.
-        images: number of training images, used without labels, for ``rotate`` and ``score``.
+        images: number of training images, used without labels, for ``rotate`` and ``score``. Without ``rotate``, it
+            may be changed after the training.
         fold: whether the cut multiplies the learned factors into the weights; False sets them to 1, as in the paper.
         mask_lr: learning rate of the masks as a multiple of that of the weights.
         layout: sizes that plans may give to the layers.
         sensitivity: number of images on which the loss is measured after the training with each kind alone pruned, so
             that kinds are weighed against each other; 0 skips this. Without it, the scores ``"taylor"`` and
-            ``"contribution"`` are not comparable between kinds.
+            ``"contribution"`` are not comparable between kinds. It may be changed after the training.
         train: settings of the training.
 
     Raises:
@@ -76,6 +80,11 @@ class SearchConfig:
             raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
         if self.sensitivity < 0:
             raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
+
+
+def scoring_settings(config: SearchConfig) -> tuple[str, ...]:
+    """Return the settings that only matter after the training of a search, so that they may change until then."""
+    return ("score", "sensitivity") if config.rotate else ("score", "sensitivity", "images")
 
 
 def _paper() -> SearchConfig:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from slimming.core.modules import in_evaluation
+from slimming.core.modules import check_whole, in_evaluation
 from slimming.errors import DataError
 from slimming.training.batches import validation_batches
-from slimming.training.distributed import rank_and_world_size
+from slimming.training.distributed import add_up, agreed, rank_and_world_size
 from slimming.training.guards import explain_out_of_memory
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
 from slimming.training.tasks import logits_by_head
 
 
+@agreed()
 def evaluate(
     model: nn.Module,
     images: ImageDataset | StreamDataset | Loader,
@@ -53,6 +53,7 @@ def evaluate(
     >>> sorted(slimming.evaluate(model, data.val))
     ['images', 'loss', 'top1']
     """
+    check_whole(model)
     parameter = next(model.parameters())
     dtype, device = parameter.dtype, torch.device(device or parameter.device)
     rank, world_size = rank_and_world_size()
@@ -75,7 +76,7 @@ def evaluate(
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
     if world_size > 1:
         sums = sums.to(device)
-        torch.distributed.all_reduce(sums)
+        add_up(sums)
     correct, loss, count = sums.tolist()
     if not count:
         raise DataError("None of the validation images could be read; repair them, or give other validation data.")

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from slimming.core.console import PlainConsole
 from slimming.core.files import atomic_write_text, explain
 from slimming.errors import ConfigError, MissingExtraError, OutputError, nearest
 
@@ -77,7 +77,7 @@ class RunLog:
             _check_log(self.path)
             atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.title, self.start, self.total = title, start, total
-        self.console = Console(stderr=True, quiet=title is None or not self.is_main_process)
+        self.console = PlainConsole(stderr=True, quiet=title is None or not self.is_main_process)
         self.bar: Progress | None = None
 
     def __enter__(self) -> RunLog:

@@ -6,19 +6,21 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from slimming.core.files import atomic_file
 from slimming.core.same_settings import check_same_settings
 from slimming.errors import CheckpointError
 from slimming.training.config import FREE_SETTINGS, TrainConfig
+from slimming.training.sharding import sharded_state
 from slimming.training.tasks import Task
 
 FORMAT = 2
@@ -51,8 +53,8 @@ class TrainingState:
     evaluation_due: bool = False
     log: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Write the state to ``directory`` atomically.
+    def save(self, directory: Path, config: TrainConfig, total: int, optimizer: dict[str, Any]) -> None:
+        """Write the state to ``directory`` atomically; ``optimizer`` is the optimizer's, with whole tensors.
 
         Raises:
             OutputError: the disk is full, or the directory is not writable.
@@ -64,7 +66,7 @@ class TrainingState:
             "log": [json.dumps(line) for line in self.log],
             "settings": _settings(config, total),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "task": self.task.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.module.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -80,8 +82,8 @@ class TrainingState:
                 file.seek(0, os.SEEK_END)
                 file.write(SEAL + digest)
 
-    def load(self, directory: Path, config: TrainConfig, total: int) -> None:
-        """Load the state from ``directory``.
+    def load(self, directory: Path, config: TrainConfig, total: int, sharded: Sequence[Tensor] | None = None) -> None:
+        """Load the state from ``directory``; ``sharded`` are the parameters of the optimizer if they are sharded.
 
         Raises:
             CheckpointError: the file is damaged, has another format, or belongs to another model.
@@ -94,7 +96,8 @@ class TrainingState:
         )
         try:
             self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            optimizer = content["optimizer"]
+            self.optimizer.load_state_dict(optimizer if sharded is None else sharded_state(optimizer, sharded))
             self.task.load_state_dict(content["task"])
             self.scaler.load_state_dict(content["scaler"])
             if self.averaged is not None:

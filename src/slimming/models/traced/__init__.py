@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slimming.core.example_inputs import given_calls, image_call
 from slimming.core.groups import Anatomy, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
@@ -48,15 +48,15 @@ class Traced(Family):
         return True
 
     def read(self, model: nn.Module) -> Anatomy:
-        shape = rebuild.input_shape(model)
-        digest = architecture_digest(model, shape)
-        reading = self.readings.get(digest, lambda: read_model(model, shape))
+        candidates = rebuild.example_candidates(model)
+        digest = architecture_digest(model, [call.digest for calls in candidates for call in calls])
+        reading = self.readings.get(digest, lambda: read_model(model, candidates))
         return Anatomy(
             groups=reading.groups,
             operations=reading.operations,
             structure=Structure(family=self.name, base=self._base(model, digest), layers=_cut_layers(model)),
             uncovered=reading.uncovered,
-            input_shape=shape,
+            input_shape=reading.input_shape,
             sizes=reading.sizes,
             timed_layers=reading.timed_layers,
         )
@@ -65,7 +65,8 @@ class Traced(Family):
         if uneven_heads:
             raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
         like = next(model.parameters())
-        example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
+        calls_ = given_calls(model) or (image_call(anatomy.input_shape),)
+        example = calls_[0].with_batch(1).to(like.dtype, like.device)
         recorded = calls(model, example, attention_sites(anatomy.groups))
         full = {group.name: group.size for group in anatomy.groups}
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.core.modules import in_mode
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
+from slimming.models.traced.verification import Pass
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Member:
     indices: Sequence[Any]
 
 
-def coupled_channels(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
+def coupled_channels(model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str]) -> list[list[Member]]:
     """The sets of channels that can only be removed together; the first member of each is its root.
 
     Args:
-        model: in evaluation mode, on the CPU, with parameters that require gradients; see `with_batch_norms`.
-        example: input of its forward.
+        model: on the CPU, with parameters that require gradients; see `with_batch_norms`.
+        passes: the forward passes to trace; the sets hold for all of them together.
         opaque_names: names of modules that are not traced inside.
 
     Raises:
@@ -55,10 +57,10 @@ def coupled_channels(model: nn.Module, example: Any, opaque_names: Iterable[str]
     """
     try:
         try:
-            return _trace(model, example, opaque_names)
+            return _trace(model, passes, opaque_names)
         except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
-                return _trace(model, example, opaque_names)
+                return _trace(model, passes, opaque_names)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
@@ -105,7 +107,7 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
+def _trace(model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str]) -> list[list[Member]]:
     """The coupled sets of channels.
 
     torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
@@ -115,7 +117,7 @@ def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with opaque(model, opaque_names) as opaque_classes, _mode_kept(model):
+        with opaque(model, opaque_names) as opaque_classes, in_mode(model, False):
             graph = torch_pruning.DependencyGraph()
             get_group = graph.get_pruning_group
 
@@ -128,8 +130,8 @@ def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[
             vars(graph)["get_pruning_group"] = get_group_or_none
             graph.build_dependency(
                 model,
-                example_inputs=example,
-                output_transform=_first_tensors,
+                example_inputs=(),
+                forward_fn=lambda model, _: _differentiable_outputs(model, passes),
                 customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
                 verbose=False,
             )
@@ -156,16 +158,6 @@ def with_batch_norms(model: nn.Module) -> nn.Module:
         norm = nn.BatchNorm2d(len(frozen.weight), dtype=frozen.weight.dtype).train(frozen.training)
         setattr(model.get_submodule(parent), child, norm)
     return model
-
-
-@contextlib.contextmanager
-def _mode_kept(model: nn.Module) -> Iterator[None]:
-    """Prevent torch-pruning from switching the model to evaluation mode, in which auxiliary heads do not run."""
-    vars(model)["eval"] = lambda: model
-    try:
-        yield
-    finally:
-        del vars(model)["eval"]
 
 
 @contextlib.contextmanager
@@ -214,8 +206,5 @@ class _SplitTokensByIndex(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _first_tensors(output: Any) -> Any:
-    """The differentiable tensors of a nested output."""
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+def _differentiable_outputs(model: nn.Module, passes: Sequence[Pass]) -> Any:
+    return [tensor for forward in passes for tensor in forward.outputs(model) if tensor.grad_fn is not None]

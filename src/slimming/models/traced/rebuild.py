@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.files import check_json
-from slimming.errors import CheckpointError, ConfigError
+from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
 from slimming.models.family import ORIGIN, difference
 from slimming.models.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
 
@@ -122,6 +123,34 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
                 return (int(getattr(part, "num_channels", channels)), *_pair(size))
     wanted = _timm_config(model).get("input_size")
     return (channels, int(wanted[1]), int(wanted[2])) if wanted else (channels, 224, 224)
+
+
+def example_candidates(model: nn.Module) -> list[tuple[ExampleCall, ...]]:
+    """The example calls of ``model``, or guesses of them: the first that the model takes is its input.
+
+    Without example inputs of its own, a model is taken to read images of `input_shape`, or with the usual numbers of
+    channels: its first convolution may not be the one that reads the image, or may read a rearranged image.
+
+    Raises:
+        UnsupportedModelError: the model reads signals or volumes, whose size cannot be guessed.
+        ConfigError: its example inputs are malformed.
+    """
+    given = given_calls(model)
+    if given:
+        return [tuple(call.varied() for call in given)]
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    if convolutions and not any(isinstance(module, nn.Conv2d) for module in convolutions):
+        first = convolutions[0]
+        sizes = "length" if isinstance(first, nn.Conv1d) else "depth, height, width"
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has a {type(first).__name__} and no Conv2d, so it does not read images, and "
+            "the size of its input cannot be guessed. Give an example: slimming.describe(model, "
+            f"example_inputs=torch.randn(1, {first.in_channels}, {sizes})), with the numbers in place of the words."
+        )
+    channels, *size = input_shape(model)
+    if len(size) != 2:
+        return [(image_call((channels, *size)),)]
+    return [(image_call((number, *size)),) for number in dict.fromkeys((channels, 3, 1))]
 
 
 def _pair(size: Any) -> tuple[int, int]:

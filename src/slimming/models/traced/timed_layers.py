@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.models.copies import copied
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
@@ -57,16 +59,16 @@ class Call:
 
 
 @torch.no_grad()
-def calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[Call]:
+def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) -> list[Call]:
     """The calls of layers and attention modules in order; empty if the model does not take a batch of two images.
 
     Args:
         model: in evaluation mode.
-        example: one image.
+        example: a call with one image.
         attention: names of the attention modules that are timed as a whole.
     """
     try:
-        single, double = (_recorded_calls(model, x, attention) for x in (example, torch.cat((example, example))))
+        single, double = (_recorded_calls(model, example.with_batch(size), attention) for size in (1, 2))
     except Exception:  # hosts raise errors of any class
         return []
     if [name for name, *_ in single] != [name for name, *_ in double]:
@@ -177,7 +179,7 @@ def timed_module(
         full: group -> its number of units.
     """
     axes = dict(layer.axes)
-    small = copy.deepcopy(model.get_submodule(call.name))
+    small = copied(model.get_submodule(call.name))
     for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
@@ -219,7 +221,7 @@ class _Calls(nn.Module):
         return [module(*args, **kwargs) for module in self.copies][-1]
 
 
-def _recorded_calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[tuple[str, Any, int]]:
+def _recorded_calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) -> list[tuple[str, Any, int]]:
     """Name, arguments and number of output elements of every call."""
     result: list[tuple[str, Any, int]] = []
 
