@@ -46,6 +46,7 @@ ORDER = (
 ONLY = {
     "training": (
         "errors",
+        "core.argument_types",
         "core.console",
         "core.files",
         "core.interrupts",

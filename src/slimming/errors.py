@@ -7,7 +7,7 @@
      ├── CheckpointError         a checkpoint is missing, damaged, of a newer format or of another model
      ├── ConfigError             a setting is unknown, malformed or without effect
      ├── DataError               data is missing, empty, unreadable or inconsistent
-     ├── OutputError             an output file or directory exists already, is not writable, or the disk is full
+     ├── OutputError             an output file or directory exists, is in use or not writable; or the disk is full
      ├── ParityError             the outputs of an exported file differ from those of the model
      ├── NonFiniteLossError      a loss or a gradient in training is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
@@ -52,7 +52,7 @@ class DataError(SlimmingError):
 
 
 class OutputError(SlimmingError):
-    """An output file or directory exists already, is not writable, or the disk is full."""
+    """An output file or directory exists, is in use or not writable; or the disk is full."""
 
 
 class ParityError(SlimmingError):

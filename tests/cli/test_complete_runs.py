@@ -33,7 +33,7 @@ def accuracies(directory: Path) -> dict[str, tuple[float, float]]:
     return {row["name"]: (row["top1_cut"], row["top1"]) for row in rows}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, ids=str)
 def test_a_missing_file_is_made_again(slimming: Call, site: Path, finished: Path, copied: Path, name: str) -> None:
     (copied / name).unlink()
     shown = slimming(*words(site, "run", copied))
@@ -46,7 +46,7 @@ def test_a_missing_file_is_made_again(slimming: Call, site: Path, finished: Path
     assert "nothing to do" in slimming(*words(site, "run", copied)).out
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, ids=str)
 def test_a_damaged_file_is_named_or_made_again(
     slimming: Call, site: Path, finished: Path, copied: Path, name: str
 ) -> None:

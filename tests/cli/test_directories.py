@@ -152,7 +152,7 @@ def watch_writes(monkeypatch: pytest.MonkeyPatch, output: Path, copies: Path) ->
     return found
 
 
-@pytest.mark.parametrize("command", RUN_IS_SLOW)
+@pytest.mark.parametrize("command", RUN_IS_SLOW, ids=str)
 def test_killed_in_the_first_writes_the_same_command_goes_on(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -169,7 +169,7 @@ def test_killed_in_the_first_writes_the_same_command_goes_on(
         assert {*tree(copy)} == {*tree(output)}
 
 
-@pytest.mark.parametrize("command", RUN_IS_SLOW)
+@pytest.mark.parametrize("command", RUN_IS_SLOW, ids=str)
 def test_a_second_start_is_refused_while_the_first_runs(
     slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -277,6 +277,7 @@ LAST_FILES = {"run": "table.md", "search": "search.json", "train": "model"}
 @pytest.mark.parametrize(
     ("command", "place", "at"),
     [pytest.param(*case, id=name, marks=slow if case[0] == "run" else ()) for name, case in MOMENTS.items()],
+    ids=str,
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_stops_the_command_which_then_goes_on(

@@ -13,7 +13,7 @@ import yaml
 from slimming import demo
 from slimming.cli.configs import SearchCommandConfig, config_from_values
 from slimming.cli.output import run_directory
-from slimming.cli.settings import read_yaml
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError
 from slimming.runs.config import RETRAININGS, RunConfig
 from slimming.runs.pipeline import check_settings

@@ -6,35 +6,39 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from safetensors.torch import save as dump_safetensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
 from slimming.core.records import FileKind
 from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
+from slimming.models.directories import CONFIG, open_directory, read_config, structure_in, unprefixed
 from slimming.models.families import build as build
 from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import assign_state_
 from slimming.models.prunable import read
+from slimming.models.weight_files import HOST_WEIGHTS, readable
+from slimming.models.weight_files import read_metadata as read_metadata
+from slimming.models.weight_files import read_tensors as read_tensors
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
 PROVENANCE_FILE = FileKind(name="the provenance of a model", schema=dict[str, Any])
 
 
+@checked_arguments
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write a dense or slim model atomically to the directory ``path``.
 
@@ -73,6 +77,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         PROVENANCE_FILE.write(partial / PROVENANCE, record)
 
 
+@checked_arguments
 def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:
     """Rebuild the model that `save` wrote to the directory ``path``, in evaluation mode.
 
@@ -101,7 +106,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     if saved is None:
         if dense is not None:
             raise CheckpointError(f"{path} was saved by timm or transformers; dense has no effect. Leave it out.")
-        return open_directory(path).to(device).eval()
+        return open_directory(path)[0].to(device).eval()
     structure, weights = saved
     model = build(structure) if dense is None else _refit(dense, structure, path)
     state = unprefixed(read_tensors(weights), model)
@@ -194,6 +199,7 @@ def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
+@checked_arguments
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return the provenance with which the model was saved.
 
@@ -246,43 +252,9 @@ def write_tensors(path: Path, plain: dict[str, Tensor], metadata: dict[str, str]
             raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not safetensors.
-    """
-    with _damage_explained(path):
-        # load_file maps the file into memory. Copy: overwriting the file would change or crash the model, and the
-        # tensors in the file are not aligned as others are.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
 def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the safetensors bytes of a small state dict; tied tensors are written once per name."""
     return dump_safetensors(untied(state), metadata=dict(metadata or {}))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not safetensors.
-    """
-    with _damage_explained(path), safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-@contextmanager
-def _damage_explained(source: Path) -> Iterator[None]:
-    with _readable(source):
-        source.open("rb").close()
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{source} is truncated or not a safetensors file ({error}). Take an intact copy."
-        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -292,18 +264,10 @@ def sha256(path: Path) -> str:
         CheckpointError: the file is missing or not readable.
     """
     digest = hashlib.sha256()
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a path that slimming wrote.") from error
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -100,6 +100,8 @@ def _write(
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score the units of a model without a search, and plan."""
+    import dataclasses
+
     from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
@@ -125,7 +127,11 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
     planned = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
-    record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
+    outputs = [dataclasses.asdict(output) for output in scored.outputs]
+    if len(outputs) > 1:
+        echo(f"scored on {len(outputs)} outputs: {', '.join(output.name for output in scored.outputs)}")
+    one_shot = {"score": scored.how, "images": sum(map(len, images)), "outputs": outputs}
+    record = {"source": arguments.source, "one_shot": one_shot}
     named = {budget.name: plan for budget, plan in zip(budgets, planned, strict=True)}
     return scored.model, images, named, {**record, "versions": versions()}
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _fail(error, f"{error} To go on: {command_line}", STOPPED_BY + error.signal, debug)
     except KeyboardInterrupt as error:
-        line = f"Stopped; saved files are kept. To go on or start again: {command_line}"
+        line = f"Stopped. Saved files are kept. To go on or start again: {command_line}"
         return _fail(error, line, STOPPED_BY + signal_of(error), debug)
     except SlimmingError as error:
         return _fail(error, f"error: {error}", INPUT_ERROR, debug)

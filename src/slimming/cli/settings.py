@@ -12,13 +12,11 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from slimming.core.limits import LARGEST_INTEGER
+from slimming.core.argument_types import SCALARS, scalar
 from slimming.core.records import shown
 from slimming.errors import BudgetError, ConfigError, nearest
 
 T = TypeVar("T")
-SCALARS = {str: "text (put it in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
-"""Types of single values and their descriptions in messages."""
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,13 +100,10 @@ def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     if hint not in SCALARS:
         merged = merge(base if isinstance(base, Mapping) else {}, _mapping(value, where))
         return {str(key): convert(args[1], entry, f"{where}.{key}") for key, entry in merged.items()}
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML reads 1e-4 as text
-        with contextlib.suppress(ValueError, OverflowError):
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
             value = float(value)
-    number = type(value) is hint and hint in (int, float)
-    if type(value) is not hint or (number and not abs(value) <= LARGEST_INTEGER):  # NaN and infinity neither
-        raise _wrong_type(value, where, SCALARS[hint])
-    return value
+    return scalar(hint, value, where)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

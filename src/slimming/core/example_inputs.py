@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from slimming.core.modules import set_attribute_
 from slimming.errors import ConfigError
 
 ATTRIBUTE = "example_inputs"
@@ -146,7 +147,7 @@ def set_example_inputs_(model: nn.Module, example_inputs: Any) -> None:
     """
     if example_inputs is not None:
         _calls(example_inputs)
-        model.__dict__[ATTRIBUTE] = example_inputs
+        set_attribute_(model, ATTRIBUTE, example_inputs)
 
 
 def given_calls(model: nn.Module) -> tuple[ExampleCall, ...]:

@@ -70,13 +70,13 @@ def interruptible(advice: str) -> Iterator[None]:
     """Stop this block at once at Ctrl-C or SIGTERM.
 
     Raises:
-        Interrupted: a signal was received; the message is "Stopped; {advice}".
+        Interrupted: a signal was received; the message is "Stopped. {advice}".
     """
     try:
         with handled_by(raise_interrupt):
             yield
     except KeyboardInterrupt as error:
-        raise Interrupted(f"Stopped; {advice}", signal_of(error)) from error
+        raise Interrupted(f"Stopped. {advice}", signal_of(error)) from error
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:

@@ -18,10 +18,10 @@ MOST_YAML_VALUES = 100_000
 """Values in a YAML file, after its aliases are expanded."""
 LARGEST_INTEGER = 2**53
 """Size of an integer in a JSON file: larger ones are not exact in other programs."""
-LARGEST_ARGUMENT = 10**7
-"""Size of an integer among the constructor arguments in a structure or configuration."""
 MOST_MODULES = 20_000
 """Modules of a model that is built from a file."""
+MOST_TENSOR_ELEMENTS = 2**30
+"""Elements of one tensor of a model that is built from a file."""
 MOST_ELEMENTS = 2**36
 """Elements of the parameters of a model that is built from a file."""
 

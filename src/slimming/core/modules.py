@@ -1,4 +1,4 @@
-"""Switch modules to evaluation mode and back, and check that a model can be trained."""
+"""Switch modules to evaluation mode and back, set attributes that copies keep, check that a model can be trained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from slimming.errors import ConfigError
+
+MODEL_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What the code of a model, or a library that traces it, raises on inputs and sizes that it does not take."""
 
 
 @contextmanager
@@ -31,6 +37,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:
     """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
     return in_mode(model, False)
+
+
+def set_attribute_(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute that copies of ``module`` keep; a copy of a graph module of torch.fx loses all others."""
+    module.__dict__[name] = value
+    if isinstance(module, fx.GraphModule):
+        module.meta.setdefault("_user_preserved_attributes", {})[name] = value
 
 
 def check_whole(model: nn.Module) -> None:

@@ -50,5 +50,8 @@ class SavedStructure(Structure):
 
 
 EMBEDDED = FileKind(name="a structure", schema=Structure, sealed=False)
-"""A structure within another file, such as the config.json of a model on the hub."""
+"""The structure of a part, within that of a model."""
+IN_CONFIG = FileKind(name="the structure in a config.json", schema=Structure)
+"""The structure in the config.json of a model on the hub. It has a checksum of its own, which transformers keeps when
+it saves the model again."""
 STRUCTURE = FileKind(name="the structure.json of a model", schema=SavedStructure)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import atomic_directory, atomic_json, check_free
 from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
@@ -26,7 +27,7 @@ from slimming.models.hosts import classes_of, unplain
 from slimming.runs.files import SETTINGS, SETTINGS_FILE
 from slimming.runs.setup import image_spec, read_images
 from slimming.training.config import DataConfig
-from slimming.training.tasks import logits_by_head
+from slimming.training.outputs import logits_by_head, named_outputs
 
 STEM = "model"
 CALIBRATION = 128
@@ -60,6 +61,7 @@ class Exported:
     speedup: Mapping[str, float]
 
 
+@checked_arguments
 def export(
     model: nn.Module | str | Path,
     directory: str | Path,
@@ -124,6 +126,7 @@ def export(
     check_free(directory)
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
     plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
+    _check_outputs(plain.model, compared[:1])
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     spec = image_spec(data or DataConfig(source="batches"), model)
     words = description(spec, class_names(model), reference.shape[1:])
@@ -138,6 +141,21 @@ def export(
         environment = {"opset": opset, "machine": machine(), "torch": torch.__version__}
         atomic_json(partial / f"{STEM}.json", {**words, "made": environment, "files": rows})
     return tuple(Exported(**{**vars(entry), "file": directory / entry.file.name}) for entry in exported)
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, image: Tensor) -> None:
+    """Check that ``model`` has one output only, because files have one.
+
+    Raises:
+        ConfigError: it has none, or more.
+    """
+    named = named_outputs(model(image), len(image))
+    if len(named) > 1:
+        raise ConfigError(
+            f"The model has {len(named)} outputs ({', '.join(named)}), but exported files have one. Wrap it in a "
+            "module that returns one tensor, such as all of them concatenated."
+        )
 
 
 class _Logits(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Group
 from slimming.core.kinds import KINDS
@@ -25,6 +26,7 @@ def prunable(model: nn.Module) -> PrunableModel:
     return read(model) if masks is None else read_as(model, masks.anatomy)
 
 
+@checked_arguments
 def describe(model: nn.Module, *, coupled: bool = False, example_inputs: Any = None) -> tuple[Group, ...]:
     """Return the prunable groups of ``model``. Its weights and modules are not changed.
 
@@ -62,6 +64,7 @@ def joint(groups: Sequence[Group]) -> tuple[Group, ...]:
     return tuple(group for group in groups if not (group.site in sites and group.role in ("qk", "v")))
 
 
+@checked_arguments
 def attach(
     model: nn.Module,
     groups: Sequence[Group] | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
+from slimming.errors import NonFiniteLossError
 from slimming.training.distributed import add_up, rank_and_world_size
 
 T = TypeVar("T")
@@ -102,8 +103,17 @@ class Moments:
             self.yx += y_ND.T @ x_NC
 
     def add_up(self) -> None:
-        """Replace the sums by their sums over all processes."""
-        add_up(self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
+        """Replace the sums by their sums over all processes.
+
+        Raises:
+            NonFiniteLossError: they are not finite, so that no factorisation of them exists; on all processes alike.
+        """
+        sums = (self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
+        add_up(*sums)
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
+            raise NonFiniteLossError(
+                "The inputs of the layers are not finite. Check the images and the weights of the model."
+            )
 
 
 def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | None = None) -> Iterator[list[T]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import METRICS, Budget
 from slimming.core.completion import complete
 from slimming.core.groups import Anatomy, keep_all
@@ -23,6 +24,7 @@ from slimming.planning.planner import Planner
 from slimming.planning.scores import HasScores, ScoredModel, load_scores
 
 
+@checked_arguments
 def plan(
     source: HasScores | SoftMasks | str | Path,
     budget: Budget,
@@ -62,6 +64,7 @@ def plan(
     return plans(source, [budget], layout=layout, score=score, fold=fold, solver=solver, latency=latency)[0]
 
 
+@checked_arguments
 def plans(
     source: HasScores | SoftMasks | str | Path,
     budgets: Sequence[Budget],

@@ -17,6 +17,7 @@ from torch import nn
 
 from slimming.benchmarking.runtimes import check_runtime, prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import exclusive_file
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
@@ -41,6 +42,7 @@ MULTIPLES, WHOLE = (1, 2, 4, 8, 16, 32), 64
 Log = Callable[[str], None]
 
 
+@checked_arguments
 def build_latency_table(
     model: nn.Module,
     *,

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from slimming.checkpoints.checkpoint import load, save
+from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import Budget
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE
+from slimming.core.modules import MODEL_ERRORS
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import total
@@ -85,6 +87,7 @@ class Check:
         return "\n".join([*lines, *(f"stays whole: {reason}" for reason in self.uncovered)])
 
 
+@checked_arguments
 def check(model: nn.Module, *, keep: float = 0.5, seed: int = 0, example_inputs: Any = None) -> Check:
     """Check that slimming can prune ``model``; the model is not changed.
 
@@ -119,7 +122,7 @@ def check_with_trial(
     try:
         set_example_inputs_(model, example_inputs)
         read_model = prunable(model)
-    except Exception as error:  # models raise errors of any class, which are the result of the check
+    except (SlimmingError, *MODEL_ERRORS) as error:
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
@@ -135,7 +138,7 @@ def check_with_trial(
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except Exception as error:  # models raise errors of any class, which are the result of the check
+        except (SlimmingError, *MODEL_ERRORS) as error:
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(

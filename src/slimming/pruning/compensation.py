@@ -25,7 +25,6 @@ from slimming.core.completion import complete
 from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
-from slimming.errors import NonFiniteLossError
 from slimming.models.activations import (
     Moments,
     feeds_layers,
@@ -173,11 +172,6 @@ def refit_(module: Any, moments: Moments, kept: Sequence[int], removed: Sequence
         weight[:, removed] = 0
         return
     x, d, xx, dx = (total / count for total in (moments.x, moments.y, moments.xx, moments.yx))
-    if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
-        raise NonFiniteLossError(
-            "The inputs of the layers are not finite in the compensation. Check the images and the weights of the "
-            "model."
-        )
     if bias is not None:  # without a bias, the prediction has no constant term
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
@@ -16,6 +17,7 @@ from slimming.models.prunable import PrunableModel
 from slimming.pruning.cutting import cut
 
 
+@checked_arguments
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     """Return the cost of ``model``, as it is or under ``plan``, by formula.
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
     atomic_directory,
     atomic_json,
@@ -19,6 +20,7 @@ from slimming.core.files import (
     atomic_write_text,
     check_free,
     json_values,
+    seal,
 )
 from slimming.core.groups import Anatomy
 from slimming.core.plain_text import without_places
@@ -26,10 +28,11 @@ from slimming.core.structure import STRUCTURE
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report import kept_picture
@@ -42,6 +45,7 @@ PROCESSOR = "CLIPImageProcessor"
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
+@checked_arguments
 def push_to_hub(
     source: nn.Module | str | Path,
     repository: str | None = None,
@@ -184,7 +188,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        "model_args": {"structure": structure},
+        "model_args": {"structure": seal(structure)},
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}
@@ -225,6 +229,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     }
 
 
+@checked_arguments
 def as_transformers(model: nn.Module) -> nn.Module:
     """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.groups import Group
 from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
@@ -21,6 +22,7 @@ from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
+@checked_arguments
 def train(
     model: nn.Module,
     data: Data,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.groups import Group, keep_all
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
@@ -36,6 +37,7 @@ from slimming.training.samples import Data
 from slimming.training.tasks import Loss, Task
 
 
+@checked_arguments
 def train_slimmable(
     result: SearchResult,
     data: Data,

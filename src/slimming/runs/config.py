@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimming.benchmarking.config import BenchConfig
+from slimming.core.argument_types import check_fields
 from slimming.core.budget import Budget
 from slimming.errors import ConfigError, nearest
 from slimming.retraining.config import DistilConfig
@@ -87,6 +88,7 @@ class RunConfig:
     one_shot: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("compensate", "one_shot"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)} images; it must be at least 0.")

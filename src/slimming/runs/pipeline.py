@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.interrupts import interruptible
@@ -72,6 +73,7 @@ TIMES = ("latency_ms", "speedup")
 
 
 @agreed()
+@checked_arguments
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
@@ -91,7 +93,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         SlimmingError: a subclass for each other cause, such as ConfigError, DataError or BudgetError.
     """
     directory, is_main = Path(directory), distributed_state().is_main_process
-    stop = interruptible(f"finished stages are kept in {directory}; run again to go on.")
+    stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
     with stop, exclusive(directory) if is_main else nullcontext():
         if is_main and not (directory / SETTINGS_FILE).exists():
             check_free(directory, besides=("config.yaml",))

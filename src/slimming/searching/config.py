@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from slimming.core.argument_types import check_fields
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
 from slimming.errors import ConfigError, nearest
@@ -63,6 +64,7 @@ class SearchConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0, lr=1e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_kinds((*(self.kinds or ()), *self.penalty), ConfigError)
         if self.kinds is not None and not self.kinds:
             raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")

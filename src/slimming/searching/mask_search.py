@@ -11,8 +11,10 @@ import msgspec
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
-from slimming.core.files import check_json
+from slimming.core.argument_types import checked_arguments
+from slimming.core.files import check_json, exclusive
 from slimming.core.groups import Anatomy, Group
+from slimming.core.interrupts import interruptible
 from slimming.core.modules import check_trainable, in_evaluation
 from slimming.core.records import FileKind
 from slimming.errors import CheckpointError, PlanError
@@ -82,23 +84,24 @@ class SearchResult(HasScores):
 
         Raises:
             ConfigError: the metrics or the settings contain values that JSON cannot hold, such as NaN.
-            OutputError: the directory is not writable, or the disk is full.
+            OutputError: the directory is in use by another process or not writable, or the disk is full.
         """
         directory, metrics, config = Path(directory), dict(self.metrics), dataclasses.asdict(self.config)
         check_json(metrics, "metrics")
         check_json(config, "config")
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
-        for name, content in tensors.items():
-            checkpoint.write_tensors(directory / name, checkpoint.untied(content))
-        save_scores(directory / SCORES_FILE, self.scored)
-        record = {
-            "structure": self.anatomy.structure.to_dict(),
-            "config": config,
-            "scored_by": self.scored_by,
-            "metrics": metrics,
-            "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
-        }
-        SEARCH.write(directory / RECORD, record)
+        with exclusive(directory):
+            for name, content in tensors.items():
+                checkpoint.write_tensors(directory / name, checkpoint.untied(content))
+            save_scores(directory / SCORES_FILE, self.scored)
+            record = {
+                "structure": self.anatomy.structure.to_dict(),
+                "config": config,
+                "scored_by": self.scored_by,
+                "metrics": metrics,
+                "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
+            }
+            SEARCH.write(directory / RECORD, record)
 
 
 class SearchContent(msgspec.Struct, frozen=True):
@@ -118,6 +121,7 @@ SEARCH = FileKind(name="the record of a search", schema=SearchContent, mend="Rep
 
 
 @agreed()
+@checked_arguments
 def search(
     model: nn.Module,
     data: Data,
@@ -193,7 +197,8 @@ def search(
     kept = "The trained model keeps its masks: call slimming.score_search on it"
     if directory is not None:
         kept = f"The training is saved in {directory}: start it again with the same directory"
-    scores, scored_by, measured = score_trained(masks, data, config, task, kept)
+    with interruptible(f"{kept}."):
+        scores, scored_by, measured = score_trained(masks, data, config, task, kept)
     return SearchResult(
         model=model,
         masks=masks,
@@ -310,6 +315,7 @@ def verify_search(directory: Path) -> SearchContent:
     return record
 
 
+@checked_arguments
 def load_search(directory: str | Path) -> SearchResult:
     """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 

@@ -8,24 +8,25 @@ from functools import partial
 from types import TracebackType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.errors import SlimmingError
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.models.prunable import read_as
 from slimming.planning.sensitivity import Sensitivity
+from slimming.scoring.outputs import divergence, outputs_that_count
 from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.registry import SCORES, Request, score_called
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig
-from slimming.training.batches import calibration_batches, first_batches
+from slimming.training.batches import Batch, calibration_batches, first_batches
 from slimming.training.distillation import MatchLoss
 from slimming.training.distributed import agreed, of_main_process
 from slimming.training.evaluation import autocast
 from slimming.training.guards import explain_out_of_memory
+from slimming.training.outputs import CountedOutput
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, LossTask, Task, logits_by_head
+from slimming.training.tasks import ClassificationTask, LossTask, Task
 
 BATCH_SIZE = 64
 """Largest number of images in one forward pass of a score."""
@@ -56,7 +57,7 @@ def score_trained(
         agreed(),
         explain_out_of_memory(f"in forward passes of {min(BATCH_SIZE, size)} images"),
     ):
-        scores = _scores(masks, config, data, task)
+        scores, outputs = _scores(masks, config, data, task)
     with (
         _Stage("The sensitivity of the kinds could not be measured", trained, without),
         agreed(),
@@ -67,6 +68,8 @@ def score_trained(
     values, measured = of_main_process(({name: score.tolist() for name, score in scores.items()}, measured))
     custom = score_called(config.score).needs_images and not _trains_outputs(task) and config.score != "taylor"
     scored_by = f"{config.score}, by the gradients of the custom loss" if custom else config.score
+    if len(outputs) > 1:
+        scored_by += f", of {', '.join(f'{output.name} / {output.scale:.3g}' for output in outputs)}"
     return {name: torch.tensor(entries) for name, entries in values.items()}, scored_by, measured
 
 
@@ -88,11 +91,13 @@ class _Stage:
             error.add_note(f"{self.failed}.{self.remedy}")
 
 
-def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
-    """One score per unit of the trained model."""
+def _scores(
+    masks: SoftMasks, config: SearchConfig, data: Data, task: Task
+) -> tuple[dict[str, Tensor], Sequence[CountedOutput]]:
+    """One score per unit of the trained model, and the outputs that counted; empty if none were compared."""
     chosen = score_called(config.score)
     if chosen.needs_training or not chosen.needs_images:
-        return masks.scores(config.score)
+        return masks.scores(config.score), ()
     model = copy.deepcopy(masks.model).eval()
     copied_masks = attached(model)
     assert copied_masks is not None
@@ -104,12 +109,20 @@ def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> d
     )
     if _trains_outputs(task):
         plain = read_as(model, masks.anatomy)
-        request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
-        return chosen.function(request)
+        outputs = outputs_that_count(model, batches)
+        request = Request(
+            prunable=plain,
+            groups=masks.groups,
+            batches=batches,
+            masks=masks,
+            seed=config.train.seed,
+            outputs=outputs,
+        )
+        return chosen.function(request), outputs
     scores = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
     if config.score == "compensated":
         scores = redundancy_scores(model, masks.groups, scores, [batch.images for batch in batches])
-    return scores
+    return scores, ()
 
 
 def _trains_outputs(task: Task) -> bool:
@@ -133,29 +146,17 @@ def _sensitivity(
     # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
-        measure = (
-            _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
-        )
+        if isinstance(task, ClassificationTask):
+            counted = outputs_that_count(model, [Batch(*batch, ()) for batch in batches])
+            measure = divergence(model, [images for images, _ in batches], counted)
+        else:
+            measure = _task_loss(task, device, batches)
 
     def loss(trial: nn.Module) -> float:
         with precise():
             return measure(trial)
 
     return sensitivity(masks, scores, config.layout, loss)
-
-
-def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
-    """Return a function that computes the mean KL divergence of a classifier from ``model`` over the images.
-
-    It is exactly 0 for the unchanged model, so that few images suffice, and it is informative even if the model fits
-    its training images perfectly.
-    """
-
-    def log_probabilities(classifier: nn.Module) -> Tensor:
-        return torch.cat([logits_by_head(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
-
-    reference = log_probabilities(model)
-    return lambda trial: F.kl_div(log_probabilities(trial), reference, reduction="batchmean", log_target=True).item()
 
 
 def _task_loss(

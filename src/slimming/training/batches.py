@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from slimming.core.argument_types import checked_arguments
 from slimming.errors import ConfigError, DataError
 from slimming.training.image_files import UnreadableImageError
 from slimming.training.images import derive_seed
@@ -100,6 +101,7 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
             return
 
 
+@checked_arguments
 def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
     """Return training images as batches of shape (B, C, H, W), the same for the same seed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from slimming.core.argument_types import check_fields
 from slimming.errors import ConfigError, nearest
 
 SCHEDULES = ("cosine", "constant", "step")
@@ -71,6 +72,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("batch_size", "accumulate", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.steps is not None:
@@ -141,6 +143,7 @@ class DataConfig:
     value_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.source:
             raise ConfigError("data.source is empty; give a folder, a file, or hf:NAME.")
         if self.split_fraction is not None:

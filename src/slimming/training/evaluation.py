@@ -8,16 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.modules import check_whole, in_evaluation
-from slimming.errors import DataError
+from slimming.errors import ConfigError, DataError
 from slimming.training.batches import validation_batches
 from slimming.training.distributed import add_up, agreed, rank_and_world_size
 from slimming.training.guards import explain_out_of_memory
+from slimming.training.outputs import logits_by_head
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
-from slimming.training.tasks import logits_by_head
 
 
 @agreed()
+@checked_arguments
 def evaluate(
     model: nn.Module,
     images: ImageDataset | StreamDataset | Loader,
@@ -33,7 +35,7 @@ def evaluate(
     model is not moved unless ``device`` is given.
 
     Args:
-        model: returns logits (B, K), or an object with an attribute ``logits``.
+        model: returns logits (B, K), alone or called ``logits`` among other outputs.
         images: the validation images of a `Data`.
         batch_size: images per forward pass.
         device: device to evaluate on; None is the device of the first parameter.
@@ -43,7 +45,7 @@ def evaluate(
     Raises:
         DataError: too many or all images are unreadable, a label is not a class of the model, or the images are of
             other classes than the model.
-        ConfigError: out of memory.
+        ConfigError: out of memory, or the model does not return one row of logits per image.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -68,6 +70,11 @@ def evaluate(
                 continue
             labels = batch.labels.to(device)
             logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
+            if logits.ndim != 2:
+                raise ConfigError(
+                    f"The model gives logits of shape {tuple(logits.shape)}, but top-1 needs one row per image. "
+                    "Measure it with your own function, which slimming.train and slimming.search take as evaluate."
+                )
             check_classes_of_model("The model", model, logits.shape[1], images)
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")

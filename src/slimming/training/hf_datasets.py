@@ -85,6 +85,7 @@ def class_names(split: Any, label_key: str) -> tuple[str, ...]:
 def _load(config: DataConfig) -> Any:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingExtraError(
             "hf: data needs the datasets library; run: pip install 'slimming[datasets]'."
@@ -92,7 +93,8 @@ def _load(config: DataConfig) -> Any:
     name = config.source.removeprefix("hf:")
     try:
         return datasets.load_dataset(name, streaming=config.stream)
-    except Exception as error:  # the library raises its own, the hub's, the network's and the reader's errors
+    # Those of the hub and the network are OSErrors, those of the readers RuntimeErrors and ValueErrors.
+    except (DatasetsError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{config.source} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 

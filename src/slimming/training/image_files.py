@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,13 @@ MAX_BYTES = 2**29
 """Largest encoded image that is read."""
 
 
+DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, Image.DecompressionBombError, LookupError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow raises on damaged files."""
+
+
 class UnreadableImageError(Exception):
     """An image cannot be decoded. The readers of batches catch this error, then count and skip the image."""
 
@@ -50,10 +59,7 @@ def decoding() -> Iterator[None]:
     except UnidentifiedImageError as error:
         # Pillow's message contains the address of a buffer, but the same image must always give the same message.
         raise UnreadableImageError("not an image in a format that Pillow reads") from error
-    except (UnreadableImageError, MemoryError):
-        raise
-    # Pillow raises many types of errors for damaged files: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as error:
+    except DAMAGED as error:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 

@@ -31,8 +31,9 @@ class CountedOutput:
         name: its path in what the model returns, such as ``"logits"``, ``"1"`` or ``"heads.box"``; ``"output"`` if the
             model returns one tensor.
         kind: ``"classes"`` or ``"values"``.
-        scale: what the output is divided by: 1 for a single output. For one of several, the square root of the number
-            of predictions per image (classes), or of the variance between images, summed over the values.
+        scale: what the output is divided by: 1 for a single output. For one of several, the square root of its spread
+            between images: the variance, summed over the values; for logits, twice the mean KL divergence of the
+            predictions from their mean, summed over the predictions.
     """
 
     name: str
@@ -55,9 +56,8 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
         ConfigError: there is no such tensor.
 
     >>> import torch
-    >>> boxes = torch.randn(2, 4)
-    >>> outputs = {"class": torch.randn(2, 3), "box": [boxes], "again": boxes, "best": torch.tensor([1, 0])}
-    >>> list(named_outputs(outputs, 2))
+    >>> boxes, best = torch.randn(2, 4), torch.tensor([1, 0])
+    >>> list(named_outputs({"class": torch.randn(2, 3), "box": [boxes], "again": boxes, "best": best}, 2))
     ['class', 'box.0']
     """
     found: dict[str, Tensor] = {}
@@ -65,8 +65,7 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
     for path, tensor in _tensors(output, ()):
         if any(ON_THE_WAY.search(part) for part in path):
             continue
-        pointer = tensor.data_ptr() if tensor.device.type != "meta" else 0
-        key = (pointer, tensor.shape, tensor.stride()) if pointer else id(tensor)
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.is_floating_point() and tensor.ndim and len(tensor) == images and key not in seen:
             seen.add(key)
             found[".".join(path) or "output"] = tensor

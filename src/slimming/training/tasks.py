@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimming.core.modules import train_heads_apart_
 from slimming.errors import ConfigError, DataError
+from slimming.training.outputs import WAY_OUT, logits_by_head
 
 
 class Task(Protocol):
@@ -56,33 +57,18 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) 
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def logits_by_head(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of the class head, and those of the distillation head or None, from the output of a model.
-
-    Args:
-        output: logits (B, K); a pair of logits, which timm's distilled models return in training; or an object with an
-            attribute ``logits``, as in transformers.
+def check_logits(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Check that logits (B, K) or (B, K, H, W) fit the labels, and K the classes, which are empty if they are unknown.
 
     Raises:
-        ConfigError: the output contains no logits.
-    """
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits, None
-    if isinstance(logits, tuple) and len(logits) == 2:
-        return logits
-    raise ConfigError(
-        f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that returns logits, "
-        "or pass a loss function."
-    )
-
-
-def check_number_of_classes(logits: Tensor, classes: Sequence[str]) -> None:
-    """Check that logits (B, K) are those of ``classes``, which are empty if they are unknown.
-
-    Raises:
+        ConfigError: there is not one prediction per label.
         DataError: K is not the number of the classes.
     """
+    if logits.ndim != 2 and labels.shape not in (logits.shape, logits.shape[:1] + logits.shape[2:]):
+        raise ConfigError(
+            f"The model gives logits of shape {tuple(logits.shape)}, the labels have shape {tuple(labels.shape)}. "
+            f"{WAY_OUT.format('one row of logits per image')}"
+        )
     if classes and logits.shape[1] != len(classes):
         shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         raise DataError(
@@ -91,7 +77,7 @@ def check_number_of_classes(logits: Tensor, classes: Sequence[str]) -> None:
         )
 
 
-Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor | Mapping[str, Tensor]]
 """A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
 of scalars: ``"loss"`` is minimised, the others are logged."""
 
@@ -159,10 +145,11 @@ class ClassificationTask:
         """See `Task.loss`.
 
         Raises:
+            ConfigError: the model does not return logits for the labels.
             DataError: the model has another number of classes than the data.
         """
         logits, second = logits_by_head(model(images))
-        check_number_of_classes(logits, self.classes)
+        check_logits(logits, labels, self.classes)
         loss = classification_loss(logits, labels, self.label_smoothing)
         if second is not None:
             loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2

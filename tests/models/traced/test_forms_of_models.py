@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimming
 from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.errors import UnsupportedModelError
 from slimming.masks.attachment import prunable
@@ -248,6 +250,17 @@ def test_the_copy_of_a_graph_module_keeps_what_was_set_on_it() -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(copied(x)["high"], model(x)["high"])
+
+
+def test_a_copy_of_a_slim_graph_module_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    model = graph()
+    groups = slimming.describe(model, example_inputs=torch.zeros(1, 3, 16, 16))
+    plan = Plan(kept={group.name: (0, 1, 2) for group in groups}, sizes={group.name: group.size for group in groups})
+    slim = copy.deepcopy(slimming.cut(model, plan))
+    assert [group.size for group in slimming.describe(slim)] == [3, 3]
+    slimming.save(slim, tmp_path / "slim")
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(slimming.load(tmp_path / "slim", dense=graph())(x), slim.eval()(x))
 
 
 def test_graph_modules_of_other_graphs_are_read_anew() -> None:

@@ -13,10 +13,12 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.models.allowed import check_timm, image_settings_of
 from slimming.models.family import difference
 from slimming.models.hosts import give_image_settings_, image_settings, unplain
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+UNNAMED = "vit_tiny_patch16_224"
 UNFILLED = {"weight_init": "skip"}
 """Argument that skips the initialisation, which takes most of timm's time and has no effect on the meta device."""
 
@@ -59,13 +61,9 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
     Raises:
         CheckpointError: timm does not have the architecture or rejects an argument.
     """
-    arguments = unplain(base["arguments"])
-    if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
-        # timm would look for an unknown name on the Hugging Face hub.
-        raise CheckpointError(
-            f"timm {timm.__version__} has no architecture {base['architecture']!r}. "
-            "Install the timm version named in provenance.json."
-        )
+    # A ViT without a name in the registry is made by its class, which takes the same arguments.
+    check_timm(base["architecture"] if base["architecture"] is not None else UNNAMED, base["arguments"])
+    arguments, settings = unplain(base["arguments"]), image_settings_of(base["config"])
     try:
         with torch.device("meta"):
             if base["architecture"] is None:
@@ -82,7 +80,7 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
             f"timm {timm.__version__} makes a {type(model).__name__} for {base['architecture']!r}, "
             f"the checkpoint holds a {base['class']}. Install the timm version named in provenance.json."
         )
-    give_image_settings_(model, base["config"])
+    give_image_settings_(model, settings)
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimming.core.example_inputs import given_calls, image_call
 from slimming.core.groups import Anatomy, TimedLayer
+from slimming.core.modules import set_attribute_
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, TimedModules
@@ -102,7 +103,7 @@ class Traced(Family):
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)
-        model.__dict__[STRUCTURE] = structure
+        set_attribute_(model, STRUCTURE, structure)
 
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""

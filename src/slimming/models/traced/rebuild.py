@@ -16,8 +16,15 @@ from torch.overrides import TorchFunctionMode
 from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.files import check_json
 from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
+from slimming.models.allowed import (
+    check_timm,
+    check_torchvision,
+    image_settings_of,
+    transformers_config,
+    without_origin,
+)
 from slimming.models.family import ORIGIN, difference
-from slimming.models.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
+from slimming.models.hosts import classes_of, give_image_settings_, image_settings, make_torchvision, plain, unplain
 
 OWN = "own"
 """The host of a model that only its user can build."""
@@ -194,13 +201,9 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _make_timm(base: Mapping[str, Any]) -> nn.Module:
-    arguments = unplain(base["arguments"])
-    name = str(base["name"])
-    if not timm.is_model(name.partition(".")[0]):
-        # timm would look for an unknown name on the Hugging Face hub.
-        raise ValueError("there is no such architecture")
-    model = timm.create_model(name, pretrained=False, **arguments)
-    give_image_settings_(model, base["config"])
+    check_timm(base["name"], base["arguments"])
+    model = timm.create_model(base["name"], pretrained=False, **unplain(base["arguments"]))
+    give_image_settings_(model, image_settings_of(base["config"]))
     return model
 
 
@@ -222,7 +225,7 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     _, height, width = input_shape(model)
     extras: list[dict[str, Any]] = [{}, {"image_size": height}] if height == width else [{}]
     if ".segmentation." in module:
-        arguments = {"weights_backbone": None, "num_classes": arguments.get("num_classes")}
+        arguments = {"num_classes": arguments.get("num_classes")}
         extras = [{}, {"aux_loss": True}]
     for name in torchvision.models.list_models():
         builder = torchvision.models.get_model_builder(name)
@@ -233,10 +236,9 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
-    import torchvision
-
-    model = torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
-    give_image_settings_(model, base.get("images", {}))
+    check_torchvision(base["name"], base["arguments"])
+    model = make_torchvision(base["name"], base["arguments"])
+    give_image_settings_(model, image_settings_of(base.get("images", {})))
     return model
 
 
@@ -251,8 +253,8 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The complete configuration of a transformers model, as JSON values."""
-    return json.loads(model.config.to_json_string(use_diff=False))
+    """The complete configuration of a transformers model, as JSON values, without its origin and pretrained weights."""
+    return without_origin(json.loads(model.config.to_json_string(use_diff=False)))
 
 
 def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
@@ -264,9 +266,14 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
         raise ValueError("there is no such model")
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
         raise ValueError(f"there is no configuration {base['config_class']!r}")
-    config = config_class.from_dict(json.loads(json.dumps(base["config"])))
-    model = cls(config, **base.get("arguments", {}))
-    give_image_settings_(model, base.get("images", {}))
+    arguments = base.get("arguments", {})
+    if any(name != "add_pooling_layer" or type(value) is not bool for name, value in arguments.items()):
+        raise CheckpointError(
+            f"The file passes {arguments!r} to {base['name']}, of which only add_pooling_layer is taken."
+        )
+    config = config_class.from_dict(transformers_config(config_class, base["config"], where=str(base["config_class"])))
+    model = cls(config, **arguments)
+    give_image_settings_(model, image_settings_of(base.get("images", {})))
     return model
 
 

@@ -1,6 +1,6 @@
 """One of two processes, in which work fails on one of them alone; each writes how each case ended.
 
-python tests/processes/failures_job.py OUT CASE ...
+python tests/training/failures_job.py OUT CASE ...
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from unittest.mock import patch
 
 import timm
 import torch
-import torch.distributed
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import slimming
-from slimming.training.distributed import distributed_state, rank_and_world_size
+from slimming.demo import settings
+from slimming.training.distributed import check_others, distributed_state, rank_and_world_size
 from slimming.training.samples import Data
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -114,6 +115,36 @@ def logging(out: Path) -> None:
         slimming.train(make(), DATA, TRAIN, directory=out / "logging")
 
 
+def _run(out: Path, name: str) -> None:
+    """A whole run that is as short as it can be."""
+    if rank_and_world_size()[0] == 0:
+        save_file(timm.create_model("test_vit", img_size=32, num_classes=10).state_dict(), out / "dense.safetensors")
+    check_others()
+    arguments = {"img_size": 32, "num_classes": 10}
+    slimming.run(
+        slimming.RunConfig(
+            model=slimming.ModelConfig(name="test_vit", checkpoint=str(out / "dense.safetensors"), arguments=arguments),
+            data=slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8),
+            budgets=(slimming.Budget(macs=0.7),),
+            search=slimming.SearchConfig(train=TRAIN, images=8),
+            retrain=TRAIN,
+            bench=slimming.BenchConfig(batch_sizes=(1,), runs=5, seconds=0.01),
+        ),
+        out / name,
+    )
+
+
+def planning(out: Path) -> None:
+    with failing("slimming.runs.stages.plan", slimming.errors.BudgetError("No such plan."), rank=0):
+        _run(out, "planning")
+
+
+def reporting(out: Path) -> None:
+    full = slimming.errors.OutputError("No space for the report.")
+    with failing("slimming.report.write_report", full, rank=0):
+        _run(out, "reporting")
+
+
 class Breaks(nn.Module):
     """A model whose forward fails on process 1 in the second step, or kills it."""
 
@@ -141,7 +172,8 @@ def killed(out: Path) -> None:
 CASES: dict[str, Callable[[Path], None]] = {
     case.__name__: case
     for case in (
-        scoring, reading, saving, rotation, sensitivity, one_shot, compensation, evaluation, logging, forward, killed
+        scoring, reading, saving, rotation, sensitivity, one_shot, compensation, evaluation, logging, planning,
+        reporting, forward, killed,
     )
 }  # fmt: skip
 LAST = ("forward", "killed")

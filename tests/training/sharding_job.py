@@ -1,6 +1,6 @@
 """Search, interrupt, resume, score, cut and retrain in one or more processes, with or without FSDP2.
 
-python tests/processes/sharding_job.py OUT
+python tests/training/sharding_job.py OUT
 """
 
 from __future__ import annotations
