@@ -264,7 +264,7 @@ MOMENTS = {
     "last step of a training": ("train", STEP, 2),
     "first step of a run": ("run", STEP, 1),
     "evaluation of the search": ("run", EVALUATION, 2),
-    "scoring": ("run", "slimming.searching.mask_search.calibration_batches", 1),
+    "scoring": ("run", "slimming.searching.trained_scores.calibration_batches", 1),
     "cutting": ("run", "slimming.runs.stages.cut_from_last", 1),
     "last step of a retraining": ("run", STEP, 4),
     "measuring": ("run", "slimming.runs.results.paired_times", 1),

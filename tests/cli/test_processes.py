@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ..training.launch import finish, start
+from training.launch import finish, start
 
 
 @pytest.mark.slow

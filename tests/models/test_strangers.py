@@ -219,9 +219,9 @@ def guarded(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What came of loading hostile directories, by name."""
     root = tmp_path_factory.mktemp("guarded")
 
-    def hostile(which: str, name: str, **base: Any) -> None:
-        shutil.copytree(saved / which, root / name)
-        _edit(root / name / "structure.json", lambda value: value["base"].update(base))
+    def hostile(which: str, called: str, **base: Any) -> None:
+        shutil.copytree(saved / which, root / called)
+        _edit(root / called / "structure.json", lambda value: value["base"].update(base))
 
     hostile("vit", "pickle", arguments={"checkpoint_path": "evil.pth"})
     hostile("cnn", "allowed name", arguments={"checkpoint_path": "model-00001-of-00002.safetensors"})

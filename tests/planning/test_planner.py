@@ -166,8 +166,9 @@ def test_larger_budgets_keep_all_of_smaller_ones(
 )
 def test_keep_ratios_are_hit_and_nested(seed: int, coupled: bool, ratios: dict[str, float]) -> None:
     scores = scored({"head_dim", "mlp", "token"}, seed, coupled=coupled)
-    made = plan_for(scores, Budget(keep=ratios), FREE)
-    larger = plan_for(scores, Budget(keep={kind: (ratio + 1) / 2 for kind, ratio in ratios.items()}), FREE)
+    made = plan_for(scores, Budget(keep=ratios), FREE, "nested")
+    wider = Budget(keep={kind: (ratio + 1) / 2 for kind, ratio in ratios.items()})
+    larger = plan_for(scores, wider, FREE, "nested")
     groups = {group.name: group for group in anatomy().groups}
     for kind in KINDS:
         names = [name for name in scores if groups[name].kind == kind]

@@ -416,7 +416,7 @@ def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pyte
         ({"architecture": "vit_of_nobody"}, UnsupportedModelError, "no model 'vit_of_nobody'"),
         ({"hello": 1}, CheckpointError, "names neither"),
         ([], CheckpointError, "does not hold a JSON object"),
-        ({"model_type": "slimming"}, CheckpointError, "no format number"),
+        ({"model_type": "slimming"}, CheckpointError, "no checksum"),
         (
             {"model_type": "vit", "auto_map": {"AutoModelForImageClassification": "evil.Model"}},
             CheckpointError,

@@ -75,6 +75,13 @@ def test_what_is_passed_over_is_counted_and_named_once(tmp_path: Path, caplog: p
     ]
 
 
+def test_names_in_notes_are_escaped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folders(tmp_path)
+    (root / "dark" / "a\x1b[31m\n.txt").write_text("text")
+    assert names(root) == PLAIN
+    assert "(dark/a\\x1b[31m .txt)" in caplog.text
+
+
 def test_linked_folders_are_followed_and_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
@@ -17,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
+from slimming.checkpoints.proof import recorded
 from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
 from slimming.core.records import FileKind
 from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
@@ -30,11 +31,13 @@ from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import assign_state_
 from slimming.models.prunable import read
+from slimming.models.replaced_layers import replace_layers_
 from slimming.models.weight_files import HOST_WEIGHTS, readable
 from slimming.models.weight_files import read_metadata as read_metadata
 from slimming.models.weight_files import read_tensors as read_tensors
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
+MEMORY_FORMAT, CHANNELS_LAST = "memory_format", "channels_last"
 PROVENANCE_FILE = FileKind(name="the provenance of a model", schema=dict[str, Any])
 
 
@@ -48,7 +51,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         provenance: origin of the model, as JSON values: base model, data, settings, versions, metrics.
 
     Raises:
-        UnsupportedModelError: no family reads the model.
+        UnsupportedModelError: no family reads the model, or it was changed so that the file could not be loaded.
         PlanError: the model has masks attached.
         ConfigError: the provenance contains values that JSON cannot hold, or a reserved entry.
         OutputError: the directory is not empty or not writable, or the disk is full.
@@ -67,11 +70,11 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         )
     record = dict(provenance or {})
     check_provenance(record)
-    structure = read(model).anatomy.structure
+    structure = recorded(model, read(model).anatomy.structure)
     weights = untied(model.state_dict())
     check_free(path)
     with atomic_directory(path) as partial:
-        write_tensors(partial / WEIGHTS, weights)
+        write_tensors(partial / WEIGHTS, weights, memory_format_of(model))
         digest = sha256(partial / WEIGHTS)
         STRUCTURE_FILE.write(partial / STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
         PROVENANCE_FILE.write(partial / PROVENANCE, record)
@@ -122,6 +125,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
             "the version with which it was saved."
         )
     _same_type_(model, state)
+    if read_metadata(weights).get(MEMORY_FORMAT) == CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
 
@@ -176,9 +181,10 @@ def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
     if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
         raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
     family = family_called(structure.family)
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     try:
         family.resize_(model, structure)
+        replace_layers_(model, structure.replaced)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             f"The {cls} given as dense cannot be resized to {path} ({error}). Give the dense model from which it was "
@@ -200,6 +206,14 @@ def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @checked_arguments
+def memory_format_of(model: nn.Module) -> dict[str, str]:
+    """Metadata of a file of weights: whether the convolutions of ``model`` are in ``torch.channels_last``."""
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    last = all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    some = any(not weight.is_contiguous() for weight in weights)
+    return {MEMORY_FORMAT: CHANNELS_LAST} if last and some else {}
+
+
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return the provenance with which the model was saved.
 

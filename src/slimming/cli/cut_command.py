@@ -55,7 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-table", metavar="FILE", help="file of slimming latency-table, for budgets of "
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
-                        help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
+                        help="nested or exact (default: nested if this comes within 1 %% of one limit, else "
+                             "exact)")  # fmt: skip
     add_flags(parser, Layout, "layout", "as in the search")
 
 
@@ -96,6 +97,8 @@ def _write(
             f"{slim.macs / dense.macs:.1%} of the MACs"
             + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
         )
+        if chosen.note:
+            echo(f"{name}: {chosen.note}")
 
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:

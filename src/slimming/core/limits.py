@@ -8,6 +8,10 @@ from __future__ import annotations
 MIB = 1 << 20
 LARGEST_FILE = 16 * MIB
 """Bytes of a JSON file; kinds of files that hold pictures or logs have a limit of their own."""
+LARGEST_LOG = 256 * MIB
+"""Bytes of the log of a training."""
+LARGEST_LIST = 4 * MIB
+"""Bytes of a list of class names."""
 LARGEST_YAML = MIB
 """Bytes of a YAML file."""
 DEEPEST = 64

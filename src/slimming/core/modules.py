@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, SlimmingError
 
 MODEL_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-    TypeError, ValueError,
+    SlimmingError, TypeError, ValueError,
 )  # fmt: skip
 """What the code of a model, or a library that traces it, raises on inputs and sizes that it does not take."""
 

@@ -26,7 +26,8 @@ class Plan:
         solution: how the units were chosen under limits: ``solver``, ``kept_score`` (share of the total score that is
             kept) and ``lost_score`` (total score of the removed units; if sensitivity was measured, the expected
             increase of the loss). The exact solver adds ``gap`` (upper bound on the share of the total score that an
-            optimal choice could keep in addition), a latency table the predicted ``latency_ms``.
+            optimal choice could keep in addition), a latency table the predicted ``latency_ms``. A plan that ends more
+            than 1 % below its closest limit adds ``below`` (the share of the limit that it does not use) and ``note``.
         fold: True multiplies the learned masks into the weights at the cut (exact); False sets the masks of kept units
             to 1, as in the ViT-Slim paper.
     """
@@ -40,6 +41,11 @@ class Plan:
     def __post_init__(self) -> None:
         if set(self.kept) != set(self.sizes):
             raise PlanError("A plan needs the size of each group that it names; the two sets of names differ.")
+
+    @property
+    def note(self) -> str:
+        """How far the plan ends below its limit, and why; empty if it is within 1 %."""
+        return str(self.solution.get("note", ""))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with a checksum, atomically.

@@ -7,6 +7,7 @@ its content by a schema. The result is an object of the schema's type, so that i
 from __future__ import annotations
 
 import bisect
+import contextlib
 import re
 import stat
 from collections.abc import Mapping
@@ -179,6 +180,27 @@ def decode_json(
     if (large := _large_integer(value)) is not None:
         raise error(f"{source} holds the integer {shown(large)}, which is too large. {mend}")
     return value
+
+
+def decode_json_lines(data: bytes, source: str, *, mend: str = "Take an intact copy.") -> list[dict[str, Any]]:
+    """Decode a file with one JSON object per line; a last line that was cut off while it was written is left out.
+
+    Args:
+        data: the text.
+        source: name of the file, for messages.
+        mend: sentence that says how to get an intact file.
+
+    Raises:
+        CheckpointError: another line is not a JSON object, or exceeds a limit.
+    """
+    lines = []
+    *whole, last = data.split(b"\n")
+    for number, text in enumerate(filter(None, whole), 1):
+        lines.append(converted(decode_json(text, f"{source}, line {number},", mend=mend), dict[str, Any], source))
+    if last:
+        with contextlib.suppress(CheckpointError):
+            lines.append(converted(decode_json(last, source), dict[str, Any], source))
+    return lines
 
 
 def _extent(data: bytes) -> tuple[int, int]:

@@ -17,11 +17,13 @@ class Structure:
         family: name of the family that reads and builds the model.
         base: name and arguments with which its library creates the dense architecture, as plain data.
         layers: differences from the dense architecture by layer; empty for a dense model.
+        replaced: layers that the user replaced by plain layers of PyTorch, such as a classifier, by name.
     """
 
     family: str
     base: dict[str, Any]
     layers: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the structure as JSON values."""
@@ -46,7 +48,7 @@ class SavedStructure(Structure):
     @property
     def structure(self) -> Structure:
         """The structure alone."""
-        return Structure(family=self.family, base=self.base, layers=self.layers)
+        return Structure(family=self.family, base=self.base, layers=self.layers, replaced=self.replaced)
 
 
 EMBEDDED = FileKind(name="a structure", schema=Structure, sealed=False)

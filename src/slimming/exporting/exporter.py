@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.files import atomic_directory, atomic_json, check_free
 from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
@@ -125,7 +125,7 @@ def export(
     directory = Path(directory)
     check_free(directory)
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
-    plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
+    plain = _Logits(copied(model).float().cpu()).eval()
     _check_outputs(plain.model, compared[:1])
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     spec = image_spec(data or DataConfig(source="batches"), model)

@@ -104,7 +104,7 @@ def check_timm(name: Any, arguments: Any) -> None:
     for key, value in arguments.items():
         if key not in allowed:
             raise _refusal(name, key)
-        _check_value(name, key, value)
+        check_value(name, key, value)
         rate = isinstance(key, str) and key.endswith("_rate") and value is not None
         if rate and not all(0 <= part <= 1 for part in _numbers(value)):
             raise CheckpointError(f"{name}: {key} is {value!r}, and must be between 0 and 1. Take an intact copy.")
@@ -219,7 +219,7 @@ def _of_timm(cls: Any, key: str, value: Any, content: Mapping[str, Any]) -> Any:
 
 def _field(cls: Any, value: Any, *, where: str, key: str) -> Any:
     if not isinstance(value, Mapping):
-        _check_value(where.rpartition(".")[0], key, value)
+        check_value(where.rpartition(".")[0], key, value)
         return value
     part = (getattr(cls, "sub_configs", None) or {}).get(key)
     if isinstance(value.get("model_type"), str):
@@ -235,7 +235,7 @@ def _field(cls: Any, value: Any, *, where: str, key: str) -> Any:
         if isinstance(entry, Mapping):
             _field(cls, entry, where=f"{where}.{name}", key=name)
         else:
-            _check_value(where, name, entry)
+            check_value(where, name, entry)
     return dict(value)
 
 
@@ -347,15 +347,25 @@ def _refusal(owner: str, key: Any) -> CheckpointError:
     )
 
 
-def _check_value(owner: str, key: Any, value: Any, depth: int = 0) -> None:
-    """Check that an argument is a number in range, a flag, a word, None, or a list of such."""
+def check_value(owner: str, key: Any, value: Any, depth: int = 0) -> None:
+    """Check that an argument is a number in range, a flag, a word, None, or a list of such.
+
+    Args:
+        owner: what takes the argument, for messages.
+        key: its name.
+        value: its value.
+        depth: levels of lists around it.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if value is None or isinstance(value, bool) or _is_number(value):
         return
     if isinstance(value, str) and (MODULES if key in BACKBONE_FIELDS else WORD).fullmatch(value):
         return
     if isinstance(value, (list, tuple)) and len(value) <= LONGEST and depth < DEEPEST:
         for entry in value:
-            _check_value(owner, key, entry, depth + 1)
+            check_value(owner, key, entry, depth + 1)
         return
     shown = repr(value)[:80]
     raise CheckpointError(

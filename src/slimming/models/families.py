@@ -16,6 +16,7 @@ from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError
 from slimming.models.bounds import BUILD_ERRORS, bounded_building
 from slimming.models.family import Family
+from slimming.models.replaced_layers import replace_layers_
 
 WRAPPERS = {
     "AveragedModel": "module",
@@ -73,6 +74,7 @@ def build(structure: Structure) -> nn.Module:
         with bounded_building():
             model = family.build(structure.base)
             family.resize_(model, structure)
+            replace_layers_(model, structure.replaced)
     except BUILD_ERRORS as error:
         # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
         raise CheckpointError(

@@ -17,6 +17,13 @@ from slimming.errors import UnsupportedModelError
 STRUCTURE = "slimming_structure"
 """Attribute of a slim model with its `Structure`."""
 
+ENTRY = "slimming_entry"
+"""Attribute of a module that was resized within a larger model, with its entry in the structure's ``layers``; an empty
+one if the family of that model keeps none by module."""
+
+BLUEPRINT = "slimming_blueprint"
+"""Attribute of a slim model that only its user can make, with the `Blueprint` of what its structure gives."""
+
 ORIGIN = "slimming_origin"
 """Attribute of a model that slimming created with the name and arguments that were passed to its host."""
 
@@ -167,10 +174,11 @@ def select_indices(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tens
         tensor: any shape.
         indices: dimension -> indices to keep.
     """
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for dim, index in indices.items():
         if list(index) != list(range(tensor.shape[dim])):
             tensor = tensor.index_select(dim, torch.tensor(list(index), device=tensor.device))
-    return tensor
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
 def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:

@@ -34,6 +34,11 @@ def make_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def classes_of(model: nn.Module) -> int:
     """Number of classes of ``model``; 0 if it has no classifier."""
     known = getattr(model, "num_classes", None)  # timm
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    if isinstance(known, int) and isinstance(name, str):
+        layer = model._modules.get(name)
+        if type(layer) is nn.Linear:  # its user may have replaced it
+            return layer.out_features
     if known is None:
         known = getattr(getattr(model, "config", None), "num_labels", None)  # transformers
     if isinstance(known, int):

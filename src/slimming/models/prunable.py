@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.groups import Anatomy
 from slimming.core.modules import check_whole
-from slimming.models.copies import copied
 from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import math
@@ -18,6 +17,7 @@ from torch import nn
 from slimming.benchmarking.runtimes import check_runtime, prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
 from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.files import exclusive_file
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
@@ -76,7 +76,7 @@ def build_latency_table(
     check_runtime(runtime)
     kinds = {name for name, kind in KINDS.items() if not kind.on_request} if kinds is None else kinds
     check_kinds(kinds, ConfigError)
-    prunable = read(copy.deepcopy(model).eval())
+    prunable = read(copied(model).eval())
     model, anatomy = prunable.model, prunable.anatomy
     check_timed_layers(anatomy)
     even = prunable.family.timed_modules(model, anatomy)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimming.checkpoints.checkpoint import load, save
 from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import Budget
+from slimming.core.copies import copied
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
 from slimming.core.kinds import KINDS
@@ -26,7 +27,6 @@ from slimming.counting.measured import count
 from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
 from slimming.masks.attachment import attach, prunable, select_kinds
-from slimming.models.copies import copied
 from slimming.models.prunable import PrunableModel
 from slimming.models.traced.verification import Pass, outputs, randomise_
 from slimming.planning.budgeting import plan
@@ -122,7 +122,7 @@ def check_with_trial(
     try:
         set_example_inputs_(model, example_inputs)
         read_model = prunable(model)
-    except (SlimmingError, *MODEL_ERRORS) as error:
+    except MODEL_ERRORS as error:
         step = Step(name="reads", held=False, detail=_first_line(error))
         return Check(steps=(step,), seconds=time.perf_counter() - began), None
     anatomy = read_model.anatomy
@@ -138,7 +138,7 @@ def check_with_trial(
     for name, stage in stages:
         try:
             steps.append(Step(name=name, held=True, detail=stage()))
-        except (SlimmingError, *MODEL_ERRORS) as error:
+        except MODEL_ERRORS as error:
             steps.append(Step(name=name, held=False, detail=_first_line(error)))
             break
     result = Check(
@@ -213,7 +213,7 @@ class Trial:
         for forward in training:
             try:
                 forward.outputs(copied(self.model))
-            except Exception as error:  # models raise errors of any class
+            except MODEL_ERRORS as error:
                 found = self._difference(passes)
                 return f"they differ by {found:.1e}; not tried in training mode, where {_first_line(error)}"
         return f"they differ by {self._difference([*passes, *training]):.1e} in evaluation and training mode"

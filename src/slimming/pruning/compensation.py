@@ -12,7 +12,6 @@ For single layers, this is done in ThiNet (ICCV 2017, section 3.2.3) and, from c
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
@@ -89,7 +89,7 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
     removed_inputs = readers(model, anatomy, kept)
     if not removed_inputs:
         return
-    dense = copy.deepcopy(model).eval()
+    dense = copied(model).eval()
     _silence_(model, anatomy, kept, removed_inputs)
     with in_evaluation(model):
         for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):

@@ -6,13 +6,13 @@ from torch import nn
 
 from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
 from slimming.counting.model_cost import Cost, per_group, total
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.copies import copied
 from slimming.models.prunable import PrunableModel
 from slimming.pruning.cutting import cut
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.checkpoints.proof import recorded
 from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
     atomic_directory,
@@ -24,7 +25,7 @@ from slimming.core.files import (
 )
 from slimming.core.groups import Anatomy
 from slimming.core.plain_text import without_places
-from slimming.core.structure import STRUCTURE
+from slimming.core.structure import STRUCTURE, Structure
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
@@ -111,7 +112,7 @@ def _write(
     if attached(model) is not None:
         raise PlanError("The model has masks attached; cut it, and push the result.")
     read = prunable(model)
-    anatomy, structure = read.anatomy, read.anatomy.structure
+    anatomy, structure = read.anatomy, recorded(model, read.anatomy.structure)
     if structure.base.get("host") == "own":
         raise CheckpointError(
             f"This {type(model).__name__} cannot be created by name ({structure.base.get('why')}), and so cannot be "
@@ -131,10 +132,11 @@ def _write(
         license=license,
         picture=picture is not None,
     )
-    config, images = host_config(read), image_processor(read)
+    config, images = host_config(read, structure), image_processor(read)
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
-        checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
+        metadata = {"format": "pt", **checkpoint.memory_format_of(model)}
+        checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), metadata)
         digest = checkpoint.sha256(weights)
         STRUCTURE.write(partial / checkpoint.STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
         checkpoint.PROVENANCE_FILE.write(partial / checkpoint.PROVENANCE, record)
@@ -172,11 +174,16 @@ def kept_of(dense: Anatomy, slim: Anatomy) -> tuple[tuple[Layer, ...], tuple[Wid
     return labelled([Layer(name=name, **layer) for name, layer in layers.items() if layer]), tuple(widths)
 
 
-def host_config(prunable: PrunableModel) -> dict[str, Any]:
-    """Return the config.json for transformers and, for models of timm, for timm; both read the structure from it."""
+def host_config(prunable: PrunableModel, recorded: Structure | None = None) -> dict[str, Any]:
+    """Return the config.json for transformers and, for models of timm, for timm; both read the structure from it.
+
+    Args:
+        prunable: the model.
+        recorded: its structure with replaced layers, if there are any.
+    """
     model, anatomy = prunable.model, prunable.anatomy
     settings = json_values(timm_config(model))
-    structure = anatomy.structure.to_dict()
+    structure = (recorded or anatomy.structure).to_dict()
     channels, *size = anatomy.input_shape
     classes = classes_of(model)
     names = settings.get("label_names") or [f"LABEL_{label}" for label in range(classes)]
@@ -241,7 +248,8 @@ def as_transformers(model: nn.Module) -> nn.Module:
     register_with_transformers()
     from slimming.models import transformers_entry as entry
 
-    config = entry.SlimmingConfig.from_dict(host_config(prunable(model)))
+    read = prunable(model)
+    config = entry.SlimmingConfig.from_dict(host_config(read, recorded(model, read.anatomy.structure)))
     wrapped = entry.SlimmingForImageClassification(config, model)
     assert getattr(wrapped, INNER) is model
     return wrapped

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimming.core.argument_types import check_path
+from slimming.core.limits import LARGEST_LOG
+from slimming.core.records import decode_json_lines, read_bytes
 from slimming.errors import CheckpointError
 
 POINTS = 200
@@ -60,6 +62,7 @@ def read_log(directory: Path, name: str | None, sha256: str | None = None) -> Lo
     """
     if name is None:
         return None
+    check_path(name, "The log in the results")
     path = directory / name
     if not path.resolve().is_relative_to(directory.resolve()):
         raise CheckpointError(
@@ -67,24 +70,13 @@ def read_log(directory: Path, name: str | None, sha256: str | None = None) -> Lo
         )
     if not path.is_file():
         return None
-    content = path.read_bytes()
+    content = read_bytes(path, "the log of a training", largest=LARGEST_LOG)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise CheckpointError(
             f"{path} was changed after it was written: its checksum differs. Take an intact copy, or remove it, which "
             "leaves out its curves."
         )
-    texts = [text for text in content.decode("utf-8", "replace").splitlines() if text.strip()]
-    lines: list[Mapping[str, Any]] = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise CheckpointError(f"{path}, line {number}, is not JSON ({error}). Take an intact copy.") from error
-        if not isinstance(line, dict):
-            raise CheckpointError(f"{path}, line {number}, is not a mapping. Take an intact copy.")
-        lines.append(line)
+    lines = decode_json_lines(content, str(path))
     axis = "epoch" if lines and all(_finite(line.get("epoch")) for line in lines) else "step"
     return Log(lines=tuple(lines), axis=axis)
 

@@ -134,7 +134,7 @@ class Row:
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
     memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
     one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory;
-    ``log_sha256`` is the checksum of this file.
+    ``log_sha256`` is the checksum of this file. ``plan_note`` says why the plan ends below its limit.
     """
 
     name: str
@@ -152,6 +152,7 @@ class Row:
     widths: tuple[Width, ...] | None = ()
     log: str | None = None
     log_sha256: str | None = None
+    plan_note: str = ""
 
     def __post_init__(self) -> None:
         for key, limit in self.limits.items():

@@ -7,7 +7,6 @@ the smallest and one between them, which is the sandwich rule of Yu and Huang (I
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.groups import Group, keep_all
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
@@ -132,7 +132,7 @@ def train_slimmable(
 
 def _fresh(result: SearchResult) -> SoftMasks:
     """New masks of 1 that are not trained, on a copy of the searched model with its masks folded into the weights."""
-    model = copy.deepcopy(result.model)
+    model = copied(result.model)
     earlier = _masks_of(model)
     groups = earlier.groups
     if result.config.fold:

@@ -5,7 +5,6 @@ A finished stage writes a file, and is skipped if this file exists, so that an i
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import nn
 from slimming.checkpoints import checkpoint
 from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.interrupts import interruptible
 from slimming.core.plain_text import without_places
@@ -310,7 +310,7 @@ def _search(
         return result, SECONDS.read(directory / SECONDS_FILE).seconds
     log("search: weights and masks train together")
     began = time.monotonic()
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
     seconds = time.monotonic() - began
     if distributed_state().is_main_process:

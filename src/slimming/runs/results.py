@@ -80,6 +80,7 @@ def row_entry(
         "seconds": dict(seconds),
         **widths_of(dense, plan),
         "layers": layers_of(dense, plan),
+        **({"plan_note": plan.note} if plan.note else {}),
         "checkpoint": f"{budget.name}/slim",
         "log": f"{budget.name}/log.jsonl",
     }

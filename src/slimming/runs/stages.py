@@ -208,4 +208,7 @@ def _plan(context: RunContext, budget: Budget) -> Plan:
     if distributed_state().is_main_process and not target.exists():
         plan(context.result, budget, latency=context.config.latency_table, solver=solver).save(target)
     check_others()
-    return Plan.load(target)
+    found = Plan.load(target)
+    if found.note:
+        context.log(f"{budget.name}: {found.note}")
+    return found

@@ -10,7 +10,6 @@ kinds are measured for each way.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.budget import Budget
+from slimming.core.copies import copied
 from slimming.core.groups import Anatomy
 from slimming.core.layout import Layout
 from slimming.core.pruning_plan import Plan
@@ -60,7 +60,7 @@ def sensitivity(
         raise NonFiniteLossError(f"The loss of the trained model is {unpruned}. Check its weights and the images.")
 
     def increase(plan: Plan) -> float:
-        pruned = copy.deepcopy(model)
+        pruned = copied(model)
         copied_masks = attached(pruned)
         assert copied_masks is not None
         copied_masks.apply_(plan)

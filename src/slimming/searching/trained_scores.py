@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -10,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from slimming.core.copies import copied
 from slimming.errors import SlimmingError
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.models.prunable import read_as
@@ -98,7 +98,7 @@ def _scores(
     chosen = score_called(config.score)
     if chosen.needs_training or not chosen.needs_images:
         return masks.scores(config.score), ()
-    model = copy.deepcopy(masks.model).eval()
+    model = copied(masks.model).eval()
     copied_masks = attached(model)
     assert copied_masks is not None
     if config.fold:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from slimming.core.plain_text import on_one_line
 from slimming.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class PassedOver:
         self.count[reason] = self.count.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
         if len(names) < NAMES_SHOWN:
-            names.append(str(name))
+            names.append(on_one_line(str(name)))
 
     def log(self) -> None:
         """Log one warning with the number of files and folders and their first names, if there are any."""
@@ -121,7 +122,7 @@ class PassedOver:
                 f"{count} {reason} ({', '.join(self.names[reason])}{', ...' if count > NAMES_SHOWN else ''})"
                 for reason, count in self.count.items()
             )
-            _log.warning("passed over in %s: %s", self.where, "; ".join(parts))
+            _log.warning("passed over in %s: %s", on_one_line(str(self.where)), "; ".join(parts))
 
 
 def find_images(folder: Path, root: Path, passed: PassedOver) -> list[Path]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slimming.core.plain_text import on_one_line
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
 from slimming.training.image_files import UnreadableImageError
@@ -192,7 +193,7 @@ class UnreadableCounter:
         for name in names:
             if name not in self.names:
                 self.names.add(name)
-                _log.warning("skipped an unreadable image: %s", name)
+                _log.warning("skipped an unreadable image: %s", on_one_line(name))
         if len(self.names) > self.limit:
             of = "" if self.total is None else f" of {self.total}"
             raise DataError(

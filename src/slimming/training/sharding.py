@@ -7,7 +7,6 @@ dimensions (masks, biases, norms) and buffers are small: the copy shares them wi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from slimming.core.copies import copied
 from slimming.errors import ConfigError
 from slimming.training.config import TrainConfig
 from slimming.training.distributed import asks_for_fsdp, rank_and_world_size
@@ -70,7 +70,7 @@ class ShardedModel:
         for tensor in _tensors(model):  # as DistributedDataParallel does
             dist.broadcast(tensor.data, src=0)
         shared = [tensor for tensor in _tensors(model) if tensor.dim() < 2 or not isinstance(tensor, nn.Parameter)]
-        self.copy = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        self.copy = copied(model, {id(tensor): tensor for tensor in shared})
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         whole = [parameter for parameter in self.copy.parameters() if parameter.dim() < 2]
         settings: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload, "ignored_params": set(whole)}

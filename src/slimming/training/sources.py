@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from PIL import Image
 
+from slimming.core.limits import LARGEST_LIST
+from slimming.core.records import converted, decode_json, read_bytes
 from slimming.errors import DataError, nearest
 from slimming.training.image_files import (
     MAX_BYTES,
@@ -141,7 +144,9 @@ class ParquetSource:
         if label_key is not None:
             columns = [table[label_key].to_numpy() for table in tables]
             self.labels = np.concatenate([integer_labels(part, label_key, files[0]) for part in columns])
-            self.classes = _class_names(tables[0].schema.metadata, label_key) or _listed_classes(files[0].parent)
+            self.classes = _class_names(tables[0].schema.metadata, label_key, files[0]) or _listed_classes(
+                files[0].parent
+            )
         self.ends = np.cumsum([table.num_rows for table in tables]).tolist()
         self.files = [str(file) for file in files]
 
@@ -168,14 +173,27 @@ def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -
             )
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[str, ...]:
+def _class_names(metadata: dict[bytes, bytes] | None, label_key: str, file: Path) -> tuple[str, ...]:
     """Return the class names that the ``datasets`` library stores in a Parquet schema; empty if there are none."""
-    try:
-        stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-        feature = stored.get("info", {}).get("features", {}).get(label_key, {})
-        return tuple(str(name) for name in feature.get("names") or ())
-    except (ValueError, AttributeError):
+    stored = (metadata or {}).get(b"huggingface")
+    if stored is None:
         return ()
+    mend = "Write the Parquet file again."
+    value = decode_json(stored, f"The metadata of {file}", mend=mend, error=DataError)
+    schema = converted(value, _Metadata, f"The metadata of {file}", mend=mend, error=DataError)
+    feature = schema.info.features.get(label_key)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return () if names is None else converted(names, tuple[str, ...], f"The class names in {file}", error=DataError)
+
+
+class _Info(msgspec.Struct, frozen=True):
+    features: dict[str, Any] = {}
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    """What the ``datasets`` library stores in the schema of a Parquet file."""
+
+    info: _Info = _Info()
 
 
 @dataclass(frozen=True)
@@ -221,7 +239,13 @@ class TarSource:
 def _listed_classes(folder: Path) -> tuple[str, ...]:
     """Return the lines of ``classes.txt``; empty if there is no such file."""
     names = folder / "classes.txt"
-    lines = names.read_text("utf-8").split("\n") if names.is_file() else []
+    if not names.exists():
+        return ()
+    try:
+        text = read_bytes(names, "a list of class names", largest=LARGEST_LIST, error=DataError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{names} is not UTF-8 ({error}). Write one class name per line as UTF-8.") from error
+    lines = text.split("\n")
     return tuple(line.strip() for line in lines if line.strip())
 
 

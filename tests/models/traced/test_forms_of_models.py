@@ -386,3 +386,16 @@ def _fx_qat() -> nn.Module:
 def test_a_model_prepared_for_quantization_is_cut_before(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"prepared for quantization.*Cut the model before"):
         slimming.describe(make())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["TorchScript", r"torch\.export"], ids=["script", "export"])
+def test_a_program_with_fixed_shapes_is_named(kind: str) -> None:
+    model = Net().eval()
+    program = (
+        torch.jit.trace(model, torch.randn(1, 3, 16, 16))
+        if kind == "TorchScript"
+        else torch.export.export(model, (torch.randn(1, 3, 16, 16),)).module()
+    )
+    with pytest.raises(UnsupportedModelError, match=f"{kind}.*give the nn.Module that it was made from"):
+        slimming.describe(program)

@@ -7,7 +7,6 @@ mapping, and reads the items of its groups. The requirement is therefore pinned 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from slimming.core.modules import in_mode
+from slimming.core.copies import copied
+from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
 from slimming.models.traced.verification import Pass
@@ -58,10 +58,10 @@ def coupled_channels(model: nn.Module, passes: Sequence[Pass], opaque_names: Ite
     try:
         try:
             return _trace(model, passes, opaque_names)
-        except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
+        except MODEL_ERRORS:
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
                 return _trace(model, passes, opaque_names)
-    except Exception as error:
+    except MODEL_ERRORS as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
             f"torch-pruning cannot trace this model ({type(error).__name__}: {first})"
@@ -151,7 +151,7 @@ def with_batch_norms(model: nn.Module) -> nn.Module:
         return no_parameters and statistics <= buffers.keys() and buffers["weight"].dim() == 1
 
     names = [name for name, module in model.named_modules() if is_frozen_norm(module)]
-    model = copy.deepcopy(model) if names else model
+    model = copied(model) if names else model
     for name in names:
         parent, _, child = name.rpartition(".")
         frozen = model.get_submodule(name)

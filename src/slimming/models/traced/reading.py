@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slimming.core.copies import clear_caches_, copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
-from slimming.models.copies import copied
 from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
+from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.operations import operations
-from slimming.models.traced.parametrized import check_not_quantized, computed_weights
-from slimming.models.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
+from slimming.models.traced.resize import layer_sizes, layers_after, resize_module_, select
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
@@ -120,7 +121,7 @@ def _random_copy(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"This {type(model).__name__} is on the meta device, and is read by running it: make it on the CPU."
         )
-    check_not_quantized(model)
+    check_resizable(model)
     model = copied(model).cpu().double().eval().requires_grad_(True)
     for module in model.modules():
         module.__dict__.pop(STRUCTURE, None)
@@ -144,7 +145,7 @@ def _passes(
         training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
-        except Exception as error:  # hosts raise errors of any class
+        except MODEL_ERRORS as error:
             reasons.append(
                 f"training mode: the forward raises {type(error).__name__} ({_first_line(error)}), so the groups are "
                 "verified in evaluation mode only; give a call that works in both modes as example_inputs"
@@ -169,7 +170,7 @@ def _evaluation_passes(
         passes = [Pass(call.to(torch.float64)) for call in calls_]
         try:
             return passes, [course_of(model, forward) for forward in passes]
-        except Exception as error:  # hosts raise errors of any class
+        except MODEL_ERRORS as error:
             first = first or error
     what = " and ".join(f"{tuple(call.main.shape[1:])}" for call in candidates[0])
     raise UnsupportedModelError(

@@ -25,6 +25,7 @@ from slimming.models.allowed import (
 )
 from slimming.models.family import ORIGIN, difference
 from slimming.models.hosts import classes_of, give_image_settings_, image_settings, make_torchvision, plain, unplain
+from slimming.models.replaced_layers import Blueprint, replaced_layers
 
 OWN = "own"
 """The host of a model that only its user can build."""
@@ -56,6 +57,7 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
     else:
         candidates = _timm_candidates(model)
     why = "it is not a model that timm, transformers or torchvision makes by name"
+    nearest: tuple[int, dict[str, Any]] | None = None
     for base in candidates:
         try:
             built = _quiet_build(base)
@@ -66,24 +68,32 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
         why = difference(model, built)
         if why is None:
             return base
+        try:  # a new classifier is recorded when the model is saved
+            count = len(replaced_layers(model, Blueprint.of(built)))
+        except UnsupportedModelError:
+            continue
+        if nearest is None or count < nearest[0]:
+            nearest = count, base
+    if nearest is not None:
+        return nearest[1]
     return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
 
 
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """``base`` with the number of classes and the image settings of ``model``, which may have changed since."""
     if base["host"] == "transformers":
-        return {**base, "config": _config(model), "images": image_settings(model)}
+        return {**base, "config": _config(model), "images": _settings(model)}
     if base["host"] == "torchvision":
         arguments = dict(base["arguments"])
         if "num_classes" in arguments:
             arguments["num_classes"] = classes_of(model)
-        return {**base, "arguments": arguments, "images": image_settings(model)}
+        return {**base, "arguments": arguments, "images": _settings(model)}
     if base["host"] != "timm":
         return dict(base)
-    arguments, classes = base["arguments"], getattr(model, "num_classes", None)
-    if isinstance(classes, int) and arguments.get("num_classes") != classes:
+    arguments, classes = base["arguments"], classes_of(model)
+    if isinstance(getattr(model, "num_classes", None), int) and arguments.get("num_classes") != classes:
         arguments = {**arguments, "num_classes": classes}
-    return {**base, "arguments": arguments, "config": image_settings(model)}
+    return {**base, "arguments": arguments, "config": _settings(model)}
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
@@ -160,6 +170,14 @@ def example_candidates(model: nn.Module) -> list[tuple[ExampleCall, ...]]:
     return [(image_call((number, *size)),) for number in dict.fromkeys((channels, 3, 1))]
 
 
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """The image settings of ``model``, with the size of images that its user gave it as an attribute."""
+    settings = image_settings(model)
+    if "image_size" in vars(model):
+        settings["input_size"] = list(input_shape(model))
+    return settings
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -172,7 +190,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Bases from which timm may have built ``model``, those with the fewest arguments first."""
     config = _timm_config(model)
-    settings = image_settings(model)
+    settings = _settings(model)
     recorded = model.__dict__.get(ORIGIN)
     if recorded is not None:
         arguments = {key: plain(value) for key, value in recorded["arguments"].items()}
@@ -184,8 +202,8 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         name = f"{name}.{config['tag']}"
     channels, height, width = input_shape(model)
     arguments: dict[str, Any] = {}
-    if getattr(model, "num_classes", None) not in (None, config.get("num_classes")):
-        arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
+    if getattr(model, "num_classes", None) is not None and classes_of(model) != config.get("num_classes"):
+        arguments["num_classes"] = classes_of(model)
     if channels != (config.get("input_size") or (channels,))[0]:
         arguments["in_chans"] = channels
     made_with: Any = getattr(model, "_model_args", None)  # recorded since timm 1.0.31
@@ -232,7 +250,7 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         if builder.__module__ == module:
             for extra in extras:
                 chosen = {**arguments, **extra}
-                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": image_settings(model)}
+                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": _settings(model)}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
@@ -249,7 +267,7 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
         return
     base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
     for arguments in ({}, {"add_pooling_layer": False}):
-        yield {**base, "config": _config(model), "arguments": arguments, "images": image_settings(model)}
+        yield {**base, "config": _config(model), "arguments": arguments, "images": _settings(model)}
 
 
 def _config(model: Any) -> dict[str, Any]:

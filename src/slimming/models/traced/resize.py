@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.copies import clear_caches_
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
-from slimming.models.family import Kept, select_indices
+from slimming.models.family import ENTRY, Kept, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -178,14 +179,8 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
-
-
-def clear_caches_(module: nn.Module) -> None:
-    """Empty the host's caches of values that it computed from the previous tensors of ``module``."""
-    for name, value in vars(module).items():
-        if name.endswith("_cache") and isinstance(value, dict):
-            value.clear()
 
 
 def disable_nested_tensors_(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ the sum of the others, and it is proportional to the number of elements of the l
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
-from slimming.models.copies import copied
+from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
@@ -69,7 +69,7 @@ def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) ->
     """
     try:
         single, double = (_recorded_calls(model, example.with_batch(size), attention) for size in (1, 2))
-    except Exception:  # hosts raise errors of any class
+    except MODEL_ERRORS:
         return []
     if [name for name, *_ in single] != [name for name, *_ in double]:
         return []
@@ -194,7 +194,7 @@ def timed_module(
     layer_bytes = sum(tensor.nbytes for tensor in small.parameters())
     limit = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
     count = min(COPIES, max(1, limit // layer_bytes)) if layer_bytes else 1
-    copies = [copy.deepcopy(small) for _ in range(count)]
+    copies = [copied(small) for _ in range(count)]
     called = _Calls(copies, call).requires_grad_(False)
     return TimedModule(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.core.example_inputs import ExampleCall, tensors_in
 from slimming.core.groups import Group
-from slimming.core.modules import in_mode
+from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
@@ -173,7 +173,7 @@ def cut_difference(
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
-    except Exception as error:  # hosts raise errors of any class when sizes do not fit
+    except MODEL_ERRORS as error:
         return (
             f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
         )

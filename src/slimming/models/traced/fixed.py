@@ -1,8 +1,9 @@
-"""Find layers whose weight is computed anew in each forward pass, and models that were prepared for quantization."""
+"""Find what cannot change its size: computed weights, quantized layers, and programs that fix their shapes."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from slimming.errors import UnsupportedModelError
@@ -46,16 +47,24 @@ def _computed_weight(module: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
-def check_not_quantized(model: nn.Module) -> None:
-    """Check that the model has no observers or quantized layers.
+def check_resizable(model: nn.Module) -> None:
+    """Check that the model has no observers, no quantized layers, and is not a program with fixed shapes.
 
     Raises:
-        UnsupportedModelError: it has.
+        UnsupportedModelError: it is one, or has such layers.
     """
     for name, module in model.named_modules():
+        program = "a TorchScript program" if isinstance(module, torch.jit.ScriptModule) else None
+        if isinstance(module, fx.GraphModule) and "train" in vars(module):  # it refuses to change its mode
+            program = "a program of torch.export"
+        if program is not None:
+            raise UnsupportedModelError(
+                f"{name or 'This model'} is {program}, whose sizes are fixed: give the nn.Module that it was made from "
+                "to slimming, and make the program anew from the slim model."
+            )
         if type(module).__module__.startswith("torch.ao."):
             raise UnsupportedModelError(
-                f"This {type(model).__name__} is prepared for quantization: {name!r} is a {type(module).__name__}, "
-                "which rounds values and keeps statistics of each channel. Cut the model before that, and prepare the "
-                "slim model (prepare, prepare_qat, prepare_fx) afterwards."
+                f"This {type(model).__name__} is prepared for quantization: {name!r} is a {type(module).__name__} of "
+                "torch.ao, which rounds values and keeps statistics of each channel. Cut the model before that, and "
+                "prepare the slim model (prepare, prepare_qat, prepare_fx) afterwards."
             )
