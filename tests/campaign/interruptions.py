@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from tests.campaign.jobs import Job, content, hidden
-from tests.campaign.processes import CHANGES, AtChange, Outcome, run
-from tests.campaign.tally import Tally
+from .jobs import Job, content, hidden
+from .processes import CHANGES, AtChange, Outcome, run
+from .tally import Tally
 
 ALLOWED_HIDDEN = (".slimming.lock",)
 

@@ -17,7 +17,8 @@ from slimming.cli.entry import main
 from slimming.cli.settings import strip_optional
 from slimming.retraining.config import DistilConfig
 from slimming.runs.config import RunConfig
-from tests.campaign.tally import Tally
+
+from .tally import Tally
 
 ODD = (
     "null true false 0 -1 1 2 0.5 -0.0 1e-320 1e308 1e400 -.inf .nan 9223372036854775808 1_000 0x10 010 1:30 "

@@ -111,11 +111,19 @@ def _run(words: Sequence[str], hook: Callable[[str, tuple[Any, ...]], None] | No
 class AtChange:
     """An audit hook that acts before the process changes a file below ``directory`` for the ``number``-th time.
 
-    Only audit events in ``events`` count as changes. They are counted from 1, so that 1 acts before anything was written; with 0 it never acts. Every change adds a
-    byte to the open file ``counter``.
+    Opening a file for writing counts as a change, and so does each audit event in ``events``. Changes are counted from
+    1, so that 1 acts before anything was written; with 0 it never acts. Every change adds a byte to the open file
+    ``counter``.
     """
 
-    def __init__(self, directory: Path, number: int, act: Callable[[], None], counter: int | None = None, events: Collection[str] = CHANGES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        number: int,
+        act: Callable[[], None],
+        counter: int | None = None,
+        events: Collection[str] = CHANGES,
+    ) -> None:
         self.directory, self.number, self.act, self.counter, self.count = str(directory), number, act, counter, 0
         self.events = events
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.campaign.interruptions import Interruptions
-from tests.campaign.jobs import content
-from tests.campaign.processes import AtChange, run, start
-from tests.campaign.tally import Tally
+from .interruptions import Interruptions
+from .jobs import content
+from .processes import AtChange, run, start
+from .tally import Tally
 
 
 def attack(tally: Tally, job: Interruptions, root: Path, at: Iterable[int], others: Iterable[list[str]] = ()) -> None:
