@@ -31,7 +31,7 @@ from .tally import Tally
 SECONDS = 5
 SEALED = "structure.json"
 KEYS = (
-    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "file", "url", 
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "file", "url",
     "hf_hub_id", "hf_hub_filename", "state_dict", "custom_load", "weights", "weights_backbone", "progress", "backbone",
     "use_timm_backbone", "use_pretrained_backbone", "backbone_config", "backbone_kwargs", "auto_map",
     "trust_remote_code", "_name_or_path", "name_or_path", "code_revision", "model_type", "architectures",
@@ -178,7 +178,8 @@ def _values(trap: Path) -> tuple[Any, ...]:
     return (
         str(trap), f"../{trap.name}", "pytorch_model.bin", f"file://{trap}", "https://localhost/model.bin",
         "hf-hub:a/b", "timm/resnet18.a1_in1k", "resnet18", "transformers:a/b", "DEFAULT", "IMAGENET1K_V1",
-        "os.system", "builtins.eval", "torch.load", True, None, -1, 0, 10**7, 2.5, [], [str(trap)], {"file": str(trap)}, {"url": str(trap)},
+        "os.system", "builtins.eval", "torch.load",
+        True, None, -1, 0, 10**7, 2.5, [], [str(trap)], {"file": str(trap)}, {"url": str(trap)},
         {"hf_hub_id": "a/b"}, {"model_type": "resnet", "name_or_path": str(trap)}, {"AutoModel": "evil.Evil"},
     )  # fmt: skip
 
