@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError
-from slimming.models.families import build, build_dense
+from slimming.models.families import build
 from slimming.models.family import BLUEPRINT, ENTRY, STRUCTURE
 from slimming.models.replaced_layers import Blueprint, description_of, replaced_layers
 
@@ -55,7 +56,7 @@ def _unreplaced(model: nn.Module, structure: Structure) -> Blueprint:
     try:
         return Blueprint.of(_made(replace(structure, replaced={})))
     except CheckpointError:
-        dense = {name for name, _ in _made(structure, build_dense).named_modules()}
+        dense = {name for name, _ in _made(structure, partial(build, dense=True)).named_modules()}
         new = {name for name, _ in model.named_modules()} - dense
         layers = {name: entry for name, entry in structure.layers.items() if name not in new}
         return Blueprint.of(_made(replace(structure, replaced={}, layers=layers)))

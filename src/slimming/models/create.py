@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.models.bounds import ARGUMENT_ERRORS
 from slimming.models.directories import check_strict, open_directory, replaced_note
 from slimming.models.downloads import PREFIX, fetch, first_line, is_address
 from slimming.models.family import ORIGIN
@@ -104,7 +105,7 @@ def _timm(name: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Modu
     """A model of timm, with a record of how it was created, because some arguments cannot be read from a model."""
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
+    except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(f"timm cannot make {name} with {dict(options)}: {error}") from error
     except (RuntimeError, OSError) as error:
         if not pretrained:
@@ -144,7 +145,7 @@ def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
         raise UnsupportedModelError(f"torchvision has no classifier {bare!r}.{nearest(bare, known)}")
     try:
         return make_torchvision(bare, options).eval()
-    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+    except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(
             f"torchvision cannot make {bare!r} with {dict(options)}: {first_line(error)}"
         ) from error

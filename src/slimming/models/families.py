@@ -64,18 +64,12 @@ def family_called(name: Any) -> Family:
         ) from error
 
 
-def build_dense(structure: Structure) -> nn.Module:
-    """Build the dense model from which ``structure`` was cut; its weights are undefined, or on the meta device.
-
-    Raises:
-        CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
-    """
-    with bounded_building():
-        return family_called(structure.family).build(structure.base)
-
-
-def build(structure: Structure) -> nn.Module:
+def build(structure: Structure, *, dense: bool = False) -> nn.Module:
     """Build the model that ``structure`` describes; its weights are undefined, or on the meta device.
+
+    Args:
+        structure: describes the model.
+        dense: build the dense model that it was cut from instead.
 
     Raises:
         CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
@@ -84,7 +78,8 @@ def build(structure: Structure) -> nn.Module:
     try:
         with bounded_building():
             model = family.build(structure.base)
-            resize_and_replace_(model, structure)
+            if not dense:
+                resize_and_replace_(model, structure)
     except BUILD_ERRORS as error:
         # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
         raise CheckpointError(
@@ -117,7 +112,7 @@ def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
         CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
     """
     with torch.device("cpu"):
-        model = build_dense(structure) if dense else build(structure)
+        model = build(structure, dense=dense)
         _fill_randomly_(model)
     return model
 
