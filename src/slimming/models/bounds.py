@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -19,7 +20,16 @@ from torch.overrides import TorchFunctionMode
 from slimming.core.limits import MOST_ELEMENTS, MOST_IN_RANGE, MOST_MODULES, MOST_TENSOR_ELEMENTS
 from slimming.errors import CheckpointError
 
-ARGUMENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+ARGUMENT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 """What constructors of hosts raise for arguments that they do not check."""
 BUILD_ERRORS = (*ARGUMENT_ERRORS, RuntimeError)
 """The same, with what PyTorch raises for sizes that do not fit."""

@@ -264,7 +264,7 @@ def from_transformers(
             "Models of transformers need an extra: pip install 'slimming[transformers]'."
         ) from error
     kind, options = config.get("model_type"), dict(options)
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no model type {kind!r}, which {path / CONFIG} names."
         )
