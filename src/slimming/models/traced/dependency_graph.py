@@ -1,17 +1,19 @@
 """Find coupled channels with torch-pruning's dependency graph; the only module that uses torch-pruning.
 
-Beyond the documented interface of torch-pruning it replaces one method of a graph and two functions of its index
-mapping, and reads the items of its groups. The requirement is therefore pinned below the next minor version.
+Beyond the documented interface of torch-pruning it replaces two functions of its index mapping, and reads the nodes
+and edges of its graph. The requirement is therefore pinned below the next minor version.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.errors import UnsupportedModelError
+from slimming.models.traced.coupling import STEPS, TooManyStepsError, Visit, follow
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""The layers whose output channels are followed."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +48,46 @@ class Member:
     indices: Sequence[Any]
 
 
-def coupled_channels(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
-    """The sets of channels that can only be removed together; the first member of each is its root.
+@dataclass(frozen=True)
+class Coupled:
+    """A set of channels that can only be removed together.
+
+    Attributes:
+        members: the layers and parameters with these channels; the first one is the layer that was followed.
+        beyond: name of the module inside which the channels could not be followed, if so.
+    """
+
+    members: list[Member]
+    beyond: str | None = None
+
+
+def coupled_channels(
+    model: nn.Module,
+    example: Any,
+    opaque_names: Iterable[str],
+    *,
+    steps: int = STEPS,
+    report: Callable[[str], None] = lambda layer: None,
+) -> list[Coupled]:
+    """The sets of channels that can only be removed together.
 
     Args:
         model: in evaluation mode, on the CPU, with parameters that require gradients; see `with_batch_norms`.
         example: input of its forward.
         opaque_names: names of modules that are not traced inside.
+        steps: most steps from one layer, see `slimming.models.traced.coupling.follow`.
+        report: called with the name of each layer that is followed.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
+    trace = functools.partial(_trace, model, example, opaque_names, steps, report)
     try:
         try:
-            return _trace(model, example, opaque_names)
+            return trace()
         except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
-                return _trace(model, example, opaque_names)
+                return trace()
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
@@ -66,14 +95,15 @@ def coupled_channels(model: nn.Module, example: Any, opaque_names: Iterable[str]
         ) from error
 
 
-def _member(item: Any) -> Member:
-    handler = item.dep.handler.__name__
+def _member(visit: Visit) -> Member:
+    handler, target = visit.edge.handler.__name__, visit.edge.target
+    indices, roots = zip(*visit.pairs, strict=True)
     return Member(
-        module=item.dep.target.module,
+        module=target.module,
         is_output="out" in handler or "depthwise" in handler,
-        dim=item.dep.target.pruning_dim,
-        roots=item.root_idxs or range(len(item.idxs)),
-        indices=item.idxs,
+        dim=target.pruning_dim,
+        roots=roots,
+        indices=indices,
     )
 
 
@@ -105,35 +135,137 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str]) -> list[list[Member]]:
+def _trace(
+    model: nn.Module, example: Any, opaque_names: Iterable[str], steps: int, report: Callable[[str], None]
+) -> list[Coupled]:
     """The coupled sets of channels.
 
     torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
     is verified on the model afterwards.
     """
     import torch_pruning
+    from torch_pruning.dependency import index_mapping
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with opaque(model, opaque_names) as opaque_classes, _mode_kept(model):
+        with opaque(model, opaque_names) as opaque_classes, _mode_kept(model), _call_log(model) as calls:
             graph = torch_pruning.DependencyGraph()
-            get_group = graph.get_pruning_group
-
-            def get_group_or_none(*args: Any) -> Any:
-                try:
-                    return get_group(*args)
-                except IndexError:  # a channel shuffle, which torch-pruning does not follow
-                    return []
-
-            vars(graph)["get_pruning_group"] = get_group_or_none
             graph.build_dependency(
                 model,
                 example_inputs=example,
-                output_transform=_first_tensors,
+                output_transform=lambda output: calls.with_unread(_first_tensors(output)),
                 customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
                 verbose=False,
             )
-            return [[_member(item) for item in group] for group in graph.get_all_groups() if len(group)]
+            index_mapping.update_index_mapping(graph)  # with the sizes of concatenations that the first pass found
+            return list(_coupled_sets(graph, model, calls, steps, report))
+
+
+def _coupled_sets(
+    graph: Any, model: nn.Module, calls: _CallLog, steps: int, report: Callable[[str], None]
+) -> Iterator[Coupled]:
+    """Follow the output channels of every layer that is in no set yet."""
+    from torch_pruning._helpers import _HybridIndex
+    from torch_pruning.dependency.dependency import Dependency
+    from torch_pruning.pruner.function import prune_depthwise_conv_out_channels
+
+    names = {module: name for name, module in model.named_modules()}
+    limit = max(size for tensor in model.parameters() for size in tensor.shape)
+    ignored = set(graph.IGNORED_LAYERS_IN_TRACING)
+    seen: set[Any] = set()
+    for layer, node in list(graph.module2node.items()):
+        if not isinstance(layer, LAYERS) or layer in ignored or layer in seen:
+            continue
+        report(names.get(layer, ""))
+        channels = graph.get_out_channels(layer)
+        prune = graph.get_pruner_of_module(layer).prune_out_channels
+        if getattr(layer, "groups", 1) == channels > 1:
+            prune = prune_depthwise_conv_out_channels
+        first: Any = Dependency(prune, prune, source=node, target=node)
+        pairs = [_HybridIndex(idx=index, root_idx=index) for index in range(channels)]
+        try:
+            visits = follow(first, pairs, limit, steps)
+        except TooManyStepsError as error:
+            where = names.get(error.node.module)
+            yield Coupled([_member(Visit(first, dict.fromkeys(range(channels))))], calls.module_of(error.node.grad_fn) if where is None else where)
+            continue
+        except IndexError:  # a channel shuffle, which torch-pruning does not follow
+            continue
+        made = [visit.edge.target.module for visit in visits if graph.is_out_channel_pruning_fn(visit.edge.handler)]
+        seen.update(made)
+        if ignored.isdisjoint(made):
+            yield Coupled([_member(visit) for visit in visits if visit.roots])
+
+
+@dataclass
+class _CallLog:
+    """What happened in a forward pass.
+
+    Attributes:
+        starts: numbers of operations of the autograd graph, in order.
+        modules: the name of the module that was running from each of these operations on.
+        made: the outputs of layers.
+    """
+
+    starts: list[int] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+
+    def module_of(self, operation: Any) -> str:
+        """The name of the innermost module that made ``operation``; empty for the model itself."""
+        position = bisect.bisect_right(self.starts, operation._sequence_nr()) - 1
+        return self.modules[position] if position >= 0 else ""
+
+    def with_unread(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """``outputs``, and the outputs of layers that no gradient of these reaches.
+
+        These are layers whose output is detached, or only chooses, such as the scores of a detector's proposals.
+        """
+        result, reached = list(outputs), set[Any]()
+        for tensor in [*outputs, *reversed(self.made)]:
+            if tensor.grad_fn is None or tensor.grad_fn in reached:
+                continue
+            if not any(tensor is output for output in outputs):
+                result.append(tensor)
+            stack = [tensor.grad_fn]
+            while stack:
+                node = stack.pop()
+                if node is not None and node not in reached:
+                    reached.add(node)
+                    stack.extend(following for following, _ in node.next_functions)
+        return result
+
+
+@contextlib.contextmanager
+def _call_log(model: nn.Module) -> Iterator[_CallLog]:
+    """Log the forward pass that runs inside the context."""
+    log, stack = _CallLog(), [""]
+    like = torch.zeros((), requires_grad=True)
+
+    def note() -> None:
+        operation: Any = (like * 1).grad_fn
+        log.starts.append(operation._sequence_nr() if operation is not None else 0)
+        log.modules.append(stack[-1])
+
+    def enter(name: str) -> None:
+        stack.append(name)
+        note()
+
+    def leave(module: nn.Module, output: Any) -> None:
+        stack.pop()
+        note()
+        if isinstance(module, LAYERS) and isinstance(output, Tensor):
+            log.made.append(output)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(module.register_forward_hook(lambda module, _, output: leave(module, output), always_call=True))
+    try:
+        yield log
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def with_batch_norms(model: nn.Module) -> nn.Module:

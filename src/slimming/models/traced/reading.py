@@ -14,8 +14,10 @@ from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
 from slimming.models.traced.channels import CONV, channel_groups
+from slimming.models.traced.detectors import small_images
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.operations import operations
+from slimming.models.traced.progress import Progress
 from slimming.models.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
@@ -49,10 +51,18 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     model_class = type(model)
     model = _random_copy(model)
     example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    idle = _idle_layers(model, example)
-    heads, hidden = read_heads(model), read_hidden(model)
-    claimed = {**hidden.claimed, **heads.claimed}
-    channels, uncovered_channels = channel_groups(model, example, claimed, opaque_slices(model))
+    progress = Progress(model_class.__name__)
+    with small_images(model):
+        idle = _idle_layers(model, example)
+        heads, hidden = read_heads(model), read_hidden(model)
+        claimed = {**hidden.claimed, **heads.claimed}
+        channels, uncovered_channels = channel_groups(
+            model,
+            example,
+            claimed,
+            opaque_slices(model),
+            lambda layer: progress.step(f"following the channels of {layer}"),
+        )
     uncovered = [*heads.uncovered, *hidden.uncovered, *uncovered_channels]
     if idle:
         uncovered.append(f"{len(idle)} layers, the first of them {idle[0]}: they do not run for one image")
@@ -70,15 +80,18 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         clear_caches_(module)  # tracing left tensors with a graph in them, which cannot be copied
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
+        progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
         return _cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
 
-    groups, failed = verified(model, groups, example, cut)
+    with small_images(model):
+        groups, failed = verified(model, groups, example, cut)
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
     sizes = layer_sizes(model, groups, attributes, heads.free_heads)
-    model.eval()
+    model, example = model.eval().float(), example.float()  # counting needs half the time of float64
+    progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
         operations=operations(model, example, groups, layers_per_head(model)),
