@@ -90,14 +90,14 @@ class Visit:
         return [*self.roots.items(), *self.also]
 
 
-def follow(first: Edge, pairs: Sequence[Pair], limit: int, steps: int = STEPS) -> list[Visit]:
+def follow(first: Edge, pairs: Sequence[Pair], limit: int, steps: int) -> list[Visit]:
     """Everything that is coupled with the channels of one layer, the layer first.
 
     Args:
         first: an edge from the layer to itself.
         pairs: its channels.
         limit: the size of the largest dimension of a tensor.
-        steps: most channels to follow along edges.
+        steps: most channels to follow along edges, see `STEPS`.
 
     Raises:
         TooManyStepsError: there are more.
@@ -119,7 +119,8 @@ def follow(first: Edge, pairs: Sequence[Pair], limit: int, steps: int = STEPS) -
                 arriving = arriving if mapping is None else mapping(arriving)
             left -= len(arriving)
             if left < 0:
-                raise TooManyStepsError(max(visits.values(), key=lambda each: each.steps).edge.target)
+                others = [each for each in visits.values() if each.edge.target is not first.target]
+                raise TooManyStepsError(max(others, key=lambda each: each.steps).edge.target if others else first.target)
             if new_there := visit(following, arriving) if arriving else []:
                 stack.append((following, new_there))
     return list(visits.values())

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.errors import UnsupportedModelError
-from slimming.models.traced.coupling import STEPS, TooManyStepsError, Visit, follow
+from slimming.models.traced import coupling
+from slimming.models.traced.coupling import TooManyStepsError, Visit
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -66,7 +67,6 @@ def coupled_channels(
     example: Any,
     opaque_names: Iterable[str],
     *,
-    steps: int = STEPS,
     report: Callable[[str], None] = lambda layer: None,
 ) -> list[Coupled]:
     """The sets of channels that can only be removed together.
@@ -75,13 +75,12 @@ def coupled_channels(
         model: in evaluation mode, on the CPU, with parameters that require gradients; see `with_batch_norms`.
         example: input of its forward.
         opaque_names: names of modules that are not traced inside.
-        steps: most steps from one layer, see `slimming.models.traced.coupling.follow`.
         report: called with the name of each layer that is followed.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
-    trace = functools.partial(_trace, model, example, opaque_names, steps, report)
+    trace = functools.partial(_trace, model, example, opaque_names, report)
     try:
         try:
             return trace()
@@ -136,7 +135,7 @@ class _OpaquePruner:
 
 
 def _trace(
-    model: nn.Module, example: Any, opaque_names: Iterable[str], steps: int, report: Callable[[str], None]
+    model: nn.Module, example: Any, opaque_names: Iterable[str], report: Callable[[str], None]
 ) -> list[Coupled]:
     """The coupled sets of channels.
 
@@ -158,11 +157,11 @@ def _trace(
                 verbose=False,
             )
             index_mapping.update_index_mapping(graph)  # with the sizes of concatenations that the first pass found
-            return list(_coupled_sets(graph, model, calls, steps, report))
+            return list(_coupled_sets(graph, model, calls, report))
 
 
 def _coupled_sets(
-    graph: Any, model: nn.Module, calls: _CallLog, steps: int, report: Callable[[str], None]
+    graph: Any, model: nn.Module, calls: _CallLog, report: Callable[[str], None]
 ) -> Iterator[Coupled]:
     """Follow the output channels of every layer that is in no set yet."""
     from torch_pruning._helpers import _HybridIndex
@@ -184,10 +183,11 @@ def _coupled_sets(
         first: Any = Dependency(prune, prune, source=node, target=node)
         pairs = [_HybridIndex(idx=index, root_idx=index) for index in range(channels)]
         try:
-            visits = follow(first, pairs, limit, steps)
+            visits = coupling.follow(first, pairs, limit, coupling.STEPS)
         except TooManyStepsError as error:
-            where = names.get(error.node.module)
-            yield Coupled([_member(Visit(first, dict.fromkeys(range(channels))))], calls.module_of(error.node.grad_fn) if where is None else where)
+            own = names.get(error.node.module)
+            beyond = calls.module_of(error.node.grad_fn) if own is None else own
+            yield Coupled([_member(Visit(first, dict.fromkeys(range(channels))))], beyond)
             continue
         except IndexError:  # a channel shuffle, which torch-pruning does not follow
             continue

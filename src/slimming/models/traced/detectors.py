@@ -18,6 +18,11 @@ PIXELS = 224
 """Largest side of an image while a detector is read."""
 
 
+def enlarges_images(model: nn.Module) -> bool:
+    """Whether there is a detector of torchvision in ``model``."""
+    return any(type(module).__module__ == TRANSFORM for module in model.modules())
+
+
 @contextmanager
 def small_images(model: nn.Module) -> Iterator[None]:
     """Make the detectors in ``model`` resize images to at most `PIXELS` inside the context."""

@@ -14,7 +14,7 @@ from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
 from slimming.models.traced.channels import CONV, channel_groups
-from slimming.models.traced.detectors import small_images
+from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
@@ -90,7 +90,9 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
     sizes = layer_sizes(model, groups, attributes, heads.free_heads)
-    model, example = model.eval().float(), example.float()  # counting needs half the time of float64
+    model.eval()
+    if enlarges_images(model):
+        model, example = model.float(), example.float()  # counting at this size needs half the time of float64
     progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
