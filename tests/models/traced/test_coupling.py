@@ -176,7 +176,7 @@ def test_channels_beyond_the_budget_are_named_with_the_module_and_the_rest_is_re
     monkeypatch.setattr(coupling, "STEPS", 300)
     anatomy = prunable(Rotated(wide=6)).anatomy  # readings are cached by architecture
     assert [group.name for group in anatomy.groups] == ["wide.channels"]
-    (reason,) = [reason for reason in anatomy.uncovered if "too many steps" in reason]
+    reason = next(reason for reason in anatomy.uncovered if "too many steps" in reason)
     assert "from first" in reason
     assert "the model (Rotated)" in reason
     assert "Register a row" in reason

@@ -56,6 +56,7 @@ class Traced(Family):
             operations=reading.operations,
             structure=Structure(family=self.name, base=self._base(model, digest), layers=_cut_layers(model)),
             uncovered=reading.uncovered,
+            inferred=reading.inferred,
             input_shape=shape,
             sizes=reading.sizes,
             timed_layers=reading.timed_layers,

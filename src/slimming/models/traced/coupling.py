@@ -19,12 +19,15 @@ class TooManyStepsError(Exception):
     """There are more channels to follow from one layer than the allowed number of steps.
 
     Attributes:
-        node: the node of the graph at which most of them arrived.
+        visits: what was reached by then.
+        node: the node of the graph at which most channels arrived, apart from the layer itself.
     """
 
-    def __init__(self, node: Any) -> None:
-        super().__init__(node)
-        self.node = node
+    def __init__(self, visits: Sequence[Visit]) -> None:
+        super().__init__(len(visits))
+        self.visits = visits
+        others = [visit for visit in visits if visit.edge.target is not visits[0].edge.target]
+        self.node = max(others or visits, key=lambda visit: visit.steps).edge.target
 
 
 class Pair(Protocol):
@@ -119,8 +122,7 @@ def follow(first: Edge, pairs: Sequence[Pair], limit: int, steps: int) -> list[V
                 arriving = arriving if mapping is None else mapping(arriving)
             left -= len(arriving)
             if left < 0:
-                others = [each for each in visits.values() if each.edge.target is not first.target]
-                raise TooManyStepsError(max(others, key=lambda each: each.steps).edge.target if others else first.target)
+                raise TooManyStepsError(list(visits.values()))
             if new_there := visit(following, arriving) if arriving else []:
                 stack.append((following, new_there))
     return list(visits.values())

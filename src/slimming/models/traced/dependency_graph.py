@@ -134,9 +134,7 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(
-    model: nn.Module, example: Any, opaque_names: Iterable[str], report: Callable[[str], None]
-) -> list[Coupled]:
+def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str], report: Callable[[str], None]) -> list[Coupled]:
     """The coupled sets of channels.
 
     torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
@@ -160,9 +158,7 @@ def _trace(
             return list(_coupled_sets(graph, model, calls, report))
 
 
-def _coupled_sets(
-    graph: Any, model: nn.Module, calls: _CallLog, report: Callable[[str], None]
-) -> Iterator[Coupled]:
+def _coupled_sets(graph: Any, model: nn.Module, calls: _CallLog, report: Callable[[str], None]) -> Iterator[Coupled]:
     """Follow the output channels of every layer that is in no set yet."""
     from torch_pruning._helpers import _HybridIndex
     from torch_pruning.dependency.dependency import Dependency
@@ -182,19 +178,19 @@ def _coupled_sets(
             prune = prune_depthwise_conv_out_channels
         first: Any = Dependency(prune, prune, source=node, target=node)
         pairs = [_HybridIndex(idx=index, root_idx=index) for index in range(channels)]
+        beyond = None
         try:
             visits = coupling.follow(first, pairs, limit, coupling.STEPS)
         except TooManyStepsError as error:
+            visits = error.visits
             own = names.get(error.node.module)
             beyond = calls.module_of(error.node.grad_fn) if own is None else own
-            yield Coupled([_member(Visit(first, dict.fromkeys(range(channels))))], beyond)
-            continue
         except IndexError:  # a channel shuffle, which torch-pruning does not follow
             continue
         made = [visit.edge.target.module for visit in visits if graph.is_out_channel_pruning_fn(visit.edge.handler)]
         seen.update(made)
         if ignored.isdisjoint(made):
-            yield Coupled([_member(visit) for visit in visits if visit.roots])
+            yield Coupled([_member(visit) for visit in visits if visit.roots], beyond)
 
 
 @dataclass

@@ -20,7 +20,7 @@ class Progress:
     """
 
     model: str
-    printed: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=lambda: time.monotonic())
 
     def step(self, what: str) -> None:
         """Say that ``what`` comes next, if the last line is `SECONDS` old."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
+from slimming.models.family import STRUCTURE, Kept, untied_groups
 from slimming.models.traced.channels import CONV, channel_groups
 from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
-from slimming.models.traced.resize import clear_caches_, layer_sizes, layers_after, resize_module_, select
+from slimming.models.traced.resize import clear_caches_, cut_copy, layer_sizes
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.verification import outputs, randomise_, verified
@@ -35,6 +36,7 @@ class Reading:
     operations: tuple[Operation, ...]
     sizes: Mapping[str, LayerSizes]
     uncovered: tuple[str, ...]
+    inferred: tuple[str, ...]
     timed_layers: tuple[TimedLayer, ...]
 
 
@@ -54,7 +56,9 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
     progress = Progress(model_class.__name__)
     with small_images(model):
         idle = _idle_layers(model, example)
-        heads, hidden = read_heads(model), read_hidden(model)
+        progress.step("looking for attention")
+        inferred = infer_heads(model, example)
+        heads, hidden = read_heads(model, inferred.rows, inferred.unread), read_hidden(model)
         claimed = {**hidden.claimed, **heads.claimed}
         channels, uncovered_channels = channel_groups(
             model,
@@ -63,7 +67,8 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
             opaque_slices(model),
             lambda layer: progress.step(f"following the channels of {layer}"),
         )
-    uncovered = [*heads.uncovered, *hidden.uncovered, *uncovered_channels]
+    channels = apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
+    uncovered = [*inferred.unread.values(), *heads.uncovered, *hidden.uncovered, *uncovered_channels]
     if idle:
         uncovered.append(f"{len(idle)} layers, the first of them {idle[0]}: they do not run for one image")
     groups, tied = untied_groups(model, [*heads.groups, *hidden.groups, *channels])
@@ -81,7 +86,7 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
-        return _cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
+        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
 
     with small_images(model):
         groups, failed = verified(model, groups, example, cut)
@@ -99,8 +104,15 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         operations=operations(model, example, groups, layers_per_head(model)),
         sizes=sizes,
         uncovered=tuple(uncovered),
+        inferred=tuple(inferred.lines),
         timed_layers=timed_layers(model, calls(model, example, attention_sites(groups)), groups, sizes),
     )
+
+
+def apart_from(channels: Sequence[Group], heads: Sequence[Group]) -> list[Group]:
+    """The groups of ``channels`` that are not the rows or columns of ``heads``, which are cut by heads."""
+    taken = {(part.tensor, part.dim) for group in heads for part in group.slices}
+    return [group for group in channels if not any((part.tensor, part.dim) in taken for part in group.slices)]
 
 
 def attention_sites(groups: Iterable[Group]) -> set[str]:
@@ -187,16 +199,6 @@ def _width_attributes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Di
         if len(same) == 1:
             result[name] = Dim(groups=((same[0].name, 1),))
     return result
-
-
-def _cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
-    """A copy of ``model`` that has been cut to ``kept``."""
-    small = copy.deepcopy(model)
-    for name, entry in layers_after(sizes, groups, kept).items():
-        resize_module_(small.get_submodule(name), entry)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    assign_state_(small, select(groups, kept, state), strict=False)
-    return small.requires_grad_(False)
 
 
 def _module_order(model: nn.Module) -> Callable[[Group], tuple[int, str]]:
