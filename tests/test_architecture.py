@@ -43,7 +43,22 @@ ORDER = (
     "__main__",
 )
 """The folders (and single modules) of the package: each imports from those before it only."""
-ONLY = {"training": ("errors", "core.files", "core.modules", "core.same_settings"), "report": ("errors", "core")}
+ONLY = {
+    "training": (
+        "errors",
+        "core.argument_types",
+        "core.console",
+        "core.copies",
+        "core.files",
+        "core.interrupts",
+        "core.limits",
+        "core.modules",
+        "core.plain_text",
+        "core.records",
+        "core.same_settings",
+    ),
+    "report": ("errors", "core"),
+}
 """Folders that may import less than what stands before them: training and reports know nothing of pruning."""
 
 HOSTS = {"timm", "transformers", "torchvision", "torch_pruning", "lightning"}
@@ -51,6 +66,7 @@ HOST_ROOMS = {"models", "training"}
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = {"pickle.UnpicklingError"}
 """What torch.load raises when it refuses; naming it runs nothing."""
+SHOW_TRACEBACK = {"print_exception", "_print_traceback"}
 OWN_SOURCE = {"slimming.models.traced.free_heads"}
 """Compiles a method of an installed host from its own source, changed in one place; no file is ever its input."""
 LINES = 450
@@ -253,6 +269,17 @@ def _flag(call: ast.Call, name: str, value: bool) -> bool:
     )
 
 
+def models_are_copied_by_the_helper(files: list[Source]) -> list[str]:
+    """A plain deep copy refuses what a forward pass left in a model."""
+    return [
+        f"{source.module}:{node.lineno} calls {ast.unparse(node.func)}; call slimming.core.copies.copied"
+        for source in files
+        if not source.module.endswith("core.copies")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and _called(node) == "deepcopy"
+    ]
+
+
 def files_stay_short(files: list[Source]) -> list[str]:
     counts = {source.module: len(source.text.splitlines()) for source in files}
     return [f"{module} has {count} lines, more than {LINES}" for module, count in counts.items() if count > LINES]
@@ -314,6 +341,24 @@ def _function(
     return wrong
 
 
+def broad_exceptions_go_on(files: list[Source]) -> list[str]:
+    """A handler of every exception raises it again, or prints its traceback; all others name what they expect."""
+    wrong = []
+    for source in files:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
+                shown = any(isinstance(n, ast.Call) and _called(n) in SHOW_TRACEBACK for n in ast.walk(node))
+                last = node.body[-1]
+                if not shown and not (isinstance(last, ast.Raise) and last.exc is None):
+                    wrong.append(f"{source.module}:{node.lineno} hides an exception of any class")
+    return wrong
+
+
+def _is_broad(kind: ast.expr | None) -> bool:
+    names = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(name is None or ast.unparse(name) in ("Exception", "BaseException") for name in names)
+
+
 RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
     imports_follow_the_order,
     public_functions_hide_no_module,
@@ -321,8 +366,10 @@ RULES: tuple[Callable[[list[Source]], list[str]], ...] = (
     no_cycles,
     hosts_in_their_rooms,
     nothing_unpickled,
+    models_are_copied_by_the_helper,
     files_stay_short,
     no_hasattr,
+    broad_exceptions_go_on,
     public_is_annotated_and_documented,
 )
 
@@ -368,6 +415,13 @@ BROKEN = [
     (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nplan._x()", "uses _x"),
     (no_private_names_of_others, "cli/__init__.py", "from pkg.core import plan\nsetattr(plan, '_x', 1)", "replaces"),
     (no_private_names_of_others, "cli/__init__.py", "patch.setattr('pkg.core.plan._x.y', 1)", "replaces"),
+    (broad_exceptions_go_on, "core/plan.py", "try:\n    x = 1\nexcept Exception:\n    x = 2", "any class"),
+    (
+        broad_exceptions_go_on,
+        "core/plan.py",
+        "try:\n    x = 1\nexcept (OSError, BaseException):\n    x = 2",
+        "any class",
+    ),
     (no_cycles, "core/plan.py", "def _f():\n    from pkg.core.groups import x", "cycle"),
     (hosts_in_their_rooms, "pruning/cutting.py", "def _f():\n    from timm.layers import Mlp", "names timm"),
     (hosts_in_their_rooms, "cli/__init__.py", "import torchvision.ops", "names torchvision"),
@@ -378,6 +432,7 @@ BROKEN = [
     (nothing_unpickled, "core/plan.py", "torch.load(path, weights_only=False)", "without weights_only"),
     (nothing_unpickled, "core/plan.py", "numpy.load(path, allow_pickle=True)", "allows pickles"),
     (nothing_unpickled, "core/plan.py", "eval('1')", "runs text"),
+    (models_are_copied_by_the_helper, "core/plan.py", "small = copy.deepcopy(model)", "calls copy.deepcopy"),
     (files_stay_short, "core/plan.py", "\n" * LINES, "more than"),
     (no_hasattr, "core/plan.py", "x = hasattr(1, 'real')", "calls hasattr"),
     (public_is_annotated_and_documented, "core/plan.py", "def f() -> None:\n    pass", "no docstring"),
@@ -447,11 +502,11 @@ def _names_cases(call: ast.Call) -> bool:
 
 
 def folders_mirror_the_package(files: list[Source]) -> list[str]:
-    """Tests lie in folders called as those of the package, or beside them where they are of the whole."""
+    """Tests lie in folders called as those of the package, in campaign, or beside them where they are of the whole."""
     return [
         f"{source.module}: the package has no folder {folder!r}"
         for source in files
-        if (folder := source.module.split(".")[1]) not in ORDER and len(source.module.split(".")) > 2
+        if (folder := source.module.split(".")[1]) not in (*ORDER, "campaign") and len(source.module.split(".")) > 2
     ]
 
 

@@ -21,7 +21,7 @@ import slimming.errors
 from clocks import CountingClock
 from slimming.cli.configs import config_from_values
 from slimming.cli.entry import COMMANDS, make_parser
-from slimming.cli.settings import read_yaml
+from slimming.core.yaml_text import read_yaml
 from slimming.planning import latency_measurement
 from slimming.runs.config import RunConfig
 from variants import READS_SAFELY

@@ -37,6 +37,7 @@ from .searching.config import SearchConfig as SearchConfig
 from .searching.config import preset as preset
 from .searching.mask_search import SearchResult as SearchResult
 from .searching.mask_search import load_search as load_search
+from .searching.mask_search import score_search as score_search
 from .searching.mask_search import search as search
 from .training.batches import calibration_images as calibration_images
 from .training.config import DataConfig as DataConfig

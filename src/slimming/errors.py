@@ -7,11 +7,12 @@
      ├── CheckpointError         a checkpoint is missing, damaged, of a newer format or of another model
      ├── ConfigError             a setting is unknown, malformed or without effect
      ├── DataError               data is missing, empty, unreadable or inconsistent
-     ├── OutputError             an output file or directory exists already, is not writable, or the disk is full
+     ├── OutputError             an output file or directory exists, is in use or not writable; or the disk is full
      ├── ParityError             the outputs of an exported file differ from those of the model
      ├── NonFiniteLossError      a loss or a gradient in training is NaN or infinite
      ├── MissingExtraError       an optional dependency is not installed
-     └── Interrupted             training was stopped by the user, after its state was saved
+     ├── ProcessError            another process of the run failed or ended
+     └── Interrupted             the work was stopped by Ctrl-C or SIGTERM; a training saves its state first
 
 A message says what is wrong, where, and how to correct it.
 """
@@ -51,7 +52,7 @@ class DataError(SlimmingError):
 
 
 class OutputError(SlimmingError):
-    """An output file or directory exists already, is not writable, or the disk is full."""
+    """An output file or directory exists, is in use or not writable; or the disk is full."""
 
 
 class ParityError(SlimmingError):
@@ -66,8 +67,20 @@ class MissingExtraError(SlimmingError):
     """An optional dependency is not installed; the message says how to install it."""
 
 
+class ProcessError(SlimmingError):
+    """Another process of a run with several processes failed, or ended."""
+
+
 class Interrupted(SlimmingError):
-    """Training was stopped by the user, after its state was saved."""
+    """The work was stopped by Ctrl-C or SIGTERM; a training saves its state first.
+
+    Attributes:
+        signal: number of the signal, 2 for Ctrl-C (SIGINT) and 15 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal: int = 2) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def nearest(name: str, candidates: Iterable[str], prefix: str = "") -> str:

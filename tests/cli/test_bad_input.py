@@ -274,7 +274,7 @@ def test_the_output_is_not_writable(
     def denied(*given: Any, **more: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("slimming.core.files.tempfile.TemporaryFile", denied)
+    monkeypatch.setattr("slimming.core.locks.FileLock", denied)
     for words in (("run", site / "config.yaml"), ("cut", finished, "--budget", "macs=0.9")):
         refused(slimming(*words, "--output", tmp_path / "out"), "Permission denied", "may write to")
     monkeypatch.undo()

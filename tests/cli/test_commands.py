@@ -104,7 +104,7 @@ def test_run_adds_a_budget_and_keeps_the_rest(slimming: Call, site: Path, copied
 def test_run_refuses_other_settings(slimming: Call, site: Path, finished: Path) -> None:
     refused = slimming("run", site / "config.yaml", "--output", finished, "--search.train.lr", "0.5")
     assert refused.code == 2
-    assert "search.train.lr 0.0001 (now 0.5)" in refused.err
+    assert "search.train.lr: 0.0001 (now 0.5)" in refused.err
     refused = slimming("search", site / "config.yaml", "--output", finished)
     assert refused.code == 2
     assert "not of a `slimming search`" in refused.err

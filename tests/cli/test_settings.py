@@ -17,8 +17,8 @@ from slimming.cli.configs import (
     config_to_yaml,
 )
 from slimming.cli.flags import add_flags, attribute_docs, flag_values, flags_of, parse_flag
-from slimming.cli.settings import read_yaml
 from slimming.core.budget import Budget
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import BudgetError, ConfigError
 from slimming.runs.config import RunConfig
 from slimming.searching.config import PRESETS, preset
@@ -143,7 +143,7 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_yaml(tmp_path / "none.yaml")
 
 

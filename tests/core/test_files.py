@@ -10,31 +10,27 @@ from typing import Any
 import pytest
 
 from slimming.core.files import (
-    FORMAT,
     atomic_directory,
     atomic_json,
     atomic_write_bytes,
-    check_format,
+    check_free,
     check_json,
     explain,
-    new_directory,
-    read_json,
-    read_sealed,
-    seal,
-    unseal,
 )
-from slimming.errors import CheckpointError, ConfigError, OutputError
+from slimming.core.locks import PARTIAL
+from slimming.errors import ConfigError, OutputError
 
 
-def test_a_new_directory_is_empty_and_may_be_there_already(tmp_path: Path) -> None:
-    assert new_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert new_directory(tmp_path / "a" / "b").is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_only_new_and_empty_directories_are_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "a")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    check_free(tmp_path / "a" / "b")
     with pytest.raises(OutputError, match="is not empty"):
-        new_directory(tmp_path / "a")
+        check_free(tmp_path / "a")
+    check_free(tmp_path / "a", besides=("b",))
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        new_directory(tmp_path / "file")
+        check_free(tmp_path / "file")
 
 
 def test_what_a_block_writes_is_there_at_its_end_only(tmp_path: Path) -> None:
@@ -98,47 +94,22 @@ def test_nothing_is_written_that_json_cannot_hold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     atomic_json(tmp_path / "file.json", {"a": 1})
     assert (tmp_path / "file.json").read_text() == '{\n "a": 1\n}\n'
-    assert read_json(tmp_path / "file.json") == {"a": 1}
-
-
-def test_a_seal_is_of_the_content_whatever_its_order(tmp_path: Path) -> None:
-    sealed = seal({"a": 1, "b": [2]})
-    assert unseal(sealed) == ({"a": 1, "b": [2]}, True)
-    assert unseal({"b": [2], **sealed}) == ({"a": 1, "b": [2]}, True)
-    assert unseal({**sealed, "a": 2}) == ({"a": 2, "b": [2]}, False)
-    assert unseal({"a": 1}) == ({"a": 1}, True)
-    assert unseal([1]) == ([1], True)
-    atomic_json(tmp_path / "sealed.json", sealed)
-    assert read_sealed(tmp_path / "sealed.json") == {"a": 1, "b": [2]}
-    atomic_json(tmp_path / "sealed.json", {**sealed, "a": 2})
-    with pytest.raises(CheckpointError, match="its checksum differs"):
-        read_sealed(tmp_path / "sealed.json")
-
-
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
-        read_json(tmp_path / "none.json")
-    (tmp_path / "half.json").write_text('{"a":')
-    with pytest.raises(CheckpointError, match="is truncated or not JSON"):
-        read_json(tmp_path / "half.json")
-
-
-@pytest.mark.parametrize("value", [[], {}, {"format": "1"}], ids=["list", "nothing", "text"])
-def test_a_file_without_a_format_is_none_of_ours(value: Any) -> None:
-    with pytest.raises(CheckpointError, match="x is not a file of slimming"):
-        check_format(value, "x")
-
-
-def test_newer_formats_are_refused_and_this_one_is_read() -> None:
-    check_format({"format": FORMAT}, "x")
-    with pytest.raises(CheckpointError, match=rf"x has format {FORMAT + 1}, this version of slimming reads up to"):
-        check_format({"format": FORMAT + 1}, "x")
 
 
 def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic_write_bytes(tmp_path / "file", b"one")
-    (tmp_path / ".file.taken").write_bytes(b"of another process")
     monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
+    (tmp_path / f"{PARTIAL}taken").write_bytes(b"of another process")
     with pytest.raises(OutputError, match="cannot be written"):
         atomic_write_bytes(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"
+
+
+def test_a_temporary_directory_of_a_living_writer_stays(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "made") as place:
+        (place / "x").write_text("1")
+        (tmp_path / f"{PARTIAL}0123456789ab").mkdir()
+        atomic_write_bytes(tmp_path / "file", b"x")  # removes leftovers beside it
+        assert place.exists()
+        assert not (tmp_path / f"{PARTIAL}0123456789ab").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "file"}

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -66,6 +67,14 @@ def test_the_onnx_file_says_what_the_model_says_in_any_batch(kind: str, batch: i
         wanted = model(x)
     assert found.shape == (batch, 3)
     assert torch.allclose(torch.from_numpy(found), wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_files_and_directories_have_the_modes_that_the_umask_says(made) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    place = made[ALL][1][0].file.parent
+    for path in (place, *place.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_every_target_is_written_and_measured(made) -> None:

@@ -22,8 +22,8 @@ from slimming.core.layout import FREE
 from slimming.demo import settings
 from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable, select_kinds
+from slimming.models.create import create_dense, create_untrained
 from slimming.models.hosts import classes_of, reset_classes_
-from slimming.models.hosts import make as make_hosted
 from slimming.models.layers import SomeHeadsAttention
 from slimming.models.traced.verification import outputs
 from slimming.pruning.checks import EXACT, distance
@@ -427,9 +427,9 @@ def test_a_last_layer_that_does_not_give_the_classes_is_not_replaced() -> None:
 def test_a_checkpoint_in_half_precision_is_opened_in_float32_and_one_of_ones_own_is_judged(tmp_path: Path) -> None:
     TRANSFORMERS[0].make().to(torch.bfloat16).save_pretrained(tmp_path / "half")
     name = f"transformers:{tmp_path}/half"
-    assert make_hosted(name, {}, pretrained=True).dtype == torch.float32
-    assert make_hosted(name, {}, pretrained=False).dtype == torch.float32
-    assert make_hosted(name, {"dtype": torch.bfloat16}, pretrained=True).dtype == torch.bfloat16
+    assert create_dense(name)[0].dtype == torch.float32
+    assert create_untrained(name).dtype == torch.float32
+    assert create_dense(name, arguments={"dtype": torch.bfloat16})[0].dtype == torch.bfloat16
     assert next(slimming.load(tmp_path / "half").parameters()).dtype == torch.float32
     model = timm.create_model("test_vit", img_size=32, num_classes=10)
     images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)

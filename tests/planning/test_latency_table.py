@@ -16,6 +16,7 @@ import slimming
 from clocks import CountingClock
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
+from slimming.core.files import seal
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, CheckpointError, ConfigError, PlanError, UnsupportedModelError
@@ -306,11 +307,12 @@ def test_what_cannot_be(table: LatencyTable, model: nn.Module, tmp_path: Path) -
         build_latency_table(model, runtime="eagre")
     with pytest.raises(ConfigError, match="different settings: batch_size is"):
         table.merged(LatencyTable(setting={**table.setting, "batch_size": 2}))
-    (tmp_path / "broken.json").write_text('{"what": "latency table", "format": 1, "points": [{}]}')
-    with pytest.raises(CheckpointError, match="is damaged"):
+    broken = {"what": "latency table", "format": 1, "setting": {}, "points": [{}]}
+    (tmp_path / "broken.json").write_text(json.dumps(seal(broken)))
+    with pytest.raises(CheckpointError, match="is damaged: kind of point 0 is None, not text"):
         LatencyTable.load(tmp_path / "broken.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is not a latency table"):
+    with pytest.raises(CheckpointError, match="is not a latency table of slimming"):
         LatencyTable.load(tmp_path / "other.json")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
+from slimming.core.files import seal
 from slimming.core.groups import Anatomy, Group
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
@@ -165,8 +166,9 @@ def test_larger_budgets_keep_all_of_smaller_ones(
 )
 def test_keep_ratios_are_hit_and_nested(seed: int, coupled: bool, ratios: dict[str, float]) -> None:
     scores = scored({"head_dim", "mlp", "token"}, seed, coupled=coupled)
-    made = plan_for(scores, Budget(keep=ratios), FREE)
-    larger = plan_for(scores, Budget(keep={kind: (ratio + 1) / 2 for kind, ratio in ratios.items()}), FREE)
+    made = plan_for(scores, Budget(keep=ratios), FREE, "nested")
+    wider = Budget(keep={kind: (ratio + 1) / 2 for kind, ratio in ratios.items()})
+    larger = plan_for(scores, wider, FREE, "nested")
     groups = {group.name: group for group in anatomy().groups}
     for kind in KINDS:
         names = [name for name in scores if groups[name].kind == kind]
@@ -353,12 +355,15 @@ def test_files_that_are_no_plan(plan_file: Path) -> None:
         ({"format": 1}, "is damaged"),
         ({**value, "groups": {"a": {"size": 3, "kept": "x"}}}, "is damaged"),
     ):
-        plan_file.write_text(json.dumps(changed))
+        plan_file.write_text(json.dumps(seal(changed) if isinstance(changed, dict) else changed))
         with pytest.raises(CheckpointError, match=says):
             Plan.load(plan_file)
     with pytest.raises(CheckpointError, match="does not exist"):
         Plan.load(plan_file.parent / "none.json")
     plan_file.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="has no checksum"):
+        Plan.load(plan_file)
+    plan_file.write_text(json.dumps(seal(value)))
     assert Plan.load(plan_file).kept
     with pytest.raises(OutputError, match="cannot be written"):
         Plan.load(plan_file).save(plan_file / "inside" / "plan.json")

@@ -24,6 +24,7 @@ from torch import nn
 
 import slimming
 from slimming.checkpoints import hub
+from slimming.core.files import seal
 from slimming.errors import CheckpointError, ConfigError, OutputError, PlanError, UnsupportedModelError
 from slimming.models.families import family_of
 from slimming.models.hosts import name_classes
@@ -190,7 +191,7 @@ def test_timm_adapts_a_slim_model(pushed: Path, images: torch.Tensor) -> None:
     with pytest.raises(UnsupportedModelError, match="tokens were cut"):
         timm.create_model(name, pretrained=True, features_only=True)
     whole = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3)
-    structure = family_of(whole).read(whole).structure.to_dict()
+    structure = seal(family_of(whole).read(whole).structure.to_dict())
     features = timm.create_model("slimming", structure=structure, features_only=True)
     assert [feature.shape[2:] for feature in features(images)] == [(4, 4)] * 3
     fresh = timm.create_model(name, pretrained=False)
@@ -415,7 +416,7 @@ def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pyte
         ({"architecture": "vit_of_nobody"}, UnsupportedModelError, "no model 'vit_of_nobody'"),
         ({"hello": 1}, CheckpointError, "names neither"),
         ([], CheckpointError, "does not hold a JSON object"),
-        ({"model_type": "slimming"}, CheckpointError, "no format number"),
+        ({"model_type": "slimming"}, CheckpointError, "no checksum"),
         (
             {"model_type": "vit", "auto_map": {"AutoModelForImageClassification": "evil.Model"}},
             CheckpointError,

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from slimming.core.files import seal
+
 CLASSES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture")
 
 
@@ -89,7 +91,7 @@ def fabricate(directory: Path, shape: Shape | None = None, pictures: list[bytes]
         ],
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(results), "utf-8")
+    (directory / "results.json").write_text(json.dumps(seal(results)), "utf-8")
     _log(directory / "search/log.jsonl", shape, draw, 1.0)
     for row in results["rows"]:
         _log(directory / row["log"], shape, draw, row["budget"]["macs"])
@@ -240,7 +242,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         results = fabricate(directory, shape)
         if change is not None:
             change(results)
-            (directory / "results.json").write_text(json.dumps(results), "utf-8")
+            (directory / "results.json").write_text(json.dumps(seal(results)), "utf-8")
         return directory
 
     return make

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from slimming.core.files import read_json
 from slimming.report.explored import Costs, Explored, Recipe, Step
-from slimming.report.model import Head, Kept, Layer, Tokens, parse
-from slimming.report.pages import RESULTS
+from slimming.report.model import Head, Kept, Layer, Tokens
+from slimming.report.pages import read_results
 
 from .conftest import Shape
 
@@ -20,7 +19,7 @@ VIT_B = Shape(
 
 def explored(run: Path, shape: Shape, *, latency: bool = True, seed: int = 0) -> Explored:
     """The explorer of a run that `fabricate` made."""
-    results, draw = parse(read_json(run / RESULTS)), random.Random(seed)
+    results, draw = read_results(run), random.Random(seed)
     order = {place: draw.sample(range(shape.grid**2), shape.grid**2) for place in range(shape.layers)}
     dense = _costs(shape, 1.0, latency)
 

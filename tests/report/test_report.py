@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from slimming.core.files import seal
 from slimming.errors import SlimmingError
 from slimming.report import print_table, write_report
+from slimming.report.model import RESULTS
 
 from .conftest import DEIT
 
@@ -58,7 +60,7 @@ def test_the_page_is_whole_and_shows_the_numbers_of_the_results(make_run: MakeRu
     page = Page(html)
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "url(http" not in html
-    results = json.loads((run / "results.json").read_text())
+    results = RESULTS.read_values(run / "results.json")
     assert f"{100 * results['dense']['top1']:.1f}" in page.text
     for row in results["rows"]:
         assert row["name"] in page.text
@@ -68,21 +70,21 @@ def test_the_page_is_whole_and_shows_the_numbers_of_the_results(make_run: MakeRu
 
 def test_a_changed_number_changes_the_page(make_run: MakeRun) -> None:
     run = make_run()
-    results = json.loads((run / "results.json").read_text())
+    results = RESULTS.read_values(run / "results.json")
     assert "12.3" not in Page(write_report(run).read_text("utf-8")).text.split("Accuracy against cost")[0]
     results["rows"][0]["top1"] = 0.1234
-    (run / "results.json").write_text(json.dumps(results))
+    (run / "results.json").write_text(json.dumps(seal({"format": 1, **results})))
     assert "12.3" in Page(write_report(run).read_text("utf-8")).text.split("Accuracy against cost")[0]
 
 
 def test_names_and_paths_are_escaped(make_run: MakeRun) -> None:
     run = make_run()
     plain = Page(write_report(run).read_text("utf-8")).scripts
-    results = json.loads((run / "results.json").read_text())
+    results = RESULTS.read_values(run / "results.json")
     nasty = "<script>alert('x')</script>\"&"
     results["name"] = results["data"]["source"] = results["model"]["classes"][0] = nasty
     results["images"][0]["label"] = nasty
-    (run / "results.json").write_text(json.dumps(results))
+    (run / "results.json").write_text(json.dumps(seal({"format": 1, **results})))
     page = Page(write_report(run).read_text("utf-8"))
     assert page.scripts == plain
     assert nasty in page.text
@@ -104,7 +106,8 @@ def test_damaged_results_are_refused_by_a_sentence(make_run: MakeRun, damage: st
     elif damage == "truncated":
         file.write_text(text[: len(text) // 2])
     else:
-        file.write_text(json.dumps({**json.loads(text), **({"format": 99} if damage == "newer" else {"rows": []})}))
+        value = RESULTS.read_values(file)
+        file.write_text(json.dumps(seal({"format": 99, **value} if damage == "newer" else {**value, "rows": []})))
     with pytest.raises(SlimmingError, match=re.escape(str(file.name)) + r"|budget|format"):
         write_report(run)
     assert not (run / "report.html").exists()
@@ -112,7 +115,7 @@ def test_damaged_results_are_refused_by_a_sentence(make_run: MakeRun, damage: st
 
 @pytest.mark.parametrize("width", [100, 120], ids=lambda width: f"{width} columns")
 def test_the_console_table_fits(make_run: MakeRun, width: int) -> None:
-    results = json.loads((make_run() / "results.json").read_text())
+    results = RESULTS.read_values(make_run() / "results.json")
     buffer = io.StringIO()
     print_table(results, Console(file=buffer, width=width))
     lines = buffer.getvalue().splitlines()

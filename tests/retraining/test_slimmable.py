@@ -390,4 +390,4 @@ def test_settings_of_distillation_that_cannot_be_are_refused() -> None:
             slimming.DistilConfig(**setting)
     model: Any = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="distil needs a teacher: give the teacher"):
-        slimming.train(model, None, distil=slimming.DistilConfig())  # pyright: ignore
+        slimming.train(model, Data([], [], ("a", "b")), distil=slimming.DistilConfig())

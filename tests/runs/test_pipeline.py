@@ -46,7 +46,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     )
     for change in deciding:
         (name,) = change
-        with pytest.raises(ConfigError, match=rf"was started with {name}\b.* \(now .*give another directory"):
+        with pytest.raises(ConfigError, match=rf"(?s)was started with .*  {name}\b.* \(now .*give another directory"):
             check_settings(dataclasses.replace(first, **change), tmp_path, write=True)
 
 

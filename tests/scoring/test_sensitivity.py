@@ -20,14 +20,13 @@ import slimming
 from slimming import demo
 from slimming.core.budget import Budget
 from slimming.core.layout import Layout
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.planning.budgeting import costs_of
 from slimming.planning.candidates import all_candidates, removal_order_of_kind
 from slimming.planning.planner import Planner
 from slimming.planning.sensitivity import SPREADS, Sensitivity, with_measured_loss
 from slimming.scoring.sensitivity import BROKEN, JOINT, SHARES, sensitivity
-from slimming.training.samples import Data
 
 KINDS = ("head_dim", "mlp", "token")
 
@@ -173,24 +172,6 @@ def test_the_spread_that_loses_least_together_is_taken(masks: SoftMasks) -> None
     assert loss(1.0)(trial) == pytest.approx(found.joint[found.spread][1][1], abs=1e-6)
 
 
-def test_a_measurement_that_fails_loses_no_search() -> None:
-    """A loader that can be read only once is empty by then."""
-    model = timm.create_model("test_vit", img_size=32, num_classes=2)
-    batches = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
-    data = Data(train=iter(batches), val=batches, classes=("a", "b"))
-    config = slimming.SearchConfig(train=slimming.TrainConfig(steps=2, batch_size=4, eval_every=0), sensitivity=4)
-    with (
-        pytest.warns(UserWarning, match="could not be computed"),
-        pytest.warns(UserWarning, match="could not be measured"),
-    ):
-        result = slimming.search(model, data, config)
-    assert {name: score.tolist() for name, score in result.scores.items()} == {
-        name: score.tolist() for name, score in result.masks.scores("taylor").items()
-    }
-    assert result.sensitivity is None
-    assert slimming.plan(result, Budget(macs=0.7)).kept
-
-
 def test_a_loss_that_is_no_number_counts_as_broken(masks: SoftMasks) -> None:
     whole = {name: float(mask.detach().sum()) for name, mask in masks.items()}
 
@@ -202,7 +183,7 @@ def test_a_loss_that_is_no_number_counts_as_broken(masks: SoftMasks) -> None:
 
     found = sensitivity(masks, masks.scores("mask"), Layout(), loss)
     assert {loss for curve in found.curves.values() for _, loss in curve} == {BROKEN}
-    with pytest.raises(ValueError, match="is nan"):
+    with pytest.raises(NonFiniteLossError, match="is nan"):
         sensitivity(masks, masks.scores("mask"), Layout(), lambda model: float("nan"))
 
 

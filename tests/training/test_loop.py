@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -295,7 +296,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     train(data, tiny_config(steps=2), tmp_path, make_model())
     with pytest.raises(OutputError, match="holds a run already"):
         train(data, tiny_config(steps=2), tmp_path, make_model())
-    with pytest.raises(ConfigError, match=r"started with lr 0\.003 \(now 0\.1\)"):
+    with pytest.raises(ConfigError, match=r"started with other settings:\n  lr: 0\.003 \(now 0\.1\)"):
         train(data, tiny_config(steps=2, lr=0.1), tmp_path, make_model(), resume=True)
     with pytest.raises(CheckpointError, match="another model"):
         train(data, tiny_config(steps=2), tmp_path, make_model(embed_dim=32), resume=True)
@@ -312,10 +313,22 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingExtraError, match="pip install"):
         train(data, tiny_config(trackers=("aim",)), tmp_path / "t", make_model())
     whole = (tmp_path / "state.pt").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"no state"):
+    for damaged in (whole[: len(whole) // 2], b"no state", whole[: whole.rindex(b"\nsha256 ")], b""):
         (tmp_path / "state.pt").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"is damaged"):
             train(data, tiny_config(steps=2), tmp_path, make_model(), resume=True)
+
+
+def test_no_flipped_bit_of_a_state_is_resumed(folder: Path, tmp_path: Path) -> None:
+    data, config, model = open_tiny(folder), tiny_config(steps=1, eval_every=0.0), make_model()
+    train(data, config, tmp_path, model)
+    whole, random = (tmp_path / "state.pt").read_bytes(), np.random.default_rng(0)
+    for place in random.integers(len(whole), size=40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        (tmp_path / "state.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"state\.pt is damaged.*remove it"):
+            train(data, config, tmp_path, model, resume=True)
 
 
 def test_a_full_disk_is_what_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

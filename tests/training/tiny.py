@@ -9,6 +9,7 @@ import ast
 import io
 import json
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,34 @@ def write_data(folder: Path, train: int = 48, val: int = 18) -> Path:
     write_parquet(folder / "train.parquet", [i % 3 for i in range(train)])
     write_parquet(folder / "test.parquet", [i % 3 for i in range(val)], first=1000)
     return folder
+
+
+def write_folders(root: Path, per_class: int = 6, classes: tuple[str, ...] = CLASSES) -> Path:
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            (root / name / f"{i}.png").write_bytes(encoded(picture(10 * label + i, label % 3)))
+    return root
+
+
+def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tar_entries(count: int, first: int = 0) -> dict[str, bytes]:
+    entries: dict[str, bytes] = {}
+    for i in range(first, first + count):
+        entries[f"{i:05d}.png"] = encoded(picture(i, i % 3))
+        entries[f"{i:05d}.cls" if i % 2 else f"{i:05d}.json"] = (
+            str(i % 3) if i % 2 else json.dumps({"label": i % 3})
+        ).encode()
+    return entries
 
 
 def make_model(seed: int = 0, **changes: object) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slimming.benchmarking.runtimes import check_runtime
+from slimming.core.argument_types import check_fields
 from slimming.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ class BenchConfig:
     runtime: str = "eager"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_runtime(self.runtime)
         if self.runs < 1 or self.seconds <= 0 or min(self.batch_sizes, default=0) < 1:
             raise ConfigError(

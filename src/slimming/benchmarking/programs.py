@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import ConfigError, UnsupportedModelError
 
 OPSET = 20
@@ -98,7 +99,7 @@ def _exporting(model: nn.Module, action: str) -> Iterator[None]:
             yield
         except OSError:  # caused by the disk, not by the model
             raise
-        except Exception as error:  # the exporter raises errors of many classes
+        except MODEL_ERRORS as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__

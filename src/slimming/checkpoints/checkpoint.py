@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from safetensors.torch import save as dump_safetensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimming.checkpoints import hub
-from slimming.core.files import (
-    FORMAT,
-    atomic_directory,
-    atomic_file,
-    atomic_json,
-    check_free,
-    check_json,
-    read_sealed,
-    seal,
-)
+from slimming.checkpoints.proof import recorded
+from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
+from slimming.core.files import atomic_directory, atomic_file, check_free, check_json
+from slimming.core.records import FileKind
+from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, open_directory, read_config, structure_in, unprefixed
+from slimming.models.directories import CONFIG, open_directory, read_config, structure_in, unprefixed
 from slimming.models.families import build as build
 from slimming.models.families import family_called
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import assign_state_
 from slimming.models.prunable import read
+from slimming.models.replaced_layers import replace_layers_
+from slimming.models.weight_files import HOST_WEIGHTS, readable
+from slimming.models.weight_files import read_metadata as read_metadata
+from slimming.models.weight_files import read_tensors as read_tensors
 
 WEIGHTS, STRUCTURE, PROVENANCE = "weights.safetensors", "structure.json", "provenance.json"
+MEMORY_FORMAT, CHANNELS_LAST = "memory_format", "channels_last"
+PROVENANCE_FILE = FileKind(name="the provenance of a model", schema=dict[str, Any])
 
 
+@checked_arguments
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write a dense or slim model atomically to the directory ``path``.
 
@@ -50,7 +51,7 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         provenance: origin of the model, as JSON values: base model, data, settings, versions, metrics.
 
     Raises:
-        UnsupportedModelError: no family reads the model.
+        UnsupportedModelError: no family reads the model, or it was changed so that the file could not be loaded.
         PlanError: the model has masks attached.
         ConfigError: the provenance contains values that JSON cannot hold, or a reserved entry.
         OutputError: the directory is not empty or not writable, or the disk is full.
@@ -69,15 +70,17 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         )
     record = dict(provenance or {})
     check_provenance(record)
-    structure = read(model).anatomy.structure
+    structure = recorded(model, read(model).anatomy.structure)
     weights = untied(model.state_dict())
     check_free(path)
     with atomic_directory(path) as partial:
-        write_tensors(partial / WEIGHTS, weights)
-        atomic_json(partial / STRUCTURE, seal({**structure.to_dict(), "weights_sha256": sha256(partial / WEIGHTS)}))
-        atomic_json(partial / PROVENANCE, seal({"format": FORMAT, **record}))
+        write_tensors(partial / WEIGHTS, weights, memory_format_of(model))
+        digest = sha256(partial / WEIGHTS)
+        STRUCTURE_FILE.write(partial / STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
+        PROVENANCE_FILE.write(partial / PROVENANCE, record)
 
 
+@checked_arguments
 def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Module | None = None) -> nn.Module:
     """Rebuild the model that `save` wrote to the directory ``path``, in evaluation mode.
 
@@ -106,7 +109,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
     if saved is None:
         if dense is not None:
             raise CheckpointError(f"{path} was saved by timm or transformers; dense has no effect. Leave it out.")
-        return open_directory(path).to(device).eval()
+        return open_directory(path)[0].to(device).eval()
     structure, weights = saved
     model = build(structure) if dense is None else _refit(dense, structure, path)
     state = unprefixed(read_tensors(weights), model)
@@ -122,6 +125,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, dense: nn.Modu
             "the version with which it was saved."
         )
     _same_type_(model, state)
+    if read_metadata(weights).get(MEMORY_FORMAT) == CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
 
@@ -135,12 +140,32 @@ def _structure_in(path: Path) -> tuple[Structure, Path] | None:
     if not sealed.exists() and (path / CONFIG).exists():
         structure = structure_in(read_config(path))
         return None if structure is None else (structure, path / HOST_WEIGHTS)
-    raw = read_sealed(sealed)
-    structure = Structure.from_dict(raw, source=str(sealed))
+    saved = STRUCTURE_FILE.read(sealed)
     weights = path / (HOST_WEIGHTS if (path / HOST_WEIGHTS).exists() else WEIGHTS)
-    if sha256(weights) != raw.get("weights_sha256"):
+    if sha256(weights) != saved.weights_sha256:
         raise CheckpointError(f"{weights} was changed after it was written: its checksum differs. Take an intact copy.")
-    return structure, weights
+    return saved.structure, weights
+
+
+def missing_files(path: Path) -> list[str]:
+    """Return the names of the files that a checkpoint in ``path`` lacks; if it lacks none, verify their checksums.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    missing = [name for name in (WEIGHTS, STRUCTURE, PROVENANCE) if not (path / name).exists()]
+    if not missing:
+        _structure_in(path)
+        read_provenance(path)
+    return missing
+
+
+def save_again(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Save a checkpoint like `save`, unless a whole one is in ``path``; the files of a partial one are replaced."""
+    if missing_files(path):
+        for name in (WEIGHTS, STRUCTURE, PROVENANCE):
+            (path / name).unlink(missing_ok=True)
+        save(model, path, provenance)
 
 
 def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
@@ -156,9 +181,10 @@ def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
     if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
         raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
     family = family_called(structure.family)
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     try:
         family.resize_(model, structure)
+        replace_layers_(model, structure.replaced)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             f"The {cls} given as dense cannot be resized to {path} ({error}). Give the dense model from which it was "
@@ -179,13 +205,22 @@ def _same_type_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
+@checked_arguments
+def memory_format_of(model: nn.Module) -> dict[str, str]:
+    """Metadata of a file of weights: whether the convolutions of ``model`` are in ``torch.channels_last``."""
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    last = all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    some = any(not weight.is_contiguous() for weight in weights)
+    return {MEMORY_FORMAT: CHANNELS_LAST} if last and some else {}
+
+
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return the provenance with which the model was saved.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return read_sealed(Path(path) / PROVENANCE)
+    return PROVENANCE_FILE.read(Path(path) / PROVENANCE)
 
 
 def check_provenance(record: Mapping[str, Any]) -> None:
@@ -231,43 +266,9 @@ def write_tensors(path: Path, plain: dict[str, Tensor], metadata: dict[str, str]
             raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not safetensors.
-    """
-    with _damage_explained(path):
-        # load_file maps the file into memory. Copy: overwriting the file would change or crash the model, and the
-        # tensors in the file are not aligned as others are.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
 def dump_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the safetensors bytes of a small state dict; tied tensors are written once per name."""
     return dump_safetensors(untied(state), metadata=dict(metadata or {}))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not safetensors.
-    """
-    with _damage_explained(path), safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-@contextmanager
-def _damage_explained(source: Path) -> Iterator[None]:
-    with _readable(source):
-        source.open("rb").close()
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{source} is truncated or not a safetensors file ({error}). Take an intact copy."
-        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -277,18 +278,10 @@ def sha256(path: Path) -> str:
         CheckpointError: the file is missing or not readable.
     """
     digest = hashlib.sha256()
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Give a path that slimming wrote.") from error
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import yaml
 
 from slimming.cli.flags import add_flags, flag_values, flags_of, format_value
-from slimming.cli.settings import build, merge, read_yaml
+from slimming.cli.settings import build, merge
 from slimming.core.files import json_values
 from slimming.core.same_settings import flatten
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError
 from slimming.retraining.config import DistilConfig
 from slimming.runs.config import ModelConfig, RunConfig

@@ -55,7 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-table", metavar="FILE", help="file of slimming latency-table, for budgets of "
                         "latency=SHARE or latency_ms=TIME")  # fmt: skip
     parser.add_argument("--solver", metavar="NAME",
-                        help="nested or exact (default: nested for one limit, exact for several)")  # fmt: skip
+                        help="nested or exact (default: nested if this comes within 1 %% of one limit, else "
+                             "exact)")  # fmt: skip
     add_flags(parser, Layout, "layout", "as in the search")
 
 
@@ -81,6 +82,7 @@ def _write(
 ) -> None:
     from slimming.checkpoints.checkpoint import save
     from slimming.cli.output import echo
+    from slimming.core.plain_text import without_places
     from slimming.pruning.costs import cost
     from slimming.pruning.cutting import cut
 
@@ -88,17 +90,21 @@ def _write(
     for name, chosen in plans.items():
         small = cut(model, chosen, images=images).eval()
         chosen.save(partial / name / "plan.json")
-        save(small, partial / name / "cut", {**record, "plan": chosen.to_dict()})
+        save(small, partial / name / "cut", {**without_places(record), "plan": chosen.to_dict()})
         slim = cost(small)
         echo(
             f"{output / name}: {slim.params / dense.params:.1%} of the params, "
             f"{slim.macs / dense.macs:.1%} of the MACs"
             + (f", {chosen.solution['latency_ms']:.3g} ms by the table" if "latency_ms" in chosen.solution else "")
         )
+        if chosen.note:
+            echo(f"{name}: {chosen.note}")
 
 
 def _one_shot(arguments: argparse.Namespace) -> Cut:
     """Score the units of a model without a search, and plan."""
+    import dataclasses
+
     from slimming.cli.output import echo
     from slimming.core.layout import Layout
     from slimming.errors import ConfigError
@@ -124,7 +130,11 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
     planned = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)
-    record = {"source": arguments.source, "one_shot": {"score": scored.how, "images": sum(map(len, images))}}
+    outputs = [dataclasses.asdict(output) for output in scored.outputs]
+    if len(outputs) > 1:
+        echo(f"scored on {len(outputs)} outputs: {', '.join(output.name for output in scored.outputs)}")
+    one_shot = {"score": scored.how, "images": sum(map(len, images)), "outputs": outputs}
+    record = {"source": arguments.source, "one_shot": one_shot}
     named = {budget.name: plan for budget, plan in zip(budgets, planned, strict=True)}
     return scored.model, images, named, {**record, "versions": versions()}
 

@@ -1,13 +1,14 @@
 """Entry point of the command line: parse arguments, run a command, turn errors into exit codes.
 
 Exit codes: 0 success, 1 internal error, 2 error in the input (reported in one sentence on stderr), 130 stopped by
-Ctrl-C after the state was saved.
+Ctrl-C, 143 stopped by SIGTERM, both after the state of a training was saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 import traceback
@@ -18,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from slimming.core.interrupts import handled_by, raise_interrupt, signal_of
+from slimming.core.plain_text import on_one_line, printable
 from slimming.errors import ConfigError, Interrupted, SlimmingError, nearest
 
 COMMANDS = {
@@ -35,7 +38,7 @@ COMMANDS = {
     "demo": "run the whole pipeline on an embedded model and embedded images",
 }
 INTERNAL_ERROR_MESSAGE = "This is a bug in slimming. Please report it with the lines above and your command."
-INTERNAL_ERROR, INPUT_ERROR, STOPPED = 1, 2, 130
+INTERNAL_ERROR, INPUT_ERROR, STOPPED_BY = 1, 2, 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,19 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = shlex.join(["slimming", *words])
     words = [word for word in words if word != "--debug"]
     try:
-        with _explain_system_errors():
+        with handled_by(raise_interrupt), _explain_system_errors():
             return _run(words)
     except Interrupted as error:
-        return _fail(error, f"{error} To go on: {command_line}", STOPPED, debug)
+        return _fail(error, f"{error} To go on: {command_line}", STOPPED_BY + error.signal, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, f"Stopped; saved files are kept. To go on or start again: {command_line}", STOPPED, debug)
+        line = f"Stopped. Saved files are kept. To go on or start again: {command_line}"
+        return _fail(error, line, STOPPED_BY + signal_of(error), debug)
     except SlimmingError as error:
         return _fail(error, f"error: {error}", INPUT_ERROR, debug)
     except BrokenPipeError:
         sys.stderr.close()
         return INTERNAL_ERROR
     except Exception as error:
-        traceback.print_exception(error)
+        _print_traceback(error)
         return _fail(error, INTERNAL_ERROR_MESSAGE, INTERNAL_ERROR, debug=False)
 
 
@@ -83,8 +87,22 @@ def _run(words: Sequence[str]) -> int:
         config, notes = read_config(arguments.config_class, arguments)
         print("".join(f"# {note}\n" for note in notes) + config_to_yaml(config), end="")
     else:
-        command(name).execute(arguments)
+        with _all_processes():
+            command(name).execute(arguments)
     return 0
+
+
+@contextmanager
+def _all_processes() -> Iterator[None]:
+    """Let the processes of ``torchrun`` or ``accelerate launch`` end together if one of them fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from slimming.training.distributed import agreed, distributed_state
+
+    distributed_state()
+    with agreed():
+        yield
 
 
 def command(name: str) -> ModuleType:
@@ -155,10 +173,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, visible, [], prefix)
 
 
+def _print_traceback(error: BaseException) -> None:
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _fail(error: BaseException, line: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
-    print(f"slimming: {line}", file=sys.stderr)
+        _print_traceback(error)
+    print(f"slimming: {on_one_line(line)}", file=sys.stderr)
     return code
 
 

@@ -38,8 +38,9 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from slimming.cli.models import choose_device, load_checkpoint
     from slimming.cli.output import echo
+    from slimming.models.hosts import classes_of
     from slimming.runs.setup import check_input, open_data
-    from slimming.training.evaluation import evaluate
+    from slimming.training.evaluation import check_classes_of_model, evaluate
 
     device = choose_device(arguments.device)
     results = {}
@@ -48,7 +49,7 @@ def execute(arguments: argparse.Namespace) -> None:
         config = _data(arguments, name)
         data = open_data(config, model)
         check_input(model)
-        _check_classes(model, data, name, config.source)
+        check_classes_of_model(name, model, classes_of(model), data.val)
         results[name] = evaluate(
             model, data.val, batch_size=arguments.batch_size, workers=arguments.workers, device=device
         )
@@ -78,20 +79,3 @@ def _data(arguments: argparse.Namespace, name: str) -> Any:
     if not stored:
         raise DataError(f"{name} does not record the data that it was trained on; give --data.source.")
     return config_from_values(EvalCommandConfig, {"data": {**stored, **values.get("data", {})}}).data
-
-
-def _check_classes(model: Any, data: Any, name: str, source: str) -> None:
-    from slimming.errors import DataError
-    from slimming.models.hosts import classes_of
-
-    if (known := classes_of(model)) != len(data.classes):
-        raise DataError(
-            f"{name} knows {known} classes, the data of {source} has {len(data.classes)}; give the data "
-            "that it was trained for."
-        )
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if names and tuple(names) != tuple(data.classes):
-        raise DataError(
-            f"{name} was trained for other classes ({', '.join(names[:3])}, ...) than those of {source} "
-            f"({', '.join(data.classes[:3])}, ...); give the data that it was trained for."
-        )

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-import yaml
-
 from slimming.cli.settings import field_default, strip_optional
+from slimming.core.records import shown
 from slimming.core.same_settings import flatten
+from slimming.core.yaml_text import load_yaml
 from slimming.errors import ConfigError
 
 BUDGETS = "budgets"
@@ -162,7 +162,7 @@ def parse_flag(hint: Any, text: str, where: str) -> Any:
         return [parse_flag(get_args(hint)[0], part, where) for part in text.split(",") if part]
     if origin not in (None, tuple) and not text.startswith("{"):
         return parse_pairs(text, where)
-    return _yaml(text, where)
+    return load_yaml(text, f"{where} {shown(text)}")
 
 
 def parse_pairs(text: str, where: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def parse_pairs(text: str, where: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {text!r}: {part!r} is not of the form name=value.")
-        _set_nested(values, name.strip(), _yaml(value, where), f"{where} {text!r}")
+        _set_nested(values, name.strip(), load_yaml(value, f"{where} {shown(text)}"), f"{where} {text!r}")
     return values
 
 
@@ -197,13 +197,6 @@ def _set_nested(values: dict[str, Any], name: str, value: Any, where: str) -> No
     if last in values:
         raise ConfigError(f"{where}: {name} is given twice, or beside settings of its own; drop one.")
     values[last] = value
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} {text!r} cannot be read; put it in quotes.") from error
 
 
 def _metavar(hint: Any) -> str:

@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slimming.core.groups import Anatomy, Group
     from slimming.counting.model_cost import Cost
 
@@ -34,6 +36,7 @@ def execute(arguments: argparse.Namespace) -> None:
     import json
 
     from slimming.cli.models import open_named
+    from slimming.cli.output import echo
     from slimming.masks.attachment import describe, prunable
     from slimming.pruning.costs import cost
     from slimming.runs.setup import check_input
@@ -42,9 +45,12 @@ def execute(arguments: argparse.Namespace) -> None:
     check_input(model)
     anatomy, groups, costs = prunable(model).anatomy, describe(model), cost(model)
     if arguments.json:
-        print(json.dumps(as_json(arguments.model, anatomy, groups, costs), indent=1))
+        values = as_json(arguments.model, anatomy, groups, costs)
+        print(json.dumps({**values, "outputs": outputs_of(model, anatomy)}, indent=1))
         return
     _print(arguments.model, anatomy, groups, costs, each=arguments.groups)
+    shown = [f"{output['name']} {output['shape']}" for output in outputs_of(model, anatomy)]
+    echo(f"outputs that count in scores: {', '.join(shown) or 'none; give score a loss'}")
 
 
 def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost) -> dict[str, Any]:
@@ -72,6 +78,34 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost)
         "uncovered": list(anatomy.uncovered),
         "inferred": list(anatomy.inferred),
     }
+
+
+def outputs_of(model: nn.Module, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Return name, shape for one image, and kind of the outputs that count in scores; empty if there are none."""
+    import torch
+
+    from slimming.core.modules import in_evaluation
+    from slimming.errors import ConfigError
+    from slimming.models.hosts import classes_of
+    from slimming.training.outputs import kind_of, named_outputs
+
+    like = next(model.parameters())
+    image = torch.zeros(2, *anatomy.input_shape, device=like.device, dtype=like.dtype)
+    with in_evaluation(model), torch.no_grad():
+        output = model(image)
+    try:
+        named = named_outputs(output, len(image))
+    except ConfigError:
+        return []
+    single, classes = len(named) == 1, classes_of(model)
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape[1:]),
+            "kind": kind_of(name, tensor, single=single, classes=classes),
+        }
+        for name, tensor in named.items()
+    ]
 
 
 def totals_by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 DESCRIPTION = """\
 Measure the parts of a model (attention, MLPs, or single layers) at a grid of sizes on this device, and write the
@@ -46,6 +47,8 @@ def execute(arguments: argparse.Namespace) -> None:
         table, *others = (LatencyTable.load(path) for path in arguments.inputs)
         for other in others:
             table = table.merged(other)
+        if Path(arguments.output).exists():
+            LatencyTable.load(arguments.output)  # another file is refused, and kept
         table.save(arguments.output)
         echo(f"{arguments.output}: {len(table.points)} points")
         return

@@ -30,7 +30,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         fetched = hub.fetch(name, weights=False)
         if not (fetched / CONFIG).exists():
             return load_checkpoint(name)
-        model = open_directory(fetched, arguments, pretrained=False)
+        model, _ = open_directory(fetched, arguments, pretrained=False)
         prunable(model)
         return model
     path = Path(name)

@@ -5,6 +5,7 @@ An output directory is created and checked before any work. It is removed again 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,32 @@ from typing import Any
 
 from rich.console import Console
 
-from slimming.cli.configs import changed_settings, config_from_values, config_to_values, config_to_yaml
-from slimming.cli.settings import read_yaml
-from slimming.core.files import atomic_write_text, explain, json_values, new_directory, read_json
-from slimming.core.same_settings import check_same_settings, differing
+from slimming.cli.configs import (
+    SearchCommandConfig,
+    changed_settings,
+    config_from_values,
+    config_to_values,
+    config_to_yaml,
+)
+from slimming.core.console import PlainConsole
+from slimming.core.files import (
+    atomic_write_text,
+    check_free,
+    exclusive,
+    recorded_creations,
+    remove_empty,
+)
+from slimming.core.locks import is_temporary
+from slimming.core.same_settings import check_same_settings
+from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError, OutputError
-from slimming.runs.config import FREE_SECTIONS
+from slimming.runs.config import FREE_SECTIONS, RunConfig, is_unscored
+from slimming.searching.config import scoring_settings
 from slimming.training.config import FREE_SETTINGS
 
 CONFIG = "config.yaml"
-BEFORE_WORK = (CONFIG, "metrics.json", "log.jsonl")
+HEADER = "# Settings of `slimming "
+BEFORE_WORK = (CONFIG, "settings.json", "metrics.json", "log.jsonl")
 """Files that a failed run may leave without any work to resume from."""
 
 
@@ -37,7 +54,7 @@ def console() -> Console:
     # Without a terminal, rich would limit tables to 80 columns.
     width = None if sys.stdout.isatty() else 160
     # Paths may contain brackets, which rich would read as markup.
-    return Console(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
+    return PlainConsole(quiet=not is_main_process(), highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def echo(line: str) -> None:
@@ -69,34 +86,45 @@ def print_settings(command: str, config: Any, directory: Path, notes: list[str])
 
 @contextmanager
 def run_directory(directory: Path, config: Any, command: str) -> Iterator[None]:
-    """Prepare ``directory``, which must be new, empty, or from an earlier call with the same settings.
+    """Prepare and lock ``directory``, which must be new, empty, or from an earlier call with the same settings.
 
-    ``config.yaml`` is written to it. If the block fails before it saves any work, the new files and directories are
-    removed.
+    ``config.yaml`` is written to it. If the block fails before it saves any work, the files and directories that it
+    created are removed, so that a corrected call can use the directory.
 
     Raises:
-        OutputError: the directory contains other files or is not writable.
+        OutputError: the directory contains files of others, is in use by another process, or is not writable.
         ConfigError: the earlier call had other settings; the message lists them.
     """
     if not is_main_process():
         yield
         return
-    missing = _missing(directory)
-    fresh = not (directory / CONFIG).exists()
-    try:
-        if fresh:
-            new_directory(directory)
-        else:
-            check_config(directory, config, command)
-            _check_writable(directory)
-        text = f"# Settings of `slimming {command}`; repeat with: slimming {command} THIS_FILE --output DIR\n"
-        text += config_to_yaml(config)
-        if fresh or (directory / CONFIG).read_text("utf-8") != text:
-            atomic_write_text(directory / CONFIG, text)
-        yield
-    except BaseException:
-        _clean(directory, missing, fresh)
-        raise
+    with exclusive(directory), recorded_creations() as created:
+        try:
+            if (directory / CONFIG).exists():
+                check_config(directory, config, command)
+            else:
+                check_free(directory)
+            _write_config(directory / CONFIG, config, command)
+            yield
+        except BaseException:
+            _remove_unless_work(directory, created)
+            raise
+
+
+def _write_config(path: Path, config: Any, command: str) -> None:
+    """Write ``config`` to ``path``, unless the file has been edited: then it stays as it is, with the same settings."""
+    text = config_to_yaml(config)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    header = f"{HEADER}{command}`; repeat with: slimming {command} THIS_FILE --output DIR\n# sha256 {digest}\n"
+    if not path.exists() or (_is_unedited(path) and path.read_text("utf-8") != header + text):
+        atomic_write_text(path, header + text)
+
+
+def _is_unedited(path: Path) -> bool:
+    """Whether a config.yaml is as `_write_config` wrote it."""
+    first, _, rest = path.read_text("utf-8").partition("\n")
+    second, _, text = rest.partition("\n")
+    return first.startswith(HEADER) and second == f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def check_config(directory: Path, config: Any, command: str) -> None:
@@ -108,71 +136,55 @@ def check_config(directory: Path, config: Any, command: str) -> None:
     """
     path = directory / CONFIG
     try:
+        written = path.read_text("utf-8").startswith(HEADER)
+    except (OSError, UnicodeDecodeError):
+        written = False
+    if not written:
+        raise OutputError(
+            f"{path} was not written by slimming, which keeps the settings of a run under this name. Choose another "
+            "--output, or give this file another name or place."
+        )
+    try:
         before = config_from_values(type(config), read_yaml(path))
     except ConfigError as error:
         raise OutputError(
             f"{path} is not of a `slimming {command}` that can be resumed ({error}) Choose another directory."
         ) from error
+    edited = not _is_unedited(path)
     check_same_settings(
         directory,
         config_to_values(before),
         config_to_values(config),
-        free=FREE_SETTINGS,
-        free_sections=FREE_SECTIONS,
+        # An edited file is not overwritten, and must have all settings of this call.
+        free=() if edited else (*FREE_SETTINGS, *_unused_settings(directory, config)),
+        free_sections=() if edited else FREE_SECTIONS,
         again=f"slimming {command} {path} --output {directory}",
     )
 
 
-def finished_results(directory: Path, config: Any) -> dict[str, Any] | None:
-    """Return the results of a finished run in ``directory`` with these settings, or None."""
-    target = directory / "results.json"
-    if not target.exists() or not (directory / "report.html").exists():
-        return None
-    results = read_json(target)
-    return None if differing(results["settings"], json_values(config), free=FREE_SETTINGS) else results
+def _unused_settings(directory: Path, config: Any) -> tuple[str, ...]:
+    """The settings of the scores, unless models were cut by these scores."""
+    if isinstance(config, SearchCommandConfig) or (isinstance(config, RunConfig) and is_unscored(directory)):
+        return scoring_settings(config.search)
+    return ()
 
 
 @contextmanager
 def output_directory(directory: Path) -> Iterator[None]:
-    """Create ``directory``, which must be new or empty; if the block fails and leaves it empty, it is removed.
+    """Create and lock ``directory``, which must be new or empty; if the block fails and leaves it empty, it is removed.
 
     Raises:
-        OutputError: the directory is not empty or not writable.
+        OutputError: the directory is not empty, is in use by another process, or is not writable.
     """
-    missing = _missing(directory)
-    try:
-        new_directory(directory)
+    with exclusive(directory):
+        check_free(directory)
         yield
-    except BaseException:
-        _remove_empty(missing)
-        raise
 
 
-def _missing(directory: Path) -> list[Path]:
-    """Return ``directory`` and its parents as far as they do not exist, the deepest first."""
-    return [path for path in (directory, *directory.parents) if not path.exists()]
-
-
-def _check_writable(directory: Path) -> None:
-    probe = directory / f".{CONFIG}.probe"
-    try:
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise explain(error, directory) from error
-
-
-def _clean(directory: Path, missing: list[Path], fresh: bool) -> None:
-    """Remove new files and directories if no work was saved, so that a corrected call can use the directory."""
-    files = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
-    if fresh and all(path.name in BEFORE_WORK for path in files):
+def _remove_unless_work(directory: Path, created: list[Path]) -> None:
+    """Remove what was ``created`` if ``directory`` contains nothing else, and no work to resume from."""
+    files = [path for path in directory.rglob("*") if not path.is_dir() and not is_temporary(path.name)]
+    if all(path in created and path.name in BEFORE_WORK for path in files):
         for path in files:
             path.unlink()
-        directories = [path for path in directory.rglob("*") if path.is_dir()]
-        _remove_empty(sorted(directories, reverse=True) + missing)
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    for path in directories:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        remove_empty(sorted((path for path in created if path.is_dir()), reverse=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,8 @@ TABLE, PAGE, COMPARED = "table.md", "report.html", "comparison.html"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to ``parser``."""
     parser.add_argument("run", metavar="RUN", nargs="+", help="directory of slimming run or slimming search")
-    parser.add_argument("--output", metavar="FILE", help="the HTML file (default: RUN/report.html; comparison.html "
-                        "for several runs)")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="the HTML file; a file that slimming did not write is kept "
+                        "(default: RUN/report.html; comparison.html for several runs)")  # fmt: skip
     parser.add_argument("--figures", metavar="DIR", help="also write figures of the kept units per layer, accuracy "
                         "and tokens as SVG and PNG, and table.md, to DIR")  # fmt: skip
     parser.add_argument("--latency-table", metavar="FILE", help="file of slimming latency-table, to predict latency in "
@@ -35,9 +36,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from slimming.cli.output import console, echo
-    from slimming.core.files import read_json
+    from slimming.core.files import exclusive
     from slimming.errors import ConfigError
     from slimming.report import print_table, read_results, write_comparison, write_figures, write_report, write_table
+    from slimming.report.model import RESULTS as RESULTS_FILE
     from slimming.report.pages import RESULTS
 
     runs = [Path(run) for run in arguments.run]
@@ -49,19 +51,20 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError("--figures needs a finished slimming run, because a search has no budgets; drop it.")
     results = [read_results(run) for run in finished]
     for run, result in zip(finished, results, strict=True):
-        print_table(read_json(run / RESULTS), console())
+        print_table(RESULTS_FILE.read_values(run / RESULTS), console())
         if arguments.figures:
             directory = Path(arguments.figures) / (_unique_name(run, finished) if len(finished) > 1 else "")
             write_figures(result, directory)
             echo(f"figures and {write_table(result, directory / TABLE).name}: {directory}")
     output = Path(arguments.output) if arguments.output else None
-    if len(runs) == 1 and finished:
-        target = write_report(runs[0], output, explored[0])
-        if output is None:
-            write_table(results[0], runs[0] / TABLE)
-    else:
-        output = output or (runs[0] / PAGE if len(runs) == 1 else Path(COMPARED))
-        target = write_comparison(results, [plans for plans in explored if plans is not None], output)
+    with exclusive(runs[0]) if len(runs) == 1 and output is None else nullcontext():
+        if len(runs) == 1 and finished:
+            target = write_report(runs[0], output, explored[0])
+            if output is None:
+                write_table(results[0], runs[0] / TABLE)
+        else:
+            output = output or (runs[0] / PAGE if len(runs) == 1 else Path(COMPARED))
+            target = write_comparison(results, [plans for plans in explored if plans is not None], output)
     echo(f"report: {target}")
 
 

@@ -49,8 +49,8 @@ def output_path(arguments: argparse.Namespace, default_name: str) -> Path:
 
 def run_in_directory(config: Any, directory: Path, command: str, notes: list[str]) -> None:
     """Run the pipeline in ``directory`` unless it is complete, and print the results."""
-    from slimming.cli.output import echo, finished_results, is_main_process, print_settings, run_directory
-    from slimming.runs.pipeline import run
+    from slimming.cli.output import echo, is_main_process, print_settings, run_directory
+    from slimming.runs.pipeline import finished_results, run
 
     results = finished_results(directory, config)
     if results is not None:

@@ -6,7 +6,8 @@ import argparse
 
 DESCRIPTION = """\
 Train weights and soft masks together, once. slimming cut then cuts models of any number of budgets from the result.
-If it is interrupted, the same command resumes it.
+If it is interrupted, the same command resumes it. search.score and search.sensitivity may be changed after the
+training, which is then not repeated.
 
   slimming search config.yaml --output runs/search
   slimming search --model.name deit_tiny_patch16_224 --data.source flowers/ --search.preset paper
@@ -27,14 +28,15 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.configs import SearchCommandConfig, read_config
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
+    from slimming.runs.files import missing_result
     from slimming.runs.setup import open_start
-    from slimming.searching.mask_search import RECORD, search
+    from slimming.searching.mask_search import is_scored, search
     from slimming.training.evaluation import evaluate
 
     config, notes = read_config(SearchCommandConfig, arguments)
     directory = output_path(arguments, "search")
     with run_directory(directory, config, "search"):
-        if (directory / RECORD).exists():
+        if not missing_result(directory) and is_scored(directory, config.search):
             echo(f"{directory} holds the finished search already; nothing to do.")
             return
         print_settings("search", config, directory, notes)

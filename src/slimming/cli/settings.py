@@ -6,50 +6,17 @@ The error for an unknown key suggests the closest one, and the error for a wrong
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
-from collections.abc import Hashable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from slimming.core.argument_types import SCALARS, scalar
+from slimming.core.records import shown
 from slimming.errors import BudgetError, ConfigError, nearest
 
 T = TypeVar("T")
-SCALARS = {str: "text (put it in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
-"""Types of single values and their descriptions in messages."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that raises an error for duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Raises:
-        ConfigError: the file does not exist, is not YAML, or does not contain a mapping.
-    """
-    try:
-        value = yaml.load(path.read_text("utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise ConfigError(f"The config file {path} cannot be read ({reason}). Give a YAML file.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no settings; write lines such as 'data: {{source: DIR}}'.")
-    return value
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +100,10 @@ def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     if hint not in SCALARS:
         merged = merge(base if isinstance(base, Mapping) else {}, _mapping(value, where))
         return {str(key): convert(args[1], entry, f"{where}.{key}") for key, entry in merged.items()}
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if type(value) is not hint:
-        raise _wrong_type(value, where, SCALARS[hint])
-    return value
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return scalar(hint, value, where)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -150,4 +113,4 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _wrong_type(value: Any, where: str, wanted: str) -> ConfigError:
-    return ConfigError(f"{where} is {value!r}; it must be {wanted}.")
+    return ConfigError(f"{where} is {shown(value)}; it must be {wanted}.")

@@ -30,14 +30,17 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import load_checkpoint
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
+    from slimming.core.plain_text import without_places
     from slimming.retraining.retrain import train
+    from slimming.runs.files import missing_in_checkpoint
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
+    from slimming.training.log import LOG_FILE
 
     config, notes = read_config(TrainCommandConfig, arguments)
     directory = output_path(arguments, "train")
     with run_directory(directory, config, "train"):
-        if (directory / "model").exists():
+        if not missing_in_checkpoint(directory / "model") and (directory / LOG_FILE).exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
             return
         print_settings("train", config, directory, notes)
@@ -62,12 +65,12 @@ def execute(arguments: argparse.Namespace) -> None:
         )
         if is_main_process():
             record = {
-                "settings": config_to_values(config),
-                "data": config_to_values(config)["data"],
+                "settings": without_places(config_to_values(config)),
+                "data": without_places(config_to_values(config)["data"]),
                 "metrics": history.metrics,
             }
             trained = history.averaged if history.averaged is not None else model
-            checkpoint.save(trained, directory / "model", record)
+            checkpoint.save_again(trained, directory / "model", record)
         echo(f"trained: top-1 {100 * history.metrics['top1']:.1f} %, model in {directory / 'model'}")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slimming.core.argument_types import plain_number
 from slimming.core.kinds import check_kinds
+from slimming.core.records import shown
 from slimming.errors import BudgetError
 
+LARGEST = 1e300
 LEAST_ABSOLUTE = 1000
 """Limits of at least this are absolute numbers; a limit between 1 and this is an error."""
 
@@ -77,6 +79,12 @@ class Budget:
     latency_ms: float | None = None
 
     def __post_init__(self) -> None:
+        for name in METRICS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        if isinstance(self.keep, Mapping):
+            object.__setattr__(self, "keep", {kind: plain_number(ratio) for kind, ratio in self.keep.items()})
+        elif self.keep is not None:
+            raise BudgetError(f"Budget keep={shown(self.keep)} is not a mapping such as {{'mlp': 0.7}}.")
         limits = self.limits
         for name, value in limits.items():
             self._check(name, value, absolute=METRICS[name].absolute)
@@ -91,14 +99,15 @@ class Budget:
 
     @staticmethod
     def _check(name: str, value: Any, *, absolute: bool) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = type(value) in (int, float) and -LARGEST < value < LARGEST
         if name == "latency_ms":
             if not number or value <= 0:
-                raise BudgetError(f"Budget latency_ms={value} is no time; give milliseconds above 0.")
+                raise BudgetError(f"Budget latency_ms={shown(value)} is no time; give milliseconds above 0.")
         elif not number or not (0 < value <= 1 or (absolute and value >= LEAST_ABSOLUTE)):
             rest = f"; or an absolute number of {LEAST_ABSOLUTE} or more" if absolute else ""
             raise BudgetError(
-                f"Budget {name}={value} is not a share of the dense model; give a number above 0 and at most 1{rest}."
+                f"Budget {name}={shown(value)} is not a share of the dense model; give a number above 0 and at "
+                f"most 1{rest}."
             )
 
     @property

@@ -187,7 +187,8 @@ class Anatomy:
         operations: the operations of the forward pass, for the cost formulas.
         structure: the record from which the model can be rebuilt.
         uncovered: parts that cannot be pruned, each with the reason.
-        input_shape: channels, height and width of the input image.
+        input_shape: channels, height and width of the input image; for models that take something else, the shape of
+            the first tensor without its batch dimension.
         inferred: for each attention class whose heads were found without a table, a sentence with its row.
         sizes: name of a module -> its sizes, for families that resize modules by this table.
         timed_layers: the forward pass, for latency tables; empty if the family cannot time its layers.
@@ -197,7 +198,7 @@ class Anatomy:
     operations: tuple[Operation, ...]
     structure: Structure
     uncovered: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     inferred: tuple[str, ...] = ()
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
     timed_layers: tuple[TimedLayer, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from slimming.core.argument_types import check_fields
 from slimming.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ class Layout:
     scarcity: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (self.scarcity >= 0 and math.isfinite(self.scarcity)):
             raise ConfigError(f"layout.scarcity={self.scarcity}: give a power of 0 (as scored) or more, such as 2.")
         if self.multiple is not None and self.multiple < 1:

@@ -1,34 +1,78 @@
-"""Switch modules to evaluation mode and back, and check that a model can be trained."""
+"""Switch modules to evaluation mode and back, set attributes that copies keep, check that a model can be trained."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, SlimmingError
+
+MODEL_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    SlimmingError, TypeError, ValueError,
+)  # fmt: skip
+"""What the code of a model, or a library that traces it, raises on inputs and sizes that it does not take."""
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put ``model`` into training or evaluation mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            if type(module).train is not nn.Module.train and module.training != mode:
+                module.train(mode)  # some models exchange their graph here
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:
+    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards."""
+    return in_mode(model, False)
+
+
+def set_attribute_(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute that copies of ``module`` keep; a copy of a graph module of torch.fx loses all others."""
+    module.__dict__[name] = value
+    if isinstance(module, fx.GraphModule):
+        module.meta.setdefault("_user_preserved_attributes", {})[name] = value
+
+
+def check_whole(model: nn.Module) -> None:
+    """Check that the weights of ``model`` are whole tensors, not shards of a model in several processes.
+
+    Raises:
+        ConfigError: they are sharded, for example by ``fully_shard``.
+    """
+    # Importing the class would take a second; without it, no tensor is one.
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    named = [] if tensors is None else model.named_parameters()
+    sharded = next((name for name, tensor in named if isinstance(tensor, tensors.DTensor)), None)
+    if sharded is not None:
+        raise ConfigError(
+            f"The model's weights are sharded ({sharded} is a DTensor, as fully_shard makes it); slimming needs whole "
+            "weights. Give the model before fully_shard: in a training under accelerate launch --use_fsdp "
+            "--fsdp_version 2, slimming shards it. To use a sharded model, load its full state dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a model "
+            "that is not sharded."
+        )
 
 
 def check_trainable(model: nn.Module) -> None:
     """Check that the weights of ``model`` are float32 or float64, as training requires.
 
     Raises:
-        ConfigError: they are in half precision.
+        ConfigError: they are in half precision, or sharded.
     """
+    check_whole(model)
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ConfigError(

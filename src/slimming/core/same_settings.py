@@ -8,8 +8,8 @@ from typing import Any
 
 from slimming.errors import ConfigError
 
-SHOWN = 5
-"""Number of differing settings that a message names; further ones are counted."""
+SHOWN = 20
+"""Number of differing settings that a message lists; further ones are counted."""
 
 
 def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -42,15 +42,28 @@ def differing(
 
     >>> differing({"lr": 0.1, "log": {"every": 1}}, {"lr": 0.2, "log": {"every": 5}}, free_sections=("log",))
     {'lr': (0.1, 0.2)}
+    >>> differing({"budgets": [{"macs": 0.5}]}, {"budgets": [{"macs": 0.4}]})
+    {'budgets[0].macs': (0.5, 0.4)}
     """
-    old, new = flatten(before), flatten(now)
+    old, new = _leaves(before), _leaves(now)
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
-        and name.partition(".")[0] not in free_sections
+        and name.partition(".")[0].partition("[")[0] not in free_sections
         and name.rpartition(".")[2] not in free
     }
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Single values by dotted name, also those in lists of mappings: ``budgets[0].macs``."""
+    if isinstance(value, Mapping) and (value or not name):
+        parts = [(f"{name}.{key}" if name else key, entry) for key, entry in value.items()]
+    elif isinstance(value, (list, tuple)) and any(isinstance(entry, (Mapping, list, tuple)) for entry in value):
+        parts = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+    else:
+        return {name: list(value) if isinstance(value, tuple) else value}
+    return {leaf: entry for place, part in parts for leaf, entry in _leaves(part, place).items()}
 
 
 def check_same_settings(
@@ -73,20 +86,21 @@ def check_same_settings(
         again: command that resumes with the same settings, for the message.
 
     Raises:
-        ConfigError: settings differ; the message names them with both values.
+        ConfigError: settings differ; the message lists them with both values, one per line.
     """
     differences = differing(before, now, free=free, free_sections=free_sections)
     if not differences:
         return
-    parts = [f"{name} {_short(old)} (now {_short(new)})" for name, (old, new) in list(differences.items())[:SHOWN]]
-    if len(differences) > SHOWN:
-        parts.append(f"{len(differences) - SHOWN} more")
+    lines = [f"  {name}: {_short(old)} (now {_short(new)})" for name, (old, new) in differences.items()]
+    if len(lines) > SHOWN:
+        lines = [*lines[:SHOWN], f"  and {len(lines) - SHOWN} more"]
+    listed = "\n".join(lines)
     raise ConfigError(
-        f"{directory} was started with {', '.join(parts)}; go on with the same settings"
+        f"{directory} was started with other settings:\n{listed}\nGo on with the same settings"
         f"{f' ({again})' if again else ''}, or give another directory."
     )
 
 
-def _short(value: Any, length: int = 40) -> str:
+def _short(value: Any, length: int = 60) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slimming.core.files import FORMAT, check_format
-from slimming.errors import CheckpointError
+from slimming.core.files import FORMAT
+from slimming.core.records import FileKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,13 @@ class Structure:
         family: name of the family that reads and builds the model.
         base: name and arguments with which its library creates the dense architecture, as plain data.
         layers: differences from the dense architecture by layer; empty for a dense model.
+        replaced: layers that the user replaced by plain layers of PyTorch, such as a classifier, by name.
     """
 
     family: str
     base: dict[str, Any]
     layers: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the structure as JSON values."""
@@ -34,8 +36,24 @@ class Structure:
         Raises:
             CheckpointError: ``value`` is malformed or of a newer format.
         """
-        check_format(value, source)
-        try:
-            return Structure(family=value["family"], base=dict(value["base"]), layers=dict(value["layers"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source} is damaged: {error!r}. Take an intact copy.") from error
+        return EMBEDDED.check(value, source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStructure(Structure):
+    """The content of a ``structure.json``: the structure, and the checksum of the file of weights beside it."""
+
+    weights_sha256: str
+
+    @property
+    def structure(self) -> Structure:
+        """The structure alone."""
+        return Structure(family=self.family, base=self.base, layers=self.layers, replaced=self.replaced)
+
+
+EMBEDDED = FileKind(name="a structure", schema=Structure, sealed=False)
+"""The structure of a part, within that of a model."""
+IN_CONFIG = FileKind(name="the structure in a config.json", schema=Structure)
+"""The structure in the config.json of a model on the hub. It has a checksum of its own, which transformers keeps when
+it saves the model again."""
+STRUCTURE = FileKind(name="the structure.json of a model", schema=SavedStructure)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from slimming.core.example_inputs import ExampleCall, image_call
 from slimming.core.modules import in_evaluation
 from slimming.counting.operations import MacCounter, unfused
 
@@ -32,18 +33,19 @@ class Counted:
 
 
 @torch.no_grad()
-def count(model: nn.Module, input_shape: Sequence[int]) -> Counted:
+def count(model: nn.Module, example: Sequence[int] | ExampleCall) -> Counted:
     """Run one image through ``model`` and count its cost, which checks the formulas of `slimming.cost`.
 
     Args:
         model: any module, on the CPU or a GPU.
-        input_shape: channels, height and width.
+        example: channels, height and width of the image, or the arguments of the call.
     """
     parameter = next(model.parameters())
-    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    alive, macs = _Alive([*model.parameters(), *model.buffers(), image]), MacCounter()
+    call = example if isinstance(example, ExampleCall) else image_call(example)
+    call = call.to(parameter.dtype, parameter.device)
+    alive, macs = _Alive([*model.parameters(), *model.buffers(), *call.tensors]), MacCounter()
     with in_evaluation(model), unfused(), alive, macs:
-        model(image)
+        call.run(model)
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Counted(params=params, macs=macs.total, memory_bytes=weights + alive.peak)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from slimming.benchmarking.programs import OPSET
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.files import atomic_directory, atomic_json, check_free
 from slimming.errors import ConfigError, DataError, ParityError, PlanError
 from slimming.exporting.metadata import class_names, description
@@ -23,9 +24,10 @@ from slimming.exporting.targets import Job, Run, Target, choose
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models.hosts import classes_of, unplain
+from slimming.runs.files import SETTINGS, SETTINGS_FILE
 from slimming.runs.setup import image_spec, read_images
 from slimming.training.config import DataConfig
-from slimming.training.tasks import logits_by_head
+from slimming.training.outputs import logits_by_head, named_outputs
 
 STEM = "model"
 CALIBRATION = 128
@@ -59,6 +61,7 @@ class Exported:
     speedup: Mapping[str, float]
 
 
+@checked_arguments
 def export(
     model: nn.Module | str | Path,
     directory: str | Path,
@@ -122,7 +125,8 @@ def export(
     directory = Path(directory)
     check_free(directory)
     calibration, compared = _images(read_images(data, model, 256) if data is not None else images, model)
-    plain = _Logits(copy.deepcopy(model).float().cpu()).eval()
+    plain = _Logits(copied(model).float().cpu()).eval()
+    _check_outputs(plain.model, compared[:1])
     reference = _outputs(lambda x: plain(torch.from_numpy(x)).numpy(), compared)
     spec = image_spec(data or DataConfig(source="batches"), model)
     words = description(spec, class_names(model), reference.shape[1:])
@@ -137,6 +141,21 @@ def export(
         environment = {"opset": opset, "machine": machine(), "torch": torch.__version__}
         atomic_json(partial / f"{STEM}.json", {**words, "made": environment, "files": rows})
     return tuple(Exported(**{**vars(entry), "file": directory / entry.file.name}) for entry in exported)
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, image: Tensor) -> None:
+    """Check that ``model`` has one output only, because files have one.
+
+    Raises:
+        ConfigError: it has none, or more.
+    """
+    named = named_outputs(model(image), len(image))
+    if len(named) > 1:
+        raise ConfigError(
+            f"The model has {len(named)} outputs ({', '.join(named)}), but exported files have one. Wrap it in a "
+            "module that returns one tensor, such as all of them concatenated."
+        )
 
 
 class _Logits(nn.Module):
@@ -165,8 +184,7 @@ def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple
     """The model of a directory; and the given data, else the data on which it was trained with the same split."""
     path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
     model = checkpoint.load(path)
-    stored = checkpoint.read_provenance(path).get("data") if (path / checkpoint.PROVENANCE).exists() else None
-    stored = stored if isinstance(stored, Mapping) else {}
+    stored = _stored_data(path)
     source = data.source if data is not None else stored.get("source")
     if not needed and data is None:
         return model, None
@@ -177,6 +195,18 @@ def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple
     return model, DataConfig(
         **unplain({field.name: stored[field.name] for field in fields(DataConfig) if field.name in stored})
     )
+
+
+def _stored_data(path: Path) -> Mapping[str, Any]:
+    """The settings of the data on which a checkpoint was trained: of the run around it, else of its provenance.
+
+    The provenance has only the last component of an absolute path.
+    """
+    for file, kind in ((path.parent.parent / SETTINGS_FILE, SETTINGS), (path / checkpoint.PROVENANCE, None)):
+        if file.is_file():
+            stored = (checkpoint.read_provenance(path) if kind is None else kind.read(file)).get("data")
+            return stored if isinstance(stored, Mapping) else {}
+    return {}
 
 
 def _check_limits(tolerance: float | None, agreement: float | None) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
+from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Group
 from slimming.core.kinds import KINDS
 from slimming.errors import ConfigError
@@ -23,21 +26,29 @@ def prunable(model: nn.Module) -> PrunableModel:
     return read(model) if masks is None else read_as(model, masks.anatomy)
 
 
-def describe(model: nn.Module, *, coupled: bool = False) -> tuple[Group, ...]:
-    """Return the prunable groups of ``model``. The model is not changed.
+@checked_arguments
+def describe(model: nn.Module, *, coupled: bool = False, example_inputs: Any = None) -> tuple[Group, ...]:
+    """Return the prunable groups of ``model``. Its weights and modules are not changed.
 
     Args:
         model: a dense or slim model that a family reads.
         coupled: whether QK and V of an attention form one group, as in the ViT-Slim paper, or two.
+        example_inputs: what the model's forward takes, if that is not one image of the size that the model states: a
+            tensor, a tuple of positional or a dict of keyword arguments, with a batch dimension; or a list of these,
+            with one entry for each way in which the forward is called (for example for each task). They are kept as
+            the attribute ``example_inputs`` of the model, where all functions find them; costs are those of the
+            first.
 
     Raises:
         UnsupportedModelError: no family reads the model or one of its parts.
+        ConfigError: the example inputs are malformed.
 
     >>> import timm, slimming
     >>> groups = slimming.describe(timm.create_model("test_vit"))
     >>> groups[0]
     Group('blocks.0.attn.qk', kind='head_dim', size=64, minimum=1, parts=(32, 32))
     """
+    set_example_inputs_(model, example_inputs)
     groups = prunable(model).anatomy.groups
     return joint(groups) if coupled else independent(groups)
 
@@ -53,6 +64,7 @@ def joint(groups: Sequence[Group]) -> tuple[Group, ...]:
     return tuple(group for group in groups if not (group.site in sites and group.role in ("qk", "v")))
 
 
+@checked_arguments
 def attach(
     model: nn.Module,
     groups: Sequence[Group] | None = None,
@@ -60,6 +72,7 @@ def attach(
     tokens: str = "bias",
     penalty: Mapping[str, float] | None = None,
     norms: bool = False,
+    example_inputs: Any = None,
 ) -> SoftMasks:
     """Attach soft masks to ``model`` in place; its outputs do not change until the masks do.
 
@@ -70,6 +83,7 @@ def attach(
         penalty: kind -> weight of its penalty; by default the weights of `slimming.core.kinds.KINDS`.
         norms: use the scales of BatchNorms as the masks of their channels instead of separate parameters (Network
             Slimming, section 3). ``masks[name]`` is then the scale of the first BatchNorm of the group.
+        example_inputs: what the model's forward takes, see `describe`.
 
     Returns:
         A mapping from group name to the float32 parameter of its mask.
@@ -84,6 +98,7 @@ def attach(
     >>> masks["blocks.0.mlp.hidden"].shape
     torch.Size([192])
     """
+    set_example_inputs_(model, example_inputs)
     read_model = prunable(model)
     groups = select_kinds(independent(read_model.anatomy.groups)) if groups is None else groups
     penalty = {name: kind.penalty for name, kind in KINDS.items()} if penalty is None else penalty

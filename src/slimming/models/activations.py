@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
-from slimming.training.distributed import rank_and_world_size
+from slimming.errors import NonFiniteLossError
+from slimming.training.distributed import add_up, rank_and_world_size
 
 T = TypeVar("T")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,13 +70,6 @@ def own_share(batches: Sequence[T]) -> Sequence[T]:
     return batches if world == 1 else batches[rank::world]
 
 
-def add_up(*sums: Tensor) -> None:
-    """Replace ``sums`` by their sums over all processes, in place."""
-    if rank_and_world_size()[1] > 1:
-        for tensor in sums:
-            torch.distributed.all_reduce(tensor)
-
-
 class Moments:
     """Sums and sums of products of rows x, and of rows y that belong to them, in float64.
 
@@ -110,8 +103,17 @@ class Moments:
             self.yx += y_ND.T @ x_NC
 
     def add_up(self) -> None:
-        """Replace the sums by their sums over all processes."""
-        add_up(self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
+        """Replace the sums by their sums over all processes.
+
+        Raises:
+            NonFiniteLossError: they are not finite, so that no factorisation of them exists; on all processes alike.
+        """
+        sums = (self.count, self.x, self.xx, *((self.y, self.yx) if len(self.y) else ()))
+        add_up(*sums)
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
+            raise NonFiniteLossError(
+                "The inputs of the layers are not finite. Check the images and the weights of the model."
+            )
 
 
 def in_parts(items: Iterable[T], gigabytes: Callable[[T], float], most: int | None = None) -> Iterator[list[T]]:

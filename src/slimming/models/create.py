@@ -1,26 +1,30 @@
-"""Create dense models by name, with weights from the Hugging Face hub or a local file of plain tensors."""
+"""Create dense models by name, with weights of their library, of the Hugging Face hub, or from a local file."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.models.directories import check_strict, open_directory, replaced_note
+from slimming.models.downloads import PREFIX, fetch, first_line, is_address
 from slimming.models.family import ORIGIN
-from slimming.models.hosts import classes_of, classifier_of, is_hosted, make, reset_classes_
-
-STATE_KEYS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
-"""Keys of the state dict in files that training scripts write."""
+from slimming.models.hosts import (
+    TORCHVISION,
+    TRANSFORMERS,
+    classes_of,
+    classifiers_of,
+    is_hosted,
+    make_torchvision,
+    reset_classes_,
+)
+from slimming.models.weight_files import STATE_KEYS as STATE_KEYS
+from slimming.models.weight_files import read_state as read_state
 
 
 def create_dense(
@@ -29,14 +33,18 @@ def create_dense(
     checkpoint: str | Path | None = None,
     classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    headless: bool = False,
 ) -> tuple[nn.Module, list[str]]:
-    """Create a dense model with pretrained weights.
+    """Create a dense model with pretrained weights, which must hold every tensor of the model and no other.
 
     Args:
-        name: a timm model name with or without tag, ``hf-hub:owner/name``, or a name with prefix for `hosts.make`.
+        name: a timm model name with or without tag, ``hf-hub:owner/name``, ``transformers:owner/name``,
+            ``transformers:DIRECTORY`` with a config.json, or ``torchvision:name``.
         checkpoint: a ``.safetensors`` file, or a ``.pth`` file of plain tensors; None loads the pretrained weights.
-        classes: number of classes; the classifier is replaced if the weights have another number.
+        classes: number of classes; the classifier is replaced if the weights have another number. None takes the number
+            of the weights.
         arguments: further arguments of the host's constructor.
+        headless: take weights without a classifier although ``classes`` is not given.
 
     Returns:
         The model, and messages for the user about layers that were replaced.
@@ -47,15 +55,11 @@ def create_dense(
     """
     options = dict(arguments or {})
     _check_name(name)
-    if checkpoint is None:
-        return _from_host(name, classes, options) if is_hosted(name) else _from_hub(name, classes, options)
-    state = read_state(Path(checkpoint))
-    if is_hosted(name):
-        model = make(name, options, pretrained=False, classes=classes)
-    else:
-        model = create_untrained(name, options if classes is None else {**options, "num_classes": classes})
-    notes = _load_(model, state, checkpoint)
-    return model, notes
+    if checkpoint is not None:
+        return _from_file(name, read_state(Path(checkpoint)), checkpoint, classes, options)
+    if name.startswith((TRANSFORMERS, PREFIX)):
+        return open_directory(_directory(name), options, classes=classes, headless=headless)
+    return (_from_torchvision if is_hosted(name) else _from_timm)(name, classes, options)
 
 
 def create_untrained(
@@ -69,103 +73,151 @@ def create_untrained(
     """
     _check_name(name)
     options = dict(arguments or {})
+    if name.startswith((TRANSFORMERS, PREFIX)):
+        return open_directory(_directory(name, weights=False), options, pretrained=False)[0]
     if is_hosted(name):  # not on the meta device, because it is read by running it
-        return make(name, options, pretrained=False)
-    try:
-        with torch.device(device):
-            return _with_origin(timm.create_model(name, pretrained=False, **options), name, options)
-    except (TypeError, AssertionError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{name} could not be fetched ({str(error).splitlines()[0]}). Check the network."
-        ) from error
+        return _torchvision(name, options)
+    with torch.device(device):
+        return _timm(name, options, pretrained=False)
 
 
-def _with_origin(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
-    """``model`` with a record of how it was created, because some arguments cannot be read from a model."""
-    model.__dict__[ORIGIN] = {"name": name, "arguments": dict(options)}
-    return model
+def _directory(name: str, *, weights: bool = True) -> Path:
+    """The directory of a model that is named by its address or, after ``transformers:``, by its path."""
+    if is_address(name):
+        return fetch(name, weights=weights)
+    bare = name.removeprefix(TRANSFORMERS)
+    return Path(bare) if Path(bare).is_dir() else fetch(f"{PREFIX}{bare}", weights=weights)
 
 
 def _check_name(name: str) -> None:
     bare = name.partition(".")[0]
-    if not is_hosted(name) and not name.startswith("hf-hub:") and not timm.is_model(bare):
+    if not is_hosted(name) and not is_address(name) and not timm.is_model(bare):
         hint = nearest(bare, timm.list_models())
         raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}.{hint}")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict of plain tensors.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file. Give a .safetensors file or a .pth of plain tensors.")
+def _timm(name: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    """A model of timm, with a record of how it was created, because some arguments cannot be read from a model."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about pickles before it rejects them
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        called = re.search(r"(?:GLOBAL|global) ([\w.]+\.\w+)", str(error))
-        what = f": it names {called[1]}" if called else ""
-        raise CheckpointError(
-            f"{path} is a pickle of more than plain tensors, which is never executed{what}. "
-            "Save model.state_dict() with safetensors instead."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
-    for key in STATE_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of tensors.")
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path} holds {key!r}, a {type(value).__name__}; only plain tensors are taken.")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _from_hub(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    if classes is not None:
-        options["num_classes"] = classes
-    try:
-        model = timm.create_model(name, pretrained=True, **options)
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"timm cannot make {name} with {options}: {error}") from error
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except (TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(f"timm cannot make {name} with {dict(options)}: {error}") from error
     except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise UnsupportedModelError(f"timm cannot make {name} with {dict(options)}: {error}") from error
         raise CheckpointError(
-            f"The pretrained weights of {name} could not be loaded ({str(error).splitlines()[0]}). "
+            f"The pretrained weights of {name} could not be loaded ({first_line(error)}). "
             "Check the network, or give a local file of weights: checkpoint, as a flag --model.checkpoint FILE."
         ) from error
-    _with_origin(model, name, options)
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-    if classes is not None and known is not None and known != classes:
-        return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
-    return model, []
+    model.__dict__[ORIGIN] = {"name": name, "arguments": dict(options)}
+    return model
 
 
-def _from_host(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    known = classes_of(model := make(name, options, pretrained=True))
-    if classes is None or classes == known:
+def _from_timm(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    asked = options.pop("num_classes", None)
+    classes = asked if classes is None else classes
+    stored = timm.get_pretrained_cfg(name)
+    if classes is None or (stored is not None and stored.num_classes == classes):
+        model = _timm(name, options, pretrained=True)
+        check_strict(model, name, options.get("in_chans"))
         return model, []
-    reset_classes_(model, classes)
+    # timm loads weights of another number of classes without a check of the other tensors.
+    model = _timm(name, {**options, "num_classes": classes}, pretrained=False)
+    dense = _timm(name, options, pretrained=True)
+    check_strict(dense, name, options.get("in_chans"))
+    heads = tuple(f"{head}." for head in classifiers_of(model))
+    body = {key: tensor for key, tensor in dense.state_dict().items() if not key.startswith(heads)}
+    _load_(model, body, name, [key for key in model.state_dict() if key.startswith(heads)])
+    known = classes_of(dense)
     return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
 
 
-def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> list[str]:
-    """Load ``state`` except a classifier with another number of classes, and return messages about it."""
+def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
+    import torchvision
+
+    bare = name.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if bare not in known:
+        raise UnsupportedModelError(f"torchvision has no classifier {bare!r}.{nearest(bare, known)}")
+    try:
+        return make_torchvision(bare, options).eval()
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"torchvision cannot make {bare!r} with {dict(options)}: {first_line(error)}"
+        ) from error
+
+
+def _from_torchvision(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    import torchvision
+
+    model = _torchvision(name, options)
+    try:
+        weights: Any = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
+        model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The pretrained weights of {name} could not be loaded ({first_line(error)}). Check the network, or give a "
+            "local file of weights: checkpoint, as a flag --model.checkpoint FILE."
+        ) from error
+    known = classes_of(model)
+    if classes is None or classes == known:
+        return model, []
+    reset_classes_(model, classes)
+    return model, [replaced_note(name, known, classes)]
+
+
+def _from_file(
+    name: str, state: dict[str, Tensor], source: str | Path, classes: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """The model with the weights of a file; a classifier of another size is replaced if ``classes`` is given."""
+    asked = options.pop("num_classes", None)
+    classes = asked if classes is None else classes
+    model = _untrained(name, classes, options)
+    own, heads = model.state_dict(), tuple(f"{head}." for head in classifiers_of(model))
+    others = [
+        key
+        for key, tensor in state.items()
+        if key.startswith(heads) and key in own and tensor.dim() and _has_other_rows(tensor, own[key])
+    ]
+    if not others:
+        _load_(model, state, source, [])
+        return model, []
+    had, has = state[others[0]].shape[0], own[others[0]].shape[0]
+    if classes is None:
+        model = _untrained(name, had, options)
+        _load_(model, state, source, [])
+        return model, []
+    _load_(model, {key: tensor for key, tensor in state.items() if key not in others}, source, others)
+    return model, [f"{source} has a classifier for {had} classes; it was replaced by an untrained one for {has}."]
+
+
+def _has_other_rows(tensor: Tensor, wanted: Tensor) -> bool:
+    return tensor.shape != wanted.shape and tensor.shape[1:] == wanted.shape[1:]
+
+
+def _untrained(name: str, classes: int | None, options: Mapping[str, Any]) -> nn.Module:
+    if classes is None:
+        return create_untrained(name, options)
+    if name.startswith((TRANSFORMERS, PREFIX)):
+        return open_directory(_directory(name, weights=False), options, pretrained=False, classes=classes)[0]
+    if not is_hosted(name):
+        return create_untrained(name, {**options, "num_classes": classes})
+    model = create_untrained(name, options)
+    if classes_of(model) != classes:
+        reset_classes_(model, classes)
+    return model
+
+
+def _load_(model: nn.Module, state: Mapping[str, Tensor], source: str | Path, replaced: list[str]) -> None:
+    """Load ``state``, which must hold all tensors of ``model`` but those in ``replaced``.
+
+    Raises:
+        CheckpointError: it lacks a tensor, or holds another one, or one of another shape.
+    """
     own = model.state_dict()
-    heads = tuple(f"{head}." for head in _classifiers(model))
-    replaced = [key for key in state if key.startswith(heads) and key in own and state[key].shape != own[key].shape]
-    rest = {key: tensor for key, tensor in state.items() if key not in replaced}
-    missing = [key for key in own if key not in rest and key not in replaced]
-    unexpected = [key for key in rest if key not in own]
-    shapes = [key for key in rest if key in own and rest[key].shape != own[key].shape]
+    missing = [key for key in own if key not in state and key not in replaced]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in state if key in own and state[key].shape != own[key].shape]
     if missing or unexpected or shapes:
         first = (shapes or missing or unexpected)[0]
         what = "has another shape" if shapes else "is missing" if missing else "is unknown to the model"
@@ -173,14 +225,4 @@ def _load_(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> li
             f"{source} is of another model: {first!r} {what} ({len(missing)} missing, {len(unexpected)} unknown, "
             f"{len(shapes)} of another shape). Check the model name and its arguments (image size, patch size)."
         )
-    model.load_state_dict(rest, strict=False)
-    if not replaced:
-        return []
-    had, has = state[replaced[0]].shape[0], own[replaced[0]].shape[0]
-    return [f"{source} has a classifier for {had} classes; it was replaced by an untrained one for {has}."]
-
-
-def _classifiers(model: nn.Module) -> list[str]:
-    """Names of the classifier modules: those in timm's configuration, or the last layer of models of other hosts."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or classifier_of(model) or "head"
-    return [names] if isinstance(names, str) else list(names)
+    model.load_state_dict(state, strict=False)

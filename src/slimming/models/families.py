@@ -14,7 +14,9 @@ from torch import nn
 
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.models.bounds import BUILD_ERRORS, bounded_building
 from slimming.models.family import Family
+from slimming.models.replaced_layers import replace_layers_
 
 WRAPPERS = {
     "AveragedModel": "module",
@@ -69,9 +71,11 @@ def build(structure: Structure) -> nn.Module:
     """
     family = family_called(structure.family)
     try:
-        model = family.build(structure.base)
-        family.resize_(model, structure)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        with bounded_building():
+            model = family.build(structure.base)
+            family.resize_(model, structure)
+            replace_layers_(model, structure.replaced)
+    except BUILD_ERRORS as error:
         # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
         raise CheckpointError(
             f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
@@ -90,7 +94,7 @@ def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
         CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
     """
     with torch.device("cpu"):
-        model = family_called(structure.family).build(structure.base) if dense else build(structure)
+        model = build(Structure(family=structure.family, base=structure.base)) if dense else build(structure)
         _fill_randomly_(model)
     return model
 

@@ -17,6 +17,13 @@ from slimming.errors import UnsupportedModelError
 STRUCTURE = "slimming_structure"
 """Attribute of a slim model with its `Structure`."""
 
+ENTRY = "slimming_entry"
+"""Attribute of a module that was resized within a larger model, with its entry in the structure's ``layers``; an empty
+one if the family of that model keeps none by module."""
+
+BLUEPRINT = "slimming_blueprint"
+"""Attribute of a slim model that only its user can make, with the `Blueprint` of what its structure gives."""
+
 ORIGIN = "slimming_origin"
 """Attribute of a model that slimming created with the name and arguments that were passed to its host."""
 
@@ -112,11 +119,14 @@ def assign_state_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool
     """Replace the tensors of ``model`` by those of ``state``.
 
     The version metadata of the model is added, because some hosts convert state dicts without it. Parameters that
-    several modules share remain shared.
+    several modules share remain shared, and a module with several names gets the tensors of its first name.
     """
     shared = shared_parameters(model)
     versioned = OrderedDict(state)
     versioned._metadata = model.state_dict()._metadata  # pyright: ignore
+    for alias, first in aliases(model).items():
+        if first in versioned:
+            versioned[alias] = versioned[first]
     model.load_state_dict(versioned, strict=strict, assign=True)
     for first, *others in shared:
         for other in others:
@@ -124,13 +134,30 @@ def assign_state_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool
             setattr(model.get_submodule(module), name, model.get_parameter(first))
 
 
+def aliases(model: nn.Module) -> dict[str, str]:
+    """The further names of the tensors of modules that are registered under several names -> their first names."""
+    names: dict[nn.Module, str] = {}
+    result: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = names.setdefault(module, name)
+        if first != name:
+            for key in (*module._parameters, *module._buffers):
+                result[f"{name}.{key}"] = f"{first}.{key}" if first else key
+    return result
+
+
 def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter that several modules share, except masks."""
+    """The names of every parameter that several modules share, except masks.
+
+    A module that is registered under several names is one module.
+    """
     names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if PARAMETRIZATIONS not in name:
-            names[id(parameter)].append(name)
-    return [aliases for aliases in names.values() if len(aliases) > 1]
+    for module_name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            name = f"{module_name}.{key}" if module_name else key
+            if parameter is not None and PARAMETRIZATIONS not in name:
+                names[id(parameter)].append(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 def untied_groups(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
@@ -147,10 +174,11 @@ def select_indices(tensor: Tensor, indices: Mapping[int, Sequence[int]]) -> Tens
         tensor: any shape.
         indices: dimension -> indices to keep.
     """
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for dim, index in indices.items():
         if list(index) != list(range(tensor.shape[dim])):
             tensor = tensor.index_select(dim, torch.tensor(list(index), device=tensor.device))
-    return tensor
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
 def linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from slimming.core.copies import copied
+from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.groups import Anatomy
+from slimming.core.modules import check_whole
 from slimming.models.families import family_called, family_of
 from slimming.models.family import Family
 
@@ -28,7 +30,17 @@ class PrunableModel:
 
     def copy(self) -> PrunableModel:
         """The same with a deep copy of the model."""
-        return replace(self, model=copy.deepcopy(self.model))
+        return replace(self, model=copied(self.model))
+
+    def examples(self, batch: int = 1) -> tuple[ExampleCall, ...]:
+        """Example calls of the model, each for ``batch`` examples, in its dtype and on its device.
+
+        The costs of a model are those of the first call.
+        """
+        like = next(self.model.parameters())
+        calls = given_calls(self.model) if self.family.runs_models else ()
+        calls = calls or (image_call(self.anatomy.input_shape),)
+        return tuple(call.with_batch(batch).to(like.dtype, like.device) for call in calls)
 
 
 def read(model: nn.Module) -> PrunableModel:
@@ -36,7 +48,9 @@ def read(model: nn.Module) -> PrunableModel:
 
     Raises:
         UnsupportedModelError: the model, or a part of it, is not supported.
+        ConfigError: the weights are sharded.
     """
+    check_whole(model)
     family = family_of(model)
     return PrunableModel(model=model, family=family, anatomy=family.read(model))
 

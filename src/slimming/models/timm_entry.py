@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, is_model, register_model
 from torch import Tensor, nn
 
-from slimming.core.files import read_sealed
+from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 from slimming.models.directories import structure_in, timm_config, unprefixed
@@ -105,4 +105,4 @@ def _structure(given: Mapping[str, Any] | str | Path | None) -> Structure:
         return structure
     path = Path(given)
     file = path / "structure.json" if path.is_dir() else path
-    return Structure.from_dict(read_sealed(file), source=str(file))
+    return STRUCTURE_FILE.read(file).structure

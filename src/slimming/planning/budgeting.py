@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import METRICS, Budget
 from slimming.core.completion import complete
 from slimming.core.groups import Anatomy, keep_all
@@ -23,6 +24,7 @@ from slimming.planning.planner import Planner
 from slimming.planning.scores import HasScores, ScoredModel, load_scores
 
 
+@checked_arguments
 def plan(
     source: HasScores | SoftMasks | str | Path,
     budget: Budget,
@@ -35,6 +37,8 @@ def plan(
 ) -> Plan:
     """Choose the units to keep under ``budget``.
 
+    If the plan ends more than 1 % below its limit, `Plan.note` says how far and why.
+
     Args:
         source: a search result, the result of `slimming.score`, attached masks, or a scores file.
         budget: limits on the cost of the slim model.
@@ -43,8 +47,9 @@ def plan(
         fold: False sets the masks of kept units to 1 at the cut, as in the paper; by default as in ``source``.
         solver: ``"nested"`` removes units in one fixed order, so that larger budgets keep all units that smaller ones
             keep. ``"exact"`` maximises the total score within the limits by linear programming (see
-            `slimming.planning.knapsack`); its plans are not nested. None takes ``"nested"`` if the budget has one limit
-            and the plan uses at least 99 % of it, else ``"exact"``. Keep ratios need no solver.
+            `slimming.planning.knapsack`), then puts back what still fits; its plans are not nested. For keep ratios it
+            only puts back what fits. None takes ``"nested"`` if the plan then uses at least 99 % of its single limit or
+            of every keep ratio, else ``"exact"``.
         latency: a latency table or its file; required for limits on latency.
 
     Raises:
@@ -62,6 +67,7 @@ def plan(
     return plans(source, [budget], layout=layout, score=score, fold=fold, solver=solver, latency=latency)[0]
 
 
+@checked_arguments
 def plans(
     source: HasScores | SoftMasks | str | Path,
     budgets: Sequence[Budget],
@@ -74,7 +80,8 @@ def plans(
 ) -> list[Plan]:
     """Return one plan per budget, like `plan`, but faster than calling it for each.
 
-    With the solver ``"nested"``, a larger budget of the same single limit keeps all units that a smaller one keeps.
+    With the solver ``"nested"``, a larger budget of the same limits keeps all units that a smaller one keeps, also
+    if the plans are made in separate calls.
 
     >>> import timm, slimming
     >>> masks = slimming.attach(timm.create_model("test_vit"))

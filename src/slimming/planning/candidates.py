@@ -118,6 +118,16 @@ class CandidatePool:
             last[chain] = number
         return pairs
 
+    def required(self) -> list[list[int]]:
+        """Return, for each candidate, those that must be kept if it is: the rest of its chain, its head, its branch."""
+        result: list[list[int]] = [[] for _ in self.candidates]
+        for first, then in self.precedence(range(len(self.candidates))):
+            result[first].append(then)
+        for index, branch in enumerate(self._inside.tolist()):
+            if branch < len(self.candidates):
+                result[index].append(branch)
+        return result
+
     def prices(self, unit_prices: Mapping[str, float]) -> Array:
         """Return the price of each candidate, shape (candidates,), given the price of one unit of each group."""
         result = np.zeros(len(self.candidates))

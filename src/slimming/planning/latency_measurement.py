@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import nn
 
 from slimming.benchmarking.runtimes import check_runtime, prepare
 from slimming.benchmarking.timing import machine, paired_times, summary
+from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
+from slimming.core.files import exclusive_file
 from slimming.core.groups import REST, Anatomy, TimedLayer, keep_all
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.errors import ConfigError
@@ -39,6 +42,7 @@ MULTIPLES, WHOLE = (1, 2, 4, 8, 16, 32), 64
 Log = Callable[[str], None]
 
 
+@checked_arguments
 def build_latency_table(
     model: nn.Module,
     *,
@@ -67,41 +71,45 @@ def build_latency_table(
     Raises:
         UnsupportedModelError: the model has no timed layers, or its heads keep one size.
         ConfigError: there is no such runtime or kind, or the file at ``path`` is of another setting.
+        OutputError: another process builds the table at ``path``, or it is not writable.
     """
     check_runtime(runtime)
     kinds = {name for name, kind in KINDS.items() if not kind.on_request} if kinds is None else kinds
     check_kinds(kinds, ConfigError)
-    prunable = read(copy.deepcopy(model).eval())
+    prunable = read(copied(model).eval())
     model, anatomy = prunable.model, prunable.anatomy
     check_timed_layers(anatomy)
     even = prunable.family.timed_modules(model, anatomy)
     timed = prunable.family.timed_modules(model, anatomy, uneven_heads=True) if uneven_heads else even
     moving = {group.name for group in anatomy.groups if group.kind in kinds}
-    table = LatencyTable(setting=_setting(model, anatomy, batch_size, runtime, uneven_heads))
-    if path is not None and Path(path).exists():
-        table = LatencyTable.load(path).merged(table)
-    known = {point_key(point) for point in table.points}
-    missing = [
-        (layer, sizes) for layer, sizes in grid_points(anatomy, moving) if point_key(_point(layer, sizes)) not in known
-    ]
-    clock = Clock(even(*_largest(anatomy)), next(model.parameters()), batch_size, runtime)
-    block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
-    table = replace(table, reference_ms=block)
-    for number, (layer, sizes) in enumerate(missing, start=1):
-        times = clock.times(timed(layer, sizes), seconds, block)
-        table = replace(table, points=(*table.points, {**_point(layer, sizes), **times}))
-        if log is not None:
-            at = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            log(f"{number} of {len(missing)}: {layer.kind}, {at}: {times['ms']:.3f} ms")
-        if path is not None and number % 10 == 0:
+    with exclusive_file(Path(path)) if path is not None else nullcontext():
+        table = LatencyTable(setting=_setting(model, anatomy, batch_size, runtime, uneven_heads))
+        if path is not None and Path(path).exists():
+            table = LatencyTable.load(path).merged(table)
+        known = {point_key(point) for point in table.points}
+        missing = [
+            (layer, sizes)
+            for layer, sizes in grid_points(anatomy, moving)
+            if point_key(_point(layer, sizes)) not in known
+        ]
+        clock = Clock(even(*_largest(anatomy)), next(model.parameters()), batch_size, runtime)
+        block = clock.reference(max(1.0, 10 * seconds)) if table.reference_ms is None else table.reference_ms
+        table = replace(table, reference_ms=block)
+        for number, (layer, sizes) in enumerate(missing, start=1):
+            times = clock.times(timed(layer, sizes), seconds, block)
+            table = replace(table, points=(*table.points, {**_point(layer, sizes), **times}))
+            if log is not None:
+                at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+                log(f"{number} of {len(missing)}: {layer.kind}, {at}: {times['ms']:.3f} ms")
+            if path is not None and number % 10 == 0:
+                table.save(path)
+        if missing or table.calibration is None:
+            whole = clock.times(TimedModule(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
+            table = calibrated(table, anatomy, whole)
+            table = replace(table, multiples=_multiples(clock, even, anatomy, 5 * seconds, block))
+        if path is not None:
             table.save(path)
-    if missing or table.calibration is None:
-        whole = clock.times(TimedModule(model, anatomy.input_shape), max(1.0, 10 * seconds), block)["ms"]
-        table = calibrated(table, anatomy, whole)
-        table = replace(table, multiples=_multiples(clock, even, anatomy, 5 * seconds, block))
-    if path is not None:
-        table.save(path)
-    return table
+        return table
 
 
 def _largest(anatomy: Anatomy) -> tuple[TimedLayer, dict[str, int]]:

@@ -7,18 +7,21 @@ not add up exactly to the time of the model: `calibration` is the time of the de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
-from slimming.core.files import FORMAT, atomic_json, read_sealed, seal
 from slimming.core.formulas import evaluate
 from slimming.core.groups import Anatomy
-from slimming.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
+from slimming.core.records import FileKind, shown
+from slimming.errors import ConfigError, PlanError, UnsupportedModelError
 
 WHAT = "latency table"
 ONE_SIZE, UNEVEN = "one size", "uneven"
@@ -116,7 +119,7 @@ class LatencyTable:
         # Scaled to the same time of the reference block.
         scale = self.reference_ms / other.reference_ms if self.reference_ms and other.reference_ms else 1.0
         added = [
-            {k: v * scale if k in ("ms", "p25", "p75") else v for k, v in point.items()}
+            {k: v * scale if k in TIMES else v for k, v in point.items()}
             for point in other.points
             if point_key(point) not in known
         ]
@@ -135,7 +138,7 @@ class LatencyTable:
             "multiples": {str(each): slower for each, slower in self.multiples.items()},
             "points": list(self.points),
         }
-        atomic_json(Path(path), seal({"format": FORMAT, "what": WHAT, "setting": dict(self.setting), **measured}))
+        LATENCY_TABLE.write(path, {"what": WHAT, "setting": dict(self.setting), **measured})
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
@@ -144,26 +147,55 @@ class LatencyTable:
         Raises:
             CheckpointError: the file is missing, damaged, of a newer format, or not a latency table.
         """
-        value = read_sealed(Path(path))
-        if not isinstance(value, dict) or value.get("what") != WHAT:
-            raise CheckpointError(f"{path} is not a latency table. Give one that slimming latency-table build wrote.")
-        if value.get("format", 0) > FORMAT:
-            raise CheckpointError(f"{path} has format {value['format']}, this slimming reads up to {FORMAT}. Upgrade.")
-        try:
-            points = tuple(dict(point) for point in value["points"])
-            for point in points:
-                if not (isinstance(point["like"], str) and float(point["ms"]) > 0):
-                    raise ValueError(f"a point of {point['kind']} without a time")
-            calibration = None if value["calibration"] is None else float(value["calibration"])
-            return LatencyTable(
-                setting=dict(value["setting"]),
-                points=points,
-                calibration=calibration,
-                reference_ms=float(value["reference_ms"]),
-                multiples={int(each): float(slower) for each, slower in value.get("multiples", {}).items()},
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}. Build the table again.") from error
+        content = LATENCY_TABLE.read(path)
+        return LatencyTable(
+            setting=content.setting,
+            points=tuple(content.points),
+            calibration=content.calibration,
+            reference_ms=content.reference_ms,
+            multiples=content.multiples,
+        )
+
+
+Milliseconds = Annotated[float, Meta(gt=0, le=1e12)]
+TIMES = ("ms", "p25", "p75")
+
+
+class LatencyTableContent(msgspec.Struct, frozen=True):
+    """The content of the file of a latency table."""
+
+    what: Literal["latency table"]
+    setting: dict[str, str | int | None]
+    points: list[Point]
+    calibration: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    reference_ms: Milliseconds | None = None
+    multiples: dict[Annotated[int, Meta(ge=1)], Annotated[float, Meta(gt=0, le=1e6)]] = {}
+
+    def __post_init__(self) -> None:
+        for number, point in enumerate(self.points):
+            for name in ("kind", "like"):
+                if not isinstance(point.get(name), str):
+                    raise ValueError(f"{name} of point {number} is {shown(point.get(name))}, not text")
+            for name in TIMES:
+                if name == "ms" or name in point:
+                    _check_time(f"{name} of point {number}", point.get(name))
+            for name in point.keys() - {"kind", "like", *TIMES}:
+                if type(point[name]) is not int or point[name] < 0:
+                    raise ValueError(f"{name} of point {number} is {shown(point[name])}, not a size of 0 or more")
+
+
+def _check_time(name: str, value: Any) -> None:
+    try:
+        msgspec.convert(value, Milliseconds)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name} is {shown(value)}, not a time in milliseconds above 0") from error
+
+
+LATENCY_TABLE = FileKind(
+    name="a latency table",
+    schema=LatencyTableContent,
+    mend="Build the table again: slimming latency-table build.",
+)
 
 
 class _Grid:
@@ -172,12 +204,14 @@ class _Grid:
     def __init__(self, axes: Sequence[str], points: Sequence[Point]) -> None:
         from scipy.interpolate import RegularGridInterpolator
 
-        values = [sorted({int(point[name]) for point in points}) for name in axes]
-        times = np.full([len(each) for each in values], np.nan)
-        for point in points:
-            times[tuple(each.index(int(point[name])) for each, name in zip(values, axes, strict=True))] = point["ms"]
-        if np.isnan(times).any():
+        found = {tuple(point.get(name, -1) for name in axes): point["ms"] for point in points}
+        values = [sorted({sizes[place] for sizes in found}) for place in range(len(axes))]
+        # The grid has a place for each combination of sizes; check before it is made.
+        if len(found) < math.prod(map(len, values)) or any(-1 in sizes for sizes in found):
             raise PlanError("The latency table is not complete: resume slimming latency-table build.")
+        times = np.full([len(each) for each in values], np.nan)
+        for sizes, ms in found.items():
+            times[tuple(each.index(size) for each, size in zip(values, sizes, strict=True))] = ms
         # Times that fall with the size are measurement noise, which must not influence plans.
         for axis in range(times.ndim):
             times = np.maximum.accumulate(times, axis=axis)
@@ -221,4 +255,4 @@ def check_timed_layers(anatomy: Anatomy) -> None:
 
 def point_key(point: Point) -> tuple[tuple[str, Any], ...]:
     """Return the key of a point: all its entries except the times."""
-    return tuple(sorted((k, v) for k, v in point.items() if k not in ("ms", "p25", "p75", "runs")))
+    return tuple(sorted((k, v) for k, v in point.items() if k not in (*TIMES, "runs")))

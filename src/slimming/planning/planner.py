@@ -1,8 +1,8 @@
 """Choose the units to keep under a budget, given their scores and the costs.
 
-Candidates for removal are sorted once, independently of the budget. The greedy solver removes the shortest prefix of
-that order with which all limits hold, so a larger budget keeps all units that a smaller one keeps. Several limits at
-once are met by a knapsack instead.
+Candidates for removal are sorted once, independently of the budget. The solver ``"nested"`` removes the shortest prefix
+of that order with which all limits hold, so a larger budget keeps all units that a smaller one keeps. Where this ends
+more than 1 % below the limit, and for several limits at once, a knapsack is solved and the remaining room is filled.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from slimming.planning.candidates import (
     removal_order,
     removal_order_of_kind,
 )
+from slimming.planning.filling import Filling, share_of, shortfall
 from slimming.planning.knapsack import GAP, knapsack
 from slimming.planning.sensitivity import Sensitivity, with_measured_loss
 
@@ -39,8 +40,6 @@ Measure = Callable[[Mapping[str, int]], Mapping[str, float]]
 
 _ROUNDS = 10
 """Largest number of linearisations of the costs."""
-NEAR = 0.99
-"""Share of a limit that a nested plan must use; otherwise the exact solver is used."""
 _ORDER = ("macs", "latency", "latency_ms", "params", "memory_bytes")
 """Order of preference of the limit whose greedy plan is the first choice of the exact solver."""
 
@@ -88,25 +87,17 @@ class Planner:
         Args:
             budget: what the slim model may cost.
             fold: stored in the plan, see `Plan`.
-            solver: ``"nested"`` or ``"exact"``; None takes ``"nested"`` if it reaches 99 % of a single limit, else
-                ``"exact"``. Keep ratios need no solver.
+            solver: ``"nested"`` or ``"exact"``; None takes ``"nested"`` if it reaches 99 % of a single limit or of
+                every keep ratio, else ``"exact"``.
 
         Raises:
             BudgetError: the budget cannot be reached (the message names the smallest that can), or it names a kind
                 without scores.
         """
-        solution: dict[str, Any] = {}
         if budget.keep is not None:
-            removed = _by_keep_ratios(self._groups, self._candidates, budget)
+            removed, solution = self._by_keep_ratios(budget, solver)
         else:
-            prices = _prices(self._pool, budget, self._measure)
-            measured = with_measured_loss(self._candidates, self._groups, self._sensitivity, prices)
-            pool = self._pool.with_candidates(measured)
-            removed, solution = _greedy(pool, budget, self._measure, prices), {"solver": "nested"}
-            if solver == "exact" or (solver is None and not self._reaches_limit(removed, budget)):
-                removed, solution = _exact(pool, budget, self._measure, removed)
-            lost, total = float(pool.values[~pool.remaining(removed)].sum()), float(pool.values.sum())
-            solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
+            removed, solution = self._under_limits(budget, solver)
         complete = self._pool.complete(removed)
         return Plan(
             kept={group.name: tuple(np.flatnonzero(complete[group.name]).tolist()) for group in self._groups},
@@ -116,12 +107,77 @@ class Planner:
             fold=fold,
         )
 
-    def _reaches_limit(self, removed: Removed, budget: Budget) -> bool:
-        """Whether ``budget`` has one limit and the cost is within 1 % of it."""
-        dense = self._measure({group.name: group.size for group in self._pool.anatomy.groups})
+    def _under_limits(self, budget: Budget, solver: str | None) -> tuple[Removed, dict[str, Any]]:
+        """Return the removed candidates under limits, and how they were chosen."""
+        prices = _prices(self._pool, budget, self._measure)
+        pool = self._pool.with_candidates(with_measured_loss(self._candidates, self._groups, self._sensitivity, prices))
+        dense = self._measure({group.name: group.size for group in pool.anatomy.groups})
         limits = budget.absolute(dense)
-        cost = self._measure(self._pool.counts(self._pool.kept(removed)))
-        return len(limits) == 1 and all(cost[name] >= NEAR * min(limit, dense[name]) for name, limit in limits.items())
+
+        def usage(removed: Removed) -> dict[str, float]:
+            cost = self._measure(pool.counts(pool.kept(removed)))
+            return {metric: share_of(cost[metric], limit) for metric, limit in limits.items()}
+
+        filling = Filling(pool, removal_order(pool.candidates, prices.tolist()), usage)
+        removed, solution = _greedy(pool, budget, self._measure, prices), {"solver": "nested"}
+        if solver == "exact" or (solver is None and (len(limits) > 1 or not filling.is_near(removed))):
+            exact, solution = _exact(pool, budget, self._measure, removed)
+            filled = max(filling.improve(exact), filling.improve(removed), key=filling.kept_value)
+            gain = filling.kept_value(filled) - filling.kept_value(exact)
+            if "gap" in solution:
+                solution["gap"] = max(0.0, solution["gap"] - gain / (float(pool.values.sum()) or 1.0))
+            if (filled != exact).any():
+                solution["solver"] = "exact"
+            removed = filled
+        lost, total = float(pool.values[~pool.remaining(removed)].sum()), float(pool.values.sum())
+        solution |= {"kept_score": 1 - lost / (total or 1.0), "lost_score": lost}
+        return removed, solution | shortfall(filling, removed, _amounts(budget), nested=solver == "nested")
+
+    def _by_keep_ratios(self, budget: Budget, solver: str | None) -> tuple[Removed, dict[str, Any]]:
+        """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
+        keep = budget.keep or {}
+        removed = np.zeros(len(self._candidates), dtype=bool)
+        solution: dict[str, Any] = {}
+        for kind in sorted(keep, key=list(KINDS).index):
+            order, ratios = _keep_ratios_along_order(self._groups, self._candidates, kind)
+            sizes = {group.name: group.size for group in self._groups if group.kind == kind}
+            if not sizes:
+                have = ", ".join(sorted({group.kind for group in self._groups}))
+                raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
+            count = next((i for i, ratio in enumerate(ratios) if ratio <= keep[kind] + 1e-9), None)
+            if count is None:
+                raise BudgetError(
+                    f"Budget keep[{kind!r}]={keep[kind]} cannot be reached; the smallest reachable is "
+                    f"{_rounded_up(ratios[-1])}. Give a larger ratio, or allow a smaller layout.multiple."
+                )
+            removed[order[:count]] = True
+
+            def usage(removed: Removed, kind: str = kind, sizes: Mapping[str, int] = sizes) -> dict[str, float]:
+                kept = self._pool.kept(removed)
+                units = sum(int(kept[name].sum()) if name in kept else size for name, size in sizes.items())
+                return {kind: share_of(units / sum(sizes.values()), keep[kind] + 1e-9)}
+
+            filling = Filling(self._pool, order, usage)
+            if solver == "exact" or (solver is None and not filling.is_near(removed)):
+                removed = filling.improve(removed)
+            found = shortfall(filling, removed, _amounts(budget), nested=solver == "nested")
+            if float(found.get("below", 0.0)) > float(solution.get("below", 0.0)):
+                solution = found
+        return removed, solution
+
+
+def _amounts(budget: Budget) -> Callable[[str, float], str]:
+    """Return a function from a limit and a share of it to the text of this amount."""
+
+    def amount(name: str, share: float) -> str:
+        if budget.keep is not None:
+            return f"{share * budget.keep[name]:.2%} of the {KINDS[name].units}"
+        value = share * budget.limits[name]
+        if budget.is_share(name):
+            return f"{value:.2%} of the dense model's {METRICS[name].label}"
+        return f"{value:.4g} ms" if name == "latency_ms" else f"{value:,.0f} {METRICS[name].label}"
+
+    return amount
 
 
 def _scored_groups(anatomy: Anatomy, scores: Mapping[str, Tensor]) -> list[Group]:
@@ -340,25 +396,6 @@ def independent_unit_cost(
     then = before[name] - count if before[name] > count else before[name] + count
     after = measure({**before, name: then})
     return {metric: abs(value - after[metric]) / count for metric, value in measure(before).items() if metric in limits}
-
-
-def _by_keep_ratios(groups: Sequence[Group], candidates: Sequence[Candidate], budget: Budget) -> Removed:
-    """One global ranking per kind over the whole network (ViT-Slim, section 3.3)."""
-    removed = np.zeros(len(candidates), dtype=bool)
-    assert budget.keep is not None
-    for kind in sorted(budget.keep, key=list(KINDS).index):
-        order, ratios = _keep_ratios_along_order(groups, candidates, kind)
-        if not any(group.kind == kind for group in groups):
-            have = ", ".join(sorted({group.kind for group in groups}))
-            raise BudgetError(f"The budget names kind {kind!r}, but there are scores only for {have}.")
-        count = next((i for i, ratio in enumerate(ratios) if ratio <= budget.keep[kind] + 1e-9), None)
-        if count is None:
-            raise BudgetError(
-                f"Budget keep[{kind!r}]={budget.keep[kind]} cannot be reached; the smallest reachable is "
-                f"{_rounded_up(ratios[-1])}. Give a larger ratio, or allow a smaller layout.multiple."
-            )
-        removed[order[:count]] = True
-    return removed
 
 
 def _keep_ratios_along_order(

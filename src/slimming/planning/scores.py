@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
 
 from slimming.checkpoints import checkpoint
-from slimming.core.files import FORMAT, atomic_write_bytes, seal, unseal
+from slimming.core.files import FORMAT, atomic_write_bytes, seal
 from slimming.core.groups import Anatomy
 from slimming.core.layout import Layout
+from slimming.core.records import FileKind
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError
 from slimming.models.prunable import read
@@ -50,6 +52,19 @@ class HasScores(abc.ABC):
         """The scores from which plans are made."""
 
 
+class ScoresContent(msgspec.Struct, frozen=True):
+    """The metadata of a scores file."""
+
+    structure: Structure
+    scores_sha256: str
+    layout: Layout
+    fold: bool
+    sensitivity: Sensitivity | None
+
+
+SCORES = FileKind(name="the scores of a search", schema=ScoresContent)
+
+
 def save_scores(path: str | Path, scored: ScoredModel) -> None:
     """Write scores together with the structure of their model, so that plans can be made without the model.
 
@@ -80,16 +95,15 @@ def load_scores(path: str | Path) -> ScoredModel:
     """
     path = Path(path)
     scores, metadata = checkpoint.read_tensors(path), checkpoint.read_metadata(path)
-    try:
-        entry, intact = unseal(json.loads(metadata["slimming"]))
-        structure, layout = entry["structure"], Layout(**entry["layout"])
-        measured = None if entry["sensitivity"] is None else Sensitivity.from_dict(entry["sensitivity"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not a scores file of slimming. Give one that slimming search wrote."
-        ) from error
-    if not intact or entry.get("scores_sha256", _digest(scores)) != _digest(scores):
+    if "slimming" not in metadata:
+        raise CheckpointError(f"{path} is not a scores file of slimming. Give one that slimming search wrote.")
+    content = SCORES.parse(metadata["slimming"], str(path))
+    if content.scores_sha256 != _digest(scores):
         raise CheckpointError(f"{path} was changed after it was written: its checksum differs. Take an intact copy.")
-    model = checkpoint.build(Structure.from_dict(structure, source=str(path)))
-    anatomy = read(model).anatomy
-    return ScoredModel(anatomy=anatomy, scores=scores, layout=layout, fold=bool(entry["fold"]), sensitivity=measured)
+    return ScoredModel(
+        anatomy=read(checkpoint.build(content.structure)).anatomy,
+        scores=scores,
+        layout=content.layout,
+        fold=content.fold,
+        sensitivity=content.sensitivity,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from slimming.core.groups import Group
 from slimming.planning.candidates import Array, Candidate, removal_order, removal_order_of_kind
 
-Curve = Sequence[tuple[float, float]]
+Curve = tuple[tuple[float, float], ...]
 """Measurements of one kind: pairs (share of its units that is kept, increase of the loss), the largest share first."""
 
 SPREADS = ("rank", "score", "none")
@@ -41,21 +41,6 @@ class Sensitivity:
             for group in (self.curves, self.joint)
         )
         return {"curves": curves, "spread": self.spread, "joint": joint}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Sensitivity:
-        """Read what `to_dict` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError: ``value`` has another form.
-        """
-        if value.get("spread") not in SPREADS:
-            raise ValueError(f"spread {value['spread']!r}")
-        curves, joint = (
-            {name: tuple((float(at), float(loss)) for at, loss in curve) for name, curve in value[key].items()}
-            for key in ("curves", "joint")
-        )
-        return Sensitivity(curves=curves, spread=value["spread"], joint=joint)
 
 
 def with_measured_loss(

@@ -12,7 +12,6 @@ For single layers, this is done in ThiNet (ICCV 2017, section 3.2.3) and, from c
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
-from slimming.errors import NonFiniteLossError
 from slimming.models.activations import (
     Moments,
     feeds_layers,
@@ -39,11 +38,13 @@ from slimming.models.activations import (
 from slimming.models.family import Kept, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
+from slimming.training.distributed import agreed
 
 TOGETHER = 4
 """Largest number of layers refitted in one pass over the images; later layers correct the error of earlier ones."""
 
 
+@agreed()
 def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
     """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
@@ -88,7 +89,7 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
     removed_inputs = readers(model, anatomy, kept)
     if not removed_inputs:
         return
-    dense = copy.deepcopy(model).eval()
+    dense = copied(model).eval()
     _silence_(model, anatomy, kept, removed_inputs)
     with in_evaluation(model):
         for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
@@ -171,11 +172,6 @@ def refit_(module: Any, moments: Moments, kept: Sequence[int], removed: Sequence
         weight[:, removed] = 0
         return
     x, d, xx, dx = (total / count for total in (moments.x, moments.y, moments.xx, moments.yx))
-    if not bool(torch.isfinite(d).all() & torch.isfinite(xx).all()):
-        raise NonFiniteLossError(
-            "The inputs of the layers are not finite in the compensation. Check the images and the weights of the "
-            "model."
-        )
     if bias is not None:  # without a bias, the prediction has no constant term
         xx, dx = xx - torch.outer(x, x), dx - torch.outer(d, x)
     scale = xx.diagonal().mean()

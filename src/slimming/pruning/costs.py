@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.groups import keep_all
 from slimming.core.pruning_plan import Plan
 from slimming.counting.measured import count
@@ -17,6 +17,7 @@ from slimming.models.prunable import PrunableModel
 from slimming.pruning.cutting import cut
 
 
+@checked_arguments
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:
     """Return the cost of ``model``, as it is or under ``plan``, by formula.
 
@@ -43,7 +44,7 @@ def cost_of(read_model: PrunableModel, plan: Plan | None = None) -> Cost:
     if read_model.family.has_memory_formula(anatomy, kept):
         memory = formula.memory_bytes
     else:
-        memory = count(_plain(model) if plan is None else cut(model, plan), anatomy.input_shape).memory_bytes
+        memory = count(_plain(model) if plan is None else cut(model, plan), read_model.examples()[0]).memory_bytes
     return Cost(params=formula.params, macs=formula.macs, memory_bytes=memory, groups=per_group(anatomy, counts))
 
 
@@ -51,7 +52,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model, or a copy of it without its masks."""
     if attached(model) is None:
         return model
-    copied = copy.deepcopy(model)
-    if (masks := attached(copied)) is not None:
+    plain = copied(model)
+    if (masks := attached(plain)) is not None:
         masks.detach_()
-    return copied
+    return plain

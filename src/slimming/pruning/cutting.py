@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.pruning_plan import Plan
 from slimming.masks.attachment import prunable
@@ -14,6 +15,7 @@ from slimming.pruning.compensation import cut_compensated_
 from slimming.pruning.resize import cut_
 
 
+@checked_arguments
 def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Module:
     """Return the slim model, a plain module with smaller tensors. The given model is not changed.
 

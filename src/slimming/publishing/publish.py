@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.checkpoints.proof import recorded
+from slimming.core.argument_types import checked_arguments
 from slimming.core.files import (
-    FORMAT,
     atomic_directory,
     atomic_json,
     atomic_write_bytes,
@@ -23,13 +24,16 @@ from slimming.core.files import (
     seal,
 )
 from slimming.core.groups import Anatomy
+from slimming.core.plain_text import without_places
+from slimming.core.structure import STRUCTURE, Structure
 from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
-from slimming.models.directories import CONFIG, HOST_WEIGHTS, INNER, MODEL_TYPE, timm_config
+from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
 from slimming.report import kept_picture
@@ -42,6 +46,7 @@ PROCESSOR = "CLIPImageProcessor"
 CARD, IMAGES = "README.md", "preprocessor_config.json"
 
 
+@checked_arguments
 def push_to_hub(
     source: nn.Module | str | Path,
     repository: str | None = None,
@@ -107,7 +112,7 @@ def _write(
     if attached(model) is not None:
         raise PlanError("The model has masks attached; cut it, and push the result.")
     read = prunable(model)
-    anatomy, structure = read.anatomy, read.anatomy.structure
+    anatomy, structure = read.anatomy, recorded(model, read.anatomy.structure)
     if structure.base.get("host") == "own":
         raise CheckpointError(
             f"This {type(model).__name__} cannot be created by name ({structure.base.get('why')}), and so cannot be "
@@ -115,7 +120,7 @@ def _write(
         )
     check_free(directory)
     dense = build_filled(structure, dense=True).to(next(model.parameters()).dtype)
-    record = _without_places({**record, "versions": record.get("versions", versions())})
+    record = without_places({**record, "versions": record.get("versions", versions())})
     whole = prunable(dense)
     picture = kept_picture(*kept_of(whole.anatomy, anatomy))
     text = card(
@@ -127,13 +132,14 @@ def _write(
         license=license,
         picture=picture is not None,
     )
-    config, images = host_config(read), image_processor(read)
+    config, images = host_config(read, structure), image_processor(read)
     with atomic_directory(directory) as partial:
         weights = partial / HOST_WEIGHTS
-        checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), {"format": "pt"})
-        sealed = seal({**structure.to_dict(), "weights_sha256": checkpoint.sha256(weights)})
-        atomic_json(partial / checkpoint.STRUCTURE, sealed)
-        atomic_json(partial / checkpoint.PROVENANCE, seal({"format": FORMAT, **record}))
+        metadata = {"format": "pt", **checkpoint.memory_format_of(model)}
+        checkpoint.write_tensors(weights, checkpoint.untied(model.state_dict()), metadata)
+        digest = checkpoint.sha256(weights)
+        STRUCTURE.write(partial / checkpoint.STRUCTURE, {**structure.to_dict(), "weights_sha256": digest})
+        checkpoint.PROVENANCE_FILE.write(partial / checkpoint.PROVENANCE, record)
         atomic_json(partial / CONFIG, config)
         if images is not None:
             atomic_json(partial / IMAGES, images)
@@ -168,11 +174,16 @@ def kept_of(dense: Anatomy, slim: Anatomy) -> tuple[tuple[Layer, ...], tuple[Wid
     return labelled([Layer(name=name, **layer) for name, layer in layers.items() if layer]), tuple(widths)
 
 
-def host_config(prunable: PrunableModel) -> dict[str, Any]:
-    """Return the config.json for transformers and, for models of timm, for timm; both read the structure from it."""
+def host_config(prunable: PrunableModel, recorded: Structure | None = None) -> dict[str, Any]:
+    """Return the config.json for transformers and, for models of timm, for timm; both read the structure from it.
+
+    Args:
+        prunable: the model.
+        recorded: its structure with replaced layers, if there are any.
+    """
     model, anatomy = prunable.model, prunable.anatomy
     settings = json_values(timm_config(model))
-    structure = anatomy.structure.to_dict()
+    structure = (recorded or anatomy.structure).to_dict()
     channels, *size = anatomy.input_shape
     classes = classes_of(model)
     names = settings.get("label_names") or [f"LABEL_{label}" for label in range(classes)]
@@ -184,7 +195,7 @@ def host_config(prunable: PrunableModel) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        "model_args": {"structure": structure},
+        "model_args": {"structure": seal(structure)},
     }
     if structure["base"].get("host", "timm") == "timm":
         config |= {"architecture": MODEL_TYPE, "num_classes": classes, "pretrained_cfg": settings}
@@ -225,6 +236,7 @@ def image_processor(prunable: PrunableModel) -> dict[str, Any] | None:
     }
 
 
+@checked_arguments
 def as_transformers(model: nn.Module) -> nn.Module:
     """Wrap a model as a transformers model, as `AutoModelForImageClassification` would load it.
 
@@ -236,7 +248,8 @@ def as_transformers(model: nn.Module) -> nn.Module:
     register_with_transformers()
     from slimming.models import transformers_entry as entry
 
-    config = entry.SlimmingConfig.from_dict(host_config(prunable(model)))
+    read = prunable(model)
+    config = entry.SlimmingConfig.from_dict(host_config(read, recorded(model, read.anatomy.structure)))
     wrapped = entry.SlimmingForImageClassification(config, model)
     assert getattr(wrapped, INNER) is model
     return wrapped
@@ -267,13 +280,3 @@ def register_with_transformers() -> None:
         if error.name != "transformers":
             raise
         raise MissingExtraError("This needs an extra: pip install 'slimming[transformers]'.") from error
-
-
-def _without_places(value: Any) -> Any:
-    """A record in which absolute paths are replaced by their last component."""
-    if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_places(entry) for entry in value]
-    absolute = isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value

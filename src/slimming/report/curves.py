@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimming.core.argument_types import check_path
+from slimming.core.limits import LARGEST_LOG
+from slimming.core.records import decode_json_lines, read_bytes
 from slimming.errors import CheckpointError
 
 POINTS = 200
@@ -43,16 +46,23 @@ class Log:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
 
-def read_log(directory: Path, name: str | None) -> Log | None:
+def read_log(directory: Path, name: str | None, sha256: str | None = None) -> Log | None:
     """Read a log that the results name; None if no log is named or the file does not exist.
 
     A last line that was cut off while it was written is left out.
 
+    Args:
+        directory: directory of the run.
+        name: path of the log in it.
+        sha256: its checksum; None does not verify it.
+
     Raises:
-        CheckpointError: the name leads out of the run's directory, or a line is not JSON.
+        CheckpointError: the name leads out of the run's directory, the log was changed after the run, or a line is not
+            JSON.
     """
     if name is None:
         return None
+    check_path(name, "The log in the results")
     path = directory / name
     if not path.resolve().is_relative_to(directory.resolve()):
         raise CheckpointError(
@@ -60,18 +70,13 @@ def read_log(directory: Path, name: str | None) -> Log | None:
         )
     if not path.is_file():
         return None
-    texts = [text for text in path.read_text("utf-8", "replace").splitlines() if text.strip()]
-    lines: list[Mapping[str, Any]] = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise CheckpointError(f"{path}, line {number}, is not JSON ({error}). Take an intact copy.") from error
-        if not isinstance(line, dict):
-            raise CheckpointError(f"{path}, line {number}, is not a mapping. Take an intact copy.")
-        lines.append(line)
+    content = read_bytes(path, "the log of a training", largest=LARGEST_LOG)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{path} was changed after it was written: its checksum differs. Take an intact copy, or remove it, which "
+            "leaves out its curves."
+        )
+    lines = decode_json_lines(content, str(path))
     axis = "epoch" if lines and all(_finite(line.get("epoch")) for line in lines) else "step"
     return Log(lines=tuple(lines), axis=axis)
 

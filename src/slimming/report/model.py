@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
-import msgspec
 from msgspec import Meta
 
 from slimming.core.budget import LEAST_ABSOLUTE, METRICS
-from slimming.core.files import FORMAT
+from slimming.core.limits import MIB
+from slimming.core.records import FileKind, converted
 from slimming.errors import CheckpointError
 from slimming.report.numbers import NBSP, scale
 
@@ -133,7 +133,8 @@ class Row:
 
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
     memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
-    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory.
+    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory;
+    ``log_sha256`` is the checksum of this file. ``plan_note`` says why the plan ends below its limit.
     """
 
     name: str
@@ -150,6 +151,8 @@ class Row:
     layers: tuple[Layer, ...] | None = ()
     widths: tuple[Width, ...] | None = ()
     log: str | None = None
+    log_sha256: str | None = None
+    plan_note: str = ""
 
     def __post_init__(self) -> None:
         for key, limit in self.limits.items():
@@ -215,6 +218,7 @@ class Search:
     """The search of a run: its log, and by kind of unit the masks and the measured sensitivity."""
 
     log: str | None = None
+    log_sha256: str | None = None
     seconds: Finite | None = None
     masks: Mapping[str, Masks] | None = None
     sensitivity: Mapping[str, tuple[Trial, ...]] | None = None
@@ -256,7 +260,6 @@ class Model:
 class Results:
     """All data of a report except the training curves."""
 
-    format: int
     name: str
     model: Model
     data: Mapping[str, Any]
@@ -276,20 +279,24 @@ class Results:
         return tuple(sorted({size for row in (self.dense, *self.rows) for size in row.latency_ms}))
 
 
+RESULTS = FileKind(
+    name="the results of a run",
+    schema=Results,
+    mend="Remove it and repeat `slimming run`, which goes on where it stopped and writes it again.",
+    largest=64 * MIB,
+)
+
+
 def parse(value: Any, where: str = "results") -> Results:
     """Check the content of a ``results.json``.
 
     Args:
-        value: the decoded JSON.
+        value: the decoded JSON, as `slimming.core.records.FileKind.read_values` returns it.
         where: name of the file, for messages.
 
     Raises:
-        CheckpointError: an entry is missing or malformed, there is no row, or the format is newer than this version
-            reads.
+        CheckpointError: an entry is missing or malformed, or there is no row.
     """
-    version = value.get("format") if isinstance(value, Mapping) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise CheckpointError(f"{where} has format {version}, and this slimming reads up to {FORMAT}. Update slimming.")
     found = checked(value, Results, where)
     if not found.rows:
         raise CheckpointError(f"{where} holds no budget: there is nothing to report. Run at least one budget.")
@@ -303,20 +310,12 @@ def parse(value: Any, where: str = "results") -> Results:
 
 
 def checked(value: Any, kind: type[Checked], where: str) -> Checked:
-    """Return the content of a file as ``kind``.
+    """Return a part of the results of a run as ``kind``.
 
     Raises:
         CheckpointError: an entry is missing or malformed.
     """
-    try:
-        return msgspec.convert(value, kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at ")
-        place = place.replace("$", where).strip("`")
-        raise CheckpointError(
-            f"{place or where}: {what[0].lower()}{what[1:]}. The results are damaged: repeat `slimming run`, which "
-            "goes on where it stopped and writes them again."
-        ) from error
+    return converted(value, kind, where, mend=RESULTS.mend)
 
 
 def labelled(layers: Sequence[Layer]) -> tuple[Layer, ...]:

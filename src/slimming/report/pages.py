@@ -10,16 +10,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from slimming.core.files import atomic_write_text, read_json
 from slimming.errors import CheckpointError
 from slimming.report import explorer, figures, rendering, rows, theme
 from slimming.report.charts import Figure
 from slimming.report.curves import read_log
 from slimming.report.explored import Explored
+from slimming.report.model import RESULTS as RESULTS_FILE
 from slimming.report.model import Results, Search, parse
 from slimming.report.numbers import duration, percent, scale
+from slimming.report.stamps import write_stamped
 
-RESULTS, REPORT = "results.json", "report.html"
+RESULTS, REPORT, TABLE = "results.json", "report.html", "table.md"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy of a page, which does not allow it to load anything."""
 
@@ -53,8 +54,7 @@ class Page:
             explorer=explorer.content(self.explored) if self.explored else None,
             **content,
         )
-        atomic_write_text(path, text)
-        return path
+        return write_stamped(path, text)
 
     def data(self) -> dict[str, Any]:
         """Return the data of the script: charts, and the plans of the explorer."""
@@ -84,7 +84,7 @@ def read_results(directory: Path) -> Results:
     source = directory / RESULTS
     if not source.is_file():
         raise CheckpointError(f"{directory} holds no {RESULTS}. Give the directory of a finished run.")
-    return parse(read_json(source), str(source))
+    return parse(RESULTS_FILE.read_values(source), str(source))
 
 
 def write_report(run_directory: Path, output: Path | None = None, explored: Explored | None = None) -> Path:
@@ -100,13 +100,13 @@ def write_report(run_directory: Path, output: Path | None = None, explored: Expl
 
     Raises:
         CheckpointError: the results are missing, truncated, damaged, without a budget, or of a newer format.
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: the file exists and is not of slimming, the place is not writable, or the disk is full.
     """
     run_directory = Path(run_directory)
     results = read_results(run_directory)
     search = results.search or Search()
-    searched = read_log(run_directory, search.log)
-    read = {row.name: read_log(run_directory, row.log) for row in results.rows}
+    searched = read_log(run_directory, search.log, search.log_sha256)
+    read = {row.name: read_log(run_directory, row.log, row.log_sha256) for row in results.rows}
     logs = {name: log for name, log in read.items() if log is not None and log.lines}
     named = {search.log: searched, **{row.log: logs.get(row.name) for row in results.rows}}
     return Page([explored] if explored is not None else []).write(
@@ -137,7 +137,7 @@ def write_comparison(runs: Sequence[Results], explored: Sequence[Explored], outp
         output: path of the file.
 
     Raises:
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: the file exists and is not of slimming, the place is not writable, or the disk is full.
     """
     names = list(dict.fromkeys([*(run.name for run in explored), *(run.name for run in runs)]))
     return Page(explored).write(
@@ -155,10 +155,9 @@ def write_table(results: Results, path: Path) -> Path:
     """Write the table of budgets as Markdown, for a README, a pull request or a paper's draft.
 
     Raises:
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: the file exists and is not of slimming, the place is not writable, or the disk is full.
     """
-    atomic_write_text(path, rendering.render("table.md", results=results, table=rows.budget_table(results)))
-    return path
+    return write_stamped(path, rendering.render("table.md", results=results, table=rows.budget_table(results)))
 
 
 def _summary(results: Results) -> str:

@@ -14,10 +14,13 @@ import altair as alt
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from slimming.core.files import atomic_write_bytes
+from slimming.core.plain_text import markdown, markdown_code
+from slimming.errors import OutputError
 from slimming.report import figures, theme
 from slimming.report.charts import Figure
 from slimming.report.model import Layer, Results, Width
 from slimming.report.numbers import NBSP, THIN
+from slimming.report.stamps import write_stamped
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 """The Vega-Lite version of Altair's specifications; vl-convert contains several versions."""
@@ -41,7 +44,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    made.filters |= {"plain": plain, "cell": cell}
+    made.filters |= {"plain": plain, "cell": cell, "code": markdown_code}
     return made
 
 
@@ -52,7 +55,7 @@ def plain(text: str) -> str:
 
 def cell(text: str) -> str:
     """Return a text escaped for a cell of a Markdown table."""
-    return plain(" ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"))
+    return markdown(plain(str(text)))
 
 
 def render(name: str, /, **content: Any) -> str:
@@ -134,20 +137,27 @@ def write_figures(results: Results, directory: Path) -> list[Path]:
 
     Args:
         results: the run.
-        directory: output directory; files of the same names are replaced.
+        directory: output directory; figures of slimming in it are replaced, other files are kept.
 
     Returns:
         Paths of the files ``structure``, ``accuracy`` and ``tokens``, as far as the run has data for them.
 
     Raises:
-        OutputError: the place is not writable, or the disk is full.
+        OutputError: a file of the same name is not of slimming, the place is not writable, or the disk is full.
     """
     maps = [replace(figure, title=row.label) for row in results.rows
             if (figure := figures.tokens(row.layers or (), row.label, results.images or (), others=False))]  # fmt: skip
     written = []
     drawn = {"structure": figures.depth(results), "accuracy": figures.accuracy(results), "tokens": maps}
     for name, found in drawn.items():
-        for ending, content in (files(found, len(results.rows), down=name == "tokens") if found else {}).items():
-            atomic_write_bytes(directory / f"{name}.{ending}", content)
-            written.append(directory / f"{name}.{ending}")
+        if not found:
+            continue
+        svg, png = directory / f"{name}.svg", directory / f"{name}.png"
+        if png.exists() and not svg.exists():
+            raise OutputError(f"{png} exists and was not written by slimming; it is kept. Choose another directory.")
+        content = files(found, len(results.rows), down=name == "tokens")
+        # The SVG has a stamp, which stands for the PNG beside it too.
+        written.append(write_stamped(svg, content["svg"].decode()))
+        atomic_write_bytes(png, content["png"])
+        written.append(png)
     return written

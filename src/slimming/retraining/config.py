@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slimming.core.argument_types import check_fields
 from slimming.training.config import check_distillation
 
 
@@ -37,4 +38,5 @@ class DistilConfig:
     relation_heads: int = 12
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_distillation(self.alpha, self.temperature, self.pool, self.relation_heads)

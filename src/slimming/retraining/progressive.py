@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.groups import Group, Slices
 from slimming.core.pruning_plan import Plan
@@ -31,6 +32,7 @@ from slimming.training.samples import Data
 from slimming.training.tasks import Loss
 
 
+@checked_arguments
 def train_progressive(
     result: SearchResult | OneShot,
     data: Data,

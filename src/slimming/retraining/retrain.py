@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.groups import Group
 from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
+from slimming.models.hosts import name_classes
 from slimming.retraining.config import DistilConfig
 from slimming.training.config import TrainConfig
 from slimming.training.distillation import DistilTask
@@ -20,6 +22,7 @@ from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
+@checked_arguments
 def train(
     model: nn.Module,
     data: Data,
@@ -34,6 +37,8 @@ def train(
     title: str = "training",
 ) -> History:
     """Train ``model`` in place; with a teacher, by distillation from its logits (Hinton et al. 2015).
+
+    Without a custom loss, the names of the classes are stored in the model, as ``label_names`` in ``pretrained_cfg``.
 
     Args:
         model: a dense or slim model.
@@ -60,13 +65,20 @@ def train(
     2
     """
     config = config or TrainConfig()
-    task = task_of(model, config, teacher, distil, loss)
+    task = task_of(model, config, teacher, distil, loss, data.classes)
+    if loss is None:
+        name_classes(model, data.classes)
     target = Path(directory) if directory is not None else None
     return fit(model, task, data, config, directory=target, resume=resume, evaluate=evaluate, title=title)
 
 
 def task_of(
-    model: nn.Module, config: TrainConfig, teacher: nn.Module | None, distil: DistilConfig | None, loss: Loss | None
+    model: nn.Module,
+    config: TrainConfig,
+    teacher: nn.Module | None,
+    distil: DistilConfig | None,
+    loss: Loss | None,
+    classes: Sequence[str],
 ) -> Task:
     """Return the task of `train`: classification, distillation, or the custom loss.
 
@@ -80,13 +92,14 @@ def task_of(
     if loss is not None:
         return LossTask(loss)
     if teacher is None:
-        return ClassificationTask(config.label_smoothing)
+        return ClassificationTask(config.label_smoothing, classes)
     distil = distil or DistilConfig()
     return DistilTask(
         teacher,
         **dataclasses.asdict(distil),
         places=common_tokens(model, teacher, distil.relations),
         label_smoothing=config.label_smoothing,
+        classes=classes,
     )
 
 

@@ -7,7 +7,6 @@ the smallest and one between them, which is the sandwich rule of Yu and Huang (I
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
+from slimming.core.copies import copied
 from slimming.core.groups import Group, keep_all
 from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
@@ -29,12 +30,14 @@ from slimming.retraining.config import DistilConfig
 from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import asks_for_fsdp, rank_and_world_size
 from slimming.training.images import derive_seed
 from slimming.training.loop import fit
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss, Task
 
 
+@checked_arguments
 def train_slimmable(
     result: SearchResult,
     data: Data,
@@ -93,6 +96,11 @@ def train_slimmable(
     """
     if not plans:
         raise ConfigError("Give the plans to train for, such as those of slimming.plans.")
+    if asks_for_fsdp() and rank_and_world_size()[1] > 1:
+        raise ConfigError(
+            "train_slimmable (retraining: together) does not work with sharded weights (FSDP2): every step sets other "
+            "weights to 0. Take retraining each or progressive, or do not shard."
+        )
     config = config or TrainConfig()
     # Learned factors are folded into the weights first, so that the masks of kept units are 1.
     ones = [dataclasses.replace(plan, fold=False) for plan in plans]
@@ -104,7 +112,7 @@ def train_slimmable(
     check_tokens(distil if teacher is not None else None, lost)
     history = fit(
         masks.model,
-        SandwichTask(task_of(masks.model, config, teacher, distil, loss), masks, ones, config.seed),
+        SandwichTask(task_of(masks.model, config, teacher, distil, loss, data.classes), masks, ones, config.seed),
         data,
         config,
         directory=Path(directory) if directory is not None else None,
@@ -124,7 +132,7 @@ def train_slimmable(
 
 def _fresh(result: SearchResult) -> SoftMasks:
     """New masks of 1 that are not trained, on a copy of the searched model with its masks folded into the weights."""
-    model = copy.deepcopy(result.model)
+    model = copied(result.model)
     earlier = _masks_of(model)
     groups = earlier.groups
     if result.config.fold:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from slimming.benchmarking.config import BenchConfig
+from slimming.core.argument_types import check_fields
 from slimming.core.budget import Budget
 from slimming.errors import ConfigError, nearest
 from slimming.retraining.config import DistilConfig
-from slimming.searching.config import SearchConfig
+from slimming.searching.config import RECORD, SearchConfig
 from slimming.training.config import DataConfig, TrainConfig
 
 EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
 """Ways to retrain the models of all budgets after one search, see `RunConfig`."""
+SEARCH_PLACE = "search"
+"""Directory of the search in that of a run."""
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
 """Settings that may change when a run is resumed, since finished work does not depend on them."""
@@ -84,6 +88,7 @@ class RunConfig:
     one_shot: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("compensate", "one_shot"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)} images; it must be at least 0.")
@@ -120,6 +125,11 @@ class RunConfig:
     def bench_seconds_is_default(self) -> bool:
         """Whether ``hours`` determines the measuring time."""
         return self.bench.seconds == BenchConfig().seconds
+
+
+def is_unscored(directory: Path) -> bool:
+    """Return whether the search of the run in ``directory`` has no scores yet, so that they may be other ones."""
+    return not (directory / SEARCH_PLACE / RECORD).exists()
 
 
 def _length(config: TrainConfig) -> tuple[float, int | None]:

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import msgspec
 
 from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
-from slimming.core.files import read_json
 from slimming.core.groups import keep_all
+from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import Plan
+from slimming.core.records import converted
+from slimming.core.yaml_text import read_yaml
 from slimming.counting.model_cost import total
 from slimming.errors import BudgetError, CheckpointError, SlimmingError
 from slimming.models.families import family_called
@@ -24,8 +26,10 @@ from slimming.planning.budgeting import plans, smallest
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.scores import HasScores, ScoredModel, load_scores
 from slimming.report.explored import Costs, Explored, Recipe, Step
-from slimming.report.model import Layer, Picture, Results, Width, checked, labelled, parse
+from slimming.report.model import Layer, Picture, Results, Width, checked, labelled
+from slimming.report.pages import read_results
 from slimming.runs.config import EACH
+from slimming.runs.files import SETTINGS, SETTINGS_FILE
 from slimming.runs.results import examples, layers_of, widths_of
 from slimming.runs.setup import open_data
 from slimming.searching.mask_search import SCORES_FILE, search_directory
@@ -56,17 +60,17 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
     if found is None:
         raise CheckpointError(f"{place} holds no finished search; give a directory that slimming search or run wrote.")
     source = _Saved(load_scores(found / SCORES_FILE))
-    results = parse(read_json(place / "results.json")) if (place / "results.json").is_file() else None
-    settings = (results.settings or {}) if results is not None else _settings(place)
-    table_file = str(latency) if latency is not None else settings.get("latency_table")
+    results = read_results(place) if (place / "results.json").is_file() else None
+    settings = converted(_settings(place, results), _Settings, str(place))
+    table_file = str(latency) if latency is not None else settings.latency_table
     table = LatencyTable.load(table_file) if table_file else None
     prices = _Prices(source.scored, table)
-    solver = None if settings.get("retraining", EACH) == EACH else "nested"  # as the budgets of a run are planned
+    solver = None if settings.retraining == EACH else "nested"  # as the budgets of a run are planned
     steps = {metric: tuple(_steps(source, metric, table, prices, solver)) for metric in METRICS[: 3 if table else 2]}
-    model = results.model.name if results is not None else settings.get("model", {}).get("name", "model")
+    model = results.model.name if results is not None else settings.model.name
     return Explored(
-        name=results.name if results is not None else str(settings.get("name", place.resolve().name)),
-        place=str(directory),
+        name=results.name if results is not None else settings.name or place.resolve().name,
+        place=without_places(str(directory)),
         model=str(model),
         dense=prices.dense,
         steps={metric: found for metric, found in steps.items() if found},
@@ -74,7 +78,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         times=_times(place, results, prices) if results is not None else {},
         recipe=_recipe(str(directory), found, settings, table_file, solver),
         latency=_device(table),
-        pictures=results.images or () if results is not None else _pictures(source.scored, settings.get("data")),
+        pictures=results.images or () if results is not None else _pictures(source.scored, settings.data),
     )
 
 
@@ -167,14 +171,29 @@ def _times(place: Path, results: Results, prices: _Prices) -> dict[str, float]:
     return {name: time for name, time in found.items() if time is not None}
 
 
-def _settings(place: Path) -> dict[str, Any]:
-    """The settings of ``slimming search``, or an empty dict."""
+class _Model(msgspec.Struct, frozen=True):
+    name: str = "model"
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """The settings of a run or a search that the explorer needs."""
+
+    name: str | None = None
+    latency_table: str | None = None
+    retraining: str = EACH
+    compensate: Annotated[int, msgspec.Meta(ge=0)] | None = 256
+    model: _Model = _Model()
+    data: dict[str, Any] | None = None
+
+
+def _settings(place: Path, results: Results | None) -> dict[str, Any]:
+    """The settings of ``slimming run`` or ``slimming search``, or an empty dict."""
+    if (place / SETTINGS_FILE).is_file():
+        return SETTINGS.read(place / SETTINGS_FILE)
+    if results is not None:
+        return dict(results.settings or {})
     path = place / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Take an intact copy.") from error
-    return values if isinstance(values, dict) else {}
+    return read_yaml(path) if path.is_file() else {}
 
 
 def _pictures(scored: ScoredModel, data: Any) -> tuple[Picture, ...]:
@@ -195,10 +214,16 @@ def _device(table: LatencyTable | None) -> str:
     return f"batch {setting.get('batch_size')}, {setting.get('runtime')}, {setting.get('device')}{threads}"
 
 
-def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | None, solver: str | None) -> Recipe:
-    """The command and the Python program that cut the model to one of the plans."""
+def _recipe(place: str, search: Path, settings: _Settings, table: str | None, solver: str | None) -> Recipe:
+    """The command and the Python program that cut the model to one of the plans.
+
+    A report is handed on, so absolute paths are shortened to their last component.
+    """
     data, note = _images(settings)
-    count = int(settings.get("compensate", 256) or 0)
+    inner = search.relative_to(place)
+    place, table, data = without_places(place), without_places(table), without_places(data)
+    search = Path(place) / inner
+    count = settings.compensate or 0
     output = f"{place.rstrip('/')}-" if Path(place).name not in ("", "..") else "slim-"
     words = [] if solver is None else ["--solver", solver]
     if table is not None:
@@ -223,10 +248,10 @@ def _recipe(place: str, search: Path, settings: Mapping[str, Any], table: str | 
     return Recipe(command=command, python=python, note=note)
 
 
-def _images(settings: Mapping[str, Any]) -> tuple[str | None, str]:
+def _images(settings: _Settings) -> tuple[str | None, str]:
     """The source of the images for the compensation if a command can name it, and a note if it cannot."""
-    data = settings.get("data")
-    if not isinstance(data, Mapping) or not data.get("source") or settings.get("compensate") == 0:
+    data = settings.data or {}
+    if not data.get("source") or settings.compensate == 0:
         return None, ""
     plain = DataConfig(source=str(data["source"]))
     asked = ("val", "split_fraction", "image_key", "label_key", "stream", "mean", "std")

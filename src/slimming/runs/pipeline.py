@@ -5,47 +5,75 @@ A finished stage writes a file, and is skipped if this file exists, so that an i
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from slimming.checkpoints import checkpoint
+from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
-from slimming.core.files import atomic_json, json_values, read_json
-from slimming.core.same_settings import check_same_settings
+from slimming.core.copies import copied
+from slimming.core.files import check_free, exclusive, json_values
+from slimming.core.interrupts import interruptible
+from slimming.core.plain_text import without_places
+from slimming.core.same_settings import check_same_settings, differing
 from slimming.counting.model_cost import total
-from slimming.errors import ConfigError, MissingExtraError
+from slimming.errors import CheckpointError, ConfigError, MissingExtraError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attach_
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
 from slimming.pruning.cutting import cut
+from slimming.report.model import RESULTS as RESULTS_KIND
+from slimming.report.pages import RESULTS as RESULTS_FILE
+from slimming.report.pages import TABLE
 from slimming.retraining.slimmable import check_tokens
-from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig
+from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
 from slimming.runs.explore import explore
+from slimming.runs.files import (
+    DENSE_FILE,
+    HOURS_FILE,
+    METRICS,
+    ONE_SHOT,
+    SEARCH_PLACE,
+    SECONDS,
+    SECONDS_FILE,
+    SETTINGS,
+    SETTINGS_FILE,
+    SHOTS_FILE,
+    TIME_ALLOCATION,
+    missing_files,
+    missing_in_search,
+)
 from slimming.runs.results import dense_entry, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
-from slimming.searching.mask_search import RECORD, SearchResult, groups_to_search, load_search, search
+from slimming.searching.config import scoring_settings
+from slimming.searching.mask_search import SearchResult, groups_to_search, load_search, search
 from slimming.training import loop
 from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import agreed, check_others, distributed_state, of_main_process
 from slimming.training.evaluation import evaluate
+from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data, ImageDataset
 from slimming.training.step_counts import steps_per_epoch
 
-SETTINGS = "settings.json"
+TIMES = ("latency_ms", "speedup")
+"""Entries of a row that are measured after all budgets are finished."""
 
 
+@agreed()
+@checked_arguments
 def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
@@ -60,15 +88,23 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         The content of ``results.json``; an empty dict on processes other than the main one.
 
     Raises:
-        SlimmingError: a subclass for each cause, such as ConfigError, DataError or BudgetError.
+        OutputError: the directory contains files of others, is in use by another process, or is not writable.
+        Interrupted: Ctrl-C was pressed, or SIGTERM received; finished stages and the state of a training are kept.
+        SlimmingError: a subclass for each other cause, such as ConfigError, DataError or BudgetError.
     """
+    directory, is_main = Path(directory), distributed_state().is_main_process
+    stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
+    with stop, exclusive(directory) if is_main else nullcontext():
+        if is_main and not (directory / SETTINGS_FILE).exists():
+            check_free(directory, besides=("config.yaml",))
+        return _run(config, directory, log if is_main else _discard)
+
+
+def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
     from slimming.report import write_report, write_table
     from slimming.report.model import parse
 
-    directory, began = Path(directory), time.monotonic()
-    world = distributed_state()
-    if not world.is_main_process:
-        log = _discard
+    began, world = time.monotonic(), distributed_state()
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
     for note in notes:
@@ -77,6 +113,7 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     shares = check_budgets(whole, config)
     check_training("search.train", config.search.train, data, directory)
     check_training("retrain", config.retrain, data, directory)
+    check_settings(config, directory, write=world.is_main_process)
     asked, allocation = config, _time_allocation(dense, data, config, shares, directory, began)
     if allocation is not None:
         log(allocation.line(asked))
@@ -84,28 +121,60 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     images_per_pass = min(256, config.search.train.images_per_pass, config.retrain.images_per_pass)
     evaluate_model = partial(evaluate, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers)
     top1 = _dense_metrics(dense, evaluate_model, directory, log)
-    check_settings(asked, directory, write=world.is_main_process)
     one_shot = _one_shot(dense, config, directory, evaluate_model, log)
-    result, seconds = _search(dense, data, config, directory / "search", evaluate_model, log)
+    result, seconds = _search(dense, data, config, directory / SEARCH_PLACE, evaluate_model, log)
     context = RunContext(
         config=config, dense=whole, data=data, result=result, root=directory, evaluate=evaluate_model, log=log
     )
     slims, rows = prune_and_retrain_all(context)
     if not world.is_main_process:
         return {}
-    log("measuring latency, dense and slim in turns")
-    models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
-    timed = measure_all(models, whole.anatomy.input_shape, config.bench)
-    rows = [{**row, **one_shot.get(row["name"], {}), **timed[row["name"]]} for row in rows]
-    dense_row = dense_entry(dense, top1, timed["dense"])
-    results = results_of(asked, whole, data, dense_row, rows, result, seconds)
-    if allocation is not None:
-        results["time_allocation"] = dataclasses.asdict(allocation)
-    atomic_json(directory / "results.json", results)
+    rows = [{**row, **one_shot.get(row["name"], {})} for row in rows]
+    results = _stored_results(directory, asked, rows)
+    if results is None:
+        log("measuring latency, dense and slim in turns")
+        models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
+        timed = measure_all(models, whole.anatomy.input_shape, config.bench)
+        rows = [{**row, **timed[row["name"]]} for row in rows]
+        dense_row = dense_entry(dense, top1, timed["dense"])
+        results = results_of(asked, whole, data, dense_row, rows, result, seconds)
+        results["search"]["log_sha256"] = checkpoint.sha256(directory / SEARCH_PLACE / LOG_FILE)
+        if allocation is not None:
+            results["time_allocation"] = dataclasses.asdict(allocation)
+        RESULTS_KIND.write(directory / RESULTS_FILE, results)
     log("report: plans of the search at every hundredth")
     write_report(directory, explored=explore(directory))
-    write_table(parse(results), directory / "table.md")
+    write_table(parse(results), directory / TABLE)
     return results
+
+
+def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Return the results of a finished run in ``directory`` with these settings; None if a file is missing.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    # The settings come first: other settings have other files.
+    if not (directory / RESULTS_FILE).exists():
+        return None
+    results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
+    if differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS):
+        return None
+    if missing_files(directory, config):
+        return None
+    # The settings in the results lack the directories of the data and of the model.
+    stored = SETTINGS.read(directory / SETTINGS_FILE)
+    return None if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS) else results
+
+
+def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The results in ``directory`` if they are of these settings and of these rows, which lack the latencies."""
+    if not (directory / RESULTS_FILE).exists():
+        return None
+    results = RESULTS_KIND.read_values(directory / RESULTS_FILE)
+    stored = [{key: entry for key, entry in row.items() if key not in TIMES} for row in results["rows"]]
+    same = not differing(results["settings"], without_places(json_values(config)), free=FREE_SETTINGS)
+    return results if same and stored == json_values(rows) else None
 
 
 def check_budgets(dense: PrunableModel, config: RunConfig) -> list[float]:
@@ -140,11 +209,12 @@ def check_settings(config: RunConfig, directory: Path, *, write: bool) -> None:
     Raises:
         ConfigError: it has other settings.
     """
-    path, now = directory / SETTINGS, json_values(config)
+    path, now = directory / SETTINGS_FILE, json_values(config)
     if path.exists():
-        check_same_settings(directory, read_json(path), now, free=FREE_SETTINGS, free_sections=FREE_SECTIONS)
+        free = (*FREE_SETTINGS, *(scoring_settings(config.search) if is_unscored(directory) else ()))
+        check_same_settings(directory, SETTINGS.read(path), now, free=free, free_sections=FREE_SECTIONS)
     if write:
-        atomic_json(path, now)
+        SETTINGS.write(path, now)
 
 
 def check_training(where: str, config: TrainConfig, data: Data, directory: Path) -> None:
@@ -170,8 +240,13 @@ def _time_allocation(
     """
     if config.hours is None:
         return None
-    target = directory / "time_allocation.json"
-    if not target.exists():
+    target = directory / HOURS_FILE
+    if not of_main_process(target.exists()):
+        if (directory / SEARCH_PLACE).exists():
+            raise CheckpointError(
+                f"{target} is missing, which says how long the finished stages were. Put it back, or start a new run "
+                "in another directory."
+            )
         epochs = [steps_per_epoch(data.train, train.batch_size) for train in (config.search.train, config.retrain)]
         if epochs[0] is None or epochs[1] is None:
             raise ConfigError("hours needs data with a known number of images; set steps instead.")
@@ -183,17 +258,20 @@ def _time_allocation(
         check_training("search.train", applied.search.train, data, directory)
         check_training("retrain", applied.retrain, data, directory)
         if distributed_state().is_main_process:
-            atomic_json(target, dataclasses.asdict(chosen))
-        distributed_state().wait_for_everyone()
-    return TimeAllocation(**read_json(target))
+            TIME_ALLOCATION.write(target, dataclasses.asdict(chosen))
+        check_others()
+    return TIME_ALLOCATION.read(target)
 
 
 def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
-    target = directory / "dense" / "metrics.json"
-    if not target.exists():
-        log("evaluating the dense model")
-        atomic_json(target, evaluate_model(dense))
-    return float(read_json(target)["top1"])
+    target = directory / DENSE_FILE
+    if of_main_process(target.exists()):
+        return METRICS.read(target).top1
+    log("evaluating the dense model")
+    metrics = evaluate_model(dense)
+    if distributed_state().is_main_process:
+        METRICS.write(target, metrics)
+    return metrics["top1"]
 
 
 def _one_shot(
@@ -202,10 +280,10 @@ def _one_shot(
     """Cut every budget in one shot and evaluate it; return budget -> entries of its table row."""
     if not config.one_shot:
         return {}
-    target = directory / "one_shot.json"
-    if target.exists():
+    target = directory / SHOTS_FILE
+    if of_main_process(target.exists()):
         log("one shot: already done")
-        return read_json(target)
+        return ONE_SHOT.read_values(target)
     began, seed = time.monotonic(), config.search.train.seed
     still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
     images = calibration_images(still, config.one_shot, seed=seed)
@@ -218,26 +296,27 @@ def _one_shot(
         entries[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
         log(f"{budget.name}: one shot, top-1 {entries[budget.name]['top1_one_shot']:.4f} without training")
     if distributed_state().is_main_process:
-        atomic_json(target, entries)
+        ONE_SHOT.write(target, entries)
     return entries
 
 
 def _search(
     dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
 ) -> tuple[SearchResult, float]:
-    if (directory / RECORD).exists():
+    if not of_main_process(missing_in_search(directory)):
         log("search: already done")
         result = load_search(directory)
         result.model.to(distributed_state().device)
-        return result, float(read_json(directory / "seconds.json")["seconds"])
+        return result, SECONDS.read(directory / SECONDS_FILE).seconds
     log("search: weights and masks train together")
     began = time.monotonic()
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     result = search(model, data, config.search, directory=directory, resume=True, evaluate=evaluate_model)
     seconds = time.monotonic() - began
     if distributed_state().is_main_process:
-        atomic_json(directory / "seconds.json", {"seconds": seconds})
         result.save(directory)
+        content = {"seconds": seconds, "log_sha256": checkpoint.sha256(directory / LOG_FILE)}
+        SECONDS.write(directory / SECONDS_FILE, content)
     return result, seconds
 
 

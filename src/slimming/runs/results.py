@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import io
 import platform
@@ -22,6 +21,7 @@ from slimming.core.budget import Budget
 from slimming.core.files import FORMAT, json_values
 from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.kinds import KINDS
+from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
 from slimming.planning.sensitivity import Sensitivity
@@ -80,6 +80,7 @@ def row_entry(
         "seconds": dict(seconds),
         **widths_of(dense, plan),
         "layers": layers_of(dense, plan),
+        **({"plan_note": plan.note} if plan.note else {}),
         "checkpoint": f"{budget.name}/slim",
         "log": f"{budget.name}/log.jsonl",
     }
@@ -153,9 +154,9 @@ def provenance(config: RunConfig, result: SearchResult, plan: Plan, metrics: Map
     for name in sorted(result.scores):
         digest.update(name.encode() + result.scores[name].numpy().tobytes())
     return {
-        "base": result.anatomy.structure.base,
-        "data": dataclasses.asdict(config.data),
-        "settings": json_values(config),
+        "base": without_places(result.anatomy.structure.base),
+        "data": without_places(json_values(config.data)),
+        "settings": without_places(json_values(config)),
         "plan": plan.to_dict(),
         "scores_sha256": digest.hexdigest(),
         "metrics": dict(metrics),
@@ -182,20 +183,20 @@ def results_of(
         "name": config.name,
         "seed": config.search.train.seed,
         "model": {
-            "name": config.model.name,
+            "name": without_places(config.model.name),
             "family": anatomy.structure.family,
             "input": list(anatomy.input_shape),
             "classes": list(data.classes),
         },
         "data": {
-            "source": config.data.source,
+            "source": without_places(config.data.source),
             "train_images": _length(data.train),
             "val_images": _length(data.val),
             "note": config.note,
         },
         "machine": machine(),
         "versions": versions(),
-        "settings": json_values(config),
+        "settings": without_places(json_values(config)),
         "dense": dense_row,
         "rows": rows,
         "search": {

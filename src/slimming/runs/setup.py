@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint, hub
+from slimming.core.argument_types import checked_arguments
 from slimming.core.modules import in_evaluation
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.create import create_dense
-from slimming.models.directories import CONFIG, open_directory
+from slimming.models.directories import CONFIG, open_directory, replaced_note
 from slimming.models.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
 from slimming.runs.config import ModelConfig
 from slimming.training.batches import calibration_images
@@ -24,12 +25,16 @@ from slimming.training.images import ImageSpec
 from slimming.training.samples import Data
 
 
-def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.Module, list[str]]:
+@checked_arguments
+def open_model(
+    config: ModelConfig, *, classes: int | None = None, headless: bool = False
+) -> tuple[nn.Module, list[str]]:
     """Open the dense model; also return notes for the user about replaced parts.
 
     Args:
         config: name, weights and arguments of the model.
         classes: number of classes that the classifier must have; another classifier is replaced by an untrained one.
+        headless: take weights without a classifier although ``classes`` is not given.
 
     Raises:
         UnsupportedModelError: the model is unknown, or does not take the arguments.
@@ -38,7 +43,13 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
     """
     addressed = hub.is_address(config.name)
     if not (Path(config.name).is_dir() or (addressed and config.checkpoint is None)):
-        return create_dense(config.name, checkpoint=config.checkpoint, classes=classes, arguments=config.arguments)
+        return create_dense(
+            config.name,
+            checkpoint=config.checkpoint,
+            classes=classes,
+            arguments=config.arguments,
+            headless=headless,
+        )
     path = hub.fetch(config.name) if addressed else Path(config.name)
     if (path / checkpoint.STRUCTURE).exists() or not (path / CONFIG).exists():
         if config.checkpoint is not None or config.arguments:
@@ -49,15 +60,15 @@ def open_model(config: ModelConfig, *, classes: int | None = None) -> tuple[nn.M
     elif config.checkpoint is not None:
         raise ConfigError(f"{config.name} contains weights: model.checkpoint has no effect; drop it.")
     else:
-        model = open_directory(path, config.arguments) if config.arguments else checkpoint.load(path)
+        return open_directory(path, config.arguments, classes=classes, headless=headless)
     known = classes_of(model)
     if classes is None or known == classes:
         return model, []
     reset_classes_(model, classes)
-    note = f"{config.name} has {known} classes; its classifier was replaced by an untrained one for {classes}."
-    return model, [note]
+    return model, [replaced_note(config.name, known, classes)]
 
 
+@checked_arguments
 def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     """Open the data for ``model``, with the input size, normalisation, interpolation and crop of the model.
 
@@ -81,6 +92,7 @@ def open_data(config: DataConfig, model: nn.Module, seed: int = 0) -> Data:
     return open_images(config, image_spec(config, model), seed)
 
 
+@checked_arguments
 def load_images(source: str, model: nn.Module, images: int = 512, *, seed: int = 0) -> list[Tensor]:
     """Read calibration images, preprocessed for ``model``, without labels: for `slimming.score` and `slimming.cut`.
 
@@ -156,10 +168,10 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
     # A resumed run must get the same new classifier.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, notes = open_model(model_config)
+        model, notes = open_model(model_config, headless=True)
         check_input(model)
         data = open_data(data_config, model, seed)
-        if classes_of(model) != len(data.classes):
+        if notes or classes_of(model) != len(data.classes):
             model, notes = open_model(model_config, classes=len(data.classes))
     name_classes(model, data.classes)
     spec = image_spec(data_config, model)

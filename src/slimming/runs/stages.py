@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
-from slimming.core.files import atomic_json, read_json
 from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
@@ -24,16 +23,26 @@ from slimming.retraining.progressive import cut_from_last, order_by_macs
 from slimming.retraining.retrain import train
 from slimming.retraining.slimmable import recalibrate_batch_norms_, train_slimmable
 from slimming.runs.config import EACH, PROGRESSIVE, TOGETHER, RunConfig
+from slimming.runs.files import (
+    CUT_PLACE,
+    PLAN_FILE,
+    ROW,
+    ROW_FILE,
+    SERVED,
+    SERVED_FILE,
+    SLIM_PLACE,
+    missing_in_budget,
+    missing_in_shared_training,
+)
 from slimming.runs.results import provenance, row_entry
 from slimming.searching.mask_search import SearchResult, load_search
 from slimming.training.batches import calibration_images
-from slimming.training.distributed import distributed_state
+from slimming.training.distributed import check_others, distributed_state, of_main_process
+from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data
 
 Log = Callable[[str], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
-SERVED = "served.json"
-"""File in the directory of a training for all budgets: the names of these budgets, and the seconds that it took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,7 @@ def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], li
     plans = {name: _plan(context, budget) for name, budget in budgets.items()}
     names = list(budgets)
     if context.config.retraining == TOGETHER:
-        unfinished = [name for name in names if not (context.root / name / "row.json").exists()]
+        unfinished = of_main_process([name for name in names if missing_in_budget(context.root, name)])
         shared = _shared_training(context, plans) if unfinished else None
     else:
         shared = None
@@ -109,16 +118,18 @@ def _prune_and_retrain(
             model separately.
     """
     directory = context.root / budget.name
-    row_file = directory / "row.json"
-    if row_file.exists():
+    row_file = directory / ROW_FILE
+    if not (missing := of_main_process(missing_in_budget(context.root, budget.name))):
         context.log(f"{budget.name}: already done")
-        return checkpoint.load(directory / "slim").to(distributed_state().device), read_json(row_file)
+        return checkpoint.load(directory / SLIM_PLACE).to(distributed_state().device), ROW.read_values(row_file)
+    if row_file.exists():
+        context.log(f"{budget.name}: {', '.join(missing)} is missing and made again")
     began, config, result = time.monotonic(), context.config, context.result
     images = context.images()
     small = cut_from_last(result.model, chosen, before, images=images).eval()
     seconds = {"cut": time.monotonic() - began}
     top1_cut = context.evaluate(small)["top1"]
-    _save(small, directory / "cut", provenance(config, result, chosen, {"top1": top1_cut}))
+    _save(small, directory / CUT_PLACE, provenance(config, result, chosen, {"top1": top1_cut}))
     context.log(f"{budget.name}: cut, top-1 {top1_cut:.4f} before retraining")
     if shared is None:
         small, metrics, seconds["retrain"] = _retrain(context, small, budget.name)
@@ -126,12 +137,13 @@ def _prune_and_retrain(
         small = cut(shared[0].model, chosen).eval()
         recalibrate_batch_norms_(small, images or context.images(at_least=256))
         metrics, seconds["retrain"] = context.evaluate(small), shared[1]
-    _save(small, directory / "slim", provenance(config, result, chosen, metrics))
+    _save(small, directory / SLIM_PLACE, provenance(config, result, chosen, metrics))
     row = row_entry(budget, small, context.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
     if shared is not None:
-        row["log"] = f"{TOGETHER}/log.jsonl"
+        row["log"] = f"{TOGETHER}/{LOG_FILE}"
     if distributed_state().is_main_process:
-        atomic_json(row_file, row)
+        row["log_sha256"] = checkpoint.sha256(context.root / row["log"])
+        ROW.write(row_file, row)
     return small, row
 
 
@@ -156,12 +168,12 @@ def _retrain(context: RunContext, small: nn.Module, name: str) -> tuple[nn.Modul
 def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[SearchResult, float]:
     """Train the shared weights, or load them; return the result, and the share of each budget in the seconds."""
     directory, world = context.root / TOGETHER, distributed_state()
-    if (directory / SERVED).exists():
-        served = read_json(directory / SERVED)
-        context.log(f"{TOGETHER}: already trained for {', '.join(served['budgets'])}")
+    if not of_main_process(missing_in_shared_training(directory)):
+        served = SERVED.read(directory / SERVED_FILE)
+        context.log(f"{TOGETHER}: already trained for {', '.join(served.budgets)}")
         result = load_search(directory)
         result.model.to(world.device)
-        return result, served["seconds"] / len(served["budgets"])
+        return result, served.seconds / len(served.budgets)
     context.log(f"{TOGETHER}: one training for {', '.join(plans)}")
     began = time.monotonic()
     result = train_slimmable(
@@ -178,21 +190,25 @@ def _shared_training(context: RunContext, plans: Mapping[str, Plan]) -> tuple[Se
     seconds = time.monotonic() - began
     if world.is_main_process:
         result.save(directory)
-        atomic_json(directory / SERVED, {"budgets": list(plans), "seconds": seconds})
+        served = {"budgets": list(plans), "seconds": seconds, "log_sha256": checkpoint.sha256(directory / LOG_FILE)}
+        SERVED.write(directory / SERVED_FILE, served)
     return result, seconds / len(plans)
 
 
 def _save(model: nn.Module, directory: Path, record: dict[str, Any]) -> None:
     """Save a checkpoint on the main process, unless it exists."""
-    if distributed_state().is_main_process and not directory.exists():
-        checkpoint.save(model, directory, record)
+    if distributed_state().is_main_process:
+        checkpoint.save_again(model, directory, record)
 
 
 def _plan(context: RunContext, budget: Budget) -> Plan:
     """Make the plan, or load it. Plans whose models share weights or are cut from one another are nested."""
-    target = context.root / budget.name / "plan.json"
+    target = context.root / budget.name / PLAN_FILE
     solver = None if context.config.retraining == EACH else "nested"
     if distributed_state().is_main_process and not target.exists():
         plan(context.result, budget, latency=context.config.latency_table, solver=solver).save(target)
-    distributed_state().wait_for_everyone()
-    return Plan.load(target)
+    check_others()
+    found = Plan.load(target)
+    if found.note:
+        context.log(f"{budget.name}: {found.note}")
+    return found

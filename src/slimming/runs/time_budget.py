@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from itertools import islice
 
 from torch import nn
 
+from slimming.core.copies import copied
 from slimming.runs.config import TOGETHER, RunConfig
 from slimming.scoring.registry import SCORES
 from slimming.training.batches import BatchShard, train_batches
@@ -225,7 +225,7 @@ def measure_pace(dense: nn.Module, data: Data, config: TrainConfig) -> Pace:
         config, steps=4, log_every=2, eval_every=0.0, batch_size=batch_size, warmup_epochs=0.0, ema=None, mixup=0.0,
         cutmix=0.0, trackers=(),
     )  # fmt: skip
-    history = fit(copy.deepcopy(dense), ClassificationTask(config.label_smoothing), data, few, title=None)
+    history = fit(copied(dense), ClassificationTask(config.label_smoothing, data.classes), data, few, title=None)
     rates = [line["images_per_second"] for line in history.log if "images_per_second" in line]
     # The batches of the few steps may have been prefetched: with workers, a step takes at least as long as reading. At
     # least a fifth of the time is attributed to the step.

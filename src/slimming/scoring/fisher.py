@@ -1,29 +1,37 @@
 """Fisher scores: mean squared derivatives of the log-likelihood with respect to a factor on each unit.
 
+All outputs of the model that count enter the likelihood: logits by labels drawn from their softmax, other values by
+normal noise as large as their spread between images.
+
 Half of this mean approximates, to second order, the KL divergence between the outputs with and without the unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimming.core.groups import Group
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import attach_
-from slimming.models.activations import add_up, own_share
+from slimming.models.activations import own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.scoring.outputs import IMAGES_PER_PASS, finite, outputs_that_count
 from slimming.training.batches import Batch
+from slimming.training.distributed import add_up
 from slimming.training.images import derive_seed
-from slimming.training.tasks import logits_by_head
+from slimming.training.outputs import CLASSES, CountedOutput, class_dim, logits_by_head, named_outputs
+from slimming.training.tasks import Loss, LossTask
 
-IMAGES_PER_PASS, DRAWS = 8, 2
-"""Images per backward pass with drawn labels, and number of draws per image: more passes reduce the noise."""
+DRAWS = 2
+"""Draws of labels per image: more passes reduce the noise."""
 
 
 @torch.enable_grad()
@@ -35,6 +43,8 @@ def fisher_scores(
     drawn: bool = True,
     seed: int = 0,
     after: Plan | None = None,
+    outputs: Sequence[CountedOutput] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Return half the mean square, over single images, of the log-likelihood's derivative along each unit's factor.
 
@@ -45,6 +55,8 @@ def fisher_scores(
         drawn: whether labels are drawn from the model's predictions, or taken from the batches.
         seed: seed of the draws.
         after: a plan for these groups; the scores are those of the model cut by it.
+        outputs: the outputs that count; by default those of `outputs_that_count`.
+        loss: custom loss, whose derivative is taken instead of that of the log-likelihood.
 
     Returns:
         Group name -> score of each unit, shape (size,).
@@ -63,20 +75,27 @@ def fisher_scores(
     like = next(model.parameters())
     count = torch.zeros((), dtype=torch.float64, device=like.device)
     # Gradients for drawn labels have mean 0, so the expected square of their sum over images is the sum of squares.
+    drawn = drawn and loss is None
     size = IMAGES_PER_PASS if drawn else 1
     parts = [
         part for batch in batches for part in zip(batch.images.split(size), batch.labels.split(size), strict=False)
     ]
+    if outputs is None:
+        outputs = outputs_that_count(prunable.model, batches) if drawn else ()
     draws = DRAWS if drawn else 1
-    loss = _negative_log_likelihood if classes_of(model) > 1 else _random_projection
     for number, (images, labels) in own_share(list(enumerate(parts))):
         generator = torch.Generator().manual_seed(derive_seed(seed, number))
-        output, _ = logits_by_head(model(images.to(like.device, like.dtype)))
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteLossError("The model's outputs are not finite. Check its weights and the images.")
+        images = images.to(like.device, like.dtype)
+        if loss is not None:
+            measure = partial(_own_loss, loss, model, images, labels.to(like.device))
+        elif drawn:
+            measure = partial(_drawn_likelihood, model(images), len(images), outputs, classes_of(model), generator)
+        else:
+            measure = partial(_likelihood, model(images), labels.to(like.device), classes_of(model))
         for draw in range(draws):
-            value = loss(output.float(), None if drawn else labels.to(like.device), generator)
-            grads = torch.autograd.grad(value, list(factors.values()), retain_graph=draw + 1 < draws, allow_unused=True)
+            grads = torch.autograd.grad(
+                measure(), list(factors.values()), retain_graph=draw + 1 < draws, allow_unused=True
+            )
             for total, grad in zip(squares.values(), grads, strict=True):
                 if grad is not None:
                     total += grad.double().square()
@@ -90,17 +109,36 @@ def fisher_scores(
     return result
 
 
-def _negative_log_likelihood(logits: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Sum over images of the cross-entropy with the labels, or with labels drawn from the logits (B, K, …)."""
-    if labels is None:
-        probabilities = logits.detach().softmax(1).movedim(1, -1)
-        drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]).cpu(), 1, generator=generator)
-        labels = drawn.to(logits.device).reshape(probabilities.shape[:-1])
-    return F.cross_entropy(logits, labels, reduction="sum")
+def _own_loss(loss: Loss, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The custom loss of one image."""
+    return finite(LossTask(loss).loss(model, images, labels)["loss"])
 
 
-def _random_projection(features: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Sum of features times normal noise: its gradient is that of the log-likelihood of features with normal noise."""
-    if labels is not None:
+def _likelihood(output: Any, labels: Tensor, classes: int) -> Tensor:
+    """Cross-entropy of the logits of the classes with labels, summed over images."""
+    if classes < 2:
         raise ConfigError("Score 'taylor' needs a model with a classifier; take score 'compensated'.")
-    return (features * torch.randn(features.shape, generator=generator).to(features.device)).sum()
+    return F.cross_entropy(finite(logits_by_head(output)[0]).float(), labels, reduction="sum")
+
+
+def _drawn_likelihood(
+    output: Any, images: int, outputs: Sequence[CountedOutput], classes: int, generator: torch.Generator
+) -> Tensor:
+    """Negative log-likelihood of values drawn from the outputs themselves, summed over images and outputs.
+
+    The labels of logits are drawn from their softmax. Other values have normal noise: their gradient is that of the sum
+    of the values times noise.
+    """
+    named, losses = named_outputs(output, images), []
+    for counted in outputs:
+        values = finite(named[counted.name]).float()
+        if counted.kind == CLASSES:
+            logits = values.movedim(class_dim(values, classes), 1)
+            probabilities = logits.detach().softmax(1).movedim(1, -1)
+            drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]).cpu(), 1, generator=generator)
+            labels = drawn.to(logits.device).reshape(probabilities.shape[:-1])
+            value = F.cross_entropy(logits, labels, reduction="sum")
+        else:
+            value = (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+        losses.append(value if counted.scale == 1 else value / counted.scale)
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()

@@ -21,6 +21,8 @@ from slimming.planning.planner import Planner
 from slimming.scoring.fisher import fisher_scores
 from slimming.scoring.redundancy import redundancy_scores
 from slimming.training.batches import Batch
+from slimming.training.outputs import CountedOutput
+from slimming.training.tasks import Loss
 
 IN_ROUNDS = ("token", "block", "width")
 """Kinds whose units cannot be replaced by others."""
@@ -37,6 +39,8 @@ def iterative_scores(
     batches: Sequence[Batch],
     *,
     seed: int = 0,
+    outputs: Sequence[CountedOutput] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Return the cost of each unit at the moment of its removal.
 
@@ -47,6 +51,8 @@ def iterative_scores(
             `slimming.scoring.fisher.fisher_scores`.
         batches: calibration images, the same on every process; their labels are not used.
         seed: seed of the drawn labels.
+        outputs: the outputs that count, see `slimming.scoring.fisher.fisher_scores`.
+        loss: custom loss, see `slimming.scoring.fisher.fisher_scores`.
 
     Returns:
         Group name -> cost of each unit, shape (size,).
@@ -58,7 +64,8 @@ def iterative_scores(
     for kind in IN_ROUNDS:
         of_kind = [group for group in groups if group.kind == kind]
         if of_kind:
-            scores |= _in_rounds(prunable, of_kind, {group.name: alone[group.name] for group in of_kind}, batches, seed)
+            start = {group.name: alone[group.name] for group in of_kind}
+            scores |= _in_rounds(prunable, of_kind, start, batches, seed, outputs, loss)
     return scores
 
 
@@ -68,6 +75,8 @@ def _in_rounds(
     alone: Mapping[str, Tensor],
     batches: Sequence[Batch],
     seed: int,
+    outputs: Sequence[CountedOutput] | None,
+    loss: Loss | None,
 ) -> dict[str, Tensor]:
     """Costs of the units of one kind: the score in the round of removal, at least the largest of the rounds before."""
     kind, anatomy = groups[0].kind, prunable.anatomy
@@ -93,7 +102,9 @@ def _in_rounds(
         if plan is None:
             return costs
         remaining = {name: units_left & ~removed[name] for name, units_left in remaining.items()}
-        current = fisher_scores(prunable, groups, batches, seed=seed + number + 1, after=plan)
+        current = fisher_scores(
+            prunable, groups, batches, seed=seed + number + 1, after=plan, outputs=outputs, loss=loss
+        )
     return costs
 
 

@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from slimming.core.argument_types import checked_arguments
 from slimming.core.layout import Layout
-from slimming.errors import DataError, PlanError
+from slimming.errors import ConfigError, DataError, PlanError
 from slimming.masks.attachment import independent, prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
 from slimming.planning.scores import HasScores, ScoredModel
+from slimming.scoring.outputs import outputs_that_count
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
 from slimming.training.batches import Batch, calibration_batches
+from slimming.training.distributed import agreed
+from slimming.training.outputs import CountedOutput
 from slimming.training.samples import Data
+from slimming.training.tasks import Loss
 
 NO_LABEL = -1
 """Label of images that were given without labels."""
@@ -33,6 +38,8 @@ class OneShot(HasScores):
         how: name of the score.
         images: the batches, shape (B, C, H, W), for the compensation in `slimming.cut`.
         layout: sizes that plans may give to the layers.
+        outputs: the outputs of the model that counted; empty for a custom loss, and for scores that do not compare
+            outputs.
     """
 
     prunable: PrunableModel
@@ -40,6 +47,7 @@ class OneShot(HasScores):
     how: str
     images: Sequence[Tensor] = field(repr=False)
     layout: Layout = field(default_factory=Layout)
+    outputs: tuple[CountedOutput, ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -52,6 +60,8 @@ class OneShot(HasScores):
         return ScoredModel(anatomy=self.prunable.anatomy, scores=self.scores, layout=self.layout)
 
 
+@agreed()
+@checked_arguments
 def score(
     model: nn.Module,
     data: Data | Sequence[Tensor],
@@ -62,8 +72,12 @@ def score(
     rotate: bool = True,
     layout: Layout | None = None,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> OneShot:
     """Score every unit without training, which takes minutes on 128 to 512 images without labels.
+
+    Every floating-point output of the model counts: tensors in nested tuples, dicts, dataclasses and the outputs of
+    transformers. Several outputs are scaled by their own spread between images. `OneShot.outputs` names them.
 
     Cut the model of the result with ``images=result.images``, so that the removed units are compensated. With several
     processes, each must call this function, and `slimming.cut` with images, with the same arguments.
@@ -79,11 +93,14 @@ def score(
         rotate: whether to change the bases of attention heads first, see `slimming.scoring.rotation`.
         layout: sizes that plans may give to the layers.
         seed: seed of the choice of images and of the drawn labels.
+        loss: custom loss, see `slimming.training.tasks.Loss`: its derivative for single images replaces that of the
+            outputs. For images without labels, the labels it gets are -1.
 
     Raises:
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks.
-        ConfigError: there is no such score, the model has no such kind, or ``images`` is below 1.
+        ConfigError: there is no such score, the model has no such kind or no output that counts, ``images`` is below
+            1, or the score does not use ``loss``.
         DataError: the score needs labels and the data has none.
         NonFiniteLossError: the model's outputs or their gradients are not finite.
 
@@ -98,8 +115,10 @@ def score(
     chosen = score_called(how, one_shot=True)
     if attached(model) is not None:
         raise PlanError("The model has masks; call masks.fold_() or masks.detach_() first, or plan with the masks.")
+    if loss is not None and not chosen.needs_images:
+        raise ConfigError(f"Score {how!r} is computed from the weights alone and does not use a loss; drop it.")
     batches = _batches(data, images, seed)
-    if chosen.needs_labels and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
+    if chosen.needs_labels and loss is None and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
         raise DataError(f"Score {how!r} needs labels: give data that has them, or take score 'compensated'.")
     copied = prunable(model).copy()
     copied.model.eval()
@@ -107,8 +126,12 @@ def score(
     if rotate:
         rotate_(copied, image_batches)
     groups = select_kinds(independent(copied.anatomy.groups), kinds)
-    scores = chosen.function(Request(prunable=copied, groups=groups, batches=batches, seed=seed))
-    return OneShot(prunable=copied, scores=scores, how=how, images=image_batches, layout=layout or Layout())
+    outputs = outputs_that_count(copied.model, batches) if chosen.compares_outputs and loss is None else ()
+    request = Request(prunable=copied, groups=groups, batches=batches, seed=seed, outputs=outputs, loss=loss)
+    scores = chosen.function(request)
+    return OneShot(
+        prunable=copied, scores=scores, how=how, images=image_batches, layout=layout or Layout(), outputs=outputs
+    )
 
 
 def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batch]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from slimming.masks.soft_masks import SoftMasks
     from slimming.models.prunable import PrunableModel
     from slimming.training.batches import Batch
+    from slimming.training.outputs import CountedOutput
+    from slimming.training.tasks import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Request:
         batches: calibration images, the same on every process.
         masks: the masks of a search with the scores that they collected; None for one-shot scores.
         seed: seed of the drawn labels.
+        outputs: the outputs that count in Fisher scores; None means those of `outputs_that_count`.
+        loss: custom loss, whose derivative is taken instead of that of the outputs; None if there is none.
     """
 
     prunable: PrunableModel
@@ -38,6 +42,8 @@ class Request:
     batches: Sequence[Batch]
     masks: SoftMasks | None = None
     seed: int = 0
+    outputs: Sequence[CountedOutput] | None = None
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,7 @@ class Score:
         needs_labels: whether `slimming.score` needs labels for it.
         needs_training: whether a search collects it during training, so that a search without training steps does not
             have it.
+        compares_outputs: whether it is computed from the outputs of the model, or from a custom loss.
         needs_images: whether it is computed on calibration images (in a search: after the training).
         kinds: the kinds for which the score depends on more than the mask; None means all kinds.
     """
@@ -60,6 +67,7 @@ class Score:
     one_shot: bool = True
     needs_labels: bool = False
     needs_training: bool = False
+    compares_outputs: bool = False
     needs_images: bool = True
     kinds: tuple[str, ...] | None = None
 
@@ -67,14 +75,29 @@ class Score:
 def _fisher(request: Request) -> dict[str, Tensor]:
     from slimming.scoring.fisher import fisher_scores
 
-    return fisher_scores(request.prunable, request.groups, request.batches, seed=request.seed)
+    return fisher_scores(
+        request.prunable,
+        request.groups,
+        request.batches,
+        seed=request.seed,
+        outputs=request.outputs,
+        loss=request.loss,
+    )
 
 
 def _compensated(request: Request) -> dict[str, Tensor]:
     from slimming.scoring.iterative import iterative_scores
 
     alone = _fisher(request)
-    return iterative_scores(request.prunable, request.groups, alone, request.batches, seed=request.seed)
+    return iterative_scores(
+        request.prunable,
+        request.groups,
+        alone,
+        request.batches,
+        seed=request.seed,
+        outputs=request.outputs,
+        loss=request.loss,
+    )
 
 
 def _taylor(request: Request) -> dict[str, Tensor]:
@@ -83,7 +106,9 @@ def _taylor(request: Request) -> dict[str, Tensor]:
 
     if request.masks is not None:
         return taylor_scores(request.masks)
-    return fisher_scores(request.prunable, request.groups, request.batches, drawn=False, seed=request.seed)
+    return fisher_scores(
+        request.prunable, request.groups, request.batches, drawn=False, seed=request.seed, loss=request.loss
+    )
 
 
 def _contribution(request: Request) -> dict[str, Tensor]:
@@ -108,6 +133,7 @@ def _masks(request: Request) -> SoftMasks:
 SCORES: Mapping[str, Score] = {
     "compensated": Score(
         function=_compensated,
+        compares_outputs=True,
         description=(
             "the Fisher score of each unit at the moment of its removal, after other units of its kind were removed "
             "and compensated (ZipLM, NeurIPS 2023; Molchanov et al., ICLR 2017)"
@@ -115,6 +141,7 @@ SCORES: Mapping[str, Score] = {
     ),
     "fisher": Score(
         function=_fisher,
+        compares_outputs=True,
         description=(
             "half the mean squared derivative of the log-likelihood along the unit's factor, with labels drawn from "
             "the model's own predictions: to second order, the KL divergence that removing the unit causes"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
+from slimming.errors import NonFiniteLossError
 from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
 
@@ -33,6 +34,9 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     Args:
         prunable: a model without masks in evaluation mode.
         images: batches of shape (B, C, H, W), the same on every process.
+
+    Raises:
+        NonFiniteLossError: the images or the weights are not finite; the model is unchanged.
     """
     model = prunable.model
     roles: defaultdict[str, dict[str, Group]] = defaultdict(dict)
@@ -43,6 +47,10 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
     # The rotations change nothing outside the heads, so all statistics can be computed beforehand.
     moments = _moments(model, queries, values, images)
+    for group in values:
+        for reads in _slices(group, "consumes"):
+            if not bool(torch.isfinite(model.get_parameter(reads.tensor)).all()):
+                raise NonFiniteLossError(f"{reads.tensor} is not finite. Load weights without NaN and infinity.")
     for group in queries:
         q, k = (_slices(group, side) for side in ("query", "key"))
         for rows, (of_q, of_k) in zip(_heads(group), moments[group.name], strict=True):

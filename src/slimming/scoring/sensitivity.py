@@ -10,7 +10,6 @@ kinds are measured for each way.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.budget import Budget
+from slimming.core.copies import copied
 from slimming.core.groups import Anatomy
 from slimming.core.layout import Layout
 from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
-from slimming.errors import BudgetError
+from slimming.errors import BudgetError, NonFiniteLossError
 from slimming.masks.soft_masks import SoftMasks, attached
 from slimming.planning.planner import Planner
 from slimming.planning.sensitivity import SPREADS, Curve, Sensitivity
@@ -51,16 +51,16 @@ def sensitivity(
         loss: returns the loss of a copy of the masked model.
 
     Raises:
-        ValueError: the loss of the unpruned model is not finite.
+        NonFiniteLossError: the loss of the unpruned model is not finite.
     """
     model = masks.model
     planner = Planner(masks.anatomy, scores, layout, lambda kept: {})
     unpruned = loss(model)
     if not math.isfinite(unpruned):
-        raise ValueError(f"the loss of the searched model is {unpruned}")
+        raise NonFiniteLossError(f"The loss of the trained model is {unpruned}. Check its weights and the images.")
 
     def increase(plan: Plan) -> float:
-        pruned = copy.deepcopy(model)
+        pruned = copied(model)
         copied_masks = attached(pruned)
         assert copied_masks is not None
         copied_masks.apply_(plan)

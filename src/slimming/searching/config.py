@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from slimming.core.argument_types import check_fields
 from slimming.core.kinds import KINDS, check_kinds
 from slimming.core.layout import FREE, Layout
 from slimming.errors import ConfigError, nearest
 from slimming.masks.options import BIAS, MULTIPLY
 from slimming.scoring.registry import SCORES, score_called
 from slimming.training.config import TrainConfig
+
+RECORD = "search.json"
+"""File that a search writes last, when its units are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +31,17 @@ class SearchConfig:
         penalty: kind -> weight of its l1 penalty.
         penalty_sum: whether the weights multiply sums over units, as in the paper, instead of means.
         score: score by which units are ranked, one of `slimming.scoring.registry.SCORES`. With a custom loss, its
-            gradients replace those of the log-likelihood.
+            gradients replace those of the log-likelihood. It may be changed after the training.
         rotate: whether to change the bases of attention heads before the training, see `slimming.scoring.rotation`;
             skipped if the training images can be iterated only once.
-        images: number of training images, used without labels, for ``rotate`` and ``score``.
+        images: number of training images, used without labels, for ``rotate`` and ``score``. Without ``rotate``, it
+            may be changed after the training.
         fold: whether the cut multiplies the learned factors into the weights; False sets them to 1, as in the paper.
         mask_lr: learning rate of the masks as a multiple of that of the weights.
         layout: sizes that plans may give to the layers.
         sensitivity: number of images on which the loss is measured after the training with each kind alone pruned, so
             that kinds are weighed against each other; 0 skips this. Without it, the scores ``"taylor"`` and
-            ``"contribution"`` are not comparable between kinds.
+            ``"contribution"`` are not comparable between kinds. It may be changed after the training.
         train: settings of the training.
 
     Raises:
@@ -60,6 +64,7 @@ class SearchConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0, lr=1e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_kinds((*(self.kinds or ()), *self.penalty), ConfigError)
         if self.kinds is not None and not self.kinds:
             raise ConfigError("search.kinds is empty: there is nothing to search. Name at least one kind.")
@@ -77,6 +82,11 @@ class SearchConfig:
             raise ConfigError("Penalty weights must be at least 0 and mask_lr above 0.")
         if self.sensitivity < 0:
             raise ConfigError(f"search.sensitivity is {self.sensitivity} images; it must be at least 0.")
+
+
+def scoring_settings(config: SearchConfig) -> tuple[str, ...]:
+    """Return the settings that only matter after the training of a search, so that they may change until then."""
+    return ("score", "sensitivity") if config.rotate else ("score", "sensitivity", "images")
 
 
 def _paper() -> SearchConfig:
@@ -148,13 +158,3 @@ def preset(name: str) -> SearchConfig:
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}; presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
     return PRESETS[name]()
-
-
-def config_from_dict(value: Mapping[str, Any]) -> SearchConfig:
-    """Return the `SearchConfig` that was written to JSON with `dataclasses.asdict`."""
-    nested = {"layout": Layout(**value["layout"]), "train": TrainConfig(**_tuples(value["train"]))}
-    return SearchConfig(**{**_tuples(value), **nested})
-
-
-def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
+import msgspec
 from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
-from slimming.core.files import FORMAT, atomic_json, check_json, read_sealed, seal
+from slimming.core.argument_types import checked_arguments
+from slimming.core.files import check_json, exclusive
 from slimming.core.groups import Anatomy, Group
+from slimming.core.interrupts import interruptible
 from slimming.core.modules import check_trainable, in_evaluation
-from slimming.errors import CheckpointError
+from slimming.core.records import FileKind
+from slimming.errors import CheckpointError, PlanError
 from slimming.masks.attachment import independent, joint, prunable, select_kinds
 from slimming.masks.soft_masks import SoftMasks, attach_, attached
 from slimming.models.family import assign_state_
+from slimming.models.hosts import name_classes
 from slimming.models.prunable import read_as
 from slimming.planning.scores import HasScores, ScoredModel, load_scores, save_scores
 from slimming.planning.sensitivity import Sensitivity
-from slimming.scoring.redundancy import redundancy_scores
-from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
-from slimming.scoring.sensitivity import sensitivity
-from slimming.searching.config import SearchConfig, config_from_dict
-from slimming.training.batches import calibration_batches, calibration_images, first_batches
-from slimming.training.distillation import MatchLoss
-from slimming.training.distributed import distributed_state, rank_and_world_size
-from slimming.training.evaluation import autocast
+from slimming.searching.config import RECORD, SearchConfig, scoring_settings
+from slimming.searching.trained_scores import score_trained
+from slimming.training.batches import calibration_images
+from slimming.training.distributed import agreed, distributed_state
 from slimming.training.loop import History, fit
+from slimming.training.resume import STATE_FILE
 from slimming.training.samples import Data
-from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task, logits_by_head
+from slimming.training.tasks import ClassificationTask, Loss, LossTask, PenaltyTask, Task
 
-WEIGHTS, MASKS, SCORES_FILE, RECORD = "weights.safetensors", "masks.safetensors", "scores.safetensors", "search.json"
+WEIGHTS, MASKS, SCORES_FILE = "weights.safetensors", "masks.safetensors", "scores.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +47,7 @@ class SearchResult(HasScores):
         masks: the masks.
         scores: group name -> score of each unit.
         config: settings of the search.
+        scored_by: the score that was computed.
         sensitivity: increase of the loss when units of each kind are removed, see `slimming.scoring.sensitivity`; None
             if it was not measured.
         metrics: last evaluation of the masked model.
@@ -61,6 +58,7 @@ class SearchResult(HasScores):
     masks: SoftMasks
     scores: Mapping[str, Tensor]
     config: SearchConfig
+    scored_by: str = ""
     sensitivity: Sensitivity | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     history: History | None = None
@@ -86,25 +84,44 @@ class SearchResult(HasScores):
 
         Raises:
             ConfigError: the metrics or the settings contain values that JSON cannot hold, such as NaN.
-            OutputError: the directory is not writable, or the disk is full.
+            OutputError: the directory is in use by another process or not writable, or the disk is full.
         """
         directory, metrics, config = Path(directory), dict(self.metrics), dataclasses.asdict(self.config)
         check_json(metrics, "metrics")
         check_json(config, "config")
         tensors = {WEIGHTS: self.masks.weights(), MASKS: dict(self.masks)}
-        for name, content in tensors.items():
-            checkpoint.write_tensors(directory / name, checkpoint.untied(content))
-        save_scores(directory / SCORES_FILE, self.scored)
-        record = {
-            "format": FORMAT,
-            "structure": self.anatomy.structure.to_dict(),
-            "config": config,
-            "metrics": metrics,
-            "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
-        }
-        atomic_json(directory / RECORD, seal(record))
+        with exclusive(directory):
+            for name, content in tensors.items():
+                checkpoint.write_tensors(directory / name, checkpoint.untied(content))
+            save_scores(directory / SCORES_FILE, self.scored)
+            record = {
+                "structure": self.anatomy.structure.to_dict(),
+                "config": config,
+                "scored_by": self.scored_by,
+                "metrics": metrics,
+                "files_sha256": {name: checkpoint.sha256(directory / name) for name in (*tensors, SCORES_FILE)},
+            }
+            SEARCH.write(directory / RECORD, record)
 
 
+class SearchContent(msgspec.Struct, frozen=True):
+    """The content of the file of a search."""
+
+    config: SearchConfig
+    metrics: dict[str, float]
+    files_sha256: dict[str, str]
+    scored_by: str = ""
+
+    def __post_init__(self) -> None:
+        if missing := {WEIGHTS, MASKS, SCORES_FILE} - self.files_sha256.keys():
+            raise ValueError(f"files_sha256 lacks {min(missing)}")
+
+
+SEARCH = FileKind(name="the record of a search", schema=SearchContent, mend="Repeat the search in another directory.")
+
+
+@agreed()
+@checked_arguments
 def search(
     model: nn.Module,
     data: Data,
@@ -131,7 +148,9 @@ def search(
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks already.
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
-            `slimming.training.loop.fit`.
+            `slimming.training.loop.fit`. If the score or the sensitivity cannot be computed, the training is kept: with
+            a ``directory`` and ``resume``, the next call goes on from there, also with another ``score`` or
+            ``sensitivity``; without a directory, see `score_search`.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -144,9 +163,12 @@ def search(
     torch.Size([192])
     """
     check_trainable(model)
-    config = config or SearchConfig()
-    masks = _attach_masks(model, data, config)
-    task = LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing)
+    config, directory = config or SearchConfig(), Path(directory) if directory is not None else None
+    resumed = resume and directory is not None and (directory / STATE_FILE).exists()
+    masks = _attach_masks(model, data, config, rotate=config.rotate and not resumed)
+    task = _task(config, data, loss)
+    if loss is None:
+        name_classes(model, data.classes)
     mask_names = {
         name for name, parameter in model.named_parameters() if any(parameter is m for m in masks.own().values())
     }
@@ -160,7 +182,7 @@ def search(
         ),
         data,
         config.train,
-        directory=Path(directory) if directory is not None else None,
+        directory=directory,
         resume=resume,
         evaluate=evaluate,
         no_decay=mask_names.__contains__,
@@ -172,17 +194,65 @@ def search(
         assert averaged is not None
         averaged.collected = masks.collected
         model, masks = history.averaged, averaged
-    scores = _scores(masks, config, data, task)
-    scores, measured = _agree(scores, _try_sensitivity(masks, scores, config, data, task))
+    kept = "The trained model keeps its masks: call slimming.score_search on it"
+    if directory is not None:
+        kept = f"The training is saved in {directory}: start it again with the same directory"
+    with interruptible(f"{kept}."):
+        scores, scored_by, measured = score_trained(masks, data, config, task, kept)
     return SearchResult(
         model=model,
         masks=masks,
         scores=scores,
         config=config,
+        scored_by=scored_by,
         sensitivity=measured,
         metrics=history.metrics,
         history=history,
     )
+
+
+@agreed()
+def score_search(
+    model: nn.Module, data: Data, config: SearchConfig | None = None, *, loss: Loss | None = None
+) -> SearchResult:
+    """Score the units of a model whose masks were trained: the last stage of `search`, with the same arguments.
+
+    Use it to score a trained model by several scores, or if `search` without a directory failed in this stage.
+
+    Args:
+        model: the model that `search` trained, with its masks; it is not changed.
+        data: training images.
+        config: settings, of which ``score``, ``sensitivity`` and ``images`` may differ from those of the training.
+        loss: the custom loss of the training.
+
+    Raises:
+        PlanError: the model has no masks.
+        ConfigError, DataError, NonFiniteLossError: the score or the sensitivity cannot be computed; the message says
+            what to do.
+
+    >>> import timm, slimming
+    >>> from slimming.demo import settings
+    >>> model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    >>> images = slimming.DataConfig(source=settings()["data"]["source"], train_limit=8, val_limit=8)
+    >>> data = slimming.open_data(images, model)
+    >>> train = slimming.TrainConfig(steps=2, batch_size=4)
+    >>> result = slimming.search(model, data, slimming.SearchConfig(train=train))
+    >>> other = slimming.score_search(result.model, data, slimming.SearchConfig(train=train, score="taylor"))
+    >>> other.scored_by
+    'taylor'
+    """
+    config, masks = config or SearchConfig(), attached(model)
+    if masks is None:
+        raise PlanError("The model has no masks; give one that slimming.search trained, or call slimming.score.")
+    kept = "The trained model keeps its masks: call this again"
+    scores, scored_by, measured = score_trained(masks, data, config, _task(config, data, loss), kept)
+    return SearchResult(
+        model=model, masks=masks, scores=scores, config=config, scored_by=scored_by, sensitivity=measured
+    )
+
+
+def _task(config: SearchConfig, data: Data, loss: Loss | None) -> Task:
+    return LossTask(loss) if loss is not None else ClassificationTask(config.train.label_smoothing, data.classes)
 
 
 def groups_to_search(anatomy: Anatomy, config: SearchConfig) -> list[Group]:
@@ -195,13 +265,12 @@ def groups_to_search(anatomy: Anatomy, config: SearchConfig) -> list[Group]:
     return select_kinds(groups, config.kinds)
 
 
-def _attach_masks(model: nn.Module, data: Data, config: SearchConfig) -> SoftMasks:
-    """Rotate the attention heads of the model, if the settings ask for it, and attach its masks."""
+def _attach_masks(model: nn.Module, data: Data, config: SearchConfig, *, rotate: bool) -> SoftMasks:
+    """Rotate the attention heads of the model, if ``rotate`` is True, and attach its masks."""
     read_model = prunable(model)
     groups = groups_to_search(read_model.anatomy, config)
     once = isinstance(data.train, Iterator)  # its images are needed for the training
-    if config.rotate and not once and any(group.kind == "head_dim" for group in groups):
-        # A resumed search replaces these weights by those of its state, which were rotated at the start.
+    if rotate and not once and any(group.kind == "head_dim" for group in groups):
         model.to(distributed_state().device)
         with in_evaluation(model):
             rotate_(read_model, calibration_images(data, config.images, seed=config.train.seed))
@@ -210,126 +279,43 @@ def _attach_masks(model: nn.Module, data: Data, config: SearchConfig) -> SoftMas
     return masks
 
 
-def _scores(masks: SoftMasks, config: SearchConfig, data: Data, task: Task) -> dict[str, Tensor]:
-    """One score per unit of the trained model; if the configured score cannot be computed, the collected one."""
-    chosen = score_called(config.score)
-    if chosen.needs_training or not chosen.needs_images:
-        return masks.scores(config.score)
-    try:
-        model = copy.deepcopy(masks.model).eval()
-        copied_masks = attached(model)
-        assert copied_masks is not None
-        if config.fold:
-            copied_masks.fold_()
-        copied_masks.detach_()
-        batches = calibration_batches(data, config.images, seed=config.train.seed)
-        if _trains_outputs(task):
-            plain = read_as(model, masks.anatomy)
-            request = Request(prunable=plain, groups=masks.groups, batches=batches, masks=masks, seed=config.train.seed)
-            return chosen.function(request)
-        scores = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
-        if config.score == "compensated":
-            scores = redundancy_scores(model, masks.groups, scores, [batch.images for batch in batches])
-        return scores
-    except Exception as error:  # data that cannot be read again, memory, a custom model: keep the trained search
-        if config.train.steps == 0:
-            raise
-        warnings.warn(
-            f"Score {config.score!r} could not be computed ({type(error).__name__}: {error}); units are ranked by the "
-            "Taylor scores that the search collected. search.score: taylor selects these.",
-            stacklevel=2,
-        )
-        return masks.scores("taylor")
-
-
-def _trains_outputs(task: Task) -> bool:
-    """Whether the loss compares the outputs of the model, so that their Fisher scores measure the effect of a unit."""
-    return isinstance(task, ClassificationTask) or (isinstance(task, LossTask) and isinstance(task.function, MatchLoss))
-
-
-def _try_sensitivity(
-    masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
-) -> Sensitivity | None:
-    """The sensitivity of each kind; None if it is not asked for, has no use, or cannot be measured (with a warning)."""
-    if not config.sensitivity or len({group.kind for group in masks.groups}) < 2:
-        return None
-    try:
-        return _sensitivity(masks, scores, config, data, task)
-    except Exception as error:  # data that cannot be read again, memory, a custom loss: keep the trained search
-        warnings.warn(
-            f"The sensitivity of each kind could not be measured ({type(error).__name__}: {error}); kinds are "
-            "weighed against each other by their scores. search.sensitivity: 0 skips the measurement.",
-            stacklevel=3,
-        )
-        return None
-
-
-def _sensitivity(
-    masks: SoftMasks, scores: Mapping[str, Tensor], config: SearchConfig, data: Data, task: Task
-) -> Sensitivity:
-    """Sensitivity on the first training images, of the outputs of a classifier or of the loss of another task."""
-    model, train = masks.model.eval(), config.train
-    device = next(model.parameters()).device
-    first = first_batches(data, config.sensitivity, train.images_per_pass, train.seed, train.workers)
-    batches = [(batch.images.to(device), batch.labels.to(device)) for batch in first]
-    # Autocast caches copies of the weights until it exits, so each evaluation needs a new one.
-    precise = partial(autocast, device, train.precision)
-    with torch.no_grad(), precise():
-        measure = (
-            _divergence(model, batches) if isinstance(task, ClassificationTask) else _task_loss(task, device, batches)
-        )
-
-    def loss(trial: nn.Module) -> float:
-        with precise():
-            return measure(trial)
-
-    return sensitivity(masks, scores, config.layout, loss)
-
-
-def _divergence(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
-    """Return a function that computes the mean KL divergence of a classifier from ``model`` over the images.
-
-    It is exactly 0 for the unchanged model, so that few images suffice, and it is informative even if the model fits
-    its training images perfectly.
-    """
-
-    def log_probabilities(classifier: nn.Module) -> Tensor:
-        return torch.cat([logits_by_head(classifier(images))[0].double().log_softmax(1) for images, _ in batches])
-
-    reference = log_probabilities(model)
-    return lambda trial: F.kl_div(log_probabilities(trial), reference, reduction="batchmean", log_target=True).item()
-
-
-def _task_loss(
-    task: Task, device: torch.device, batches: Sequence[tuple[Tensor, Tensor]]
-) -> Callable[[nn.Module], float]:
-    """Return a function that computes the mean loss of a model over the images."""
-
-    def loss(trial: nn.Module) -> float:
-        task.start(trial, device)
-        try:
-            parts = [task.loss(trial, *batch)["loss"].item() * len(batch[0]) for batch in batches]
-        finally:
-            task.stop()
-        return sum(parts) / sum(len(images) for images, _ in batches)
-
-    return loss
-
-
-def _agree(scores: dict[str, Tensor], measured: Sensitivity | None) -> tuple[dict[str, Tensor], Sensitivity | None]:
-    """The scores and sensitivity of the first process, on every process, so that all make the same plan."""
-    if rank_and_world_size()[1] > 1:
-        shared: list[Any] = [{name: score.tolist() for name, score in scores.items()}, measured]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        return {name: torch.tensor(values) for name, values in shared[0].items()}, shared[1]
-    return scores, measured
-
-
 def search_directory(directory: Path) -> Path | None:
     """Return the directory of the search: ``directory``, or its subdirectory in a run; None if there is no search."""
     return next((place for place in (directory, directory / "search") if (place / RECORD).exists()), None)
 
 
+def is_scored(directory: Path, config: SearchConfig) -> bool:
+    """Return whether the finished search in ``directory`` was scored with these settings.
+
+    Raises:
+        CheckpointError: it was scored with others, and its training, from which it could be scored again, is gone.
+    """
+    before = SEARCH.read(directory / RECORD).config
+    changed = [name for name in scoring_settings(config) if getattr(before, name) != getattr(config, name)]
+    if changed and config.train.steps != 0 and not (directory / STATE_FILE).exists():
+        raise CheckpointError(
+            f"{directory} was scored with another search.{changed[0]}, and {STATE_FILE} is missing, from which it "
+            "could be scored again. Give another directory, which trains anew."
+        )
+    return not changed
+
+
+def verify_search(directory: Path) -> SearchContent:
+    """Verify the checksums of the files that `SearchResult.save` wrote, and return the record.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    record = SEARCH.read(directory / RECORD)
+    for name in (WEIGHTS, MASKS, SCORES_FILE):
+        if checkpoint.sha256(directory / name) != record.files_sha256[name]:
+            raise CheckpointError(
+                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
+            )
+    return record
+
+
+@checked_arguments
 def load_search(directory: str | Path) -> SearchResult:
     """Load what `SearchResult.save` wrote, with the masked model in evaluation mode.
 
@@ -337,14 +323,9 @@ def load_search(directory: str | Path) -> SearchResult:
         CheckpointError: a file is missing, damaged, or of a newer format.
     """
     directory = Path(directory)
-    record = read_sealed(directory / RECORD)
-    for name, digest in record["files_sha256"].items():
-        if checkpoint.sha256(directory / name) != digest:
-            raise CheckpointError(
-                f"{directory / name} was changed after it was written: its checksum differs. Take an intact copy."
-            )
+    record = verify_search(directory)
     scored = load_scores(directory / SCORES_FILE)
-    config = config_from_dict(record["config"])
+    config = record.config
     model = checkpoint.build(scored.anatomy.structure)
     weights = checkpoint.read_tensors(directory / WEIGHTS)
     values = checkpoint.read_tensors(directory / MASKS)
@@ -364,6 +345,7 @@ def load_search(directory: str | Path) -> SearchResult:
         masks=masks,
         scores=scored.scores,
         config=config,
+        scored_by=record.scored_by or config.score,
         sensitivity=scored.sensitivity,
-        metrics=record["metrics"],
+        metrics=record.metrics,
     )

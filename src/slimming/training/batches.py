@@ -12,15 +12,21 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from slimming.core.argument_types import checked_arguments
 from slimming.errors import ConfigError, DataError
-from slimming.training.images import UnreadableImageError, derive_seed
+from slimming.training.image_files import UnreadableImageError
+from slimming.training.images import derive_seed
 from slimming.training.samples import Data, ImageDataset, Loader, Sample, StreamDataset, UnreadableCounter
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Types of the labels of a custom loader."""
 
 
 class Batch(NamedTuple):
@@ -95,6 +101,7 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
             return
 
 
+@checked_arguments
 def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
     """Return training images as batches of shape (B, C, H, W), the same for the same seed.
 
@@ -264,8 +271,13 @@ def _loader(dataset: torch.utils.data.Dataset[Batch], workers: int) -> DataLoade
 
 
 def _init_worker(_: int) -> None:
-    """Ignore Ctrl-C, which the main process handles after its current step, and use one thread per worker."""
+    """Leave Ctrl-C and a first SIGTERM to the main process, which finishes its step; use one thread per worker."""
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the main process stops its workers by this signal
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
     torch.set_num_threads(1)
 
 
@@ -346,7 +358,7 @@ def _checked_batch(item: Any, number: int) -> Batch:
     names = (
         tuple(map(str, item[2])) if len(item) > 2 else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
     )
-    if item[1].is_floating_point():
+    if item[1].dtype not in INTEGERS:
         raise DataError(
             f"Batch {number} of a loader has labels of {item[1].dtype}; give class numbers. For soft labels set mixup, "
             "cutmix or label_smoothing."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from slimming.core.argument_types import check_fields
 from slimming.errors import ConfigError, nearest
 
 SCHEDULES = ("cosine", "constant", "step")
@@ -71,6 +72,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("batch_size", "accumulate", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.steps is not None:
@@ -121,6 +123,9 @@ class DataConfig:
         mean: mean of the pixels by channel, between 0 and 1, instead of the model's own. For `transformers:NAME` it is
             read from the processor; a transformers model that is passed in has none and gets ImageNet's.
         std: standard deviation of the pixels by channel, with the same defaults as ``mean``.
+        value_range: values of black and white in images with one channel of more than 8 bits, such as ``[0, 4095]`` for
+            12 bits in 16. By default that of the file: 65535 is white in 16 bits, or what a TIFF file states.
+            Floating-point and 32-bit images need it.
     """
 
     source: str
@@ -135,8 +140,10 @@ class DataConfig:
     augment: str = "light"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    value_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.source:
             raise ConfigError("data.source is empty; give a folder, a file, or hf:NAME.")
         if self.split_fraction is not None:
@@ -151,6 +158,9 @@ class DataConfig:
             raise ConfigError(f"image_key and label_key are both {self.image_key!r}; name two columns.")
         for value in self.std or ():
             _require(0 < value < math.inf, "std", self.std, "above 0 in each channel")
+        if self.value_range is not None:
+            increasing = len(self.value_range) == 2 and -math.inf < self.value_range[0] < self.value_range[1] < math.inf
+            _require(increasing, "value_range", self.value_range, "two numbers, the lower one first, such as [0, 4095]")
         _choice("augment", self.augment, AUGMENTATIONS)
         if self.stream and not self.source.startswith("hf:"):
             raise ConfigError("stream is only for hf: data; other data is on the disk already. Drop stream.")

@@ -9,15 +9,16 @@ import numpy as np
 
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
+from slimming.training.image_files import table_files
 from slimming.training.images import ImageSpec
+from slimming.training.labels import check_labels, stratified_split
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
     ImageDataset,
     SampleReader,
     check_classes,
-    check_labels,
-    stratified_split,
+    check_depth,
     validation_fraction,
 )
 from slimming.training.sources import FolderSource, ParquetSource, Source, TarSource, UnlabelledFolderSource
@@ -36,7 +37,9 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
             range, or has different classes in training and validation.
         MissingExtraError: ``hf:`` data is named but the ``datasets`` library is not installed.
     """
-    train_reader, val_reader = SampleReader(spec, config.augment, seed), SampleReader(spec, None, seed)
+    train_reader, val_reader = (
+        SampleReader(spec, augment, seed, config.value_range) for augment in (config.augment, None)
+    )
     if config.source.startswith("hf:"):
         from slimming.training.hf_datasets import open_hf_dataset
 
@@ -50,9 +53,10 @@ def open_data(config: DataConfig, spec: ImageSpec, seed: int = 0) -> Data:
     train_indices = train_indices[: config.train_limit]
     val_indices = (_limit_order(val) if val_indices is None else val_indices)[: config.val_limit]
     check_labels(config.source, train.labels[train_indices], classes)
+    check_depth(train, config)
     return Data(
-        ImageDataset(train, train_indices, train_reader, config.max_unreadable),
-        ImageDataset(val, val_indices, val_reader, config.max_unreadable),
+        ImageDataset(train, train_indices, train_reader, config.max_unreadable, classes),
+        ImageDataset(val, val_indices, val_reader, config.max_unreadable, classes),
         classes,
     )
 
@@ -72,9 +76,11 @@ def open_unlabelled(config: DataConfig, spec: ImageSpec) -> ImageDataset | None:
         return None
     _check_exists(root)
     paths = _find_split(root, ("train",)) or [root]
-    files = paths[0].is_file() or any(path.suffix in (".parquet", ".tar") for path in paths[0].glob("*"))
+    files = paths[0].is_file() or table_files(paths[0])
     source = _open_source(config, paths, labelled=False) if files else UnlabelledFolderSource(paths[0])
-    return ImageDataset(source, np.arange(len(source.labels)), SampleReader(spec, "none", 0), config.max_unreadable)
+    check_depth(source, config)
+    reader = SampleReader(spec, "none", 0, config.value_range)
+    return ImageDataset(source, np.arange(len(source.labels)), reader, config.max_unreadable)
 
 
 def _check_exists(root: Path) -> None:
@@ -121,7 +127,7 @@ def _find_split(root: Path, names: Sequence[str]) -> list[Path] | None:
 def _open_source(config: DataConfig, paths: list[Path], *, labelled: bool = True) -> Source:
     files = paths
     if len(paths) == 1 and paths[0].is_dir():
-        files = sorted([*paths[0].glob("*.parquet"), *paths[0].glob("*.tar")])
+        files = table_files(paths[0])
         if not files:
             return FolderSource(paths[0])
     suffixes = {file.suffix for file in files}

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, N tokens, D embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
 from slimming.training.config import check_distillation
-from slimming.training.tasks import classification_loss, logits_by_head
+from slimming.training.outputs import logits_by_head, named_outputs
+from slimming.training.tasks import check_logits, classification_loss
 
 
 def relation_error(student_BND: Tensor, teacher_BND: Tensor, heads: int) -> Tensor:
@@ -81,6 +82,7 @@ class DistilTask:
         relation_heads: number of relation heads, see `relation_error`.
         places: for modules in ``relations``, indices of the teacher's tokens that a student with fewer tokens kept.
         label_smoothing: label smoothing factor of the cross-entropy.
+        classes: names of the classes of the data; empty if they are unknown.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class DistilTask:
         relation_heads: int = 12,
         places: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
+        classes: Sequence[str] = (),
     ) -> None:
         check_distillation(alpha, temperature, pool, relation_heads)
         self.teacher = teacher
@@ -105,6 +108,7 @@ class DistilTask:
         self.relations, self.relation_weight, self.relation_heads = relations, relation_weight, relation_heads
         self.places = dict(places or {})
         self.label_smoothing = label_smoothing
+        self.classes = classes
         self.student: nn.Module | None = None
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
@@ -139,6 +143,7 @@ class DistilTask:
 
         Raises:
             ConfigError: teacher and student differ in their number of classes or in the shape of features.
+            DataError: the student has another number of classes than the data.
         """
         with torch.no_grad():
             teacher_logits = logits_by_head(self.teacher(images))[0].float()
@@ -149,6 +154,7 @@ class DistilTask:
                 f"The teacher knows {teacher_logits.shape[1]} classes, the student {student_logits.shape[1]}; give a "
                 "teacher with the same classes."
             )
+        check_logits(logits, labels, self.classes)
         labelled = classification_loss(logits, labels, self.label_smoothing)
         log_student = F.log_softmax(student_logits.float() / self.temperature, 1)
         log_teacher = F.log_softmax(teacher_logits / self.temperature, 1)
@@ -220,25 +226,29 @@ class DistilTask:
 class MatchLoss:
     """A `Loss` without labels: the mean squared error between the outputs of the model and those of a teacher.
 
-    It is meant for encoders, whose output (B, D) or (B, N, D) is an embedding. The error is divided by the variance of
-    the outputs of the teacher for ``images``: predicting their mean gives an error of about 1. The scale does not
-    depend on how batches are split.
+    It is meant for encoders, whose output (B, D) or (B, N, D) is an embedding, and for models with other outputs than
+    classes. Every output that counts is compared, see `slimming.training.outputs.named_outputs`. The error of each is
+    divided by the variance of that output of the teacher for ``images``: predicting its mean gives an error of about 1.
+    The loss is the mean over the outputs. The scale does not depend on how batches are split.
 
     Args:
         teacher: the model to match; it is set to evaluation mode and not trained.
         images: a few batches (B, C, H, W), such as those of `slimming.load_images`.
 
     Raises:
-        ConfigError: the outputs of the teacher are the same for all images.
+        ConfigError: the outputs of the teacher are the same for all images, or it has no output that counts.
     """
 
     def __init__(self, teacher: nn.Module, images: Iterable[Tensor]) -> None:
         self.teacher = teacher
         device = next(teacher.parameters()).device
         with in_evaluation(teacher), torch.no_grad():
-            outputs = [logits_by_head(teacher(batch.to(device)))[0].float() for batch in images]
-        self.variance = float(torch.cat(outputs).var(0, unbiased=False).mean()) if outputs else 0.0
-        if not self.variance > 0:
+            batches = [named_outputs(teacher(batch.to(device)), len(batch)) for batch in images]
+        names = batches[0] if batches else ()
+        values = {name: torch.cat([batch[name].float() for batch in batches]) for name in names}
+        variances = {name: float(value.var(0, unbiased=False).mean()) for name, value in values.items()}
+        self.variances = {name: variance for name, variance in variances.items() if variance > 0}
+        if not self.variances:
             raise ConfigError("The teacher gives the same output for all images; give two or more that differ.")
         teacher.eval()
 
@@ -246,15 +256,20 @@ class MatchLoss:
         """Return the error on ``batch``; its labels are not used.
 
         Raises:
-            ConfigError: the two outputs differ in shape.
+            ConfigError: the outputs of the two differ in name or shape.
         """
         images, _ = batch
         with torch.no_grad():
-            target = logits_by_head(self.teacher.to(images.device)(images))[0].float()
-        output = model(images).float()
-        if output.shape != target.shape:
-            raise ConfigError(
-                f"The teacher gives {tuple(target.shape)}, the student {tuple(output.shape)}; give a teacher with an "
-                "output of the same shape."
-            )
-        return F.mse_loss(output, target) / self.variance
+            targets = named_outputs(self.teacher.to(images.device)(images), len(images))
+        outputs = named_outputs(model(images), len(images))
+        errors = []
+        for name, variance in self.variances.items():
+            target, output = targets[name].float(), outputs.get(name)
+            if output is None or output.shape != target.shape:
+                found = "none" if output is None else f"{tuple(output.shape)}"
+                raise ConfigError(
+                    f"The teacher gives {tuple(target.shape)} as {name}, the student {found}; give a teacher with an "
+                    "output of the same shape."
+                )
+            errors.append(F.mse_loss(output.float(), target) / variance)
+        return errors[0] if len(errors) == 1 else torch.stack(errors).mean()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from slimming.core.modules import in_evaluation
-from slimming.errors import DataError
+from slimming.core.argument_types import checked_arguments
+from slimming.core.modules import check_whole, in_evaluation
+from slimming.errors import ConfigError, DataError
 from slimming.training.batches import validation_batches
-from slimming.training.distributed import rank_and_world_size
+from slimming.training.distributed import add_up, agreed, rank_and_world_size
 from slimming.training.guards import explain_out_of_memory
+from slimming.training.outputs import logits_by_head
 from slimming.training.samples import ImageDataset, Loader, StreamDataset, UnreadableCounter
-from slimming.training.tasks import logits_by_head
 
 
+@agreed()
+@checked_arguments
 def evaluate(
     model: nn.Module,
     images: ImageDataset | StreamDataset | Loader,
@@ -31,7 +35,7 @@ def evaluate(
     model is not moved unless ``device`` is given.
 
     Args:
-        model: returns logits (B, K), or an object with an attribute ``logits``.
+        model: returns logits (B, K), alone or called ``logits`` among other outputs.
         images: the validation images of a `Data`.
         batch_size: images per forward pass.
         device: device to evaluate on; None is the device of the first parameter.
@@ -39,8 +43,9 @@ def evaluate(
         precision: autocast of the forward pass, as in `TrainConfig`.
 
     Raises:
-        DataError: too many or all images are unreadable, or a label is not a class of the model.
-        ConfigError: out of memory.
+        DataError: too many or all images are unreadable, a label is not a class of the model, or the images are of
+            other classes than the model.
+        ConfigError: out of memory, or the model does not return one row of logits per image.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -50,6 +55,7 @@ def evaluate(
     >>> sorted(slimming.evaluate(model, data.val))
     ['images', 'loss', 'top1']
     """
+    check_whole(model)
     parameter = next(model.parameters())
     dtype, device = parameter.dtype, torch.device(device or parameter.device)
     rank, world_size = rank_and_world_size()
@@ -64,6 +70,12 @@ def evaluate(
                 continue
             labels = batch.labels.to(device)
             logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
+            if logits.ndim != 2:
+                raise ConfigError(
+                    f"The model gives logits of shape {tuple(logits.shape)}, but top-1 needs one row per image. "
+                    "Measure it with your own function, which slimming.train and slimming.search take as evaluate."
+                )
+            check_classes_of_model("The model", model, logits.shape[1], images)
             if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < logits.shape[1]:
                 raise DataError(f"Validation labels lie outside 0 to {logits.shape[1] - 1}, the model's classes.")
             correct = (logits.argmax(1) == labels).sum()
@@ -71,11 +83,47 @@ def evaluate(
             sums += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
     if world_size > 1:
         sums = sums.to(device)
-        torch.distributed.all_reduce(sums)
+        add_up(sums)
     correct, loss, count = sums.tolist()
     if not count:
         raise DataError("None of the validation images could be read; repair them, or give other validation data.")
     return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+
+
+def check_classes_of_model(
+    who: str, model: nn.Module, known: int, images: ImageDataset | StreamDataset | Loader
+) -> None:
+    """Check that the classes of ``images`` are those of the model: their number, and their names if both have names.
+
+    Nothing is checked for a custom loader, whose classes are unknown.
+
+    Args:
+        who: the model in messages.
+        model: its class names are those of ``label_names`` in its ``pretrained_cfg``, if they fit.
+        known: number of classes of the model.
+        images: the images.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    classes = images.classes if isinstance(images, (ImageDataset, StreamDataset)) else ()
+    if not classes:
+        return
+    if known != len(classes):
+        raise DataError(
+            f"{who} knows {known} classes, the data has {len(classes)} ({_first(classes)}); give the data that it was "
+            "trained for."
+        )
+    names = tuple((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    if len(names) == known and names != classes:
+        raise DataError(
+            f"{who} was trained for other classes ({_first(names)}) than those of the data ({_first(classes)}); give "
+            "the data that it was trained for."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

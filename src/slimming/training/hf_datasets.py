@@ -10,6 +10,7 @@ from PIL import Image
 
 from slimming.errors import DataError, MissingExtraError
 from slimming.training.config import DataConfig
+from slimming.training.labels import check_labels, integer_label, integer_labels, stratified_split
 from slimming.training.samples import (
     VALIDATION_NAMES,
     Data,
@@ -17,8 +18,7 @@ from slimming.training.samples import (
     SampleReader,
     StreamDataset,
     check_classes,
-    check_labels,
-    stratified_split,
+    check_depth,
     validation_fraction,
 )
 from slimming.training.sources import Record, require_columns
@@ -31,12 +31,7 @@ class DatasetsSource:
 
     def __init__(self, split: Any, image_key: str, label_key: str, where: str) -> None:
         self.split, self.image_key, self.where = split, image_key, where
-        labels = np.asarray(split[label_key])
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(
-                f"Column {label_key!r} of {where} does not hold integers without missing values; set label_key."
-            )
-        self.labels = labels.astype(np.int64)
+        self.labels = integer_labels(np.asarray(split[label_key]), label_key, where)
         self.classes = class_names(split, label_key)
 
     def read(self, index: int) -> Record:
@@ -73,9 +68,10 @@ def open_hf_dataset(config: DataConfig, train_reader: SampleReader, val_reader: 
     train_indices = train_indices[: config.train_limit]
     val_indices = (np.arange(len(val.labels)) if val_indices is None else val_indices)[: config.val_limit]
     check_labels(config.source, train.labels[train_indices], classes)
+    check_depth(train, config)
     return Data(
-        ImageDataset(train, train_indices, train_reader, config.max_unreadable),
-        ImageDataset(val, val_indices, val_reader, config.max_unreadable),
+        ImageDataset(train, train_indices, train_reader, config.max_unreadable, classes),
+        ImageDataset(val, val_indices, val_reader, config.max_unreadable, classes),
         classes,
     )
 
@@ -89,6 +85,7 @@ def class_names(split: Any, label_key: str) -> tuple[str, ...]:
 def _load(config: DataConfig) -> Any:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingExtraError(
             "hf: data needs the datasets library; run: pip install 'slimming[datasets]'."
@@ -96,7 +93,8 @@ def _load(config: DataConfig) -> Any:
     name = config.source.removeprefix("hf:")
     try:
         return datasets.load_dataset(name, streaming=config.stream)
-    except Exception as error:  # the library raises its own, the hub's, the network's and the reader's errors
+    # Those of the hub and the network are OSErrors, those of the readers RuntimeErrors and ValueErrors.
+    except (DatasetsError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{config.source} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
@@ -130,12 +128,14 @@ def _streams(
             train_reader,
             _length(train, config.train_limit),
             config.max_unreadable,
+            classes,
         ),
         StreamDataset(
             _epochs(_undecoded(val, config), config, len(classes), config.val_limit),
             val_reader,
             _length(val, config.val_limit),
             config.max_unreadable,
+            classes,
         ),
         classes,
     )
@@ -153,9 +153,9 @@ def _epochs(split: Any, config: DataConfig, classes: int, limit: int | None) -> 
         for row, value in enumerate(split):
             if row == limit:
                 return
-            label = int(value[config.label_key])
             path = (value[config.image_key] or {}).get("path")
             name = f"{config.source} {path or f'epoch {epoch} row {row}'}"
+            label = integer_label(value[config.label_key], name)
             if not 0 <= label < classes:
                 raise DataError(f"{name} has label {label}, but there are {classes} classes (0 to {classes - 1}).")
             yield _record(value[config.image_key], label, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from slimming.errors import ConfigError, DataError
+from slimming.training.image_files import MAX_BYTES, MAX_PIXELS, UnreadableImageError, decoding, image_formats
+from slimming.training.value_range import is_deep, known_range, scale_to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,55 +70,56 @@ class ImageSpec:
         )
 
 
-class UnreadableImageError(Exception):
-    """An image cannot be decoded. The readers of batches catch this error, then count and skip the image."""
-
-
-def decode(data: bytes | Path | Image.Image, channels: int, largest: int) -> Image.Image:
+def decode(
+    data: bytes | Path | Image.Image, channels: int, largest: int, value_range: tuple[float, ...] | None = None
+) -> Image.Image:
     """Decode an image to grey or RGB and apply its EXIF orientation.
 
     Args:
         data: an encoded image, the path of one, or a decoded image.
         channels: 1 for grey, 3 for RGB.
         largest: JPEG images with sides longer than this number of pixels may be decoded at a reduced scale.
+        value_range: values of black and white of images with more than 8 bits per pixel, see `DataConfig`.
 
     Raises:
-        UnreadableImageError: the data is truncated, is not an image, or is too large to be decoded safely.
+        UnreadableImageError: the data is truncated, is not an image, has more than `MAX_PIXELS` pixels, or has more
+            than 8 bits per pixel and an unknown range.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns above 89 megapixels and raises an error above 179; the error suffices.
-            warnings.simplefilter("ignore")
-            image = data if isinstance(data, Image.Image) else _open(data)
-            image.draft("RGB" if channels == 3 else "L", (largest, largest))
-            image = ImageOps.exif_transpose(image)
-            return _convert(image, "RGB" if channels == 3 else "L")
-    except UnidentifiedImageError as error:
-        # Pillow's message contains the address of a buffer, but the same image must always give the same message.
-        raise UnreadableImageError("not an image in a format that Pillow reads") from error
-    # Pillow raises many types of errors for damaged files: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as error:
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+    mode = "RGB" if channels == 3 else "L"
+    with decoding():
+        image = data.copy() if isinstance(data, Image.Image) else open_image(data)
+        image.draft(mode, (largest, largest))
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImageError(
+                f"it has {image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are decoded; make it "
+                "smaller"
+            )
+        limits = known_range(image, value_range) if is_deep(image) else None
+        ImageOps.exif_transpose(image, in_place=True)
+        return _convert(image if limits is None else scale_to_bytes(image, limits), mode)
 
 
-def _open(data: bytes | Path) -> Image.Image:
-    # Read the whole file, because Pillow leaves the file of a damaged image open.
-    return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
+def open_image(data: bytes | Path) -> Image.Image:
+    """Read the header of an image.
+
+    Raises:
+        UnreadableImageError: the data is not an image, or has more than `MAX_BYTES` bytes.
+    """
+    with decoding():
+        # Read the whole file, because Pillow leaves the file of a damaged image open.
+        if (data.stat().st_size if isinstance(data, Path) else len(data)) > MAX_BYTES:
+            raise UnreadableImageError(f"it has more than the {MAX_BYTES} bytes that are read")
+        return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()), formats=image_formats())
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits per pixel, which Pillow would clip at 255
-        values, highest = np.asarray(image, dtype=np.float64), 255.0
-        if image.mode.startswith("I;16") or values.max(initial=0.0) > 255:
-            highest = 65535.0
-        elif image.mode == "F" and values.max(initial=0.0) <= 1:
-            highest = 1.0
-        image = Image.fromarray((values * (255 / highest)).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+    if image.mode == "La":  # Pillow converts this mode to LA only
+        image = image.convert("LA")
+    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert(mode)
+    return image.convert("RGB").convert(mode) if image.mode == "LAB" else image.convert(mode)
 
 
 def make_transform(spec: ImageSpec, augment: str | None) -> Callable[[Image.Image], Tensor]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from slimming.core.console import PlainConsole
 from slimming.core.files import atomic_write_text, explain
-from slimming.errors import ConfigError, MissingExtraError, nearest
+from slimming.errors import ConfigError, MissingExtraError, OutputError, nearest
 
 LOG_FILE = "log.jsonl"
+LINE = '{"step": '
+"""Start of each line of a log."""
 
 
 def check_trackers(names: tuple[str, ...], directory: Path | None) -> None:
@@ -52,21 +54,30 @@ class RunLog:
         accelerator: Accelerate's accelerator, with the trackers.
         directory: directory of ``log.jsonl``, or None to keep the lines in memory only.
         title: title of the progress bar, or None to show no progress.
-        start: step that the run resumes from; lines of an earlier attempt after this step are dropped.
+        lines: lines up to the step that the run resumes from; new lines are appended to this list, and an existing
+            file of an earlier attempt is replaced.
+        start: step that the run resumes from.
         total: last step of the run.
     """
 
     def __init__(
-        self, accelerator: Accelerator, directory: Path | None, title: str | None, start: int, total: int
+        self,
+        accelerator: Accelerator,
+        directory: Path | None,
+        title: str | None,
+        lines: list[dict[str, Any]],
+        start: int,
+        total: int,
     ) -> None:
         self.accelerator = accelerator
         self.path = directory / LOG_FILE if directory is not None else None
         self.is_main_process = accelerator.is_main_process
-        self.lines = _lines_until(self.path, start)
+        self.lines = lines
         if self.is_main_process and self.path is not None:
+            _check_log(self.path)
             atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.title, self.start, self.total = title, start, total
-        self.console = Console(stderr=True, quiet=title is None or not self.is_main_process)
+        self.console = PlainConsole(stderr=True, quiet=title is None or not self.is_main_process)
         self.bar: Progress | None = None
 
     def __enter__(self) -> RunLog:
@@ -131,16 +142,18 @@ def format_metrics(line: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _lines_until(path: Path | None, start: int) -> list[dict[str, Any]]:
-    """Read the lines up to step ``start``; an incomplete last line of an interrupted run is dropped."""
-    lines: list[dict[str, Any]] = []
-    if path is None or start == 0 or not path.is_file():
-        return lines
-    for text in path.read_text("utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if line["step"] <= start:
-            lines.append(line)
-    return lines
+def _check_log(path: Path) -> None:
+    """Check that ``path`` does not exist or is a log of a training, possibly cut off where its process was killed.
+
+    Raises:
+        OutputError: it is another file.
+    """
+    if not path.exists():
+        return
+    try:
+        *texts, last = path.read_text("utf-8").splitlines() or [""]
+        ours = all(text.startswith(LINE) for text in texts) and (last.startswith(LINE) or LINE.startswith(last))
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise OutputError(f"{path} is not the log of a training; move it, or choose another directory.")

@@ -15,6 +15,7 @@ from timm.scheduler.step_lr import StepLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from slimming.core.copies import WithoutGraph
 from slimming.errors import ConfigError, nearest
 from slimming.training.config import TrainConfig
 
@@ -110,6 +111,7 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
                 average.copy_(value)
 
     multi_avg_fn: Any = update
-    averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+    with WithoutGraph():
+        averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
     averaged.n_averaged.fill_(1)  # with 0 the first update would copy the model instead of averaging
     return averaged.eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,20 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slimming.core.plain_text import on_one_line
 from slimming.errors import DataError
 from slimming.training.config import DataConfig
+from slimming.training.image_files import UnreadableImageError
 from slimming.training.images import (
     ImageSpec,
-    UnreadableImageError,
     decode,
     derive_seed,
     fork_rng,
     make_transform,
+    open_image,
     seed_cpu_generators,
 )
+from slimming.training.labels import LARGEST, named_by_label
 from slimming.training.sources import Record, Source
+from slimming.training.value_range import check_values
 
 _log = logging.getLogger(__name__)
+LOOKED_AT = 16
+"""Images that are looked at when a data set is opened, to check how those with more than 8 bits are scaled."""
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
@@ -38,13 +44,23 @@ class Sample(NamedTuple):
 
 
 class SampleReader:
-    """Decode and augment stored records; the augmentation depends only on (seed, epoch, index)."""
+    """Decode and augment stored records; the augmentation depends only on (seed, epoch, index).
 
-    def __init__(self, spec: ImageSpec, augment: str | None, seed: int = 0) -> None:
+    Args:
+        spec: input of the model.
+        augment: one of ``AUGMENTATIONS``, or None for evaluation.
+        seed: seed of the augmentation.
+        value_range: see `DataConfig`.
+    """
+
+    def __init__(
+        self, spec: ImageSpec, augment: str | None, seed: int = 0, value_range: tuple[float, ...] | None = None
+    ) -> None:
         self.channels = spec.input_size[0]
         self.largest = 4 * max(spec.input_size[1:])
         self.transform: Callable[[Image.Image], Tensor] = make_transform(spec, augment)
         self.seed = seed
+        self.value_range = value_range
 
     def __call__(self, record: Record, epoch: int, index: int) -> Sample:
         """Decode and augment a record.
@@ -52,7 +68,7 @@ class SampleReader:
         Raises:
             UnreadableImageError: the image cannot be decoded.
         """
-        image = decode(record.image, self.channels, self.largest)
+        image = decode(record.image, self.channels, self.largest, self.value_range)
         with fork_rng():
             seed_cpu_generators(derive_seed(self.seed, epoch, index))
             return Sample(self.transform(image), record.label, record.name)
@@ -66,13 +82,22 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         indices: indices of the records to use, in order.
         reader: decodes and augments the records.
         max_unreadable: fraction of the images that may be skipped before reading stops with an error.
+        classes: names of the classes; empty if they are unknown.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, reader: SampleReader, max_unreadable: float = 0.01) -> None:
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        reader: SampleReader,
+        max_unreadable: float = 0.01,
+        classes: tuple[str, ...] = (),
+    ) -> None:
         self.source = source
         self.indices = indices
         self.reader = reader
         self.max_unreadable = max_unreadable
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,6 +131,7 @@ class StreamDataset:
         reader: decodes and augments the records.
         length: images per epoch, or None if unknown.
         max_unreadable: fraction of the images that may be skipped before reading stops with an error.
+        classes: names of the classes; empty if they are unknown.
     """
 
     def __init__(
@@ -114,11 +140,13 @@ class StreamDataset:
         reader: SampleReader,
         length: int | None,
         max_unreadable: float,
+        classes: tuple[str, ...] = (),
     ) -> None:
         self.epochs = epochs
         self.reader = reader
         self.length = length
         self.max_unreadable = max_unreadable
+        self.classes = classes
 
 
 Loader = Iterable[Any]
@@ -165,7 +193,7 @@ class UnreadableCounter:
         for name in names:
             if name not in self.names:
                 self.names.add(name)
-                _log.warning("skipped an unreadable image: %s", name)
+                _log.warning("skipped an unreadable image: %s", on_one_line(name))
         if len(self.names) > self.limit:
             of = "" if self.total is None else f" of {self.total}"
             raise DataError(
@@ -175,7 +203,10 @@ class UnreadableCounter:
 
 
 def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
-    """Return the class names of training and validation data; the label numbers if no names are stored.
+    """Return the class names of training and validation data.
+
+    If the data names no classes, the labels that occur are the classes, and the labels of both sources are replaced by
+    the numbers of their classes.
 
     Raises:
         DataError: the classes of the two differ, there are no images or only one class, or a label is out of range.
@@ -190,36 +221,24 @@ def check_classes(where: str, train: Source, val: Source) -> tuple[str, ...]:
         )
         raise DataError(f"Training and validation data of {where} have different classes ({difference}).")
     classes = train.classes or val.classes
-    if not classes:
-        highest = int(max(train.labels.max(initial=-1), val.labels.max(initial=-1)))
-        classes = tuple(str(label) for label in range(highest + 1))
     for part, source in (("training", train), ("validation", val)):
         if not len(source.labels):
             raise DataError(f"The {part} data of {where} holds no images; add some.")
-        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
+        highest = len(classes) - 1 if classes else LARGEST
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels > highest))
         if len(wrong):
             record = source.read(int(wrong[0]))
+            known = f"there are {len(classes)} classes (0 to {highest})" if classes else "labels are 0 or more"
+            ones = "; labels count from 0, so subtract 1 from each" if source.labels.min() == 1 else ""
             raise DataError(
-                f"{record.name} has label {record.label}, but there are {len(classes)} classes (0 to "
-                f"{len(classes) - 1}); {len(wrong)} labels of the {part} data of {where} are out of range."
+                f"{record.name} has label {record.label}, but {known}; {len(wrong)} labels of the {part} data of "
+                f"{where} are out of range{ones}."
             )
+    if not classes:
+        classes, (train.labels, val.labels) = named_by_label(where, train.labels, val.labels)
     if len(classes) < 2:
         raise DataError(f"The data of {where} has one class only ({', '.join(classes)}); at least two are needed.")
     return classes
-
-
-def check_labels(where: str, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Check that the training images belong to more than one class.
-
-    Raises:
-        DataError: all labels are the same.
-    """
-    seen = np.unique(labels)
-    if len(seen) < 2:
-        which = ", ".join(classes[int(label)] for label in seen)
-        raise DataError(
-            f"All {len(labels)} training images of {where} are of one class ({which}); at least two are needed."
-        )
 
 
 def validation_fraction(config: DataConfig) -> float:
@@ -236,22 +255,21 @@ def validation_fraction(config: DataConfig) -> float:
     return config.split_fraction
 
 
-def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split the indices into (training, validation), with the same fraction of each class.
-
-    The split does not depend on the seed of a run, so that runs with different seeds are comparable.
+def check_depth(source: Source, config: DataConfig) -> None:
+    """Check on a few images that those with more than 8 bits per channel can be scaled.
 
     Raises:
-        DataError: a class has a single image.
+        DataError: see `slimming.training.value_range.check_values`.
     """
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, val = [], []
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        count = max(1, round(fraction * len(members)))
-        if count == len(members):
-            raise DataError(f"Class number {label} has {len(members)} image; at least two are needed to hold some out.")
-        val.append(members[:count])
-        train.append(members[count:])
-    rng = np.random.default_rng(1)
-    return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(val))
+    places = np.unique(np.linspace(0, len(source.labels) - 1, LOOKED_AT).astype(np.int64))
+    check_values(_opened(source.read(int(place)) for place in places), config.value_range, config.source)
+
+
+def _opened(records: Iterable[Record]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield names and images whose header can be read."""
+    for record in records:
+        try:
+            image = record.image if isinstance(record.image, Image.Image) else open_image(record.image)
+        except UnreadableImageError:  # it is counted when it is used
+            continue
+        yield record.name, image

@@ -8,14 +8,27 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from PIL import Image
 
+from slimming.core.limits import LARGEST_LIST
+from slimming.core.records import converted, decode_json, read_bytes
 from slimming.errors import DataError, nearest
+from slimming.training.image_files import (
+    MAX_BYTES,
+    PassedOver,
+    class_folders,
+    find_images,
+    image_suffixes,
+    is_hidden,
+)
+from slimming.training.labels import integer_label, integer_labels
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+MAX_METADATA = 2**24
+"""Largest ``.json`` file of a sample, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Source(Protocol):
     """Records by index.
 
     Attributes:
-        labels: label of every record, int64.
+        labels: label of every record, int64; may be replaced.
         classes: names of the classes; empty if they are unknown.
     """
 
@@ -51,9 +64,8 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not folders:
-            raise DataError(f"{root} holds no class folders, .parquet files or .tar shards; give a folder that does.")
+        passed = PassedOver(root)
+        folders = class_folders(root, passed)
         self.classes = tuple(folder.name for folder in folders)
         for name in self.classes:
             if name != name.encode("utf-8", "replace").decode():
@@ -61,11 +73,12 @@ class FolderSource:
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            paths = find_images(folder, root, passed)
             if not paths:
                 raise DataError(f"The class folder {folder} holds no images; add some or remove the folder.")
             self.paths += paths
             labels += [label] * len(paths)
+        passed.log()
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def read(self, index: int) -> Record:
@@ -84,9 +97,11 @@ class UnlabelledFolderSource:
     classes = ()
 
     def __init__(self, root: Path) -> None:
-        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        passed = PassedOver(root)
+        self.paths = find_images(root, root, passed)
         if not self.paths:
             raise DataError(f"{root} holds no images, .parquet files or .tar shards; give a folder that does.")
+        passed.log()
         self.labels = np.zeros(len(self.paths), dtype=np.int64)
 
     def read(self, index: int) -> Record:
@@ -123,15 +138,15 @@ class ParquetSource:
             raise DataError(
                 f"Column {image_key!r} of {files[0]} is {images.type}, not images as {{bytes, path}}; set image_key."
             )
-        labels = [np.zeros(len(t), np.int64) if label_key is None else t[label_key].to_numpy() for t in tables]
-        if not all(np.issubdtype(part.dtype, np.integer) for part in labels):
-            raise DataError(
-                f"Column {label_key!r} of {files[0]} holds {labels[0].dtype}, not integers without missing values; "
-                "set label_key."
-            )
         self.images = images
-        self.labels = np.concatenate(labels).astype(np.int64)
-        self.classes = () if label_key is None else _class_names(tables[0].schema.metadata, label_key)
+        self.labels = np.zeros(len(images), np.int64)
+        self.classes: tuple[str, ...] = ()
+        if label_key is not None:
+            columns = [table[label_key].to_numpy() for table in tables]
+            self.labels = np.concatenate([integer_labels(part, label_key, files[0]) for part in columns])
+            self.classes = _class_names(tables[0].schema.metadata, label_key, files[0]) or _listed_classes(
+                files[0].parent
+            )
         self.ends = np.cumsum([table.num_rows for table in tables]).tolist()
         self.files = [str(file) for file in files]
 
@@ -158,14 +173,27 @@ def require_columns(file: object, names: Sequence[str], wanted: Sequence[str]) -
             )
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, label_key: str) -> tuple[str, ...]:
+def _class_names(metadata: dict[bytes, bytes] | None, label_key: str, file: Path) -> tuple[str, ...]:
     """Return the class names that the ``datasets`` library stores in a Parquet schema; empty if there are none."""
-    try:
-        stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-        feature = stored.get("info", {}).get("features", {}).get(label_key, {})
-        return tuple(str(name) for name in feature.get("names") or ())
-    except (ValueError, AttributeError):
+    stored = (metadata or {}).get(b"huggingface")
+    if stored is None:
         return ()
+    mend = "Write the Parquet file again."
+    value = decode_json(stored, f"The metadata of {file}", mend=mend, error=DataError)
+    schema = converted(value, _Metadata, f"The metadata of {file}", mend=mend, error=DataError)
+    feature = schema.info.features.get(label_key)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return () if names is None else converted(names, tuple[str, ...], f"The class names in {file}", error=DataError)
+
+
+class _Info(msgspec.Struct, frozen=True):
+    features: dict[str, Any] = {}
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    """What the ``datasets`` library stores in the schema of a Parquet file."""
+
+    info: _Info = _Info()
 
 
 @dataclass(frozen=True)
@@ -190,60 +218,96 @@ class TarSource:
         self.shards = list(shards)
         self.members: list[_Member] = []
         labels: list[int] = []
+        passed = PassedOver(self.shards[0].parent)
         for number, shard in enumerate(self.shards):
-            for member, label in _scan(number, shard):
+            for member, label in _scan(number, shard, passed):
                 self.members.append(member)
                 labels.append(label)
+        passed.log()
         self.labels = np.asarray(labels, dtype=np.int64)
-        names = self.shards[0].parent / "classes.txt"
-        self.classes = tuple(names.read_text("utf-8").split("\n")) if names.is_file() else ()
-        self.classes = tuple(name.strip() for name in self.classes if name.strip())
+        self.classes = _listed_classes(self.shards[0].parent)
 
     def read(self, index: int) -> Record:
         """Return the record at ``index``."""
         member = self.members[index]
         with open(self.shards[member.shard], "rb") as file:
             file.seek(member.offset)
-            data = file.read(member.size)
+            data = file.read(min(member.size, MAX_BYTES + 1))  # `decode` refuses more than MAX_BYTES
         return Record(data, int(self.labels[index]), f"{self.shards[member.shard]}:{member.name}")
 
 
-def _scan(number: int, shard: Path) -> list[tuple[_Member, int]]:
+def _listed_classes(folder: Path) -> tuple[str, ...]:
+    """Return the lines of ``classes.txt``; empty if there is no such file."""
+    names = folder / "classes.txt"
+    if not names.exists():
+        return ()
+    try:
+        text = read_bytes(names, "a list of class names", largest=LARGEST_LIST, error=DataError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{names} is not UTF-8 ({error}). Write one class name per line as UTF-8.") from error
+    lines = text.split("\n")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _scan(number: int, shard: Path, passed: PassedOver) -> list[tuple[_Member, int]]:
     """Return the images of one shard with their labels.
 
     Raises:
-        DataError: the file is not a tar file or is truncated, or a sample lacks its image or label.
+        DataError: the file is not a tar file or is truncated, or a sample lacks its image or label or has two.
     """
     images: dict[str, _Member] = {}
-    labels: dict[str, int] = {}
-    metadata: dict[str, bytes] = {}
+    labels: dict[str, dict[str, tuple[object, str]]] = {".cls": {}, ".json": {}}
     try:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
-                folder, _, base = entry.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}"
-                if not entry.isfile() or not extension:
-                    continue
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = _Member(number, entry.offset_data, entry.size, entry.name)
-                elif extension in ("cls", "json"):
+                key, suffix = _split_name(entry.name)
+                name = f"{shard}:{entry.name}"
+                if is_hidden(entry.name):
+                    passed.add("hidden", name)
+                elif entry.isfile() and suffix in image_suffixes():
+                    _add(images, key, _Member(number, entry.offset_data, entry.size, entry.name), shard)
+                elif entry.isfile() and suffix in labels:
                     content = tar.extractfile(entry)
-                    data = content.read() if content else b""
-                    if extension == "cls":
-                        labels[key] = int(data)
-                    else:
-                        metadata[key] = data
-        for key in metadata.keys() - labels.keys():  # a .cls file takes precedence over a .json file
-            labels[key] = int(json.loads(metadata[key])["label"])
+                    data = content.read(MAX_METADATA + 1) if content else b""
+                    _add(labels[suffix], key, (data if suffix == ".cls" else _json_label(data), name), shard)
+                elif not entry.isdir():
+                    passed.add("neither images nor labels", name)
         if shard.stat().st_size < max((m.offset + m.size for m in images.values()), default=0):
             raise tarfile.ReadError("unexpected end of data")
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{shard} cannot be read as a WebDataset shard ({error}); it may be truncated or compressed."
         ) from error
-    for key in images.keys() ^ labels.keys():
+    labelled = {**labels[".json"], **labels[".cls"]}  # a .cls file takes precedence
+    for key in images.keys() ^ labelled.keys():
         raise DataError(f"Sample {key.strip('/')!r} of {shard} has no {'label' if key in images else 'image'}.")
     if not images:
         raise DataError(f"{shard} holds no samples; a sample is an image with a label in a .cls or .json file.")
-    return [(member, labels[key]) for key, member in images.items()]
+    return [(member, integer_label(*labelled[key])) for key, member in images.items()]
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return the sample to which a member of a shard belongs, and its extension in lower case."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}", f".{extension.lower()}"
+
+
+def _add(members: dict[str, Any], key: str, member: object, shard: Path) -> None:
+    """Add the image or the label of a sample.
+
+    Raises:
+        DataError: the sample has one already.
+    """
+    if key in members:
+        raise DataError(f"Sample {key.strip('/')!r} of {shard} is stored twice; the first dot ends the sample's name.")
+    members[key] = member
+
+
+def _json_label(data: bytes) -> object:
+    """Return the field ``label`` of an object in JSON; None if there is no such field or no such object."""
+    try:
+        value = json.loads(data) if len(data) <= MAX_METADATA else None
+    except (ValueError, RecursionError):
+        return None
+    return value.get("label") if isinstance(value, dict) else None

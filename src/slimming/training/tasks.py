@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, K classes, N tokens, D e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.modules import train_heads_apart_
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, DataError
+from slimming.training.outputs import WAY_OUT, logits_by_head
 
 
 class Task(Protocol):
@@ -56,28 +57,27 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) 
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def logits_by_head(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of the class head, and those of the distillation head or None, from the output of a model.
-
-    Args:
-        output: logits (B, K); a pair of logits, which timm's distilled models return in training; or an object with an
-            attribute ``logits``, as in transformers.
+def check_logits(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Check that logits (B, K) or (B, K, H, W) fit the labels, and K the classes, which are empty if they are unknown.
 
     Raises:
-        ConfigError: the output contains no logits.
+        ConfigError: there is not one prediction per label.
+        DataError: K is not the number of the classes.
     """
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits, None
-    if isinstance(logits, tuple) and len(logits) == 2:
-        return logits
-    raise ConfigError(
-        f"The model gives {type(output).__name__}, not the logits of classes. Wrap it in a module that returns logits, "
-        "or pass a loss function."
-    )
+    if logits.ndim != 2 and labels.shape not in (logits.shape, logits.shape[:1] + logits.shape[2:]):
+        raise ConfigError(
+            f"The model gives logits of shape {tuple(logits.shape)}, the labels have shape {tuple(labels.shape)}. "
+            f"{WAY_OUT.format('one row of logits per image')}"
+        )
+    if classes and logits.shape[1] != len(classes):
+        shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        raise DataError(
+            f"The model knows {logits.shape[1]} classes, the data has {len(classes)} ({shown}); give the model a "
+            f"classifier for {len(classes)} classes, such as with reset_classifier({len(classes)}) of timm."
+        )
 
 
-Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], "Tensor | Mapping[str, Tensor]"]
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor | Mapping[str, Tensor]]
 """A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
 of scalars: ``"loss"`` is minimised, the others are logged."""
 
@@ -124,10 +124,16 @@ class LossTask:
 
 
 class ClassificationTask:
-    """Cross-entropy with label smoothing. In a model with a distillation token, both heads learn the labels."""
+    """Cross-entropy with label smoothing. In a model with a distillation token, both heads learn the labels.
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    Args:
+        label_smoothing: share of the target spread over all classes.
+        classes: names of the classes of the data; empty if they are unknown.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, classes: Sequence[str] = ()) -> None:
         self.label_smoothing = label_smoothing
+        self.classes = classes
         self.student: nn.Module | None = None
 
     def start(self, model: nn.Module, device: torch.device) -> None:
@@ -136,8 +142,14 @@ class ClassificationTask:
         train_heads_apart_(model, True)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See `Task.loss`."""
+        """See `Task.loss`.
+
+        Raises:
+            ConfigError: the model does not return logits for the labels.
+            DataError: the model has another number of classes than the data.
+        """
         logits, second = logits_by_head(model(images))
+        check_logits(logits, labels, self.classes)
         loss = classification_loss(logits, labels, self.label_smoothing)
         if second is not None:
             loss = (loss + classification_loss(second, labels, self.label_smoothing)) / 2

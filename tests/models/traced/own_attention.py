@@ -140,7 +140,10 @@ class WithAdapters(KeysAndValues):
 
     def __init__(self) -> None:
         super().__init__()
-        self.to_q, self.to_kv, self.to_out = Adapted(self.to_q), Adapted(self.to_kv), Adapted(self.to_out)
+        for name in ("to_q", "to_kv", "to_out"):
+            base = self.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            setattr(self, name, Adapted(base))
 
 
 class TalkingHeads(Packed):

@@ -155,7 +155,9 @@ def test_models_whose_channels_come_back_to_themselves_are_read_and_cut(make, le
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+@pytest.mark.parametrize(
+    "name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"], ids=["SSDlite", "Faster R-CNN"]
+)
 def test_whole_detectors_of_torchvision_are_read(name: str):
     signal.alarm(120)
     model = Single(getattr(detection, name)(weights=None, weights_backbone=None).eval(), 320)
@@ -183,7 +185,7 @@ def test_channels_beyond_the_budget_are_named_with_the_module_and_the_rest_is_re
 
 
 def test_reading_says_what_it_reads_after_a_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys):
-    ticks = itertools.count(step=3)
+    ticks = itertools.count(step=5)
     monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
     slimming.describe(Segmenter(classes=4))
     lines = capsys.readouterr().err.splitlines()

@@ -21,43 +21,42 @@ from models.traced.own_attention import (
     Vit,
     WithAdapters,
 )
+from slimming.cli import entry
 from slimming.core.budget import Budget
 from slimming.masks.attachment import prunable
 
-READ = [
-    pytest.param(Packed, 4, "Heads(inputs={'to_qkv': 3}, output='to_out.0', count='heads')", id="packed"),
-    pytest.param(
-        KeysAndValues, 4, "Heads(inputs={'to_q': 1, 'to_kv': 2}, output='to_out', count='heads')", id="keys and values"
-    ),
-    pytest.param(
-        Separate, 4, "Heads(inputs={'query': 1, 'key': 1, 'value': 1}, output='out', count='n_head')", id="separate"
-    ),
-    pytest.param(
+READ: dict[str, tuple[type[nn.Module], int, str]] = {
+    "packed": (Packed, 4, "Heads(inputs={'to_qkv': 3}, output='to_out.0', count='heads')"),
+    "keys and values": (KeysAndValues, 4, "Heads(inputs={'to_q': 1, 'to_kv': 2}, output='to_out', count='heads')"),
+    "separate": (Separate, 4, "Heads(inputs={'query': 1, 'key': 1, 'value': 1}, output='out', count='n_head')"),
+    "head size inferred from the width": (
         Inferred,
         4,
         "Heads(inputs={'qkv': 3}, per_head={'temperature': 0}, free_heads=True, output='proj')",
-        id="head size inferred from the width",
     ),
-    pytest.param(Rotary, 4, "Heads(inputs={'mix': 1}, output='back', count='count')", id="rotary"),
-    pytest.param(
+    "rotary": (Rotary, 4, "Heads(inputs={'mix': 1}, output='back', count='count')"),
+    "grouped queries": (
         Grouped,
         2,
-        "Heads(inputs={'q_proj': 1, 'k_proj': 1, 'v_proj': 1}, output='o_proj', count='num_kv_heads', "
-        "sizes=('num_heads',))",
-        id="grouped queries",
+        (
+            "Heads(inputs={'q_proj': 1, 'k_proj': 1, 'v_proj': 1}, output='o_proj', count='num_kv_heads', "
+            "sizes=('num_heads',))"
+        ),
     ),
-    pytest.param(
+    "adapters": (
         WithAdapters,
         4,
-        "Heads(inputs={'to_q.base_layer': 1, 'to_q.lora_B.default': 1, 'to_kv.base_layer': 2, "
-        "'to_kv.lora_B.default': 2}, output='to_out.base_layer', other_outputs=('to_out.lora_A.default',), "
-        "count='heads')",
-        id="adapters",
+        (
+            "Heads(inputs={'to_q.base_layer': 1, 'to_q.lora_B.default': 1, 'to_kv.base_layer': 2, "
+            "'to_kv.lora_B.default': 2}, output='to_out.base_layer', other_outputs=('to_out.lora_A.default',), "
+            "count='heads')"
+        ),
     ),
-]
+}
+"""Name -> attention, number of units, and the row that is inferred."""
 
 
-@pytest.mark.parametrize(("attention", "units", "row"), READ)
+@pytest.mark.parametrize(("attention", "units", "row"), READ.values(), ids=READ)
 def test_heads_are_read_and_cut_exactly(attention: type[nn.Module], units: int, row: str):
     torch.manual_seed(0)
     model = Vit(attention)
@@ -69,7 +68,7 @@ def test_heads_are_read_and_cut_exactly(attention: type[nn.Module], units: int, 
     assert found.covered_macs > 0.9, str(found)
 
 
-@pytest.mark.parametrize(("attention", "units", "row"), READ)
+@pytest.mark.parametrize(("attention", "units", "row"), READ.values(), ids=READ)
 def test_the_row_is_said(attention: type[nn.Module], units: int, row: str):
     (sentence,) = prunable(Vit(attention)).anatomy.inferred
     expected = f"heads of blocks.0.mixer and 1 more as with register({attention.__name__}, {row})"
@@ -81,6 +80,14 @@ def fields(sentence: str) -> set[str]:
     return set(re.split(r"[(){}, ]+", sentence))
 
 
+def test_check_and_inspect_say_the_row(monkeypatch: pytest.MonkeyPatch, capsys):
+    sentence = "read by what it computes: heads of blocks.0.mixer and 1 more as with register(Packed, Heads("
+    assert sentence in str(slimming.check(Vit(Packed)))
+    monkeypatch.setattr("slimming.cli.models.open_named", lambda *_, **__: Vit(Packed))
+    entry.main(["inspect", "own"])
+    assert sentence in capsys.readouterr().out
+
+
 def test_heads_that_talk_are_named():
     (reason,) = [reason for reason in prunable(Vit(TalkingHeads)).anatomy.uncovered if "blocks.0" in reason]
     assert "talking heads" in reason
@@ -90,9 +97,10 @@ def test_heads_that_talk_are_named():
 def test_a_slim_model_is_saved_and_loaded_with_a_dense_one(tmp_path: Path):
     torch.manual_seed(0)
     model = Vit(WithAdapters).eval()
-    plan = slimming.plan(model, slimming.score(model, method="magnitude"), Budget(macs=0.5))
-    slim = slimming.cut(model, plan)
-    slimming.save(slim, tmp_path / "slim")
-    again = slimming.load(tmp_path / "slim", dense=Vit(WithAdapters))
     images = torch.rand(2, 3, 16, 16)
+    scored = slimming.score(model, [images])
+    plan = slimming.plan(scored, Budget(macs=0.5))
+    slim = slimming.cut(scored.model, plan, images=[images]).eval()
+    slimming.save(slim, tmp_path / "slim")
+    again = slimming.load(tmp_path / "slim", dense=Vit(WithAdapters)).eval()
     assert torch.equal(again(images), slim(images))

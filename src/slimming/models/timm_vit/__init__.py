@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimming.core.groups import Anatomy, Group
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, TimedModules, select_indices, untied_groups
+from slimming.models.family import ENTRY, STRUCTURE, Family, Kept, TimedModules, select_indices, untied_groups
 from slimming.models.timm_vit.groups import block_groups, tokens_why_not
 from slimming.models.timm_vit.operations import operations
 from slimming.models.timm_vit.rebuild import build, find_base, input_channels, rebased
@@ -40,6 +40,8 @@ class TimmViT(Family):
             VisionTransformerDistilled,
         ):
             return False
+        if any(module.__dict__.get(ENTRY) for module in model.modules()):
+            return False  # it was cut as a part of a model of the family traced
         try:
             block_sizes(model)
         except UnsupportedModelError:  # blocks of other classes, which the family traced may support
@@ -108,6 +110,9 @@ class TimmViT(Family):
         resize_width_(vit, width_of(structure.layers))
         place_token_selects_(vit, blocks)
         vit.__dict__[STRUCTURE] = structure
+        for module in vit.modules():
+            if module is not vit:
+                module.__dict__[ENTRY] = {}
 
 
 def _vit(model: nn.Module) -> VisionTransformer:

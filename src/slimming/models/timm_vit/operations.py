@@ -6,7 +6,6 @@ where the caller of a module holds its input until the call returns.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Set
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from slimming.core.copies import copied
 from slimming.core.formulas import Dim, Operation, Product
 from slimming.counting.operations import MacCounter
 from slimming.models.timm_vit.rebuild import input_channels
@@ -81,7 +81,7 @@ def _stem(vit: VisionTransformer, width: Dim, sequence: Dim) -> Operation:
 
 def _backbone_macs(vit: VisionTransformer) -> int:
     """The MACs of the backbone of a hybrid, whose output is divided into patches."""
-    layers = copy.deepcopy(vit.patch_embed.backbone).to("meta").eval()
+    layers = copied(vit.patch_embed.backbone).to("meta").eval()
     counter, like = MacCounter(), next(layers.parameters())
     with counter, torch.no_grad():
         layers(torch.empty(1, input_channels(vit), *vit.patch_embed.img_size, device="meta", dtype=like.dtype))

@@ -13,10 +13,13 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError
+from slimming.models.allowed import check_timm, image_settings_of
 from slimming.models.family import difference
-from slimming.models.hosts import give_image_settings_, image_settings, unplain
+from slimming.models.hosts import classes_of, give_image_settings_, image_settings, unplain
+from slimming.models.replaced_layers import Blueprint, replaced_layers
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+UNNAMED = "vit_tiny_patch16_224"
 UNFILLED = {"weight_init": "skip"}
 """Argument that skips the initialisation, which takes most of timm's time and has no effect on the meta device."""
 
@@ -36,12 +39,20 @@ def find_base(vit: VisionTransformer) -> dict[str, Any]:
     defaults, arguments = _defaults(type(vit).__name__, name), _arguments(vit)
     base["arguments"] = {key: value for key, value in arguments.items() if value != defaults[key]}
     reason = difference(vit, build(base))
-    if reason is not None:
+    if reason is not None and not _replaced_only(vit, base):
         raise UnsupportedModelError(
             f"timm cannot make this {type(vit).__name__} again: {reason}. Slimming needs a model made by "
             "timm.create_model, or a VisionTransformer whose layers are of timm's default classes."
         )
     return base
+
+
+def _replaced_only(vit: VisionTransformer, base: Mapping[str, Any]) -> bool:
+    """Whether only layers differ that a structure can record."""
+    try:
+        return bool(replaced_layers(vit, Blueprint.of(build(base))))
+    except UnsupportedModelError:
+        return False
 
 
 def rebased(base: Mapping[str, Any], vit: VisionTransformer) -> dict[str, Any]:
@@ -59,13 +70,9 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
     Raises:
         CheckpointError: timm does not have the architecture or rejects an argument.
     """
-    arguments = unplain(base["arguments"])
-    if base["architecture"] is not None and not timm.is_model(str(base["architecture"]).partition(".")[0]):
-        # timm would look for an unknown name on the Hugging Face hub.
-        raise CheckpointError(
-            f"timm {timm.__version__} has no architecture {base['architecture']!r}. "
-            "Install the timm version named in provenance.json."
-        )
+    # A ViT without a name in the registry is made by its class, which takes the same arguments.
+    check_timm(base["architecture"] if base["architecture"] is not None else UNNAMED, base["arguments"])
+    arguments, settings = unplain(base["arguments"]), image_settings_of(base["config"])
     try:
         with torch.device("meta"):
             if base["architecture"] is None:
@@ -82,7 +89,7 @@ def build(base: Mapping[str, Any]) -> VisionTransformer:
             f"timm {timm.__version__} makes a {type(model).__name__} for {base['architecture']!r}, "
             f"the checkpoint holds a {base['class']}. Install the timm version named in provenance.json."
         )
-    give_image_settings_(model, base["config"])
+    give_image_settings_(model, settings)
     return model
 
 
@@ -139,7 +146,7 @@ def _changeable(vit: VisionTransformer) -> dict[str, Any]:
     return {
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": list(vit.patch_embed.patch_size),
-        "num_classes": vit.num_classes,
+        "num_classes": classes_of(vit),
         "global_pool": vit.global_pool,
         "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(vit.fc_norm, nn.Identity),

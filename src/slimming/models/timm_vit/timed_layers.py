@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from slimming.core.copies import copied
 from slimming.core.formulas import Dim
 from slimming.core.groups import TimedLayer
 from slimming.models.family import TimedModule
@@ -93,8 +93,8 @@ def timed_module(
     """
     depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
     module = vit.get_submodule(layer.name) if layer.kind in ("attention", "mlp") else None
-    blocks = nn.Sequential() if module is None else nn.Sequential(copy.deepcopy(_block_of(vit, layer)))
-    small = copy.deepcopy(vit, {id(vit.blocks): blocks})
+    blocks = nn.Sequential() if module is None else nn.Sequential(copied(_block_of(vit, layer)))
+    small = copied(vit, {id(vit.blocks): blocks})
     if layer.kind == "patch_embed":
         resize_width_(small, sizes["width"])
         return TimedModule(_Stem(small), (small.patch_embed.proj.in_channels, *small.patch_embed.img_size))
@@ -114,7 +114,7 @@ def timed_module(
         wanted = replace(wanted, heads=tuple((size, size) for size in heads), scale=mean**-0.5)
     resize_block_(small, wanted)
     resize_width_(small, sizes["width"])
-    return TimedModule(nn.Sequential(*(copy.deepcopy(small.blocks[0]) for _ in range(depth))), shape, depth)
+    return TimedModule(nn.Sequential(*(copied(small.blocks[0]) for _ in range(depth))), shape, depth)
 
 
 def _uneven_sizes(mean: int, count: int, full: int) -> list[int]:

@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slimming.core.example_inputs import given_calls, image_call
 from slimming.core.groups import Anatomy, TimedLayer
+from slimming.core.modules import set_attribute_
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Family, Kept, TimedModule, TimedModules
+from slimming.models.family import BLUEPRINT, ENTRY, STRUCTURE, Family, Kept, TimedModule, TimedModules
+from slimming.models.replaced_layers import Blueprint
 from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
@@ -48,16 +50,16 @@ class Traced(Family):
         return True
 
     def read(self, model: nn.Module) -> Anatomy:
-        shape = rebuild.input_shape(model)
-        digest = architecture_digest(model, shape)
-        reading = self.readings.get(digest, lambda: read_model(model, shape))
+        candidates = rebuild.example_candidates(model)
+        digest = architecture_digest(model, [call.digest for calls in candidates for call in calls])
+        reading = self.readings.get(digest, lambda: read_model(model, candidates))
         return Anatomy(
             groups=reading.groups,
             operations=reading.operations,
-            structure=Structure(family=self.name, base=self._base(model, digest), layers=_cut_layers(model)),
+            structure=self._structure(model, digest),
             uncovered=reading.uncovered,
             inferred=reading.inferred,
-            input_shape=shape,
+            input_shape=reading.input_shape,
             sizes=reading.sizes,
             timed_layers=reading.timed_layers,
         )
@@ -66,7 +68,8 @@ class Traced(Family):
         if uneven_heads:
             raise UnsupportedModelError("Heads of this model keep one size: build its table without uneven heads.")
         like = next(model.parameters())
-        example = torch.zeros(1, *anatomy.input_shape, dtype=like.dtype, device=like.device)
+        calls_ = given_calls(model) or (image_call(anatomy.input_shape),)
+        example = calls_[0].with_batch(1).to(like.dtype, like.device)
         recorded = calls(model, example, attention_sites(anatomy.groups))
         full = {group.name: group.size for group in anatomy.groups}
 
@@ -75,12 +78,19 @@ class Traced(Family):
 
         return module
 
+    def _structure(self, model: nn.Module, digest: str) -> Structure:
+        stored = model.__dict__.get(STRUCTURE)
+        base = self._base(model, digest)
+        # Only the user can make the dense model again, so what the user replaced is carried on.
+        replaced = stored.replaced if stored is not None and base["host"] == rebuild.OWN else {}
+        return Structure(family=self.name, base=base, layers=_cut_layers(model), replaced=replaced)
+
     def _base(self, model: nn.Module, digest: str) -> dict[str, Any]:
         """How the host builds the dense model, see `Structure.base`."""
         stored = model.__dict__.get(STRUCTURE)
         if stored is not None:
             return rebuild.rebased(stored.base, model)
-        parts = _cut_submodules(model)
+        parts = _cut_layers(model)
 
         def find() -> dict[str, Any]:
             return rebuild.find_base(model, (lambda dense: self._apply_(dense, parts)) if parts else None)
@@ -102,7 +112,9 @@ class Traced(Family):
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)
-        model.__dict__[STRUCTURE] = structure
+        set_attribute_(model, STRUCTURE, structure)
+        if structure.base.get("host") == rebuild.OWN:
+            set_attribute_(model, BLUEPRINT, Blueprint.of(model))
 
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
@@ -119,9 +131,14 @@ class Traced(Family):
 def _cut_layers(model: nn.Module) -> dict[str, Any]:
     """The entries of a structure for everything that was cut: submodules cut by themselves, then the model."""
     stored = model.__dict__.get(STRUCTURE)
-    if stored is None:
-        return _cut_submodules(model)
-    return {**_cut_submodules(model), **stored.layers}
+    parts = _cut_submodules(model)
+    if stored is not None:
+        return {**parts, **stored.layers}
+    # A part of a model that was cut as a whole.
+    inside = tuple(f"{name}." for name in parts)
+    entries = {name: module.__dict__.get(ENTRY) for name, module in model.named_modules()}
+    alone = {name: entry for name, entry in entries.items() if entry and not f"{name}.".startswith(inside)}
+    return {**parts, **alone}
 
 
 def _cut_submodules(model: nn.Module) -> dict[str, Any]:

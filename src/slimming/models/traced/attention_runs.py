@@ -19,13 +19,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from slimming.models.traced.channels import CONV
-from slimming.models.traced.verification import outputs
+from slimming.models.traced.verification import Pass
 
 SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 PRODUCTS = (
     *(torch.matmul, torch.bmm, torch.einsum, torch.baddbmm),
     *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm),
 )
+ROUNDING = 1e-11
+"""Gradients below this share of the largest are rounding errors, such as those of a constant added to all logits."""
 MIXED = "every head reads the weights of all others (talking heads, or a norm over all heads)"
 
 
@@ -37,12 +39,14 @@ class LayerCall:
         name: name of the layer in the model.
         read: its input.
         made: its output.
+        weight: its weight.
         operation: the node of the autograd graph that made the output.
     """
 
     name: str
     read: Tensor
     made: Tensor
+    weight: Tensor
     operation: Any
 
 
@@ -121,11 +125,11 @@ class HeadRows:
     contiguous: bool
 
 
-def record(model: nn.Module, example: Any) -> Run:
+def record(model: nn.Module, forward: Pass) -> Run:
     """Run ``model``, whose parameters must require gradients, once."""
     run = Run()
     with _hooks(model, run), torch.enable_grad(), run:
-        outputs(model, example)
+        forward.outputs(model)
     return run
 
 
@@ -135,7 +139,7 @@ def _hooks(model: nn.Module, run: Run) -> Iterator[None]:
         run.running.pop()
         is_layer = isinstance(module, nn.Linear) or (isinstance(module, CONV) and module.groups == 1)
         if is_layer and args and isinstance(output, Tensor) and output.grad_fn is not None:
-            run.layers.append(LayerCall(name, args[0], output, output.grad_fn))
+            run.layers.append(LayerCall(name, args[0], output, module.weight, output.grad_fn))
 
     handles = []
     for name, module in model.named_modules():
@@ -161,6 +165,8 @@ def head_rows(model: nn.Module, run: Run, attention: AttentionRun) -> HeadRows |
     if not readers or attention.heads < 2:
         return None
     first = readers[0]
+    if tuple(first.weight.shape[:2]) == (attention.heads, attention.heads):
+        return MIXED
     found = None
     for contiguous in (True, False):
         found = found or _by_gradients(model, layers, attention, first, contiguous)
@@ -208,6 +214,8 @@ def _by_gradients(
         picked = list(range(start, start + size // heads) if contiguous else range(head, size, heads))
         total = (x[..., picked] * weights[..., picked]).sum()
         grads = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
+        least = ROUNDING * max(float(gradient.abs().max()) for gradient in grads if gradient is not None)
+        grads = [None if gradient is None else gradient * (gradient.abs() > least) for gradient in grads]
         own = _used(grads[0], attention.by_head.dim() - 3)
         if own != {head}:
             return None

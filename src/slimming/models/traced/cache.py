@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import fx, nn
 
 T = TypeVar("T")
 CAPACITY = 16
@@ -42,15 +42,32 @@ class ArchitectureCache(Generic[T]):
         self._values.clear()
 
 
-def architecture_digest(model: nn.Module, input_shape: Sequence[int]) -> str:
-    """A digest of everything that determines the reading of ``model``: classes, settings and tensor shapes."""
-    digest = hashlib.sha256(repr(tuple(input_shape)).encode())
-    for name, module in model.named_modules():
+def architecture_digest(model: nn.Module, inputs: Sequence[Any]) -> str:
+    """A digest of everything that determines the reading of ``model``: classes, settings and tensor shapes.
+
+    Args:
+        model: the model.
+        inputs: what else determines it, such as the shape of an image.
+    """
+    digest = hashlib.sha256(repr(tuple(inputs)).encode())
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            digest.update(f"{name} is {names[module]}".encode())
+            continue
+        names[module] = name
         settings = {key: value for key, value in vars(module).items() if _is_setting(value) and key != "training"}
-        digest.update(f"{name} {type(module)} {sorted(settings.items())}".encode())
+        digest.update(f"{name} {_code(module)} {sorted(settings.items())}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
     return digest.hexdigest()
+
+
+def _code(module: nn.Module) -> str:
+    """What distinguishes the forward of ``module`` from those of other classes, also of classes of the same name."""
+    if isinstance(module, fx.GraphModule):  # each has a class of its own
+        return " ".join(str(value) for value in vars(module).values() if isinstance(value, fx.Graph))
+    return f"{type(module)} {id(type(module))}"
 
 
 def _is_setting(value: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from slimming.core.groups import Group, Scale, Slices
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.dependency_graph import Coupled, Member, coupled_channels, with_batch_norms
+from slimming.models.traced.verification import Pass
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -84,7 +85,7 @@ class ChannelSet:
 
 def channel_groups(
     model: nn.Module,
-    example: Any,
+    passes: Sequence[Pass],
     claimed: Mapping[str, str],
     opaque: Mapping[str, OpaqueSlices],
     report: Callable[[str], None] = lambda layer: None,
@@ -92,8 +93,8 @@ def channel_groups(
     """Read the coupled channels of ``model``.
 
     Args:
-        model: in evaluation mode, on the CPU, with parameters that require gradients.
-        example: input of its forward.
+        model: on the CPU, with parameters that require gradients.
+        passes: the forward passes to trace.
         claimed: names of modules that are not traced inside -> why the channels that pass through them are not cut.
         opaque: those of them whose input and output channels are known.
         report: called with the name of each layer whose channels are followed.
@@ -103,7 +104,7 @@ def channel_groups(
     """
     model = with_batch_norms(model)
     try:
-        coupled = coupled_channels(model, example, claimed, report=report)
+        coupled = coupled_channels(model, passes, claimed, report=report)
     except UnsupportedModelError as error:
         return [], [f"channels: {error}"]
     names = {id(module): name for name, module in model.named_modules()}

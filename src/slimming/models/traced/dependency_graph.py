@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import copy
 import functools
 import io
 import warnings
@@ -20,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.core.copies import copied
+from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced import coupling
 from slimming.models.traced.coupling import TooManyStepsError, Visit
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
+from slimming.models.traced.verification import Pass
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """The layers whose output channels are followed."""
@@ -64,7 +66,7 @@ class Coupled:
 
 def coupled_channels(
     model: nn.Module,
-    example: Any,
+    passes: Sequence[Pass],
     opaque_names: Iterable[str],
     *,
     report: Callable[[str], None] = lambda layer: None,
@@ -72,22 +74,22 @@ def coupled_channels(
     """The sets of channels that can only be removed together.
 
     Args:
-        model: in evaluation mode, on the CPU, with parameters that require gradients; see `with_batch_norms`.
-        example: input of its forward.
+        model: on the CPU, with parameters that require gradients; see `with_batch_norms`.
+        passes: the forward passes to trace; the sets hold for all of them together.
         opaque_names: names of modules that are not traced inside.
         report: called with the name of each layer that is followed.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
-    trace = functools.partial(_trace, model, example, opaque_names, report)
+    trace = functools.partial(_trace, model, passes, opaque_names, report)
     try:
         try:
             return trace()
-        except Exception:  # torch-pruning raises errors of any class on graphs that it does not support
+        except MODEL_ERRORS:
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
                 return trace()
-    except Exception as error:
+    except MODEL_ERRORS as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
             f"torch-pruning cannot trace this model ({type(error).__name__}: {first})"
@@ -134,7 +136,9 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str], report: Callable[[str], None]) -> list[Coupled]:
+def _trace(
+    model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str], report: Callable[[str], None]
+) -> list[Coupled]:
     """The coupled sets of channels.
 
     torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
@@ -145,12 +149,12 @@ def _trace(model: nn.Module, example: Any, opaque_names: Iterable[str], report: 
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with opaque(model, opaque_names) as opaque_classes, _mode_kept(model), _call_log(model) as calls:
+        with opaque(model, opaque_names) as opaque_classes, in_mode(model, False), _call_log(model) as calls:
             graph = torch_pruning.DependencyGraph()
             graph.build_dependency(
                 model,
-                example_inputs=example,
-                output_transform=lambda output: calls.with_unread(_first_tensors(output)),
+                example_inputs=(),
+                forward_fn=lambda model, _: calls.with_unread(_differentiable_outputs(model, passes)),
                 customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
                 verbose=False,
             )
@@ -277,23 +281,13 @@ def with_batch_norms(model: nn.Module) -> nn.Module:
         return no_parameters and statistics <= buffers.keys() and buffers["weight"].dim() == 1
 
     names = [name for name, module in model.named_modules() if is_frozen_norm(module)]
-    model = copy.deepcopy(model) if names else model
+    model = copied(model) if names else model
     for name in names:
         parent, _, child = name.rpartition(".")
         frozen = model.get_submodule(name)
         norm = nn.BatchNorm2d(len(frozen.weight), dtype=frozen.weight.dtype).train(frozen.training)
         setattr(model.get_submodule(parent), child, norm)
     return model
-
-
-@contextlib.contextmanager
-def _mode_kept(model: nn.Module) -> Iterator[None]:
-    """Prevent torch-pruning from switching the model to evaluation mode, in which auxiliary heads do not run."""
-    vars(model)["eval"] = lambda: model
-    try:
-        yield
-    finally:
-        del vars(model)["eval"]
 
 
 @contextlib.contextmanager
@@ -342,8 +336,5 @@ class _SplitTokensByIndex(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _first_tensors(output: Any) -> Any:
-    """The differentiable tensors of a nested output."""
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+def _differentiable_outputs(model: nn.Module, passes: Sequence[Pass]) -> list[Tensor]:
+    return [tensor for forward in passes for tensor in forward.outputs(model) if tensor.grad_fn is not None]

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from slimming.errors import UnsupportedModelError
 from slimming.models.layers import SomeHeadsAttention
 
 RESHAPES = ("reshape", "view")
@@ -47,7 +48,28 @@ def free_heads_class(cls: type[nn.Module]) -> type[nn.Module] | None:
                 methods[name] = rewritten
     if not methods:
         return None
-    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__, "__doc__": cls.__doc__, _MARK: True})
+    methods |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduced, _MARK: True}
+    return type(cls.__name__, (cls,), methods)
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """How ``pickle``, `torch.save` and ``copy`` describe a module whose class has no name: by the host's class."""
+    return new_with_free_heads, (type(module).__bases__[0],), module.__dict__
+
+
+def new_with_free_heads(cls: type[nn.Module]) -> nn.Module:
+    """An empty module of `free_heads_class`, which `pickle` fills.
+
+    Raises:
+        UnsupportedModelError: the installed version of the host has another forward.
+    """
+    rewritten = free_heads_class(cls)
+    if rewritten is None:
+        raise UnsupportedModelError(
+            f"The forward of {cls.__name__} cannot be rewritten for fewer heads in the installed version of its "
+            "library. Install the version with which the model was cut."
+        )
+    return rewritten.__new__(rewritten)
 
 
 def has_free_heads(module: nn.Module) -> bool:

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+import torch
+from torch import nn
 
+from slimming.core.example_inputs import ExampleCall
 from slimming.models.traced.attention_runs import HeadRows, head_rows, record
 from slimming.models.traced.channels import CONV
 from slimming.models.traced.free_heads import free_heads_class
 from slimming.models.traced.heads import Heads, head_group, innermost
-from slimming.models.traced.resize import clear_caches_, cut_copy, layer_sizes
+from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.tables import heads_of
-from slimming.models.traced.verification import cut_difference, outputs
+from slimming.models.traced.verification import Pass, cut_difference
 
 HINT = "docs/add-a-model.md shows how to write its row"
 
@@ -40,17 +41,17 @@ class InferredHeads:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def infer_heads(model: nn.Module, example: Any) -> InferredHeads:
+def infer_heads(model: nn.Module, forward: Pass) -> InferredHeads:
     """Infer the rows of the attention modules of ``model`` that are in no table.
 
     Args:
         model: in float64 with random weights that require gradients.
-        example: input of its forward.
+        forward: a forward pass in evaluation mode.
     """
     inferred = InferredHeads()
     known = [name for name, module in model.named_modules() if heads_of(module) is not None]
     try:
-        run = record(model, example)
+        run = record(model, forward)
     except RuntimeError as error:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         inferred.unread[""] = f"attention: the model does not run with gradients ({str(error).splitlines()[0]})"
@@ -74,7 +75,7 @@ def infer_heads(model: nn.Module, example: Any) -> InferredHeads:
                 tuple((name, tensor.shape) for name, tensor in module.named_parameters()),
             )
             if kind not in by_kind:
-                by_kind[kind] = _proved_row(model, site, found, example)
+                by_kind[kind] = _proved_row(model, site, found, forward)
             found = by_kind[kind]
         if isinstance(found, str):
             inferred.unread[site] = f"{site or 'the model'} heads of {type(module).__name__}: {found}. {HINT}"
@@ -102,7 +103,7 @@ def _site(found: HeadRows) -> str:
     return innermost((*found.rows, *found.outputs, f"{found.inside}."))
 
 
-def _proved_row(model: nn.Module, site: str, found: HeadRows, example: Any) -> Heads | str:
+def _proved_row(model: nn.Module, site: str, found: HeadRows, forward: Pass) -> Heads | str:
     """The row of the module ``site``, or why its heads cannot be cut."""
     module = model.get_submodule(site)
     if not site:
@@ -121,7 +122,7 @@ def _proved_row(model: nn.Module, site: str, found: HeadRows, example: Any) -> H
     if isinstance(row, str):
         return row
     units = row.count if isinstance(row.count, int) else 0
-    call = _call(model, site, example)
+    call = _call(model, site, forward)
     reason = f"no attribute of {type(module).__name__} holds the number {units}"
     for candidate in _candidates(module, row, found.heads, units):
         failure = _failure(module, candidate, call)
@@ -247,39 +248,37 @@ def _row_lengths(module: nn.Module, row: Heads) -> Iterator[int]:
     yield next(weight.shape[1] for weight in output.parameters() if weight.dim() > 1)
 
 
-class _Called(nn.Module):
-    """The attention module as a model of its own, which takes the arguments of a recorded call."""
+class _Part(nn.Module):
+    """The attention module as a model of its own."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
-    def forward(self, call: tuple[Any, Any]) -> Any:
-        args, kwargs = call
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.part(*args, **kwargs)
 
 
-def _call(model: nn.Module, site: str, example: Any) -> tuple[Any, Any]:
-    """The arguments of the first call of ``site``."""
-    calls: list[tuple[Any, Any]] = []
+def _call(model: nn.Module, site: str, forward: Pass) -> Pass:
+    """The first call of ``site``."""
+    calls: list[ExampleCall] = []
     handle = model.get_submodule(site).register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        lambda _, args, kwargs: calls.append(ExampleCall(args, kwargs)), with_kwargs=True
     )
     try:
-        outputs(model, example)
+        with torch.no_grad():
+            forward.outputs(model)
     finally:
         handle.remove()
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, calls[0])
+    return Pass(calls[0])
 
 
-def _failure(module: nn.Module, row: Heads, call: Any) -> str | None:
+def _failure(module: nn.Module, row: Heads, call: Pass) -> str | None:
     """Why the heads of ``module`` cannot be cut by ``row``; None if they can."""
-    holder = _Called(module)
-    for inner in module.modules():
-        clear_caches_(inner)
+    holder = _Part(module)
     found = head_group("part", module, row)
     if isinstance(found, str):
         return found
     group, attributes = found
     sizes = layer_sizes(holder, [group], attributes, {"part"} if row.free_heads else set())
-    return cut_difference(holder, [group], call, lambda model, groups, kept: cut_copy(model, groups, kept, sizes))
+    return cut_difference(holder, [group], [call], lambda model, groups, kept: cut_copy(model, groups, kept, sizes))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group
 from slimming.counting.operations import MacCounter, unfused
@@ -20,19 +21,19 @@ from slimming.models.traced.resize import tensor_dims
 
 
 def operations(
-    model: nn.Module, example: Any, groups: Sequence[Group], per_head_layers: Collection[str] = ()
+    model: nn.Module, call: ExampleCall, groups: Sequence[Group], per_head_layers: Collection[str] = ()
 ) -> tuple[Operation, ...]:
     """One operation per module that has parameters or multiplies matrices.
 
     Args:
         model: the model.
-        example: input of its forward.
+        call: one example.
         groups: its groups.
         per_head_layers: names of layers that run once per head.
     """
     dims = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     macs: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for (name, weight), count in macs_by_weight(model, example).items():
+    for (name, weight), count in macs_by_weight(model, call).items():
         macs[name][weight] = count
     heads = {group.site: group for group in groups if group.kind == "head"}
     sizes = {group.name: group.size for group in groups}
@@ -96,7 +97,7 @@ def _product(
 
 
 @torch.no_grad()
-def macs_by_weight(model: nn.Module, example: Any) -> dict[tuple[str, str], int]:
+def macs_by_weight(model: nn.Module, call: ExampleCall) -> dict[tuple[str, str], int]:
     """(Module, parameter) -> MACs of one forward pass between the parameter and another tensor.
 
     The module is the innermost one that runs. The parameter's name is empty if neither factor is a parameter.
@@ -111,10 +112,7 @@ def macs_by_weight(model: nn.Module, example: Any) -> dict[tuple[str, str], int]
         result[stack[-1], next((weights[pointer] for pointer in pointers if pointer in weights), "")] += macs
 
     with _module_stack(model, stack), unfused(), MacCounter(record):
-        if isinstance(example, dict):
-            model(**example)
-        else:
-            model(example)
+        call.run(model)
     return dict(result)
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimming.core.copies import clear_caches_, copied
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, untied_groups
-from slimming.models.traced.channels import CONV, channel_groups
+from slimming.models.traced.channels import BATCH_NORM, channel_groups
+from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
+from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
-from slimming.models.traced.resize import clear_caches_, cut_copy, layer_sizes
+from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
-from slimming.models.traced.verification import outputs, randomise_, verified
+from slimming.models.traced.unrun import unrun, withheld
+from slimming.models.traced.verification import Pass, randomise_, verified
 
 WIDTHS = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which models keep their embedding width, or that of their last stage."""
@@ -37,42 +42,50 @@ class Reading:
     sizes: Mapping[str, LayerSizes]
     uncovered: tuple[str, ...]
     inferred: tuple[str, ...]
+    input_shape: tuple[int, ...]
     timed_layers: tuple[TimedLayer, ...]
 
 
-def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
+def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) -> Reading:
     """Read a model.
 
     Args:
         model: the model; it is copied.
-        shape: channels, height and width of an image.
+        candidates: lists of example calls, of which the first that the model takes is used.
 
     Raises:
         UnsupportedModelError: the model cannot be run, or nothing in it can be cut.
     """
     model_class = type(model)
     model = _random_copy(model)
-    example = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     progress = Progress(model_class.__name__)
     with small_images(model):
-        idle = _idle_layers(model, example)
+        passes, courses, uncovered = _passes(model, candidates)
+        found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
         progress.step("looking for attention")
-        inferred = infer_heads(model, example)
-        heads, hidden = read_heads(model, inferred.rows, inferred.unread), read_hidden(model)
-        claimed = {**hidden.claimed, **heads.claimed}
+        inferred = infer_heads(model, passes[0])
+        computed, hidden = computed_weights(model), read_hidden(model)
+        heads = read_heads(model, inferred.rows, inferred.unread)
+        claimed = {**hidden.claimed, **heads.claimed, **computed}
         channels, uncovered_channels = channel_groups(
             model,
-            example,
+            distinct(passes, courses),
             claimed,
             opaque_slices(model),
             lambda layer: progress.step(f"following the channels of {layer}"),
         )
-    channels = apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
-    uncovered = [*inferred.unread.values(), *heads.uncovered, *hidden.uncovered, *uncovered_channels]
-    if idle:
-        uncovered.append(f"{len(idle)} layers, the first of them {idle[0]}: they do not run for one image")
+    channels = _apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
+    uncovered = [
+        *inferred.unread.values(),
+        *heads.uncovered,
+        *hidden.uncovered,
+        *uncovered_channels,
+        *uncovered,
+    ]
     groups, tied = untied_groups(model, [*heads.groups, *hidden.groups, *channels])
-    uncovered += tied
+    groups, parametrized = _without_computed(groups, computed)
+    groups, unrun_modules = withheld(model, groups, found)
+    uncovered += [*tied, *parametrized, *unrun_modules]
     attributes = _merged(heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)})
     if not groups:
         raise UnsupportedModelError(
@@ -82,22 +95,23 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         )
     model.requires_grad_(False)
     for module in model.modules():
-        clear_caches_(module)  # tracing left tensors with a graph in them, which cannot be copied
+        clear_caches_(module)  # tracing left tensors with a graph in them
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
         return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
 
     with small_images(model):
-        groups, failed = verified(model, groups, example, cut)
+        groups, failed = verified(model, groups, passes, cut)
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
     sizes = layer_sizes(model, groups, attributes, heads.free_heads)
     model.eval()
+    example = passes[0].call.with_batch(1)
     if enlarges_images(model):
-        model, example = model.float(), example.float()  # counting at this size needs half the time of float64
+        model, example = model.float(), example.to(torch.float32)  # counting at this size needs half the time
     progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
@@ -106,13 +120,27 @@ def read_model(model: nn.Module, shape: tuple[int, int, int]) -> Reading:
         uncovered=tuple(uncovered),
         inferred=tuple(inferred.lines),
         timed_layers=timed_layers(model, calls(model, example, attention_sites(groups)), groups, sizes),
+        input_shape=example.shape,
     )
 
 
-def apart_from(channels: Sequence[Group], heads: Sequence[Group]) -> list[Group]:
+def _apart_from(channels: Sequence[Group], heads: Sequence[Group]) -> list[Group]:
     """The groups of ``channels`` that are not the rows or columns of ``heads``, which are cut by heads."""
     taken = {(part.tensor, part.dim) for group in heads for part in group.slices}
     return [group for group in channels if not any((part.tensor, part.dim) in taken for part in group.slices)]
+
+
+def _without_computed(groups: Sequence[Group], computed: Mapping[str, str]) -> tuple[list[Group], list[str]]:
+    """The groups without slices in modules whose weight is computed, and for each of the others the reason."""
+    kept: list[Group] = []
+    reasons: list[str] = []
+    for group in groups:
+        inside = next((name for name in computed for part in group.slices if part.tensor.startswith(f"{name}.")), None)
+        if inside is None:
+            kept.append(group)
+        else:
+            reasons.append(f"{group.name}: {computed[inside]}")
+    return kept, reasons
 
 
 def attention_sites(groups: Iterable[Group]) -> set[str]:
@@ -127,58 +155,68 @@ def _random_copy(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"This {type(model).__name__} is on the meta device, and is read by running it: make it on the CPU."
         )
-    model = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
+    check_resizable(model)
+    model = copied(model).cpu().double().eval().requires_grad_(True)
     for module in model.modules():
         module.__dict__.pop(STRUCTURE, None)
     randomise_(model)
     return model
 
 
-def _idle_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """The layers that do not run in a forward pass.
-
-    If some layers, such as auxiliary heads, run in training mode only, the model is left in training mode; its
-    submodules stay in evaluation mode.
+def _passes(
+    model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]
+) -> tuple[list[Pass], list[Course], list[str]]:
+    """The forward passes in evaluation and in training mode, what happens in them, and why there is none in training.
 
     Raises:
-        UnsupportedModelError: the model does not take the example.
+        UnsupportedModelError: the model does not take the example, or its output has no floating-point tensor.
     """
-    idle = _not_run(model, example)
-    if idle:
-        model.training = True
+    passes, courses = _evaluation_passes(model, candidates)
+    has_batch_norm = any(isinstance(module, BATCH_NORM) for module in model.modules())
+    reasons: list[str] = []
+    for call in [forward.call for forward in passes]:
+        # The statistics of a BatchNorm need two values.
+        training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
         try:
-            idle_in_training = _not_run(model, example)
-        except UnsupportedModelError:
-            idle_in_training = idle
-        if len(idle_in_training) < len(idle):
-            return idle_in_training
-        model.training = False
-    return idle
-
-
-def _not_run(model: nn.Module, example: Tensor) -> list[str]:
-    """The layers with weights that do not run in one forward pass, and whose parent does not run either."""
-    ran: set[nn.Module] = set()
-    handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            outputs(model, example)
-    except Exception as error:  # hosts raise errors of any class
-        first = (str(error).splitlines() or [""])[0]
+            course = course_of(model, training)
+        except MODEL_ERRORS as error:
+            reasons.append(
+                f"training mode: the forward raises {type(error).__name__} ({_first_line(error)}), so the groups are "
+                "verified in evaluation mode only; give a call that works in both modes as example_inputs"
+            )
+            continue
+        passes.append(training)
+        courses.append(course)
+    if not any(course.outputs for course in courses):
         raise UnsupportedModelError(
-            f"This {type(model).__name__} does not take one image of {tuple(example.shape[1:])} "
-            f"({type(error).__name__}: {first}). If it takes another size, say so in its attribute image_size; if it "
-            "takes more than an image, wrap it in a module whose forward takes the image."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    modules = dict(model.named_modules())
-    return [
-        name
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, *CONV)) and module not in ran and modules[name.rpartition(".")[0]] not in ran
-    ]
+            f"The output of this {type(model).__name__} has no floating-point tensor, such as logits: it may end in an "
+            "argmax or another choice. Give slimming the model without that step, for example in a module whose "
+            "forward returns what the step takes."
+        )
+    return passes, courses, list(dict.fromkeys(reasons))
+
+
+def _evaluation_passes(
+    model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]
+) -> tuple[list[Pass], list[Course]]:
+    first: Exception | None = None
+    for calls_ in candidates:
+        passes = [Pass(call.to(torch.float64)) for call in calls_]
+        try:
+            return passes, [course_of(model, forward) for forward in passes]
+        except MODEL_ERRORS as error:
+            first = first or error
+    what = " and ".join(f"{tuple(call.main.shape[1:])}" for call in candidates[0])
+    raise UnsupportedModelError(
+        f"This {type(model).__name__} does not take one image of {what} ({type(first).__name__}: "
+        f"{_first_line(first)}). If it takes another size, say so in its attribute image_size; if it takes something "
+        "else, give an example: slimming.describe(model, example_inputs=...), a tensor, or a tuple or dict of the "
+        "arguments of its forward; or wrap it in a module whose forward takes the image."
+    ) from first
+
+
+def _first_line(error: Exception | None) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _merged(*attributes: Attributes) -> Attributes:

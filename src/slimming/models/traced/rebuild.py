@@ -13,10 +13,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from slimming.core.example_inputs import ExampleCall, given_calls, image_call
 from slimming.core.files import check_json
-from slimming.errors import CheckpointError, ConfigError
+from slimming.errors import CheckpointError, ConfigError, UnsupportedModelError
+from slimming.models.allowed import (
+    check_timm,
+    check_torchvision,
+    image_settings_of,
+    transformers_config,
+    without_origin,
+)
 from slimming.models.family import ORIGIN, difference
-from slimming.models.hosts import classes_of, give_image_settings_, image_settings, plain, unplain
+from slimming.models.hosts import classes_of, give_image_settings_, image_settings, make_torchvision, plain, unplain
+from slimming.models.replaced_layers import Blueprint, replaced_layers
 
 OWN = "own"
 """The host of a model that only its user can build."""
@@ -48,6 +57,7 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
     else:
         candidates = _timm_candidates(model)
     why = "it is not a model that timm, transformers or torchvision makes by name"
+    nearest: tuple[int, dict[str, Any]] | None = None
     for base in candidates:
         try:
             built = _quiet_build(base)
@@ -58,24 +68,32 @@ def find_base(model: nn.Module, change_: Callable[[nn.Module], None] | None = No
         why = difference(model, built)
         if why is None:
             return base
+        try:  # a new classifier is recorded when the model is saved
+            count = len(replaced_layers(model, Blueprint.of(built)))
+        except UnsupportedModelError:
+            continue
+        if nearest is None or count < nearest[0]:
+            nearest = count, base
+    if nearest is not None:
+        return nearest[1]
     return {"host": OWN, "class": f"{module}.{type(model).__qualname__}", "why": why}
 
 
 def rebased(base: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """``base`` with the number of classes and the image settings of ``model``, which may have changed since."""
     if base["host"] == "transformers":
-        return {**base, "config": _config(model), "images": image_settings(model)}
+        return {**base, "config": _config(model), "images": _settings(model)}
     if base["host"] == "torchvision":
         arguments = dict(base["arguments"])
         if "num_classes" in arguments:
             arguments["num_classes"] = classes_of(model)
-        return {**base, "arguments": arguments, "images": image_settings(model)}
+        return {**base, "arguments": arguments, "images": _settings(model)}
     if base["host"] != "timm":
         return dict(base)
-    arguments, classes = base["arguments"], getattr(model, "num_classes", None)
-    if isinstance(classes, int) and arguments.get("num_classes") != classes:
+    arguments, classes = base["arguments"], classes_of(model)
+    if isinstance(getattr(model, "num_classes", None), int) and arguments.get("num_classes") != classes:
         arguments = {**arguments, "num_classes": classes}
-    return {**base, "arguments": arguments, "config": image_settings(model)}
+    return {**base, "arguments": arguments, "config": _settings(model)}
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
@@ -124,6 +142,42 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     return (channels, int(wanted[1]), int(wanted[2])) if wanted else (channels, 224, 224)
 
 
+def example_candidates(model: nn.Module) -> list[tuple[ExampleCall, ...]]:
+    """The example calls of ``model``, or guesses of them: the first that the model takes is its input.
+
+    Without example inputs of its own, a model is taken to read images of `input_shape`, or with the usual numbers of
+    channels: its first convolution may not be the one that reads the image, or may read a rearranged image.
+
+    Raises:
+        UnsupportedModelError: the model reads signals or volumes, whose size cannot be guessed.
+        ConfigError: its example inputs are malformed.
+    """
+    given = given_calls(model)
+    if given:
+        return [tuple(call.varied() for call in given)]
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    if convolutions and not any(isinstance(module, nn.Conv2d) for module in convolutions):
+        first = convolutions[0]
+        sizes = "length" if isinstance(first, nn.Conv1d) else "depth, height, width"
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has a {type(first).__name__} and no Conv2d, so it does not read images, and "
+            "the size of its input cannot be guessed. Give an example: slimming.describe(model, "
+            f"example_inputs=torch.randn(1, {first.in_channels}, {sizes})), with the numbers in place of the words."
+        )
+    channels, *size = input_shape(model)
+    if len(size) != 2:
+        return [(image_call((channels, *size)),)]
+    return [(image_call((number, *size)),) for number in dict.fromkeys((channels, 3, 1))]
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """The image settings of ``model``, with the size of images that its user gave it as an attribute."""
+    settings = image_settings(model)
+    if "image_size" in vars(model):
+        settings["input_size"] = list(input_shape(model))
+    return settings
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -136,7 +190,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Bases from which timm may have built ``model``, those with the fewest arguments first."""
     config = _timm_config(model)
-    settings = image_settings(model)
+    settings = _settings(model)
     recorded = model.__dict__.get(ORIGIN)
     if recorded is not None:
         arguments = {key: plain(value) for key, value in recorded["arguments"].items()}
@@ -148,8 +202,8 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         name = f"{name}.{config['tag']}"
     channels, height, width = input_shape(model)
     arguments: dict[str, Any] = {}
-    if getattr(model, "num_classes", None) not in (None, config.get("num_classes")):
-        arguments["num_classes"] = int(model.num_classes)  # pyright: ignore
+    if getattr(model, "num_classes", None) is not None and classes_of(model) != config.get("num_classes"):
+        arguments["num_classes"] = classes_of(model)
     if channels != (config.get("input_size") or (channels,))[0]:
         arguments["in_chans"] = channels
     made_with: Any = getattr(model, "_model_args", None)  # recorded since timm 1.0.31
@@ -165,13 +219,9 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _make_timm(base: Mapping[str, Any]) -> nn.Module:
-    arguments = unplain(base["arguments"])
-    name = str(base["name"])
-    if not timm.is_model(name.partition(".")[0]):
-        # timm would look for an unknown name on the Hugging Face hub.
-        raise ValueError("there is no such architecture")
-    model = timm.create_model(name, pretrained=False, **arguments)
-    give_image_settings_(model, base["config"])
+    check_timm(base["name"], base["arguments"])
+    model = timm.create_model(base["name"], pretrained=False, **unplain(base["arguments"]))
+    give_image_settings_(model, image_settings_of(base["config"]))
     return model
 
 
@@ -193,21 +243,20 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     _, height, width = input_shape(model)
     extras: list[dict[str, Any]] = [{}, {"image_size": height}] if height == width else [{}]
     if ".segmentation." in module:
-        arguments = {"weights_backbone": None, "num_classes": arguments.get("num_classes")}
+        arguments = {"num_classes": arguments.get("num_classes")}
         extras = [{}, {"aux_loss": True}]
     for name in torchvision.models.list_models():
         builder = torchvision.models.get_model_builder(name)
         if builder.__module__ == module:
             for extra in extras:
                 chosen = {**arguments, **extra}
-                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": image_settings(model)}
+                yield {"host": "torchvision", "name": name, "arguments": chosen, "images": _settings(model)}
 
 
 def _make_torchvision(base: Mapping[str, Any]) -> nn.Module:
-    import torchvision
-
-    model = torchvision.models.get_model(base["name"], weights=None, **base["arguments"])
-    give_image_settings_(model, base.get("images", {}))
+    check_torchvision(base["name"], base["arguments"])
+    model = make_torchvision(base["name"], base["arguments"])
+    give_image_settings_(model, image_settings_of(base.get("images", {})))
     return model
 
 
@@ -218,12 +267,12 @@ def _transformers_candidates(model: Any) -> Iterator[dict[str, Any]]:
         return
     base = {"host": "transformers", "name": type(model).__name__, "config_class": type(config).__name__}
     for arguments in ({}, {"add_pooling_layer": False}):
-        yield {**base, "config": _config(model), "arguments": arguments, "images": image_settings(model)}
+        yield {**base, "config": _config(model), "arguments": arguments, "images": _settings(model)}
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The complete configuration of a transformers model, as JSON values."""
-    return json.loads(model.config.to_json_string(use_diff=False))
+    """The complete configuration of a transformers model, as JSON values, without its origin and pretrained weights."""
+    return without_origin(json.loads(model.config.to_json_string(use_diff=False)))
 
 
 def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
@@ -235,9 +284,14 @@ def _make_transformers(base: Mapping[str, Any]) -> nn.Module:
         raise ValueError("there is no such model")
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
         raise ValueError(f"there is no configuration {base['config_class']!r}")
-    config = config_class.from_dict(json.loads(json.dumps(base["config"])))
-    model = cls(config, **base.get("arguments", {}))
-    give_image_settings_(model, base.get("images", {}))
+    arguments = base.get("arguments", {})
+    if any(name != "add_pooling_layer" or type(value) is not bool for name, value in arguments.items()):
+        raise CheckpointError(
+            f"The file passes {arguments!r} to {base['name']}, of which only add_pooling_layer is taken."
+        )
+    config = config_class.from_dict(transformers_config(config_class, base["config"], where=str(base["config_class"])))
+    model = cls(config, **arguments)
+    give_image_settings_(model, image_settings_of(base.get("images", {})))
     return model
 
 

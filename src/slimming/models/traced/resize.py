@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
-from slimming.models.family import Kept, assign_state_, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -144,7 +144,7 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
 
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
-    small = copy.deepcopy(model)
+    small = copied(model)
     for name, entry in layers_after(sizes, groups, kept).items():
         resize_module_(small.get_submodule(name), entry)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -189,14 +189,8 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
-
-
-def clear_caches_(module: nn.Module) -> None:
-    """Empty the host's caches of values that it computed from the previous tensors of ``module``."""
-    for name, value in vars(module).items():
-        if name.endswith("_cache") and isinstance(value, dict):
-            value.clear()
 
 
 def disable_nested_tensors_(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ the sum of the others, and it is proportional to the number of elements of the l
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -18,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from slimming.core.copies import copied
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
+from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.resize import entry_of, resize_module_
@@ -57,17 +59,17 @@ class Call:
 
 
 @torch.no_grad()
-def calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[Call]:
+def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) -> list[Call]:
     """The calls of layers and attention modules in order; empty if the model does not take a batch of two images.
 
     Args:
         model: in evaluation mode.
-        example: one image.
+        example: a call with one image.
         attention: names of the attention modules that are timed as a whole.
     """
     try:
-        single, double = (_recorded_calls(model, x, attention) for x in (example, torch.cat((example, example))))
-    except Exception:  # hosts raise errors of any class
+        single, double = (_recorded_calls(model, example.with_batch(size), attention) for size in (1, 2))
+    except MODEL_ERRORS:
         return []
     if [name for name, *_ in single] != [name for name, *_ in double]:
         return []
@@ -180,7 +182,7 @@ def timed_module(
         full: group -> its number of units.
     """
     axes = dict(layer.axes)
-    small = copy.deepcopy(model.get_submodule(call.name))
+    small = copied(model.get_submodule(call.name))
     for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
@@ -195,7 +197,7 @@ def timed_module(
     layer_bytes = sum(tensor.nbytes for tensor in small.parameters())
     limit = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
     count = min(COPIES, max(1, limit // layer_bytes)) if layer_bytes else 1
-    copies = [copy.deepcopy(small) for _ in range(count)]
+    copies = [copied(small) for _ in range(count)]
     called = _Calls(copies, call).requires_grad_(False)
     return TimedModule(called, tuple(shape[1:] if shape[0] == 1 else shape), len(copies))
 
@@ -222,7 +224,7 @@ class _Calls(nn.Module):
         return [module(*args, **kwargs) for module in self.copies][-1]
 
 
-def _recorded_calls(model: nn.Module, example: Tensor, attention: Collection[str]) -> list[tuple[str, Any, int]]:
+def _recorded_calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) -> list[tuple[str, Any, int]]:
     """Name, arguments and number of output elements of every call."""
     result: list[tuple[str, Any, int]] = []
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimming.core.example_inputs import ExampleCall, tensors_in
 from slimming.core.groups import Group
+from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
@@ -46,78 +49,54 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
 
 
-def verified(
-    model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut
-) -> tuple[list[Group], list[tuple[Group, str]]]:
-    """Split ``groups`` into those that pass and those that fail, with the reason.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass.
 
-    All groups are tested together first. A set that fails is halved until the failing groups are found.
-
-    Args:
-        model: in float64 with random weights, see `randomise_`.
-        groups: the groups to verify.
-        example: input of the model's forward.
-        cut: makes a cut copy.
+    Attributes:
+        call: the arguments.
+        training: whether all modules are in training mode.
     """
-    failed: list[tuple[Group, str]] = []
 
-    def passing(known: list[Group], untested: list[Group]) -> list[Group]:
-        """The groups of ``untested`` that pass together with ``known``."""
-        if not untested:
-            return []
-        reason = cut_difference(model, [*known, *untested], example, cut)
-        if reason is None:
-            return untested
-        if len(untested) == 1:
-            failed.append((untested[0], reason))
-            return []
-        half = len(untested) // 2
-        first = passing(known, untested[:half])
-        return first + passing([*known, *first], untested[half:])
+    call: ExampleCall
+    training: bool = False
 
-    return passing([], list(groups)), failed
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """The floating-point tensors of the output.
 
-
-@torch.no_grad()
-def cut_difference(model: nn.Module, groups: Sequence[Group], example: Any, cut: Cut, seed: int = 0) -> str | None:
-    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in groups:
-        count = max(1, group.size // 2)
-        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
-    masked = masked_outputs(model, groups, kept, example)
-    try:
-        small = outputs(cut(model, groups, kept), example)
-    except Exception as error:  # hosts raise errors of any class when sizes do not fit
-        return (
-            f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-        )
-    return output_difference(masked, small)
+        In training mode dropout keeps everything, other random numbers are drawn with a fixed seed, and the model's
+        buffers, such as running statistics, are restored afterwards.
+        """
+        if not self.training:
+            with in_mode(model, False):
+                return outputs(model, self.call)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        with torch.random.fork_rng(devices=[]), in_mode(model, True), _NoDropout():
+            torch.manual_seed(0)
+            try:
+                # Copies: a buffer among the outputs is restored, too.
+                return [tensor.clone() for tensor in outputs(model, self.call)]
+            finally:
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)  # autograd may hold the buffer
 
 
-def masked_outputs(
-    model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], example: Any
-) -> list[Tensor]:
-    """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    saved: dict[str, Tensor] = {}
-    undo: list[Callable[[], None]] = []
-    for group in groups:
-        undo += mask_norms(model, group, kept[group.name])
-        removed = sorted(set(range(group.size)) - set(kept[group.name]))
-        for part in group.slices:
-            if part.side == "consumes" and removed:
-                tensor = tensors[part.tensor]
-                saved.setdefault(part.tensor, tensor.detach().clone())
-                zero_slices_(tensor.data, part, removed)
-    try:
-        return outputs(model, example)
-    finally:
-        for restore in undo:
-            restore()
-        for name, tensor in saved.items():
-            tensors[name].data.copy_(tensor)
+class _NoDropout(TorchDispatchMode):
+    """Makes dropout, and every other choice by Bernoulli variables, keep everything.
+
+    A masked and a cut model draw numbers for tensors of different shapes, so that a common seed is not enough.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = func._overloadpacket
+        if operation == torch.ops.aten.bernoulli_:
+            return args[0].fill_(1)
+        if operation == torch.ops.aten.bernoulli:
+            return torch.ones_like(args[0])
+        if operation == torch.ops.aten.native_dropout:
+            tensor, rate = args[:2]
+            return tensor / (1 - rate), torch.ones_like(tensor, dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
 
 
 class _KeepFloat64(TorchFunctionMode):
@@ -138,14 +117,101 @@ def _as_float64(value: Any) -> Any:
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """The floating-point tensors of the model's output."""
+    """The floating-point tensors of the model's output in the mode that it is in.
+
+    Args:
+        model: the model.
+        example: an `ExampleCall`, or what `ExampleCall.of` takes.
+    """
     with _KeepFloat64():
-        result = model(**example) if isinstance(example, dict) else model(example)
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        result = ExampleCall.of(example).run(model)
+    return [leaf for leaf in tensors_in(result) if leaf.is_floating_point()]
+
+
+def verified(
+    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut
+) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """Split ``groups`` into those that pass and those that fail, with the reason.
+
+    All groups are tested together first. A set that fails is halved until the failing groups are found.
+
+    Args:
+        model: in float64 with random weights, see `randomise_`.
+        groups: the groups to verify.
+        passes: the forward passes in which masked and cut model must agree.
+        cut: makes a cut copy.
+    """
+    failed: list[tuple[Group, str]] = []
+
+    def passing(known: list[Group], untested: list[Group]) -> list[Group]:
+        """The groups of ``untested`` that pass together with ``known``."""
+        if not untested:
+            return []
+        reason = cut_difference(model, [*known, *untested], passes, cut)
+        if reason is None:
+            return untested
+        if len(untested) == 1:
+            failed.append((untested[0], reason))
+            return []
+        half = len(untested) // 2
+        first = passing(known, untested[:half])
+        return first + passing([*known, *first], untested[half:])
+
+    return passing([], list(groups)), failed
+
+
+@torch.no_grad()
+def cut_difference(
+    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
+) -> str | None:
+    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
+    rng = random.Random(seed)
+    kept = {}
+    for group in groups:
+        count = max(1, group.size // 2)
+        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    try:
+        small = cut(model, groups, kept)
+        results = [forward.outputs(small) for forward in passes]
+    except MODEL_ERRORS as error:
+        return (
+            f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
+        )
+    for forward, result in zip(passes, results, strict=True):
+        reason = output_difference(masked_outputs(model, groups, kept, forward), result)
+        if reason is not None:
+            return f"{reason} in training mode" if forward.training else reason
+    return None
+
+
+def masked_outputs(
+    model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], forward: Pass
+) -> list[Tensor]:
+    """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    saved: dict[str, Tensor] = {}
+    undo: list[Callable[[], None]] = []
+    for group in groups:
+        undo += mask_norms(model, group, kept[group.name])
+        removed = sorted(set(range(group.size)) - set(kept[group.name]))
+        for part in group.slices:
+            if part.side == "consumes" and removed:
+                tensor = tensors[part.tensor]
+                saved.setdefault(part.tensor, tensor.detach().clone())
+                zero_slices_(tensor.data, part, removed)
+    try:
+        return forward.outputs(model)
+    finally:
+        for restore in undo:
+            restore()
+        for name, tensor in saved.items():
+            tensors[name].data.copy_(tensor)
 
 
 def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
     """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal."""
+    if len(masked) != len(cut):
+        return "the cut model returns another number of tensors"
     if not any(expected.numel() for expected in masked):
         return "the model returns nothing for the random image that cut and masked are compared on"
     for expected, actual in zip(masked, cut, strict=True):

@@ -1,0 +1,205 @@
+"""Example calls of a model: the arguments with which it is run to read it, to check it and to count its costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from slimming.core.modules import set_attribute_
+from slimming.errors import ConfigError
+
+ATTRIBUTE = "example_inputs"
+"""Attribute of a model with its example inputs, which every function that reads the model uses."""
+
+
+@dataclass(frozen=True)
+class ExampleCall:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(value: Any) -> ExampleCall:
+        """The call with ``value``: one tensor, a tuple of positional or a mapping of keyword arguments."""
+        if isinstance(value, ExampleCall):
+            return value
+        if isinstance(value, Mapping):
+            return ExampleCall(kwargs=dict(value))
+        return ExampleCall(args=value if isinstance(value, tuple) else (value,))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def main(self) -> Tensor:
+        """The first floating-point tensor; its first dimension is the batch, unless it is in a list of images."""
+        return next(tensor for tensor in self.tensors if tensor.is_floating_point())
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the first dimension of `main` is the batch: it is not in a list, as images of several sizes are."""
+        lists = (each for each in (*self.args, *self.kwargs.values()) if isinstance(each, list))
+        return not any(leaf is self.main for leaf in tree_leaves(list(lists)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `main` without its batch dimension."""
+        return tuple(self.main.shape)[1 if self.is_batched else 0 :]
+
+    @property
+    def digest(self) -> str:
+        """A digest of everything that determines the course of the call: all but the values of floating tensors."""
+        leaves, spec = tree_flatten((self.args, dict(self.kwargs)))
+        digest = hashlib.sha256(repr(spec).encode())
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                digest.update(repr(leaf).encode())
+                continue
+            digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
+            if not leaf.is_floating_point():
+                digest.update(repr(leaf.tolist()).encode())
+        return digest.hexdigest()
+
+    def run(self, model: nn.Module) -> Any:
+        """Call ``model``."""
+        return model(*self.args, **self.kwargs)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> ExampleCall:
+        """The call with its floating-point tensors in ``dtype``, on ``device``."""
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+        return self._mapped(moved)
+
+    def with_batch(self, size: int) -> ExampleCall:
+        """The call for ``size`` examples: the first one, and others made from it by shuffling its values.
+
+        The tensors whose first dimension is the batch of `main` are changed; lists of images are not.
+        """
+        if not self.is_batched:
+            return self
+        main, given = self.main, len(self.main)
+        generator = torch.Generator().manual_seed(size)
+
+        def shuffled(tensor: Tensor) -> Tensor:
+            order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+            return tensor.reshape(-1)[order].reshape(tensor.shape)
+
+        def resized(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != given:
+                return leaf
+            if size <= given:
+                return leaf[:size]
+            more = [shuffled(leaf[:1]) if leaf is main else leaf[:1] for _ in range(size - given)]
+            return torch.cat([leaf, *more])
+
+        return self._mapped(resized)
+
+    def varied(self, seed: int = 0) -> ExampleCall:
+        """The call with random values in place of a constant image, such as zeros, which would prove little."""
+        main = self.main
+        if main.numel() == 0 or not bool((main == main.reshape(-1)[0]).all()):
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randn(main.shape, generator=generator, dtype=torch.float64).to(main.device, main.dtype)
+        return self.with_main(random)
+
+    def with_main(self, tensor: Tensor) -> ExampleCall:
+        """The call with ``tensor`` in place of `main`."""
+        main = self.main
+        return self._mapped(lambda leaf: tensor if leaf is main else leaf)
+
+    def _mapped(self, change: Any) -> ExampleCall:
+        return ExampleCall(*tree_map(change, (self.args, dict(self.kwargs))))
+
+
+def image_call(
+    shape: tuple[int, ...], *, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ExampleCall:
+    """A call with random images of ``shape`` (without the batch dimension)."""
+    generator = torch.Generator().manual_seed(seed)
+    return ExampleCall((torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype),))
+
+
+def set_example_inputs_(model: nn.Module, example_inputs: Any) -> None:
+    """Keep ``example_inputs`` as an attribute of ``model``, so that all functions that read the model use them.
+
+    Raises:
+        ConfigError: they are not example calls, see `given_calls`.
+    """
+    if example_inputs is not None:
+        _calls(example_inputs)
+        set_attribute_(model, ATTRIBUTE, example_inputs)
+
+
+def given_calls(model: nn.Module) -> tuple[ExampleCall, ...]:
+    """The example calls that ``model`` was given; empty if none.
+
+    Raises:
+        ConfigError: they are not a tensor, a tuple or mapping of arguments, or a list of these, or a call has no
+            floating-point tensor.
+    """
+    value = getattr(model, ATTRIBUTE, None)
+    return () if value is None else _calls(value)
+
+
+def _calls(value: Any) -> tuple[ExampleCall, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(each, (Tensor, tuple, Mapping)) for each in values):
+        raise ConfigError(
+            f"example_inputs is {type(value).__name__}: give a tensor, a tuple of positional or a dict of keyword "
+            "arguments of the model's forward, or a list of these with one entry for each call."
+        )
+    calls = tuple(ExampleCall.of(each) for each in values)
+    for call in calls:
+        if not any(tensor.is_floating_point() and tensor.dim() for tensor in call.tensors):
+            raise ConfigError(
+                "A call in example_inputs has no floating-point tensor, such as an image with a batch dimension: add "
+                "it to the arguments."
+            )
+    return calls
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in ``value``: in tuples, mappings, dataclasses and the attributes of other objects."""
+    return list(_tensors_in(value, set()))
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    leaves = tree_leaves(value)
+    if not (len(leaves) == 1 and leaves[0] is value):
+        for leaf in leaves:
+            yield from _tensors_in(leaf, seen)
+        return
+    if id(value) in seen or isinstance(value, (type, nn.Module)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, each.name) for each in dataclasses.fields(value)]
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from _tensors_in(part, seen)

@@ -1,0 +1,74 @@
+"""Record what happens in a forward pass: which modules run, and which tensors are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from slimming.counting.operations import unfused
+from slimming.models.traced.verification import Pass
+
+
+@dataclass(frozen=True)
+class Course:
+    """What happened in a forward pass.
+
+    Attributes:
+        storages: addresses of the storages that operations read.
+        modules: names of the modules that ran, in order.
+        outputs: shapes of the floating-point outputs without the batch dimension.
+    """
+
+    storages: frozenset[int]
+    modules: tuple[str, ...]
+    outputs: tuple[tuple[int, ...], ...]
+
+
+@torch.no_grad()
+def course_of(model: nn.Module, forward: Pass) -> Course:
+    """Run a forward pass and record what happens. Errors of the model are passed on."""
+    modules: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: modules.append(name))
+        for name, module in model.named_modules()
+    ]
+    reads = _Reads()
+    try:
+        with unfused(), reads:
+            results = forward.outputs(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Course(frozenset(reads.storages), tuple(modules), tuple(tuple(result.shape[1:]) for result in results))
+
+
+class _Reads(TorchDispatchMode):
+    """Records the storages of the tensors that operations are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = (leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor))
+        self.storages.update(storage(tensor) for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def storage(tensor: Tensor) -> int:
+    """Address of the storage of ``tensor``."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def distinct(passes: Sequence[Pass], courses: Sequence[Course]) -> list[Pass]:
+    """The passes that differ in the modules that run, or in what they return; only these have to be traced."""
+    chosen: dict[tuple[Any, ...], Pass] = {}
+    for forward, course in zip(passes, courses, strict=True):
+        chosen.setdefault((course.modules, course.outputs), forward)
+    return list(chosen.values())
