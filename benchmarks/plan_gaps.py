@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torchvision
@@ -37,6 +38,7 @@ from slimming.core.layout import FREE, Layout
 from slimming.errors import BudgetError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.planning.budgeting import costs_of
+from slimming.planning.candidates import CandidatePool, all_candidates
 from slimming.planning.latency_table import LatencyTable
 from slimming.planning.scores import HasScores, ScoredModel
 
@@ -183,6 +185,35 @@ def below(anatomy: Anatomy, made: slimming.Plan, budget: Budget, latency: Latenc
     return min(gaps)
 
 
+def another_fits(source: Scored, layout: Layout, made: slimming.Plan, latency: LatencyTable | None) -> bool:
+    """Whether the next step of any layer could be kept as well, within all limits."""
+    anatomy, budget = source.model.anatomy, Budget(**made.budget)
+    groups = [group for group in anatomy.groups if group.name in made.kept]
+    pool = CandidatePool(anatomy, all_candidates(groups, source.model.scores, layout))
+    removed = np.array([not any(unit in made.kept[name] for name, unit in one.units) for one in pool.candidates])
+    last = {candidate.chain: index for index, candidate in enumerate(pool.candidates) if removed[index]}
+    whole = {group.name: group.size for group in anatomy.groups}
+    limits = {} if budget.keep is not None else budget.absolute(costs_of(anatomy, whole, table=latency))
+    before = pool.counts(pool.kept(removed))
+    for index in last.values():
+        more = removed.copy()
+        more[index] = False
+        kept = pool.counts(pool.kept(more))
+        if kept == before:
+            continue
+        if budget.keep is None:
+            cost = costs_of(anatomy, kept, table=latency)
+            fits = all(cost[metric] <= limit for metric, limit in limits.items())
+        else:
+            fits = True
+            for kind, ratio in budget.keep.items():
+                sizes = {group.name: group.size for group in groups if group.kind == kind}
+                fits &= sum(kept[name] for name in sizes) <= ratio * sum(sizes.values()) + 1e-9
+        if fits:
+            return True
+    return False
+
+
 def one_plan(number: int, settings: argparse.Namespace, names: Sequence[str]) -> dict[str, Any] | None:
     """Draw and make plan ``number``; None if the drawn budget cannot be reached."""
     dice = random.Random(1_000_003 * settings.seed + number)
@@ -205,6 +236,7 @@ def one_plan(number: int, settings: argparse.Namespace, names: Sequence[str]) ->
         row[solver or "default"] = {
             "below": gap, "points": points, "score": made.solution.get("kept_score"), "s": seconds,
             "solver": made.solution.get("solver"), "note": made.solution.get("note"),
+            "fits": gap > NEAR and another_fits(source, LAYOUTS[layout], made, latency),
         }  # fmt: skip
     return row
 
@@ -218,6 +250,7 @@ def summary(rows: Sequence[Mapping[str, Any]], solver: str) -> list[object]:
     return [
         len(found),
         f"{len(far)} ({len(far) / len(found):.1%})",
+        sum(one["fits"] for one in far),
         f"{100 * max((one['points'] for one in found), default=0.0):.1f}",
         f"{statistics.fmean(scores):.4f}" if scores else "–",
         f"{1000 * statistics.median(seconds):.0f}, {1000 * max(seconds):.0f}",
@@ -243,7 +276,16 @@ def main() -> None:
     target = settings.output / "plan_gaps.json"
     earlier = json.loads(target.read_text("utf-8"))["plans"] if target.exists() else {}
     versions = {**earlier, settings.label: rows}
-    header = ["version", "solver", "plans", "more than 1 % below", "worst, points", "score kept", "ms, largest"]
+    header = [
+        "version",
+        "solver",
+        "plans",
+        "more than 1 % below",
+        "another step fits",
+        "worst, points",
+        "score kept",
+        "ms, largest",
+    ]
     lines = [[label, solver, *summary(version, solver)] for label, version in versions.items()
              for solver in ("default", "nested")]  # fmt: skip
     text = [table(header, lines)]
@@ -254,9 +296,9 @@ def main() -> None:
             cells: list[object] = [value]
             for version in versions.values():
                 of_value = [row for row in version if row[key] == value]
-                cells += summary(of_value, "default")[1:3] if of_value else ["–", "–"]
+                cells += summary(of_value, "default")[1:4] if of_value else ["–"] * 3
             lines.append(cells)
-        heads = [f"{label}: {what}" for label in versions for what in ("> 1 % below", "worst, points")]
+        heads = [f"{label}: {what}" for label in versions for what in ("> 1 % below", "another fits", "worst, points")]
         text.append(f"By {key}, default solver:\n\n" + table([key, *heads], lines))
     store("plan_gaps", settings, "\n".join(text), plans=versions)
     print("\n" + "\n".join(text))

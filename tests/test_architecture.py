@@ -50,6 +50,7 @@ ONLY = {
         "core.console",
         "core.copies",
         "core.files",
+        "core.inputs",
         "core.interrupts",
         "core.limits",
         "core.modules",

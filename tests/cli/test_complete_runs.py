@@ -14,7 +14,7 @@ slow = pytest.mark.slow
 BUDGET = "macs-0.70"
 QUICK = ("table.md", "report.html", f"{BUDGET}/slim/weights.safetensors", "search/masks.safetensors")
 FILES = (
-    *QUICK, "settings.json", "dense/metrics.json", "results.json", "search/weights.safetensors",
+    *QUICK, "inputs.json", "settings.json", "dense/metrics.json", "results.json", "search/weights.safetensors",
     "search/scores.safetensors", "search/search.json", "search/seconds.json", "search/log.jsonl",
     *(f"{BUDGET}/{name}" for name in ("plan.json", "row.json", "log.jsonl")),
     *(f"{BUDGET}/{place}/{name}" for place in ("cut", "slim") for name in ("weights.safetensors", "structure.json",

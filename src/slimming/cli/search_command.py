@@ -29,13 +29,18 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.output import echo, is_main_process, print_settings, run_directory
     from slimming.cli.run_command import output_path
     from slimming.runs.files import missing_result
+    from slimming.runs.inputs import check_named_inputs
     from slimming.runs.setup import open_start
-    from slimming.searching.mask_search import is_scored, search
+    from slimming.searching.mask_search import RECORD, is_scored, search
     from slimming.training.evaluation import evaluate
+    from slimming.training.resume import STATE_FILE
 
     config, notes = read_config(SearchCommandConfig, arguments)
     directory = output_path(arguments, "search")
     with run_directory(directory, config, "search"):
+        if is_main_process():
+            fresh = not any((directory / name).exists() for name in (STATE_FILE, RECORD))
+            check_named_inputs(directory, config.model, config.data, fresh=fresh)
         if not missing_result(directory) and is_scored(directory, config.search):
             echo(f"{directory} holds the finished search already; nothing to do.")
             return

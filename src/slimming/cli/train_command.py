@@ -33,13 +33,18 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.core.plain_text import without_places
     from slimming.retraining.retrain import train
     from slimming.runs.files import missing_in_checkpoint
+    from slimming.runs.inputs import check_named_inputs
     from slimming.runs.setup import open_start
     from slimming.training.evaluation import evaluate
     from slimming.training.log import LOG_FILE
+    from slimming.training.resume import STATE_FILE
 
     config, notes = read_config(TrainCommandConfig, arguments)
     directory = output_path(arguments, "train")
     with run_directory(directory, config, "train"):
+        if is_main_process():
+            fresh = not any((directory / name).exists() for name in (STATE_FILE, "model"))
+            check_named_inputs(directory, config.model, config.data, teacher=config.teacher, fresh=fresh)
         if not missing_in_checkpoint(directory / "model") and (directory / LOG_FILE).exists():
             echo(f"{directory / 'model'} is trained already; nothing to do.")
             return

@@ -160,7 +160,8 @@ def _fitting(hint: Any, value: Any, name: str) -> Any:
         elif option in SCALARS:
             number = plain_number(value)
             if type(number) is option or (option is float and type(number) is int):
-                return scalar(option, value, name)
+                scalar(option, value, name)
+                return number
         elif _fits_class(option, value):
             return _entries(option, value, name)
     wanted = " or ".join(_described(option) for option in options)

@@ -16,11 +16,13 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from slimming.core.limits import MOST_ELEMENTS, MOST_MODULES, MOST_TENSOR_ELEMENTS
+from slimming.core.limits import MOST_ELEMENTS, MOST_IN_RANGE, MOST_MODULES, MOST_TENSOR_ELEMENTS
 from slimming.errors import CheckpointError
 
-BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ARGUMENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """What constructors of hosts raise for arguments that they do not check."""
+BUILD_ERRORS = (*ARGUMENT_ERRORS, RuntimeError)
+"""The same, with what PyTorch raises for sizes that do not fit."""
 FACTORIES = {
     getattr(torch, name)
     for name in ("empty", "zeros", "ones", "rand", "randn", "full", "arange", "linspace", "eye", "randperm", "randint")
@@ -71,9 +73,10 @@ class _BoundedTensors(TorchFunctionMode):
             sizes = [*args, *kwargs.values()]
             numbers = [size for entry in sizes for size in (entry if isinstance(entry, (tuple, list)) else [entry])]
             whole = [size for size in numbers if type(size) is int]
-            largest = max(whole, default=0) if func in (torch.arange, torch.linspace) else math.prod(whole)
-            if largest > MOST_TENSOR_ELEMENTS:
-                raise _too_large(f"a tensor of {largest:,} elements")
+            ranged = func in (torch.arange, torch.linspace)
+            elements = max(whole, default=0) if ranged else math.prod(whole)
+            if elements > (MOST_IN_RANGE if ranged else MOST_TENSOR_ELEMENTS):
+                raise _too_large(f"a tensor of {elements:,} elements")
         return func(*args, **kwargs)
 
 

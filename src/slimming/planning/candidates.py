@@ -124,7 +124,7 @@ class CandidatePool:
         for first, then in self.precedence(range(len(self.candidates))):
             result[first].append(then)
         for index, branch in enumerate(self._inside.tolist()):
-            if branch < len(self.candidates):
+            if branch not in (index, len(self.candidates)):  # a branch is inside itself
                 result[index].append(branch)
         return result
 

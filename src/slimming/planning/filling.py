@@ -14,7 +14,7 @@ Usage = Callable[[Removed], Mapping[str, float]]
 """A function from the removed candidates to the cost under each limit, as a share of that limit."""
 NEAR = 0.99
 """Share of a limit that a plan must use; one that uses less is filled, and says why if it still uses less."""
-_TRIALS = 4000
+_TRIALS = 1000
 """Largest number of plans whose cost is computed while candidates are exchanged."""
 
 
@@ -146,7 +146,7 @@ def shortfall(
         reason = "No further units fit"
         if not nested:
             reason += ", and no exchange of units was found that keeps more of the score"
-    after = additions[step]
+    after = filling.usage_with(removed, step)
     worst = max(after, key=lambda metric: after[metric])
     note += f" {reason}: with {filling.words(step)} more, it would keep {amount(worst, after[worst])}."
     if nested and fitting:

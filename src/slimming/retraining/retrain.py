@@ -17,12 +17,15 @@ from slimming.models.hosts import name_classes
 from slimming.retraining.config import DistilConfig
 from slimming.training.config import TrainConfig
 from slimming.training.distillation import DistilTask
+from slimming.training.distributed import agreed
+from slimming.training.inputs import training_inputs
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
 from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
 @checked_arguments
+@agreed()
 def train(
     model: nn.Module,
     data: Data,
@@ -54,7 +57,8 @@ def train(
 
     Raises:
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
-            `slimming.training.loop.fit`.
+            `slimming.training.loop.fit`; ConfigError also if a resumed training was started with other weights or
+            images, see `slimming.training.inputs`.
 
     >>> import timm, slimming
     >>> from slimming.demo import settings
@@ -65,11 +69,14 @@ def train(
     2
     """
     config = config or TrainConfig()
+    target = Path(directory) if directory is not None else None
     task = task_of(model, config, teacher, distil, loss, data.classes)
+    inputs = training_inputs(target, {"the model": model, "the teacher": teacher}, data)
     if loss is None:
         name_classes(model, data.classes)
-    target = Path(directory) if directory is not None else None
-    return fit(model, task, data, config, directory=target, resume=resume, evaluate=evaluate, title=title)
+    return fit(
+        model, task, data, config, directory=target, resume=resume, evaluate=evaluate, title=title, inputs=inputs
+    )
 
 
 def task_of(

@@ -30,14 +30,16 @@ from slimming.retraining.config import DistilConfig
 from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
-from slimming.training.distributed import asks_for_fsdp, rank_and_world_size
+from slimming.training.distributed import agreed, asks_for_fsdp, rank_and_world_size
 from slimming.training.images import derive_seed
+from slimming.training.inputs import training_inputs
 from slimming.training.loop import fit
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss, Task
 
 
 @checked_arguments
+@agreed()
 def train_slimmable(
     result: SearchResult,
     data: Data,
@@ -110,15 +112,18 @@ def train_slimmable(
         masks.apply_(plan)
     lost = [g for g in masks.groups if g.kind == "token" and any(len(p.kept[g.name]) < g.size for p in ones)]
     check_tokens(distil if teacher is not None else None, lost)
+    target = Path(directory) if directory is not None else None
+    models = {"the searched model": result.model, "the teacher": teacher}
     history = fit(
         masks.model,
         SandwichTask(task_of(masks.model, config, teacher, distil, loss, data.classes), masks, ones, config.seed),
         data,
         config,
-        directory=Path(directory) if directory is not None else None,
+        directory=target,
         resume=resume,
         evaluate=None if evaluate is None else _at(ones[-1], evaluate),
         title=title,
+        inputs=training_inputs(target, models, data),
     )
     if history.averaged is not None:
         masks = _masks_of(history.averaged)

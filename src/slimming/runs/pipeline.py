@@ -20,6 +20,7 @@ from slimming.core.argument_types import checked_arguments
 from slimming.core.completion import complete
 from slimming.core.copies import copied
 from slimming.core.files import check_free, exclusive, json_values
+from slimming.core.inputs import Inputs, check_inputs, inputs_are_checked, recorded_inputs
 from slimming.core.interrupts import interruptible
 from slimming.core.plain_text import without_places
 from slimming.core.same_settings import check_same_settings, differing
@@ -34,7 +35,7 @@ from slimming.report.model import RESULTS as RESULTS_KIND
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.pages import TABLE
 from slimming.retraining.slimmable import check_tokens
-from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
+from slimming.runs.config import CONFIG_FILE, FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
 from slimming.runs.explore import explore
 from slimming.runs.files import (
     DENSE_FILE,
@@ -48,9 +49,11 @@ from slimming.runs.files import (
     SETTINGS_FILE,
     SHOTS_FILE,
     TIME_ALLOCATION,
+    is_started,
     missing_files,
     missing_in_search,
 )
+from slimming.runs.inputs import check_named_inputs
 from slimming.runs.results import dense_entry, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
@@ -64,6 +67,7 @@ from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
 from slimming.training.distributed import agreed, check_others, distributed_state, of_main_process
 from slimming.training.evaluation import evaluate
+from slimming.training.inputs import weights_checksum
 from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data, ImageDataset
 from slimming.training.step_counts import steps_per_epoch
@@ -95,15 +99,12 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     directory, is_main = Path(directory), distributed_state().is_main_process
     stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
     with stop, exclusive(directory) if is_main else nullcontext():
-        if is_main and not (directory / SETTINGS_FILE).exists():
-            check_free(directory, besides=("config.yaml",))
+        if is_main and not is_started(directory):
+            check_free(directory, besides=(CONFIG_FILE,))
         return _run(config, directory, log if is_main else _discard)
 
 
 def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
-    from slimming.report import write_report, write_table
-    from slimming.report.model import parse
-
     began, world = time.monotonic(), distributed_state()
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
@@ -114,6 +115,38 @@ def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
     check_training("search.train", config.search.train, data, directory)
     check_training("retrain", config.retrain, data, directory)
     check_settings(config, directory, write=world.is_main_process)
+    if world.is_main_process:
+        _check_files(config, directory)
+        weights = Inputs(checksums={"the weights of the dense model": weights_checksum(dense)})
+        check_inputs(directory, weights, fresh=not (directory / DENSE_FILE).exists())
+    with inputs_are_checked():
+        return _stages(config, directory, log, whole, data, shares, began)
+
+
+def _check_files(config: RunConfig, directory: Path) -> None:
+    """Check that the files that the settings name are those of the earlier work in ``directory``.
+
+    Raises:
+        ConfigError: they are not; the message names them.
+    """
+    fresh = not (directory / DENSE_FILE).exists()
+    check_named_inputs(directory, config.model, config.data, latency_table=config.latency_table, fresh=fresh)
+
+
+def _stages(
+    config: RunConfig,
+    directory: Path,
+    log: Log,
+    whole: PrunableModel,
+    data: Data,
+    shares: Sequence[float],
+    began: float,
+) -> dict[str, Any]:
+    """Run the stages that are not finished; see `run`."""
+    from slimming.report import write_report, write_table
+    from slimming.report.model import parse
+
+    dense, world = whole.model, distributed_state()
     asked, allocation = config, _time_allocation(dense, data, config, shares, directory, began)
     if allocation is not None:
         log(allocation.line(asked))
@@ -123,8 +156,16 @@ def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
     top1 = _dense_metrics(dense, evaluate_model, directory, log)
     one_shot = _one_shot(dense, config, directory, evaluate_model, log)
     result, seconds = _search(dense, data, config, directory / SEARCH_PLACE, evaluate_model, log)
+    inputs = recorded_inputs(directory) if world.is_main_process else {}
     context = RunContext(
-        config=config, dense=whole, data=data, result=result, root=directory, evaluate=evaluate_model, log=log
+        config=config,
+        dense=whole,
+        data=data,
+        result=result,
+        root=directory,
+        inputs=inputs,
+        evaluate=evaluate_model,
+        log=log,
     )
     slims, rows = prune_and_retrain_all(context)
     if not world.is_main_process:
@@ -139,6 +180,7 @@ def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
         dense_row = dense_entry(dense, top1, timed["dense"])
         results = results_of(asked, whole, data, dense_row, rows, result, seconds)
         results["search"]["log_sha256"] = checkpoint.sha256(directory / SEARCH_PLACE / LOG_FILE)
+        results["inputs"] = inputs
         if allocation is not None:
             results["time_allocation"] = dataclasses.asdict(allocation)
         RESULTS_KIND.write(directory / RESULTS_FILE, results)
@@ -153,6 +195,7 @@ def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | Non
 
     Raises:
         CheckpointError: a file is damaged.
+        ConfigError: the files of an input, such as the data, are no longer those of the run.
     """
     # The settings come first: other settings have other files.
     if not (directory / RESULTS_FILE).exists():
@@ -164,7 +207,11 @@ def finished_results(directory: Path, config: RunConfig) -> dict[str, Any] | Non
         return None
     # The settings in the results lack the directories of the data and of the model.
     stored = SETTINGS.read(directory / SETTINGS_FILE)
-    return None if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS) else results
+    if differing(stored, json_values(config), free=FREE_SETTINGS, free_sections=FREE_SECTIONS):
+        return None
+    if distributed_state().is_main_process:
+        _check_files(config, directory)
+    return results
 
 
 def _stored_results(directory: Path, config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:

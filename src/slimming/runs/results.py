@@ -148,8 +148,10 @@ def grid_of(anatomy: Anatomy) -> list[int]:
     return [rows, count // rows]
 
 
-def provenance(config: RunConfig, result: SearchResult, plan: Plan, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return the provenance of a slim model, for its checkpoint."""
+def provenance(
+    config: RunConfig, result: SearchResult, plan: Plan, metrics: Mapping[str, float], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the provenance of a slim model, for its checkpoint; ``inputs`` are those of `recorded_inputs`."""
     digest = hashlib.sha256()
     for name in sorted(result.scores):
         digest.update(name.encode() + result.scores[name].numpy().tobytes())
@@ -157,6 +159,7 @@ def provenance(config: RunConfig, result: SearchResult, plan: Plan, metrics: Map
         "base": without_places(result.anatomy.structure.base),
         "data": without_places(json_values(config.data)),
         "settings": without_places(json_values(config)),
+        "inputs": dict(inputs),
         "plan": plan.to_dict(),
         "scores_sha256": digest.hexdigest(),
         "metrics": dict(metrics),

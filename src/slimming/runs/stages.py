@@ -55,6 +55,7 @@ class RunContext:
         data: the images.
         result: result of the search.
         root: directory of the run.
+        inputs: what the run was started with, as `recorded_inputs` returns it.
         evaluate: returns the metrics of a model on the validation images.
         log: receives one line per stage.
     """
@@ -64,6 +65,7 @@ class RunContext:
     data: Data
     result: SearchResult
     root: Path
+    inputs: Mapping[str, Any]
     evaluate: Evaluate
     log: Log
 
@@ -129,7 +131,7 @@ def _prune_and_retrain(
     small = cut_from_last(result.model, chosen, before, images=images).eval()
     seconds = {"cut": time.monotonic() - began}
     top1_cut = context.evaluate(small)["top1"]
-    _save(small, directory / CUT_PLACE, provenance(config, result, chosen, {"top1": top1_cut}))
+    _save(small, directory / CUT_PLACE, provenance(config, result, chosen, {"top1": top1_cut}, context.inputs))
     context.log(f"{budget.name}: cut, top-1 {top1_cut:.4f} before retraining")
     if shared is None:
         small, metrics, seconds["retrain"] = _retrain(context, small, budget.name)
@@ -137,7 +139,7 @@ def _prune_and_retrain(
         small = cut(shared[0].model, chosen).eval()
         recalibrate_batch_norms_(small, images or context.images(at_least=256))
         metrics, seconds["retrain"] = context.evaluate(small), shared[1]
-    _save(small, directory / SLIM_PLACE, provenance(config, result, chosen, metrics))
+    _save(small, directory / SLIM_PLACE, provenance(config, result, chosen, metrics, context.inputs))
     row = row_entry(budget, small, context.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
     if shared is not None:
         row["log"] = f"{TOGETHER}/{LOG_FILE}"

@@ -30,6 +30,7 @@ from slimming.searching.config import RECORD, SearchConfig, scoring_settings
 from slimming.searching.trained_scores import score_trained
 from slimming.training.batches import calibration_images
 from slimming.training.distributed import agreed, distributed_state
+from slimming.training.inputs import training_inputs
 from slimming.training.loop import History, fit
 from slimming.training.resume import STATE_FILE
 from slimming.training.samples import Data
@@ -148,8 +149,9 @@ def search(
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks already.
         ConfigError, DataError, NonFiniteLossError, Interrupted, OutputError, CheckpointError: see
-            `slimming.training.loop.fit`. If the score or the sensitivity cannot be computed, the training is kept: with
-            a ``directory`` and ``resume``, the next call goes on from there, also with another ``score`` or
+            `slimming.training.loop.fit`; ConfigError also if a resumed search was started with other weights or images,
+            see `slimming.training.inputs`. If the score or the sensitivity cannot be computed, the training is kept:
+            with a ``directory`` and ``resume``, the next call goes on from there, also with another ``score`` or
             ``sensitivity``; without a directory, see `score_search`.
 
     >>> import timm, slimming
@@ -165,6 +167,7 @@ def search(
     check_trainable(model)
     config, directory = config or SearchConfig(), Path(directory) if directory is not None else None
     resumed = resume and directory is not None and (directory / STATE_FILE).exists()
+    inputs = training_inputs(directory, {"the model": model}, data)
     masks = _attach_masks(model, data, config, rotate=config.rotate and not resumed)
     task = _task(config, data, loss)
     if loss is None:
@@ -188,6 +191,7 @@ def search(
         no_decay=mask_names.__contains__,
         lr_scale=lambda name: config.mask_lr if name in mask_names else 1.0,
         title="search",
+        inputs=inputs,
     )
     if history.averaged is not None:
         averaged = attached(history.averaged)
@@ -211,6 +215,7 @@ def search(
     )
 
 
+@checked_arguments
 @agreed()
 def score_search(
     model: nn.Module, data: Data, config: SearchConfig | None = None, *, loss: Loss | None = None

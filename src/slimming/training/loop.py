@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from slimming.core.files import exclusive
+from slimming.core.inputs import Inputs, check_inputs
 from slimming.core.interrupts import InterruptRequest, defer_interrupt
 from slimming.core.modules import check_trainable
 from slimming.errors import DataError, Interrupted, NonFiniteLossError, OutputError
@@ -79,6 +80,7 @@ def fit(
     no_decay: Callable[[str], bool] = lambda name: False,
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     title: str | None = "training",
+    inputs: Inputs | None = None,
 ) -> History:
     """Train ``model`` in place, in one or several processes (``accelerate launch``, ``torchrun``).
 
@@ -99,9 +101,11 @@ def fit(
             fewer than two dimensions.
         lr_scale: factor of the learning rate for the parameter of this name.
         title: title of the progress bar; None shows no progress.
+        inputs: what the training starts with, which a resumed training must share, see `slimming.core.inputs`.
 
     Raises:
-        ConfigError: a setting does not fit the data, the model or the resumed run; or memory is exhausted.
+        ConfigError: a setting does not fit the data, the model or the resumed run; the inputs differ from those of the
+            resumed run; or memory is exhausted.
         DataError: too many images are unreadable, or a loader yields something other than images and labels.
         NonFiniteLossError: the loss or its gradient is NaN or infinite; the last saved state is kept.
         Interrupted: Ctrl-C was pressed, or SIGTERM received; the state was saved first if there is a ``directory``.
@@ -126,12 +130,16 @@ def fit(
         run = TrainingRun(accelerator, model, task, data, config, no_decay, lr_scale)
         if resumed and directory is not None:
             run.load(directory)
+            if inputs is not None:
+                check_inputs(directory, inputs)
         if config.trackers:
             accelerator.init_trackers("slimming", {k: str(v) for k, v in dataclasses.asdict(config).items()})
         began, metrics = time.monotonic(), {}
         try:
             task.start(run.trained_model, accelerator.device)
             with RunLog(accelerator, directory, title, run.state.log, run.state.step, run.total) as log:
+                if inputs is not None and directory is not None and not resumed:
+                    check_inputs(directory, inputs, fresh=True)
                 metrics = run.train(log, directory, evaluate, interrupt)
         finally:
             task.stop()

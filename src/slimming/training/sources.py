@@ -64,6 +64,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         passed = PassedOver(root)
         folders = class_folders(root, passed)
         self.classes = tuple(folder.name for folder in folders)
@@ -97,6 +98,7 @@ class UnlabelledFolderSource:
     classes = ()
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         passed = PassedOver(root)
         self.paths = find_images(root, root, passed)
         if not self.paths:
