@@ -28,7 +28,10 @@ PRODUCTS = (
 )
 ROUNDING = 1e-11
 """Gradients below this share of the largest are rounding errors, such as those of a constant added to all logits."""
-MIXED = "every head reads the weights of all others (talking heads, or a norm over all heads)"
+MIXED = (
+    "its heads are not apart in the columns of the layer that reads them (talking heads or a norm over all mix them)"
+)
+UNSEPARATED = "no layer makes its queries, keys or values by head"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class AttentionRun:
 
     Attributes:
         inside: name of the innermost module that was running.
-        by_head: attention weights, or the result of fused attention, with the heads in dimension -3.
+        by_head: attention weights, or the result of fused attention.
         scores: the operation before the softmax; None for fused attention.
     """
 
@@ -65,9 +68,9 @@ class AttentionRun:
     scores: Any = None
 
     @property
-    def heads(self) -> int:
-        """The number of heads."""
-        return self.by_head.shape[-3]
+    def head_dims(self) -> list[int]:
+        """The dimensions that may be the heads, the usual one first: all but the last two that have several entries."""
+        return [dim for dim in range(self.by_head.dim() - 3, -1, -1) if self.by_head.shape[dim] > 1]
 
 
 @dataclass(eq=False)
@@ -162,21 +165,20 @@ def head_rows(model: nn.Module, run: Run, attention: AttentionRun) -> HeadRows |
     if attention.scores is not None and not before(attention.scores, layers) & run.products:
         return None  # a softmax over something else
     readers = [call for call, operations in run.read_by if attention.by_head.grad_fn in operations]
-    if not readers or attention.heads < 2:
+    if not readers or not attention.head_dims:
         return None
     first = readers[0]
-    if tuple(first.weight.shape[:2]) == (attention.heads, attention.heads):
-        return MIXED
-    found = None
-    for contiguous in (True, False):
-        found = found or _by_gradients(model, layers, attention, first, contiguous)
-    if found is None:
-        return MIXED
-    rows, dims, contiguous = found
-    if not rows:
-        return "no layer makes its queries, keys or values by head"
-    outputs_read = tuple(call.name for call in readers if call.read.shape == first.read.shape)
-    return HeadRows(attention.inside, attention.heads, rows, dims, outputs_read, contiguous)
+    for head_dim in attention.head_dims:
+        heads = attention.by_head.shape[head_dim]
+        if tuple(first.weight.shape[:2]) == (heads, heads):
+            return MIXED
+        for contiguous in (True, False):
+            found = _by_gradients(model, layers, attention.by_head, head_dim, first, contiguous)
+            if found is not None:
+                rows, dims = found
+                same = tuple(call.name for call in readers if call.read.shape == first.read.shape)
+                return HeadRows(attention.inside, heads, rows, dims, same, contiguous) if rows else UNSEPARATED
+    return MIXED
 
 
 def before(node: Any, layers: dict[Any, LayerCall]) -> set[Any]:
@@ -194,18 +196,23 @@ def before(node: Any, layers: dict[Any, LayerCall]) -> set[Any]:
 
 
 def _by_gradients(
-    model: nn.Module, layers: dict[Any, LayerCall], attention: AttentionRun, reader: LayerCall, contiguous: bool
-) -> tuple[dict[str, list[frozenset[int]]], dict[str, int], bool] | None:
-    """The rows of every head, if each depends on its own attention weights only."""
+    model: nn.Module,
+    layers: dict[Any, LayerCall],
+    by_head: Tensor,
+    head_dim: int,
+    reader: LayerCall,
+    contiguous: bool,
+) -> tuple[dict[str, list[frozenset[int]]], dict[str, int]] | None:
+    """The rows of every head and their dimensions, if the columns of each depend on its own part of ``by_head`` only."""
     x = reader.read if isinstance(model.get_submodule(reader.name), nn.Linear) else reader.read.movedim(1, -1)
-    heads, size = attention.heads, x.shape[-1]
+    heads, size = by_head.shape[head_dim], x.shape[-1]
     if size % heads:
         return None
     reached = before(reader.read.grad_fn, layers)
     calls = [layers[node] for node in reached if node in layers]
     leaves = {id(node.variable) for node in reached if type(node).__name__ == "AccumulateGrad"}
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in leaves]
-    wanted = [attention.by_head, *(call.made for call in calls), *(parameter for _, parameter in parameters)]
+    wanted = [by_head, *(call.made for call in calls), *(parameter for _, parameter in parameters)]
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(x.shape, generator=generator, dtype=x.dtype) + 0.5
     masks: list[list[Tensor | None]] = []
@@ -216,7 +223,7 @@ def _by_gradients(
         grads = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
         least = ROUNDING * max(float(gradient.abs().max()) for gradient in grads if gradient is not None)
         grads = [None if gradient is None else gradient * (gradient.abs() > least) for gradient in grads]
-        own = _used(grads[0], attention.by_head.dim() - 3)
+        own = _used(grads[0], head_dim)
         if own != {head}:
             return None
         masks.append(list(grads[1:]))
@@ -233,7 +240,7 @@ def _by_gradients(
             if _are_apart(used):
                 rows[name], dims[name] = used, dim
                 break
-    return rows, dims, contiguous
+    return rows, dims
 
 
 def _used(gradient: Tensor | None, dim: int) -> frozenset[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from slimming.core.example_inputs import ExampleCall
-from slimming.models.traced.attention_runs import HeadRows, head_rows, record
+from slimming.models.traced.attention_runs import AttentionRun, HeadRows, Run, head_rows, record
 from slimming.models.traced.channels import CONV
 from slimming.models.traced.free_heads import free_heads_class
 from slimming.models.traced.heads import Heads, head_group, innermost
@@ -56,37 +56,49 @@ def infer_heads(model: nn.Module, forward: Pass) -> InferredHeads:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         inferred.unread[""] = f"attention: the model does not run with gradients ({str(error).splitlines()[0]})"
         return inferred
-    by_kind: dict[Any, Heads | str] = {}
+    seen: dict[Any, Heads | str | None] = {}
     lines: dict[str, list[str]] = {}
     for attention in run.attentions:
         if any(f"{attention.inside}.".startswith(f"{name}.") for name in known):
             continue
-        found = head_rows(model, run, attention)
-        if found is None:
+        owner = _owner(model, attention.inside)
+        part = model.get_submodule(owner)
+        kind = (type(part), attention.by_head.shape, *((name, each.shape) for name, each in part.named_parameters()))
+        if kind in seen:
+            site, found = owner, seen[kind]
+        else:
+            site, found = _inferred(model, run, attention, forward)
+            if site == owner:
+                seen[kind] = found
+        if found is None or any(f"{name}.".startswith(f"{site}.") for name in [*known, *inferred.rows]):
             continue
-        site = attention.inside if isinstance(found, str) else _site(found)
-        module = model.get_submodule(site)
-        if any(f"{name}.".startswith(f"{site}.") for name in [*known, *inferred.rows]):
-            continue
-        if isinstance(found, HeadRows):
-            kind = (
-                type(module),
-                found.heads,
-                tuple((name, tensor.shape) for name, tensor in module.named_parameters()),
-            )
-            if kind not in by_kind:
-                by_kind[kind] = _proved_row(model, site, found, forward)
-            found = by_kind[kind]
+        name_of_class = type(model.get_submodule(site)).__qualname__
         if isinstance(found, str):
-            inferred.unread[site] = f"{site or 'the model'} heads of {type(module).__name__}: {found}. {HINT}"
-            continue
-        inferred.rows[site] = found
-        lines.setdefault(f"register({type(module).__qualname__}, {row_text(found)})", []).append(site)
+            inferred.unread[site] = f"{site or 'the model'} heads of {name_of_class}: {found}. {HINT}"
+        else:
+            inferred.rows[site] = found
+            lines.setdefault(f"register({name_of_class}, {row_text(found)})", []).append(site)
     inferred.lines.extend(
         f"heads of {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} as with {line}"
         for line, names in lines.items()
     )
     return inferred
+
+
+def _owner(model: nn.Module, inside: str) -> str:
+    """The innermost module around ``inside`` that holds parameters."""
+    while inside and next(model.get_submodule(inside).parameters(), None) is None:
+        inside = inside.rpartition(".")[0]
+    return inside
+
+
+def _inferred(model: nn.Module, run: Run, attention: AttentionRun, forward: Pass) -> tuple[str, Heads | str | None]:
+    """The module of ``attention`` with its row, or why it is not read; no reason if it has no heads."""
+    found = head_rows(model, run, attention)
+    if not isinstance(found, HeadRows):
+        return _owner(model, attention.inside), found
+    site = _site(found)
+    return site, _proved_row(model, site, found, forward)
 
 
 def row_text(row: Heads) -> str:
