@@ -203,7 +203,7 @@ def _by_gradients(
     reader: LayerCall,
     contiguous: bool,
 ) -> tuple[dict[str, list[frozenset[int]]], dict[str, int]] | None:
-    """The rows of every head and their dimensions, if the columns of each depend on its own part of ``by_head`` only."""
+    """The rows and dimensions of every head, if the columns of each depend on its own part of ``by_head`` only."""
     x = reader.read if isinstance(model.get_submodule(reader.name), nn.Linear) else reader.read.movedim(1, -1)
     heads, size = by_head.shape[head_dim], x.shape[-1]
     if size % heads:
