@@ -170,8 +170,8 @@ def _fitting(hint: Any, value: Any, name: str) -> Any:
 
 def _fits_class(option: Any, value: Any) -> bool:
     origin = get_origin(option) or option
-    if not isinstance(origin, type) or origin is object:
-        return True  # Any, Literal and the like
+    if origin is Any or origin is object or not isinstance(origin, type):  # Any is a class from Python 3.11 on
+        return True  # Literal and the like, too
     if getattr(origin, "_is_protocol", False):
         return True
     if issubclass(origin, (list, tuple)) or origin.__module__ == "collections.abc":
