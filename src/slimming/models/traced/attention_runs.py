@@ -28,7 +28,7 @@ PRODUCTS = (
 )
 ROUNDING = 1e-11
 """Gradients below this share of the largest are rounding errors, such as those of a constant added to all logits."""
-MIXED = "its heads are mixed before a layer reads them (talking heads, or a norm over all heads)"
+MIXED = "a layer reads no two heads apart (it has one head, or talking heads or a norm over all heads mix them)"
 UNSEPARATED = "no layer makes its queries, keys or values by head"
 
 
