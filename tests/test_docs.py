@@ -24,7 +24,6 @@ from slimming.cli.entry import COMMANDS, make_parser
 from slimming.core.yaml_text import read_yaml
 from slimming.planning import latency_measurement
 from slimming.runs.config import RunConfig
-from variants import READS_SAFELY
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -102,7 +101,7 @@ WITH_PYTHON = [page for page in PAGES if blocks(page.read_text("utf-8"), "python
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=READS_SAFELY) if page.stem in ("api", "deploy") else page for page in WITH_PYTHON],
+    WITH_PYTHON,
     ids=page_id,
 )
 def test_python_of_the_page_runs(page: Path, workplace: Path) -> None:

@@ -25,15 +25,6 @@ NOTED = pytest.mark.skipif(
     reason=f"timm {timm.__version__} does not note what a model was made with, as 1.0.31 does",
 )
 """For tests of models that timm can only make again with the arguments that its user gave it."""
-READS_SAFELY = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26),
-    reason=f"timm {timm.__version__} opens what is in a directory as a pickle",
-)
-"""For tests of directories that timm itself is to load."""
-SCALES_AS_ASKED = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 24),
-    reason=f"timm {timm.__version__} scales images bilinearly for inputs that are not square",
-)
 FOLLOWED = pytest.mark.xfail(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
     reason=f"PyTorch {torch.__version__} does not trace these modules of transformers, which stay whole",

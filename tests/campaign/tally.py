@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -39,18 +36,3 @@ class Tally:
         """Raise AssertionError if no attack was tried, or if any was bad."""
         assert self.tried > 0, f"{self.attack}: nothing was tried"
         assert not self.bad, f"{self.attack}: {len(self.bad)} of {self.tried} bad:\n" + "\n".join(self.bad[:20])
-
-
-def table(tallies: Iterable[Tally]) -> str:
-    """Return a Markdown table of tallies with a row of sums."""
-    lines = ["| attack | promise | tried | clean | bad |", "|---|---|---:|---:|---:|"]
-    tallies = list(tallies)
-    for one in tallies:
-        lines.append(f"| {one.attack} | {one.promise} | {one.tried:,} | {one.clean:,} | {len(one.bad):,} |")
-    tried, bad = sum(one.tried for one in tallies), sum(len(one.bad) for one in tallies)
-    return "\n".join([*lines, f"| all | | {tried:,} | {tried - bad:,} | {bad:,} |"]) + "\n"
-
-
-def save(tallies: Iterable[Tally], path: Path) -> None:
-    """Write tallies as JSON."""
-    path.write_text(json.dumps([{**asdict(one), "clean": one.clean} for one in tallies], indent=1) + "\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import COUNTS, Record
 from .files import Target, attack, good_files, targets
 
 
@@ -21,5 +22,5 @@ def test_damaged_files_end_in_a_sentence(target: Target, good: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)
-def test_many_damaged_files_end_in_a_sentence(target: Target, good: Path, tmp_path: Path) -> None:
-    attack(target, good, tmp_path, times=300, seed=1).check()
+def test_many_damaged_files_end_in_a_sentence(target: Target, good: Path, tmp_path: Path, record: Record) -> None:
+    record(attack(target, good, tmp_path, times=100 if COUNTS is None else 300, seed=1))

@@ -11,6 +11,7 @@ import torch
 
 import slimming as library
 from slimming.runs import pipeline, stages
+from slimming.runs.files import TIME_ALLOCATION
 from slimming.runs.time_budget import Pace
 
 from .conftest import TRAIN, Call, settings, write_config
@@ -114,7 +115,7 @@ def test_hours(slimming: Call, site: Path, tmp_path: Path, monkeypatch: pytest.M
     found = results(output)
     assert found["time_allocation"]["retrain_steps"] == 50
     assert found["time_allocation"]["search_steps"] == 0
-    assert json.loads((output / "time_allocation.json").read_text()) == found["time_allocation"]
+    assert TIME_ALLOCATION.read_values(output / "time_allocation.json") == found["time_allocation"]
     assert found["settings"]["hours"] == 0.01
     state = torch.load(output / "macs-0.50" / "state.pt", weights_only=True)
     assert state["step"] == state["settings"]["total"] == 50

@@ -173,7 +173,7 @@ BAD_FLAGS = {
     "below what is off": ("--distil null --distil.alpha 0.3", "distil is given as null, so distil.alpha has no effect"),
     "off what is set": ("--distil.alpha 0.3 --distil null", "distil is given twice, or beside settings of its own"),
     "a section": ("--distil yes", "--distil takes null only"),
-    "no YAML": ("--search.penalty mlp=[", "cannot be read"),
+    "no YAML": ("--search.penalty mlp=[", "is not YAML"),
 }
 
 

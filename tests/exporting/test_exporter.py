@@ -29,7 +29,6 @@ from slimming.exporting.metadata import description
 from slimming.exporting.targets import TARGETS, choose
 from slimming.models.layers import TokenSelect, UnevenAttention
 from slimming.training.images import ImageSpec, make_transform
-from variants import SCALES_AS_ASKED
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "uneven heads"
@@ -230,9 +229,7 @@ def example() -> ModuleType:
     [
         ImageSpec(input_size=(3, 32, 32), mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4), crop_pct=0.9),
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear"),
-        pytest.param(
-            ImageSpec(input_size=(3, 16, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875), marks=SCALES_AS_ASKED
-        ),
+        ImageSpec(input_size=(3, 16, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875),
         ImageSpec(input_size=(1, 28, 28), mean=(0.4,), std=(0.2,), interpolation="nearest"),
         ImageSpec(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9, crop_mode="squash"),
         ImageSpec(input_size=(3, 32, 40), mean=(0.5,) * 3, std=(0.5,) * 3, crop_mode="squash"),

@@ -84,7 +84,7 @@ def test_pretrained_weights_of_another_number_of_classes_are_noted(monkeypatch: 
     sizes = {**ARGUMENTS, "pretrained_cfg_overlay": {"num_classes": 1000}}
     pretrained(monkeypatch, lambda **options: make("vit_tiny_patch16_224", **sizes, **options))
     model, notes = create_dense("vit_tiny_patch16_224", classes=7)
-    assert notes == ["vit_tiny_patch16_224 was pretrained for 1000 classes; its classifier was replaced by one for 7."]
+    assert notes == ["vit_tiny_patch16_224 has 1000 classes; its classifier was replaced by an untrained one for 7."]
     assert model.get_parameter("head.weight").shape == (7, 16)
     assert create_dense("vit_tiny_patch16_224", classes=1000)[1] == []
 

@@ -486,3 +486,32 @@ def test_the_oldest_timm_reads_no_pickles() -> None:
 
 def test_errors_are_of_slimming() -> None:
     assert issubclass(CheckpointError, SlimmingError)
+
+
+@pytest.mark.parametrize("file", ["structure.json", "provenance.json"], ids=str)
+def test_a_checkpoint_without_its_checksum_is_refused(file: str, copied: Path) -> None:
+    from slimming.checkpoints.checkpoint import read_provenance
+
+    path = copied / "cnn" / file
+    value = json.loads(path.read_text())
+    del value["sha256"]
+    path.write_text(json.dumps(value))
+    read: Callable[[Path], Any] = slimming.load if file == "structure.json" else read_provenance
+    with pytest.raises(CheckpointError, match="checksum") as caught:
+        read(copied / "cnn")
+    assert "remove" not in str(caught.value)
+
+
+def test_a_structure_in_a_config_needs_its_checksum(copied: Path, tmp_path: Path) -> None:
+    slimming.push_to_hub(slimming.load(copied / "vit"), to=tmp_path / "pushed")
+    (tmp_path / "pushed" / "structure.json").unlink()
+    assert slimming.load(tmp_path / "pushed")
+    _edit(tmp_path / "pushed" / "config.json", lambda value: value["model_args"]["structure"].pop("sha256"))
+    with pytest.raises(CheckpointError, match="checksum"):
+        slimming.load(tmp_path / "pushed")
+    _edit(
+        tmp_path / "pushed" / "config.json",
+        lambda value: value["model_args"]["structure"].update(sha256="0" * 64),
+    )
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        slimming.load(tmp_path / "pushed")

@@ -40,9 +40,8 @@ def test_a_mutated_file_of_pytorch_is_refused_or_holds_the_same(
         path.write_bytes(data)
         try:
             found = read_state(path)
-        except CheckpointError as error:
+        except CheckpointError:
             refused += 1
-            assert "Take an intact copy" in str(error) or "plain tensors" in str(error) or "checksums" in str(error)
         else:
             assert _same(found, state)
     assert refused > 40
@@ -54,7 +53,7 @@ def test_a_flipped_weight_is_refused(state: dict[str, torch.Tensor], tmp_path: P
     whole = path.read_bytes()
     place = whole.index(state["weight"].numpy().tobytes()) + 5
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
-    with pytest.raises(CheckpointError, match="the checksum of its entry '.*' differs"):
+    with pytest.raises(CheckpointError, match=r"the checksum of its entry '.*' differs"):
         read_state(path)
 
 
@@ -73,7 +72,7 @@ def test_repeated_entries_are_refused(state: dict[str, torch.Tensor], tmp_path: 
 def test_files_without_checksums_need_that_of_their_name(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="without checksums, .* safetensors"):
+    with pytest.raises(CheckpointError, match=r"without checksums, .* safetensors"):
         read_state(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     named = tmp_path / f"weights-{digest}.pth"

@@ -69,7 +69,7 @@ class Unreadable:
 
 
 def scoring(out: Path) -> None:
-    with failing("slimming.scoring.fisher.logits_by_head", MemoryError("in scoring")):
+    with failing("slimming.scoring.fisher.derive_seed", MemoryError("in scoring")):
         search()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -88,6 +89,9 @@ def main(out: Path) -> None:
         torch.save(found, out / "found.pt")
         slimming.save(small, out / "small")
         (out / "kept.txt").write_text(repr(plan.kept))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

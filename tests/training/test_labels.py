@@ -117,7 +117,7 @@ WRITERS = pytest.mark.parametrize("write", [parquet, shards], ids=["parquet", "s
     [
         ([1, 2, 3] * 2, [1, 3], ("1", "2", "3")),
         ([0, 5, 90] * 2, [90], ("0", "5", "90")),
-        ([0, 10**15] * 2, [0], ("0", str(10**15))),
+        ([0, 5_000_000] * 2, [0], ("0", str(5_000_000))),
         ([1, 2] * 2, [3], ("1", "2", "3")),
     ],
     ids=["from one", "gaps", "huge", "only in validation"],

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import slimming
 from slimming.errors import ConfigError
 from slimming.training.distributed import distributed_state
+from slimming.training.samples import Data
 
 from .launch import finish, start
 
@@ -72,7 +73,7 @@ def test_a_model_that_is_sharded_already_is_refused(tmp_path: Path) -> None:
         lambda: slimming.cost(model),
         lambda: slimming.save(model, tmp_path / "model"),
         lambda: slimming.evaluate(model, data),  # type: ignore[arg-type]
-        lambda: slimming.train(model, slimming.training.samples.Data(data, data, ("a", "b")), slimming.TrainConfig()),
+        lambda: slimming.train(model, Data(data, data, ("a", "b")), slimming.TrainConfig()),
     ):
         with pytest.raises(ConfigError, match=r"weights are sharded .*before fully_shard.*get_model_state_dict"):
             call()
@@ -97,7 +98,7 @@ def test_other_kinds_of_parallelism_are_refused_by_name(
         distributed_state()
     batches = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
     model = timm.create_model("test_vit", img_size=32, num_classes=2)
-    data = slimming.training.samples.Data(batches, batches, ("a", "b"))
+    data = Data(batches, batches, ("a", "b"))
     with pytest.raises(ConfigError, match=words):
         slimming.train(model, data, slimming.TrainConfig(steps=1, batch_size=2))
 

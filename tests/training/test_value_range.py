@@ -161,7 +161,9 @@ def test_colours_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [(1.0,), (4.0, 1.0), (0.0, float("inf")), (float("nan"), 1.0)], ids=str)
 def test_bad_value_ranges(value: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"value_range is .* two numbers, the lower one first"):
+    with pytest.raises(
+        ConfigError, match=r"value_range.* is .*; it must be (two numbers, the lower one first|a number)"
+    ):
         DataConfig(source="x", value_range=value)
 
 

@@ -27,11 +27,10 @@ from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
 from slimming.models.directories import CONFIG, open_directory, read_config, structure_in, unprefixed
 from slimming.models.families import build as build
-from slimming.models.families import family_called
+from slimming.models.families import resize_and_replace_
 from slimming.models.family import STRUCTURE as SLIM
 from slimming.models.family import assign_state_
 from slimming.models.prunable import read
-from slimming.models.replaced_layers import replace_layers_
 from slimming.models.weight_files import HOST_WEIGHTS, readable
 from slimming.models.weight_files import read_metadata as read_metadata
 from slimming.models.weight_files import read_tensors as read_tensors
@@ -180,11 +179,9 @@ def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
     wanted = structure.base.get("class", cls)
     if wanted.rpartition(".")[2] != type(dense).__qualname__.rpartition(".")[2]:
         raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
-    family = family_called(structure.family)
     model = copied(dense)
     try:
-        family.resize_(model, structure)
-        replace_layers_(model, structure.replaced)
+        resize_and_replace_(model, structure)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             f"The {cls} given as dense cannot be resized to {path} ({error}). Give the dense model from which it was "

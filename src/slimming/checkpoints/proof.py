@@ -8,7 +8,9 @@ classifier, are recorded in the structure; others are refused.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,8 +36,7 @@ def recorded(model: nn.Module, structure: Structure) -> Structure:
     own = structure.base.get("host") == "own"
     if own and BLUEPRINT not in model.__dict__:
         return structure  # only its user can make it
-    plain = replace(structure, replaced={})
-    made = model.__dict__[BLUEPRINT] if own else Blueprint.of(_made(plain))
+    made = model.__dict__[BLUEPRINT] if own else _unreplaced(model, structure)
     try:
         kept = {name: description_of(model.get_submodule(name)) for name in structure.replaced} if own else {}
         found = replace(structure, replaced={**kept, **replaced_layers(model, made)})
@@ -50,6 +51,17 @@ def recorded(model: nn.Module, structure: Structure) -> Structure:
     return found
 
 
+def _unreplaced(model: nn.Module, structure: Structure) -> Blueprint:
+    """What the host builds, resized, without the layers that the user replaced before the cut."""
+    try:
+        return Blueprint.of(_made(replace(structure, replaced={})))
+    except CheckpointError:
+        dense = {name for name, _ in _made(structure, partial(build, dense=True)).named_modules()}
+        new = {name for name, _ in model.named_modules()} - dense
+        layers = {name: entry for name, entry in structure.layers.items() if name not in new}
+        return Blueprint.of(_made(replace(structure, replaced={}, layers=layers)))
+
+
 def _part_of_a_cut_model(model: nn.Module) -> str | None:
     """The name of a module that was resized with a whole of which ``model`` is a part, if its family keeps no entry."""
     whole = [f"{name}." for name, module in model.named_modules() if STRUCTURE in module.__dict__]
@@ -59,12 +71,12 @@ def _part_of_a_cut_model(model: nn.Module) -> str | None:
     return None
 
 
-def _made(structure: Structure) -> nn.Module:
+def _made(structure: Structure, make: Callable[[Structure], nn.Module] = build) -> nn.Module:
     """The model that ``structure`` describes, on the meta device if its host can build it there."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             with torch.device("meta"):
-                return build(structure)
+                return make(structure)
         except CheckpointError:
-            return build(structure)
+            return make(structure)

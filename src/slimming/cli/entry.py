@@ -95,7 +95,8 @@ def _run(words: Sequence[str]) -> int:
 @contextmanager
 def _all_processes() -> Iterator[None]:
     """Let the processes of ``torchrun`` or ``accelerate launch`` end together if one of them fails."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if not launched or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     from slimming.training.distributed import agreed, distributed_state
@@ -103,6 +104,8 @@ def _all_processes() -> Iterator[None]:
     distributed_state()
     with agreed():
         yield
+    # All have finished. Otherwise the threads of the group could abort a process whose peers end before it.
+    distributed_state().destroy_process_group()
 
 
 def command(name: str) -> ModuleType:

@@ -66,16 +66,16 @@ def execute(arguments: argparse.Namespace) -> None:
 def _data(arguments: argparse.Namespace, name: str) -> Any:
     """Return the data settings of the config file and the flags, or of the checkpoint with the flags."""
     from slimming.checkpoints import hub
-    from slimming.checkpoints.checkpoint import PROVENANCE, read_provenance
     from slimming.cli.configs import EvalCommandConfig, config_from_values, read_config
     from slimming.cli.flags import flag_values
     from slimming.errors import DataError
+    from slimming.runs.files import stored_data
 
     values = flag_values(arguments, EvalCommandConfig)
     if arguments.config is not None or "source" in values.get("data", {}):
         return read_config(EvalCommandConfig, arguments)[0].data
     directory = hub.fetch(name) if hub.is_address(name) else Path(name)
-    stored = read_provenance(directory).get("data") if (directory / PROVENANCE).exists() else None
+    stored = stored_data(directory)
     if not stored:
         raise DataError(f"{name} does not record the data that it was trained on; give --data.source.")
     return config_from_values(EvalCommandConfig, {"data": {**stored, **values.get("data", {})}}).data

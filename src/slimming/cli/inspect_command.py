@@ -76,6 +76,7 @@ def as_json(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost)
             for group in groups
         ],
         "uncovered": list(anatomy.uncovered),
+        "inferred": list(anatomy.inferred),
     }
 
 
@@ -144,6 +145,8 @@ def _print(name: str, anatomy: Anatomy, groups: tuple[Group, ...], costs: Cost, 
     echo("")
     for part in anatomy.uncovered:
         echo(f"not covered: {part}")
+    for sentence in anatomy.inferred:
+        echo(f"read by what it computes: {sentence}")
 
 
 def _table(*columns: str) -> Any:

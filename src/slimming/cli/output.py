@@ -34,13 +34,11 @@ from slimming.core.locks import is_temporary
 from slimming.core.same_settings import check_same_settings
 from slimming.core.yaml_text import read_yaml
 from slimming.errors import ConfigError, OutputError
-from slimming.runs.config import FREE_SECTIONS, RunConfig, is_unscored
+from slimming.runs.config import CONFIG_FILE, CONFIG_START, FREE_SECTIONS, RunConfig, is_own_config, is_unscored
 from slimming.searching.config import scoring_settings
 from slimming.training.config import FREE_SETTINGS
 
-CONFIG = "config.yaml"
-HEADER = "# Settings of `slimming "
-BEFORE_WORK = (CONFIG, "inputs.json", "settings.json", "metrics.json", "log.jsonl")
+BEFORE_WORK = (CONFIG_FILE, "inputs.json", "settings.json", "metrics.json", "log.jsonl")
 """Files that a failed run may leave without any work to resume from."""
 
 
@@ -79,7 +77,7 @@ def print_settings(command: str, config: Any, directory: Path, notes: list[str])
     echo(f"slimming {command}, output: {directory}")
     for line in changed_settings(config):
         echo(f"  {line}")
-    echo(f"  all settings: {directory / CONFIG}")
+    echo(f"  all settings: {directory / CONFIG_FILE}")
     for note in notes:
         echo(note)
 
@@ -100,11 +98,11 @@ def run_directory(directory: Path, config: Any, command: str) -> Iterator[None]:
         return
     with exclusive(directory), recorded_creations() as created:
         try:
-            if (directory / CONFIG).exists():
+            if (directory / CONFIG_FILE).exists():
                 check_config(directory, config, command)
             else:
                 check_free(directory)
-            _write_config(directory / CONFIG, config, command)
+            _write_config(directory / CONFIG_FILE, config, command)
             yield
         except BaseException:
             _remove_unless_work(directory, created)
@@ -115,7 +113,7 @@ def _write_config(path: Path, config: Any, command: str) -> None:
     """Write ``config`` to ``path``, unless the file has been edited: then it stays as it is, with the same settings."""
     text = config_to_yaml(config)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    header = f"{HEADER}{command}`; repeat with: slimming {command} THIS_FILE --output DIR\n# sha256 {digest}\n"
+    header = f"{CONFIG_START}{command}`; repeat with: slimming {command} THIS_FILE --output DIR\n# sha256 {digest}\n"
     if not path.exists() or (_is_unedited(path) and path.read_text("utf-8") != header + text):
         atomic_write_text(path, header + text)
 
@@ -124,7 +122,7 @@ def _is_unedited(path: Path) -> bool:
     """Whether a config.yaml is as `_write_config` wrote it."""
     first, _, rest = path.read_text("utf-8").partition("\n")
     second, _, text = rest.partition("\n")
-    return first.startswith(HEADER) and second == f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+    return first.startswith(CONFIG_START) and second == f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def check_config(directory: Path, config: Any, command: str) -> None:
@@ -134,12 +132,8 @@ def check_config(directory: Path, config: Any, command: str) -> None:
         OutputError: it was another command.
         ConfigError: a setting differs.
     """
-    path = directory / CONFIG
-    try:
-        written = path.read_text("utf-8").startswith(HEADER)
-    except (OSError, UnicodeDecodeError):
-        written = False
-    if not written:
+    path = directory / CONFIG_FILE
+    if not is_own_config(path):
         raise OutputError(
             f"{path} was not written by slimming, which keeps the settings of a run under this name. Choose another "
             "--output, or give this file another name or place."

@@ -50,13 +50,13 @@ def scalar(kind: type, value: Any, name: str) -> Any:
     Raises:
         ConfigError: it is of another type, not finite, or so large that it is not exact.
     """
-    number = plain_number(value)
+    number: Any = plain_number(value)
     if kind is float and type(number) is int and abs(number) <= LARGEST_INTEGER:
         number = float(number)
     fits = type(number) is kind
     if fits and kind in (int, float):
         fits = math.isfinite(number) and (kind is float or abs(number) <= LARGEST_INTEGER)
-    if fits and kind is str:
+    if isinstance(number, str):
         check_text(number, name)
     if not fits:
         raise ConfigError(f"{name} is {shown(value)}; it must be {SCALARS[kind]}.")
@@ -160,7 +160,8 @@ def _fitting(hint: Any, value: Any, name: str) -> Any:
         elif option in SCALARS:
             number = plain_number(value)
             if type(number) is option or (option is float and type(number) is int):
-                return scalar(option, value, name)
+                scalar(option, value, name)
+                return number
         elif _fits_class(option, value):
             return _entries(option, value, name)
     wanted = " or ".join(_described(option) for option in options)
@@ -169,8 +170,8 @@ def _fitting(hint: Any, value: Any, name: str) -> Any:
 
 def _fits_class(option: Any, value: Any) -> bool:
     origin = get_origin(option) or option
-    if not isinstance(origin, type) or origin is object:
-        return True  # Any, Literal and the like
+    if origin is Any or origin is object or not isinstance(origin, type):  # Any is a class from Python 3.11 on
+        return True  # Literal and the like, too
     if getattr(origin, "_is_protocol", False):
         return True
     if issubclass(origin, (list, tuple)) or origin.__module__ == "collections.abc":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,12 +131,10 @@ class ExampleCall:
         return ExampleCall(*tree_map(change, (self.args, dict(self.kwargs))))
 
 
-def image_call(
-    shape: tuple[int, ...], *, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> ExampleCall:
-    """A call with random images of ``shape`` (without the batch dimension)."""
-    generator = torch.Generator().manual_seed(seed)
-    return ExampleCall((torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype),))
+def image_call(shape: Sequence[int]) -> ExampleCall:
+    """A call with a random image of ``shape`` (without the batch dimension)."""
+    generator = torch.Generator().manual_seed(0)
+    return ExampleCall((torch.randn(1, *shape, generator=generator, dtype=torch.float64),))
 
 
 def set_example_inputs_(model: nn.Module, example_inputs: Any) -> None:

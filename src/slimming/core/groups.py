@@ -189,6 +189,7 @@ class Anatomy:
         uncovered: parts that cannot be pruned, each with the reason.
         input_shape: channels, height and width of the input image; for models that take something else, the shape of
             the first tensor without its batch dimension.
+        inferred: for each attention class whose heads were found without a table, a sentence with its row.
         sizes: name of a module -> its sizes, for families that resize modules by this table.
         timed_layers: the forward pass, for latency tables; empty if the family cannot time its layers.
     """
@@ -198,6 +199,7 @@ class Anatomy:
     structure: Structure
     uncovered: tuple[str, ...]
     input_shape: tuple[int, ...]
+    inferred: tuple[str, ...] = ()
     sizes: Mapping[str, LayerSizes] = field(default_factory=dict)
     timed_layers: tuple[TimedLayer, ...] = ()
 

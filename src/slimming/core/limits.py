@@ -26,6 +26,8 @@ MOST_MODULES = 20_000
 """Modules of a model that is built from a file."""
 MOST_TENSOR_ELEMENTS = 2**30
 """Elements of one tensor of a model that is built from a file."""
+MOST_IN_RANGE = 2**20
+"""Elements of a range that a host makes while it builds a model, such as one number per block or position."""
 MOST_ELEMENTS = 2**36
 """Elements of the parameters of a model that is built from a file."""
 

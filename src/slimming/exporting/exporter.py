@@ -24,7 +24,7 @@ from slimming.exporting.targets import Job, Run, Target, choose
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models.hosts import classes_of, unplain
-from slimming.runs.files import SETTINGS, SETTINGS_FILE
+from slimming.runs.files import stored_data
 from slimming.runs.setup import image_spec, read_images
 from slimming.training.config import DataConfig
 from slimming.training.outputs import logits_by_head, named_outputs
@@ -184,7 +184,7 @@ def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple
     """The model of a directory; and the given data, else the data on which it was trained with the same split."""
     path = hub.fetch(name) if isinstance(name, str) and hub.is_address(name) else Path(name)
     model = checkpoint.load(path)
-    stored = _stored_data(path)
+    stored = stored_data(path)
     source = data.source if data is not None else stored.get("source")
     if not needed and data is None:
         return model, None
@@ -195,18 +195,6 @@ def _opened(name: str | Path, data: DataConfig | None, *, needed: bool) -> tuple
     return model, DataConfig(
         **unplain({field.name: stored[field.name] for field in fields(DataConfig) if field.name in stored})
     )
-
-
-def _stored_data(path: Path) -> Mapping[str, Any]:
-    """The settings of the data on which a checkpoint was trained: of the run around it, else of its provenance.
-
-    The provenance has only the last component of an absolute path.
-    """
-    for file, kind in ((path.parent.parent / SETTINGS_FILE, SETTINGS), (path / checkpoint.PROVENANCE, None)):
-        if file.is_file():
-            stored = (checkpoint.read_provenance(path) if kind is None else kind.read(file)).get("data")
-            return stored if isinstance(stored, Mapping) else {}
-    return {}
 
 
 def _check_limits(tolerance: float | None, agreement: float | None) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -16,11 +17,22 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from slimming.core.limits import MOST_ELEMENTS, MOST_MODULES, MOST_TENSOR_ELEMENTS
+from slimming.core.limits import MOST_ELEMENTS, MOST_IN_RANGE, MOST_MODULES, MOST_TENSOR_ELEMENTS
 from slimming.errors import CheckpointError
 
-BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ARGUMENT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 """What constructors of hosts raise for arguments that they do not check."""
+BUILD_ERRORS = (*ARGUMENT_ERRORS, RuntimeError)
+"""The same, with what PyTorch raises for sizes that do not fit."""
 FACTORIES = {
     getattr(torch, name)
     for name in ("empty", "zeros", "ones", "rand", "randn", "full", "arange", "linspace", "eye", "randperm", "randint")
@@ -71,9 +83,10 @@ class _BoundedTensors(TorchFunctionMode):
             sizes = [*args, *kwargs.values()]
             numbers = [size for entry in sizes for size in (entry if isinstance(entry, (tuple, list)) else [entry])]
             whole = [size for size in numbers if type(size) is int]
-            largest = max(whole, default=0) if func in (torch.arange, torch.linspace) else math.prod(whole)
-            if largest > MOST_TENSOR_ELEMENTS:
-                raise _too_large(f"a tensor of {largest:,} elements")
+            ranged = func in (torch.arange, torch.linspace)
+            elements = max(whole, default=0) if ranged else math.prod(whole)
+            if elements > (MOST_IN_RANGE if ranged else MOST_TENSOR_ELEMENTS):
+                raise _too_large(f"a tensor of {elements:,} elements")
         return func(*args, **kwargs)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.errors import CheckpointError, UnsupportedModelError, nearest
+from slimming.models.bounds import ARGUMENT_ERRORS
 from slimming.models.directories import check_strict, open_directory, replaced_note
 from slimming.models.downloads import PREFIX, fetch, first_line, is_address
 from slimming.models.family import ORIGIN
@@ -86,7 +87,11 @@ def _directory(name: str, *, weights: bool = True) -> Path:
     if is_address(name):
         return fetch(name, weights=weights)
     bare = name.removeprefix(TRANSFORMERS)
-    return Path(bare) if Path(bare).is_dir() else fetch(f"{PREFIX}{bare}", weights=weights)
+    if Path(bare).is_dir():
+        return Path(bare)
+    if bare.startswith((".", "/", "~")) or bare.count("/") > 1:
+        raise CheckpointError(f"{bare!r} could not be loaded: there is no such directory. Give one with a config.json.")
+    return fetch(f"{PREFIX}{bare}", weights=weights)
 
 
 def _check_name(name: str) -> None:
@@ -100,7 +105,7 @@ def _timm(name: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Modu
     """A model of timm, with a record of how it was created, because some arguments cannot be read from a model."""
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
+    except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(f"timm cannot make {name} with {dict(options)}: {error}") from error
     except (RuntimeError, OSError) as error:
         if not pretrained:
@@ -128,8 +133,7 @@ def _from_timm(name: str, classes: int | None, options: dict[str, Any]) -> tuple
     heads = tuple(f"{head}." for head in classifiers_of(model))
     body = {key: tensor for key, tensor in dense.state_dict().items() if not key.startswith(heads)}
     _load_(model, body, name, [key for key in model.state_dict() if key.startswith(heads)])
-    known = classes_of(dense)
-    return model, [f"{name} was pretrained for {known} classes; its classifier was replaced by one for {classes}."]
+    return model, [replaced_note(name, classes_of(dense), classes)]
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -141,7 +145,7 @@ def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
         raise UnsupportedModelError(f"torchvision has no classifier {bare!r}.{nearest(bare, known)}")
     try:
         return make_torchvision(bare, options).eval()
-    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+    except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(
             f"torchvision cannot make {bare!r} with {dict(options)}: {first_line(error)}"
         ) from error

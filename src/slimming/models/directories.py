@@ -16,6 +16,7 @@ from slimming.core.records import FileKind
 from slimming.core.structure import IN_CONFIG, Structure
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.models.allowed import check_timm, image_settings_of, timm_has, timm_settings, transformers_config
+from slimming.models.bounds import ARGUMENT_ERRORS, bounded_building
 from slimming.models.downloads import first_line
 from slimming.models.families import build_filled
 from slimming.models.family import ORIGIN
@@ -118,17 +119,18 @@ def open_directory(
     """
     config, options = read_config(path), dict(arguments or {})
     structure = structure_in(config)
-    if structure is not None and not pretrained and not options:
-        model, notes = build_filled(structure), []
-    elif "architecture" in config:
-        if (asked := options.pop("num_classes", None)) is not None:
-            classes = asked if classes is None else classes
-        model, notes = _from_timm(path, config, options, pretrained), []
-    elif "model_type" in config:
-        lenient = headless or classes is not None
-        model, notes = from_transformers(path, config, options, pretrained=pretrained, headless=lenient)
-    else:
-        raise CheckpointError(f"{path / CONFIG} names neither timm's architecture nor transformers' model_type.")
+    with bounded_building():
+        if structure is not None and not pretrained and not options:
+            model, notes = build_filled(structure), []
+        elif "architecture" in config:
+            if (asked := options.pop("num_classes", None)) is not None:
+                classes = asked if classes is None else classes
+            model, notes = _from_timm(path, config, options, pretrained), []
+        elif "model_type" in config:
+            lenient = headless or classes is not None
+            model, notes = from_transformers(path, config, options, pretrained=pretrained, headless=lenient)
+        else:
+            raise CheckpointError(f"{path / CONFIG} names neither timm's architecture nor transformers' model_type.")
     known = classes_of(model)
     if classes is not None and (known != classes or notes):
         reset_classes_(model, classes)
@@ -155,7 +157,7 @@ def _from_timm(path: Path, config: Mapping[str, Any], options: dict[str, Any], p
             model: Any = timm.create_model(
                 f"local-dir:{directory}", pretrained=pretrained, **{**options, "pretrained_cfg_overlay": overlay}
             )
-        except (TypeError, AssertionError, ValueError, KeyError) as error:
+        except ARGUMENT_ERRORS as error:
             raise UnsupportedModelError(f"timm cannot make the {name} in {path} with {options}: {error}") from error
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
@@ -262,7 +264,7 @@ def from_transformers(
             "Models of transformers need an extra: pip install 'slimming[transformers]'."
         ) from error
     kind, options = config.get("model_type"), dict(options)
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no model type {kind!r}, which {path / CONFIG} names."
         )
@@ -282,11 +284,11 @@ def from_transformers(
         else:
             with torch.device("meta"):
                 cls = type(auto.from_config(settings))
-            loaded = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 None, config=settings, state_dict=read_directory(path), dtype=dtype, output_loading_info=True
             )
-            model, notes = loaded[0], _differences(*loaded, path, headless)
-    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+            model, notes = loaded[0], _differences(loaded[0], loaded[1], path, headless)
+    except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(f"transformers cannot make {path} with {options}: {first_line(error)}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"The weights in {path} are of another model than its config.json: {error}") from error

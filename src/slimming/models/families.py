@@ -6,6 +6,7 @@ Families are imported when the first model is read, so that ``import slimming`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -63,8 +64,12 @@ def family_called(name: Any) -> Family:
         ) from error
 
 
-def build(structure: Structure) -> nn.Module:
+def build(structure: Structure, *, dense: bool = False) -> nn.Module:
     """Build the model that ``structure`` describes; its weights are undefined, or on the meta device.
+
+    Args:
+        structure: describes the model.
+        dense: build the dense model that it was cut from instead.
 
     Raises:
         CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
@@ -73,14 +78,27 @@ def build(structure: Structure) -> nn.Module:
     try:
         with bounded_building():
             model = family.build(structure.base)
-            family.resize_(model, structure)
-            replace_layers_(model, structure.replaced)
+            if not dense:
+                resize_and_replace_(model, structure)
     except BUILD_ERRORS as error:
         # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
         raise CheckpointError(
             f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
         ) from error
     return model
+
+
+def resize_and_replace_(model: nn.Module, structure: Structure) -> None:
+    """Give a dense model the sizes and the replaced layers of ``structure``; their parameters are undefined.
+
+    Raises:
+        CheckpointError: the record of the replaced layers is damaged, or there is no family of this name.
+    """
+    tops = tuple(f"{name}." for name in structure.replaced)
+    # Replaced layers are recorded in their final sizes.
+    layers = {name: entry for name, entry in structure.layers.items() if not f"{name}.".startswith(tops)}
+    family_called(structure.family).resize_(model, replace(structure, layers=layers))
+    replace_layers_(model, structure.replaced)
 
 
 def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
@@ -94,7 +112,7 @@ def build_filled(structure: Structure, *, dense: bool = False) -> nn.Module:
         CheckpointError: the structure is damaged, or the installed libraries cannot build the model.
     """
     with torch.device("cpu"):
-        model = build(Structure(family=structure.family, base=structure.base)) if dense else build(structure)
+        model = build(structure, dense=dense)
         _fill_randomly_(model)
     return model
 

@@ -64,6 +64,7 @@ class Check:
         covered_macs: share of the multiply-adds that can be removed with some unit.
         steps: results of the single checks in order; the first that fails is the last.
         uncovered: parts that cannot be pruned, each with the reason.
+        inferred: for each attention class whose heads were found without a table, a sentence with its row.
         seconds: total time.
     """
 
@@ -72,6 +73,7 @@ class Check:
     covered_macs: float = 0.0
     steps: tuple[Step, ...] = ()
     uncovered: tuple[str, ...] = ()
+    inferred: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -84,7 +86,8 @@ class Check:
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
         lines = [f"{kinds or 'no groups'}; covers {self.covered_macs:.0%} of MACs, {self.covered_params:.0%} of params"]
         lines += [f"{'ok  ' if step.held else 'FAIL'} {step.name}: {step.detail}" for step in self.steps]
-        return "\n".join([*lines, *(f"stays whole: {reason}" for reason in self.uncovered)])
+        lines += [f"stays whole: {reason}" for reason in self.uncovered]
+        return "\n".join([*lines, *(f"read by what it computes: {sentence}" for sentence in self.inferred)])
 
 
 @checked_arguments
@@ -147,6 +150,7 @@ def check_with_trial(
         covered_macs=macs,
         steps=tuple(steps),
         uncovered=anatomy.uncovered,
+        inferred=anatomy.inferred,
         seconds=time.perf_counter() - began,
     )
     return result, trial

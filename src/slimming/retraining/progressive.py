@@ -28,11 +28,13 @@ from slimming.retraining.retrain import train
 from slimming.scoring.one_shot import OneShot
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
+from slimming.training.distributed import agreed
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss
 
 
 @checked_arguments
+@agreed()
 def train_progressive(
     result: SearchResult | OneShot,
     data: Data,

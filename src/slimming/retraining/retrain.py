@@ -17,6 +17,7 @@ from slimming.models.hosts import name_classes
 from slimming.retraining.config import DistilConfig
 from slimming.training.config import TrainConfig
 from slimming.training.distillation import DistilTask
+from slimming.training.distributed import agreed
 from slimming.training.inputs import training_inputs
 from slimming.training.loop import History, fit
 from slimming.training.samples import Data
@@ -24,6 +25,7 @@ from slimming.training.tasks import ClassificationTask, Loss, LossTask, Task
 
 
 @checked_arguments
+@agreed()
 def train(
     model: nn.Module,
     data: Data,

@@ -30,7 +30,7 @@ from slimming.retraining.config import DistilConfig
 from slimming.retraining.retrain import task_of
 from slimming.searching.mask_search import SearchResult
 from slimming.training.config import TrainConfig
-from slimming.training.distributed import asks_for_fsdp, rank_and_world_size
+from slimming.training.distributed import agreed, asks_for_fsdp, rank_and_world_size
 from slimming.training.images import derive_seed
 from slimming.training.inputs import training_inputs
 from slimming.training.loop import fit
@@ -39,6 +39,7 @@ from slimming.training.tasks import Loss, Task
 
 
 @checked_arguments
+@agreed()
 def train_slimmable(
     result: SearchResult,
     data: Data,

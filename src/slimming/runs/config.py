@@ -19,6 +19,8 @@ EACH, TOGETHER, PROGRESSIVE = RETRAININGS = ("each", "together", "progressive")
 """Ways to retrain the models of all budgets after one search, see `RunConfig`."""
 SEARCH_PLACE = "search"
 """Directory of the search in that of a run."""
+CONFIG_FILE, CONFIG_START = "config.yaml", "# Settings of `slimming "
+"""The configuration that a command writes, and how it begins."""
 RETRAIN = TrainConfig(epochs=10.0, lr=5e-4)
 FREE_SECTIONS = ("name", "note", "budgets", "bench")
 """Settings that may change when a run is resumed, since finished work does not depend on them."""
@@ -125,6 +127,14 @@ class RunConfig:
     def bench_seconds_is_default(self) -> bool:
         """Whether ``hours`` determines the measuring time."""
         return self.bench.seconds == BenchConfig().seconds
+
+
+def is_own_config(path: Path) -> bool:
+    """Return whether a configuration was written by a command, and possibly edited since."""
+    try:
+        return path.read_text("utf-8").startswith(CONFIG_START)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def is_unscored(directory: Path) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,14 +13,16 @@ from msgspec import Meta
 from slimming.checkpoints import checkpoint
 from slimming.core.inputs import INPUTS_FILE
 from slimming.core.inputs import RECORD as INPUTS
+from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import PLAN
 from slimming.core.records import FileKind
-from slimming.errors import CheckpointError
+from slimming.core.yaml_text import read_yaml
+from slimming.errors import CheckpointError, SlimmingError
 from slimming.report.model import RESULTS, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.stamps import is_whole
-from slimming.runs.config import SEARCH_PLACE, TOGETHER, RunConfig
+from slimming.runs.config import CONFIG_FILE, SEARCH_PLACE, TOGETHER, RunConfig, is_own_config
 from slimming.runs.time_budget import TimeAllocation
 from slimming.searching.mask_search import MASKS, RECORD, SCORES_FILE, WEIGHTS, verify_search
 from slimming.training.log import LOG_FILE
@@ -67,6 +69,11 @@ SETTINGS_FILE, DENSE_FILE, SHOTS_FILE, HOURS_FILE = (
 )  # fmt: skip
 SECONDS_FILE, SERVED_FILE = "seconds.json", "served.json"
 PLAN_FILE, CUT_PLACE, SLIM_PLACE, ROW_FILE = "plan.json", "cut", "slim", "row.json"
+
+
+def is_started(directory: Path) -> bool:
+    """Return whether a run, or a command, has written its settings to ``directory``."""
+    return (directory / SETTINGS_FILE).exists() or is_own_config(directory / CONFIG_FILE)
 
 
 def missing_files(directory: Path, config: RunConfig) -> list[str]:
@@ -156,3 +163,26 @@ def _repeatable(path: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{error} Or remove {path} to repeat this stage.") from error
+
+
+def stored_data(path: Path) -> Mapping[str, Any]:
+    """Return the settings of the data on which a checkpoint was trained; empty if it does not record them.
+
+    The provenance has only the last component of an absolute path. In the directory of its run or training, the whole
+    path is taken from the settings there.
+
+    Raises:
+        CheckpointError: the provenance is damaged.
+    """
+    if not (path / checkpoint.PROVENANCE).exists():
+        return {}
+    stored = checkpoint.read_provenance(path).get("data")
+    if not isinstance(stored, Mapping):
+        return {}
+    readers = {path.parent.parent / SETTINGS_FILE: SETTINGS.read, path.parent / "config.yaml": read_yaml}
+    for file, read in readers.items():
+        with suppress(SlimmingError):  # a file of another program with this name
+            data = read(file).get("data") if file.is_file() else None
+            if isinstance(data, Mapping) and without_places(data) == stored:
+                return data
+    return stored

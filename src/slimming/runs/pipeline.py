@@ -35,7 +35,7 @@ from slimming.report.model import RESULTS as RESULTS_KIND
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.pages import TABLE
 from slimming.retraining.slimmable import check_tokens
-from slimming.runs.config import FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
+from slimming.runs.config import CONFIG_FILE, FREE_SECTIONS, TOGETHER, RunConfig, is_unscored
 from slimming.runs.explore import explore
 from slimming.runs.files import (
     DENSE_FILE,
@@ -49,6 +49,7 @@ from slimming.runs.files import (
     SETTINGS_FILE,
     SHOTS_FILE,
     TIME_ALLOCATION,
+    is_started,
     missing_files,
     missing_in_search,
 )
@@ -98,8 +99,8 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     directory, is_main = Path(directory), distributed_state().is_main_process
     stop = interruptible(f"Finished stages are kept in {directory}; run again to go on.")
     with stop, exclusive(directory) if is_main else nullcontext():
-        if is_main and not (directory / SETTINGS_FILE).exists():
-            check_free(directory, besides=("config.yaml",))
+        if is_main and not is_started(directory):
+            check_free(directory, besides=(CONFIG_FILE,))
         return _run(config, directory, log if is_main else _discard)
 
 

@@ -215,6 +215,7 @@ def search(
     )
 
 
+@checked_arguments
 @agreed()
 def score_search(
     model: nn.Module, data: Data, config: SearchConfig | None = None, *, loss: Loss | None = None

@@ -130,7 +130,7 @@ class Signals(nn.Module):
 class TwoInputs(Net):
     """Takes an image and a mask by keyword."""
 
-    def forward(self, image: Tensor, *, mask: Tensor) -> Tensor:
+    def forward(self, image: Tensor, *, mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(image * mask)
 
 
@@ -392,7 +392,7 @@ def test_a_model_prepared_for_quantization_is_cut_before(make: Callable[[], nn.M
 @pytest.mark.parametrize("kind", ["TorchScript", r"torch\.export"], ids=["script", "export"])
 def test_a_program_with_fixed_shapes_is_named(kind: str) -> None:
     model = Net().eval()
-    program = (
+    program: Any = (
         torch.jit.trace(model, torch.randn(1, 3, 16, 16))
         if kind == "TorchScript"
         else torch.export.export(model, (torch.randn(1, 3, 16, 16),)).module()

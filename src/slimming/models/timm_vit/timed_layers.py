@@ -94,7 +94,7 @@ def timed_module(
     depth = len([block for block in vit.blocks if not isinstance(block, TokenSelect)])
     module = vit.get_submodule(layer.name) if layer.kind in ("attention", "mlp") else None
     blocks = nn.Sequential() if module is None else nn.Sequential(copied(_block_of(vit, layer)))
-    small = copied(vit, {id(vit.blocks): blocks})
+    small: Any = copied(vit, {id(vit.blocks): blocks})
     if layer.kind == "patch_embed":
         resize_width_(small, sizes["width"])
         return TimedModule(_Stem(small), (small.patch_embed.proj.in_channels, *small.patch_embed.img_size))

@@ -58,6 +58,7 @@ class Traced(Family):
             operations=reading.operations,
             structure=self._structure(model, digest),
             uncovered=reading.uncovered,
+            inferred=reading.inferred,
             input_shape=reading.input_shape,
             sizes=reading.sizes,
             timed_layers=reading.timed_layers,

@@ -10,7 +10,7 @@ per stage in hierarchical models. After a cut, the norms compute their statistic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,17 @@ from torch import nn
 
 from slimming.core.groups import Group, Scale, Slices
 from slimming.errors import UnsupportedModelError
-from slimming.models.traced.dependency_graph import Member, coupled_channels, with_batch_norms
+from slimming.models.traced.dependency_graph import Coupled, Member, coupled_channels, with_batch_norms
 from slimming.models.traced.verification import Pass
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NOT_FOLLOWED = "torch-pruning does not follow what the model does with them"
+
+BEYOND = (
+    "following them from {first} through {place} takes too many steps. Register a row for the attention class around "
+    "it, as docs/add-a-model.md shows, so that it is not traced inside"
+)
 
 TensorDim = tuple[str, int]
 """A tensor's name and one of its dimensions."""
@@ -79,7 +84,11 @@ class ChannelSet:
 
 
 def channel_groups(
-    model: nn.Module, passes: Sequence[Pass], claimed: Mapping[str, str], opaque: Mapping[str, OpaqueSlices]
+    model: nn.Module,
+    passes: Sequence[Pass],
+    claimed: Mapping[str, str],
+    opaque: Mapping[str, OpaqueSlices],
+    report: Callable[[str], None] = lambda layer: None,
 ) -> tuple[list[Group], list[str]]:
     """Read the coupled channels of ``model``.
 
@@ -88,18 +97,19 @@ def channel_groups(
         passes: the forward passes to trace.
         claimed: names of modules that are not traced inside -> why the channels that pass through them are not cut.
         opaque: those of them whose input and output channels are known.
+        report: called with the name of each layer whose channels are followed.
 
     Returns:
         The groups, and the sets that are not cut, counted by reason.
     """
     model = with_batch_norms(model)
     try:
-        coupled = coupled_channels(model, passes, claimed)
+        coupled = coupled_channels(model, passes, claimed, report=report)
     except UnsupportedModelError as error:
         return [], [f"channels: {error}"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
-    sets = _with_grouped_joined([_channel_set(members, names, claimed, opaque) for members in coupled])
+    sets = _with_grouped_joined([_channel_set(each, names, claimed, opaque, model) for each in coupled])
     groups: dict[str, Group] = {}
     reasons: dict[str, int] = {}
     for channels in sets:
@@ -115,13 +125,18 @@ def channel_groups(
 
 
 def _channel_set(
-    members: Sequence[Member],
+    coupled: Coupled,
     names: Mapping[int, str],
     claimed: Mapping[str, str],
     opaque: Mapping[str, OpaqueSlices],
+    model: nn.Module,
 ) -> ChannelSet:
-    channels = ChannelSet(names.get(id(members[0].module), "?"))
-    for member in members:
+    channels = ChannelSet(names.get(id(coupled.members[0].module), "?"))
+    if coupled.beyond is not None:
+        inside = type(model.get_submodule(coupled.beyond)).__name__
+        channels.reason = BEYOND.format(first=channels.name, place=f"{coupled.beyond or 'the model'} ({inside})")
+        return channels
+    for member in coupled.members:
         name = names.get(id(member.module))
         if name is None:
             continue  # an operation without weights

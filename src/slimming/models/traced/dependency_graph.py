@@ -1,16 +1,18 @@
 """Find coupled channels with torch-pruning's dependency graph; the only module that uses torch-pruning.
 
-Beyond the documented interface of torch-pruning it replaces one method of a graph and two functions of its index
-mapping, and reads the items of its groups. The requirement is therefore pinned below the next minor version.
+Beyond the documented interface of torch-pruning it replaces two functions of its index mapping, and reads the nodes
+and edges of its graph. The requirement is therefore pinned below the next minor version.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +22,13 @@ from torch.overrides import TorchFunctionMode
 from slimming.core.copies import copied
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
+from slimming.models.traced import coupling
+from slimming.models.traced.coupling import TooManyStepsError, Visit
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
 from slimming.models.traced.verification import Pass
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""The layers whose output channels are followed."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +51,44 @@ class Member:
     indices: Sequence[Any]
 
 
-def coupled_channels(model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str]) -> list[list[Member]]:
-    """The sets of channels that can only be removed together; the first member of each is its root.
+@dataclass(frozen=True)
+class Coupled:
+    """A set of channels that can only be removed together.
+
+    Attributes:
+        members: the layers and parameters with these channels; the first one is the layer that was followed.
+        beyond: name of the module inside which the channels could not be followed, if so.
+    """
+
+    members: list[Member]
+    beyond: str | None = None
+
+
+def coupled_channels(
+    model: nn.Module,
+    passes: Sequence[Pass],
+    opaque_names: Iterable[str],
+    *,
+    report: Callable[[str], None] = lambda layer: None,
+) -> list[Coupled]:
+    """The sets of channels that can only be removed together.
 
     Args:
         model: on the CPU, with parameters that require gradients; see `with_batch_norms`.
         passes: the forward passes to trace; the sets hold for all of them together.
         opaque_names: names of modules that are not traced inside.
+        report: called with the name of each layer that is followed.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
+    trace = functools.partial(_trace, model, passes, opaque_names, report)
     try:
         try:
-            return _trace(model, passes, opaque_names)
+            return trace()
         except MODEL_ERRORS:
             with _SplitTokensByIndex(), OpaqueTokenConcat(), _unsupported_mappings_skipped():
-                return _trace(model, passes, opaque_names)
+                return trace()
     except MODEL_ERRORS as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise UnsupportedModelError(
@@ -68,14 +96,15 @@ def coupled_channels(model: nn.Module, passes: Sequence[Pass], opaque_names: Ite
         ) from error
 
 
-def _member(item: Any) -> Member:
-    handler = item.dep.handler.__name__
+def _member(visit: Visit) -> Member:
+    handler, target = visit.edge.handler.__name__, visit.edge.target
+    indices, roots = zip(*visit.pairs, strict=True)
     return Member(
-        module=item.dep.target.module,
+        module=target.module,
         is_output="out" in handler or "depthwise" in handler,
-        dim=item.dep.target.pruning_dim,
-        roots=item.root_idxs or range(len(item.idxs)),
-        indices=item.idxs,
+        dim=target.pruning_dim,
+        roots=roots,
+        indices=indices,
     )
 
 
@@ -107,35 +136,136 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
-def _trace(model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str]) -> list[list[Member]]:
+def _trace(
+    model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str], report: Callable[[str], None]
+) -> list[Coupled]:
     """The coupled sets of channels.
 
     torch-pruning prints warnings about operations that it may not support. They are suppressed, because every group
     is verified on the model afterwards.
     """
     import torch_pruning
+    from torch_pruning.dependency import index_mapping
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with opaque(model, opaque_names) as opaque_classes, in_mode(model, False):
+        with opaque(model, opaque_names) as opaque_classes, in_mode(model, False), _call_log(model) as calls:
             graph = torch_pruning.DependencyGraph()
-            get_group = graph.get_pruning_group
-
-            def get_group_or_none(*args: Any) -> Any:
-                try:
-                    return get_group(*args)
-                except IndexError:  # a channel shuffle, which torch-pruning does not follow
-                    return []
-
-            vars(graph)["get_pruning_group"] = get_group_or_none
             graph.build_dependency(
                 model,
                 example_inputs=(),
-                forward_fn=lambda model, _: _differentiable_outputs(model, passes),
+                forward_fn=lambda model, _: calls.with_unread(_differentiable_outputs(model, passes)),
                 customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
                 verbose=False,
             )
-            return [[_member(item) for item in group] for group in graph.get_all_groups() if len(group)]
+            index_mapping.update_index_mapping(graph)  # with the sizes of concatenations that the first pass found
+            return list(_coupled_sets(graph, model, calls, report))
+
+
+def _coupled_sets(graph: Any, model: nn.Module, calls: _CallLog, report: Callable[[str], None]) -> Iterator[Coupled]:
+    """Follow the output channels of every layer that is in no set yet."""
+    from torch_pruning._helpers import _HybridIndex
+    from torch_pruning.dependency.dependency import Dependency
+    from torch_pruning.pruner.function import prune_depthwise_conv_out_channels
+
+    names = {module: name for name, module in model.named_modules()}
+    limit = max(size for tensor in model.parameters() for size in tensor.shape)
+    ignored = set(graph.IGNORED_LAYERS_IN_TRACING)
+    seen: set[Any] = set()
+    for layer, node in list(graph.module2node.items()):
+        if not isinstance(layer, LAYERS) or layer in ignored or layer in seen:
+            continue
+        report(names.get(layer, ""))
+        channels = graph.get_out_channels(layer)
+        prune = graph.get_pruner_of_module(layer).prune_out_channels
+        if getattr(layer, "groups", 1) == channels > 1:
+            prune = prune_depthwise_conv_out_channels
+        first: Any = Dependency(prune, prune, source=node, target=node)
+        pairs = [_HybridIndex(idx=index, root_idx=index) for index in range(channels)]
+        beyond = None
+        try:
+            visits = coupling.follow(first, pairs, limit, coupling.STEPS)
+        except TooManyStepsError as error:
+            visits = error.visits
+            own = names.get(error.node.module)
+            beyond = calls.module_of(error.node.grad_fn) if own is None else own
+        except IndexError:  # a channel shuffle, which torch-pruning does not follow
+            continue
+        made = [visit.edge.target.module for visit in visits if graph.is_out_channel_pruning_fn(visit.edge.handler)]
+        seen.update(made)
+        if ignored.isdisjoint(made):
+            yield Coupled([_member(visit) for visit in visits if visit.roots], beyond)
+
+
+@dataclass
+class _CallLog:
+    """What happened in a forward pass.
+
+    Attributes:
+        starts: numbers of operations of the autograd graph, in order.
+        modules: the name of the module that was running from each of these operations on.
+        made: the outputs of layers.
+    """
+
+    starts: list[int] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+
+    def module_of(self, operation: Any) -> str:
+        """The name of the innermost module that made ``operation``; empty for the model itself."""
+        position = bisect.bisect_right(self.starts, operation._sequence_nr()) - 1
+        return self.modules[position] if position >= 0 else ""
+
+    def with_unread(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """``outputs``, and the outputs of layers that no gradient of these reaches.
+
+        These are layers whose output is detached, or only chooses, such as the scores of a detector's proposals.
+        """
+        result, reached = list(outputs), set[Any]()
+        for tensor in [*outputs, *reversed(self.made)]:
+            if tensor.grad_fn is None or tensor.grad_fn in reached:
+                continue
+            if not any(tensor is output for output in outputs):
+                result.append(tensor)
+            stack = [tensor.grad_fn]
+            while stack:
+                node = stack.pop()
+                if node is not None and node not in reached:
+                    reached.add(node)
+                    stack.extend(following for following, _ in node.next_functions)
+        return result
+
+
+@contextlib.contextmanager
+def _call_log(model: nn.Module) -> Iterator[_CallLog]:
+    """Log the forward pass that runs inside the context."""
+    log, stack = _CallLog(), [""]
+    like = torch.zeros((), requires_grad=True)
+
+    def note() -> None:
+        operation: Any = (like * 1).grad_fn
+        log.starts.append(operation._sequence_nr() if operation is not None else 0)
+        log.modules.append(stack[-1])
+
+    def enter(name: str) -> None:
+        stack.append(name)
+        note()
+
+    def leave(module: nn.Module, output: Any) -> None:
+        stack.pop()
+        note()
+        if isinstance(module, LAYERS) and isinstance(output, Tensor):
+            log.made.append(output)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(module.register_forward_hook(lambda module, _, output: leave(module, output), always_call=True))
+    try:
+        yield log
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def with_batch_norms(model: nn.Module) -> nn.Module:
@@ -206,5 +336,5 @@ class _SplitTokensByIndex(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _differentiable_outputs(model: nn.Module, passes: Sequence[Pass]) -> Any:
+def _differentiable_outputs(model: nn.Module, passes: Sequence[Pass]) -> list[Tensor]:
     return [tensor for forward in passes for tensor in forward.outputs(model) if tensor.grad_fn is not None]

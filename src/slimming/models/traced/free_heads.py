@@ -28,9 +28,9 @@ from slimming.errors import UnsupportedModelError
 from slimming.models.layers import SomeHeadsAttention
 
 RESHAPES = ("reshape", "view")
-COUNTS = ("num_heads", "self.groups")
+COUNTS = ("heads", "self.groups")
 """Names of the number of heads in the hosts' forwards, by which they divide the width."""
-WIDTHS = ("C", "D", "dim", "embed_dim", "num_channels")
+WIDTHS = ("C", "D", "c", "dim", "embed_dim", "num_channels")
 """Names of the embedding width in the hosts' forwards."""
 _MARK = "slimming_free_heads"
 

@@ -56,6 +56,7 @@ class Heads:
         tied: paths of layers whose input and output must have the width of the module's input, such as a layer that
             reduces the number of tokens.
         output: path of the layer whose columns read the heads, or of a block whose first layer does.
+        other_outputs: paths of further layers that read the same columns, such as the adapter of the output layer.
         output_blocks: number of equal blocks of these columns, each with all heads in order.
         heads_last: whether the head is the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
@@ -71,6 +72,7 @@ class Heads:
     other_inputs: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     output: str = "proj"
+    other_outputs: tuple[str, ...] = ()
     output_blocks: int = 1
     heads_last: bool = False
     mixers: tuple[str, ...] = ()
@@ -84,7 +86,7 @@ class Heads:
     @property
     def inside(self) -> str:
         """Path of the innermost module that holds the layers."""
-        return innermost((*self.inputs, self.output))
+        return innermost((*self.inputs, self.output, *self.other_outputs))
 
 
 Row = Heads | Callable[[nn.Module], Heads]
@@ -124,8 +126,11 @@ def head_group(name: str, module: nn.Module, row: Heads) -> tuple[Group, Attribu
         index = tuple(tuple(range(head, output.length, heads)) for head in range(heads))
     else:
         index = block_index(output.length, row.output_blocks, heads)
-    consumed = Slices(tensor=f"{name}.{output.tensor}", dim=1, index=output.shifted(index), side="consumes")
-    slices = (*produced, consumed)
+    read = [output, *(span for path in row.other_outputs if (span := weight_span(module, path)) is not None)]
+    consumed = [
+        Slices(tensor=f"{name}.{span.tensor}", dim=1, index=span.shifted(index), side="consumes") for span in read
+    ]
+    slices = (*produced, *consumed)
     group = Group(
         name=f"{name}.heads",
         kind="head",

@@ -14,13 +14,16 @@ from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Kept, assign_state_, untied_groups
+from slimming.models.family import STRUCTURE, Kept, untied_groups
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
+from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
-from slimming.models.traced.resize import layer_sizes, layers_after, resize_module_, select
+from slimming.models.traced.progress import Progress
+from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
@@ -38,6 +41,7 @@ class Reading:
     operations: tuple[Operation, ...]
     sizes: Mapping[str, LayerSizes]
     uncovered: tuple[str, ...]
+    inferred: tuple[str, ...]
     input_shape: tuple[int, ...]
     timed_layers: tuple[TimedLayer, ...]
 
@@ -54,12 +58,30 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     """
     model_class = type(model)
     model = _random_copy(model)
-    passes, courses, uncovered = _passes(model, candidates)
-    found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
-    computed, heads, hidden = computed_weights(model), read_heads(model), read_hidden(model)
-    claimed = {**hidden.claimed, **heads.claimed, **computed}
-    channels, uncovered_channels = channel_groups(model, distinct(passes, courses), claimed, opaque_slices(model))
-    uncovered = [*heads.uncovered, *hidden.uncovered, *uncovered_channels, *uncovered]
+    progress = Progress(model_class.__name__)
+    with small_images(model):
+        passes, courses, uncovered = _passes(model, candidates)
+        found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
+        progress.step("looking for attention")
+        inferred = infer_heads(model, passes[0])
+        computed, hidden = computed_weights(model), read_hidden(model)
+        heads = read_heads(model, inferred.rows, inferred.unread)
+        claimed = {**hidden.claimed, **heads.claimed, **computed}
+        channels, uncovered_channels = channel_groups(
+            model,
+            distinct(passes, courses),
+            claimed,
+            opaque_slices(model),
+            lambda layer: progress.step(f"following the channels of {layer}"),
+        )
+    channels = _apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
+    uncovered = [
+        *inferred.unread.values(),
+        *heads.uncovered,
+        *hidden.uncovered,
+        *uncovered_channels,
+        *uncovered,
+    ]
     groups, tied = untied_groups(model, [*heads.groups, *hidden.groups, *channels])
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
@@ -76,9 +98,11 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         clear_caches_(module)  # tracing left tensors with a graph in them
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
-        return _cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
+        progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
+        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
 
-    groups, failed = verified(model, groups, passes, cut)
+    with small_images(model):
+        groups, failed = verified(model, groups, passes, cut)
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
@@ -86,14 +110,24 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     sizes = layer_sizes(model, groups, attributes, heads.free_heads)
     model.eval()
     example = passes[0].call.with_batch(1)
+    if enlarges_images(model):
+        model, example = model.float(), example.to(torch.float32)  # counting at this size needs half the time
+    progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
         operations=operations(model, example, groups, layers_per_head(model)),
         sizes=sizes,
         uncovered=tuple(uncovered),
+        inferred=tuple(inferred.lines),
         timed_layers=timed_layers(model, calls(model, example, attention_sites(groups)), groups, sizes),
         input_shape=example.shape,
     )
+
+
+def _apart_from(channels: Sequence[Group], heads: Sequence[Group]) -> list[Group]:
+    """The groups of ``channels`` that are not the rows or columns of ``heads``, which are cut by heads."""
+    taken = {(part.tensor, part.dim) for group in heads for part in group.slices}
+    return [group for group in channels if not any((part.tensor, part.dim) in taken for part in group.slices)]
 
 
 def _without_computed(groups: Sequence[Group], computed: Mapping[str, str]) -> tuple[list[Group], list[str]]:
@@ -203,16 +237,6 @@ def _width_attributes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Di
         if len(same) == 1:
             result[name] = Dim(groups=((same[0].name, 1),))
     return result
-
-
-def _cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
-    """A copy of ``model`` that has been cut to ``kept``."""
-    small = copied(model)
-    for name, entry in layers_after(sizes, groups, kept).items():
-        resize_module_(small.get_submodule(name), entry)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    assign_state_(small, select(groups, kept, state), strict=False)
-    return small.requires_grad_(False)
 
 
 def _module_order(model: nn.Module) -> Callable[[Group], tuple[int, str]]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.core.copies import clear_caches_
+from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -140,6 +140,16 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
     return {name: entry for name, entry in entries.items() if name in changed}
+
+
+def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
+    """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
+    small = copied(model)
+    for name, entry in layers_after(sizes, groups, kept).items():
+        resize_module_(small.get_submodule(name), entry)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    assign_state_(small, select(groups, kept, state), strict=False)
+    return small.requires_grad_(False)
 
 
 def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -39,21 +40,29 @@ class TableReading:
     uncovered: list[str] = field(default_factory=list)
 
 
-def read_heads(model: nn.Module) -> TableReading:
-    """The heads of every attention module."""
+def read_heads(model: nn.Module, inferred: Mapping[str, Heads], unread: Collection[str]) -> TableReading:
+    """The heads of every attention module.
+
+    Args:
+        model: the model.
+        inferred: name of a module -> its row, for modules that are in no table. They are traced inside.
+        unread: names of modules whose attention is known not to be readable; the reason is given elsewhere.
+    """
     reading = TableReading()
     for name, module in model.named_modules():
         if any(f"{name}.".startswith(f"{path}.") for path, why in reading.claimed.items() if why == _BY_HEADS):
             continue  # inside a module that has a row
-        row = heads_of(module)
+        row = inferred.get(name, heads_of(module))
         if row is None:
-            if _is_attention(module) and all(heads_of(inner) is None for inner in module.modules()):
-                reading.uncovered.append(
-                    f"{name} heads: slimming has no reader of the heads of {type(module).__name__}"
-                )
+            if _is_attention(module) and not _has_row(name, module, inferred):
+                if not _touches(name, unread):
+                    reading.uncovered.append(
+                        f"{name} heads: slimming has no reader of the heads of {type(module).__name__}"
+                    )
                 reading.claimed[name] = _UNREAD
             continue
-        reading.claimed[_join(name, row.inside)] = _BY_HEADS
+        if name not in inferred:
+            reading.claimed[_join(name, row.inside)] = _BY_HEADS
         found = head_group(name, module, row)
         if row.free_heads and not has_free_heads(module) and free_heads_class(type(module)) is None:
             found = "its forward infers the head size from the embedding width, and slimming cannot rewrite it"
@@ -134,6 +143,16 @@ def layers_per_head(model: nn.Module) -> set[str]:
 
 def _join(name: str, path: str) -> str:
     return ".".join(part for part in (name, path) if part)
+
+
+def _has_row(name: str, module: nn.Module, inferred: Mapping[str, Heads]) -> bool:
+    """Whether the module or one inside it has a row, or it is inside one that has."""
+    return _touches(name, inferred) or any(heads_of(inner) is not None for inner in module.modules())
+
+
+def _touches(name: str, others: Collection[str]) -> bool:
+    """Whether one of ``others`` is in the module ``name`` or holds it."""
+    return any(f"{other}.".startswith(f"{name}.") or (other and f"{name}.".startswith(f"{other}.")) for other in others)
 
 
 def _is_attention(module: nn.Module) -> bool:

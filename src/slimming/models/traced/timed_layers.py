@@ -76,7 +76,10 @@ def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) ->
     result = []
     for (name, arguments, elements), (_, double_arguments, _) in zip(single, double, strict=True):
         leaves, spec = tree_flatten(arguments)
-        pairs = enumerate(zip(leaves, tree_flatten(double_arguments)[0], strict=True))
+        double_leaves, double_spec = tree_flatten(double_arguments)
+        if spec != double_spec:  # a list with one entry per image
+            return []
+        pairs = enumerate(zip(leaves, double_leaves, strict=True))
         batched = tuple(
             position for position, (a, b) in pairs if isinstance(a, Tensor) and a.dim() > 1 and len(b) == 2 * len(a)
         )
