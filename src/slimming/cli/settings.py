@@ -103,7 +103,8 @@ def convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)
-    return scalar(hint, value, where)
+    kind: Any = hint
+    return scalar(kind, value, where)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -50,13 +50,13 @@ def scalar(kind: type, value: Any, name: str) -> Any:
     Raises:
         ConfigError: it is of another type, not finite, or so large that it is not exact.
     """
-    number = plain_number(value)
+    number: Any = plain_number(value)
     if kind is float and type(number) is int and abs(number) <= LARGEST_INTEGER:
         number = float(number)
     fits = type(number) is kind
     if fits and kind in (int, float):
         fits = math.isfinite(number) and (kind is float or abs(number) <= LARGEST_INTEGER)
-    if fits and kind is str:
+    if isinstance(number, str):
         check_text(number, name)
     if not fits:
         raise ConfigError(f"{name} is {shown(value)}; it must be {SCALARS[kind]}.")

@@ -54,8 +54,8 @@ def check_whole(model: nn.Module) -> None:
     """
     # Importing the class would take a second; without it, no tensor is one.
     tensors: Any = sys.modules.get("torch.distributed.tensor")
-    named = [] if tensors is None else model.named_parameters()
-    sharded = next((name for name, tensor in named if isinstance(tensor, tensors.DTensor)), None)
+    sharded_type = () if tensors is None else tensors.DTensor
+    sharded = next((name for name, tensor in model.named_parameters() if isinstance(tensor, sharded_type)), None)
     if sharded is not None:
         raise ConfigError(
             f"The model's weights are sharded ({sharded} is a DTensor, as fully_shard makes it); slimming needs whole "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -87,7 +88,7 @@ class _Stage:
         """Add the remedy to an error; errors of the model or of a custom loss keep their class."""
         if isinstance(error, SlimmingError):
             raise type(error)(f"{self.failed}: {error}{self.remedy}") from error
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and sys.version_info >= (3, 11):
             error.add_note(f"{self.failed}.{self.remedy}")
 
 

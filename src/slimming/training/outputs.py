@@ -91,8 +91,8 @@ def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
     elif isinstance(value, (tuple, list)):
         names = getattr(value, "_fields", None) or map(str, range(len(value)))  # of a named tuple
         items = list(zip(names, value, strict=True))
-    elif isinstance(getattr(value, "logits", None), Tensor):
-        items = [("logits", value.logits)]
+    elif isinstance(logits := getattr(value, "logits", None), Tensor):
+        items = [("logits", logits)]
     else:
         return
     for name, item in items:

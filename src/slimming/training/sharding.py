@@ -74,10 +74,11 @@ class ShardedModel:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         whole = [parameter for parameter in self.copy.parameters() if parameter.dim() < 2]
         settings: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload, "ignored_params": set(whole)}
+        reshard: Any = plugin.reshard_after_forward
         wraps = _wrapping(plugin)
         for module in reversed(list(self.copy.modules())[1:]):
             if wraps(module):
-                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **settings)
+                fully_shard(module, reshard_after_forward=reshard, **settings)
         self.root = fully_shard(self.copy, **settings)
         self.whole = [parameter for parameter in whole if parameter.requires_grad]
         self.release()

@@ -28,9 +28,7 @@ PRODUCTS = (
 )
 ROUNDING = 1e-11
 """Gradients below this share of the largest are rounding errors, such as those of a constant added to all logits."""
-MIXED = (
-    "its heads are not apart in the columns of the layer that reads them (talking heads or a norm over all mix them)"
-)
+MIXED = "a layer reads no two heads apart (it has one head, or talking heads or a norm over all heads mix them)"
 UNSEPARATED = "no layer makes its queries, keys or values by head"
 
 
@@ -203,7 +201,7 @@ def _by_gradients(
     reader: LayerCall,
     contiguous: bool,
 ) -> tuple[dict[str, list[frozenset[int]]], dict[str, int]] | None:
-    """The rows of every head and their dimensions, if the columns of each depend on its own part of ``by_head`` only."""
+    """The rows of every head and their dimensions, if each head has columns of its own."""
     x = reader.read if isinstance(model.get_submodule(reader.name), nn.Linear) else reader.read.movedim(1, -1)
     heads, size = by_head.shape[head_dim], x.shape[-1]
     if size % heads:

@@ -55,7 +55,7 @@ def read_heads(model: nn.Module, inferred: Mapping[str, Heads], unread: Collecti
         row = inferred.get(name, heads_of(module))
         if row is None:
             if _is_attention(module) and not _has_row(name, module, inferred):
-                if not any(f"{site}.".startswith(f"{name}.") for site in unread):
+                if not _touches(name, unread):
                     reading.uncovered.append(
                         f"{name} heads: slimming has no reader of the heads of {type(module).__name__}"
                     )
@@ -147,8 +147,12 @@ def _join(name: str, path: str) -> str:
 
 def _has_row(name: str, module: nn.Module, inferred: Mapping[str, Heads]) -> bool:
     """Whether the module or one inside it has a row, or it is inside one that has."""
-    inside = any(f"{site}.".startswith(f"{name}.") or f"{name}.".startswith(f"{site}.") for site in inferred)
-    return inside or any(heads_of(inner) is not None for inner in module.modules())
+    return _touches(name, inferred) or any(heads_of(inner) is not None for inner in module.modules())
+
+
+def _touches(name: str, others: Collection[str]) -> bool:
+    """Whether one of ``others`` is in the module ``name`` or holds it."""
+    return any(f"{other}.".startswith(f"{name}.") or (other and f"{name}.".startswith(f"{other}.")) for other in others)
 
 
 def _is_attention(module: nn.Module) -> bool:
