@@ -14,6 +14,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 import slimming
+from slimming.core.groups import Group
 from slimming.errors import PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.traced import channels
@@ -71,7 +72,7 @@ def test_a_wrong_reading_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) 
     def shifted(found: Any, model: nn.Module) -> Any:
         """Every group reads its units one place too far."""
         group = real(found, model)
-        if not isinstance(group, slimming.describe.__globals__["Group"]):
+        if not isinstance(group, Group):
             return group
         slices = tuple(
             replace(one, index=one.index[1:] + one.index[:1]) if one.side == "consumes" else one for one in group.slices

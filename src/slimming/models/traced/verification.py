@@ -177,6 +177,8 @@ def cut_difference(
         return (
             f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
         )
+    if not any(tensor.numel() for result in results for tensor in result):
+        return "the model returns nothing for the random image that cut and masked are compared on"
     for forward, result in zip(passes, results, strict=True):
         reason = output_difference(masked_outputs(model, groups, kept, forward), result)
         if reason is not None:
@@ -212,8 +214,6 @@ def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | 
     """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal."""
     if len(masked) != len(cut):
         return "the cut model returns another number of tensors"
-    if not any(expected.numel() for expected in masked):
-        return "the model returns nothing for the random image that cut and masked are compared on"
     for expected, actual in zip(masked, cut, strict=True):
         if expected.shape != actual.shape:
             return "they are outputs of the model"
