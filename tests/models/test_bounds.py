@@ -13,7 +13,6 @@ import timm
 
 import slimming
 from slimming.core.files import seal
-from slimming.models.bounds import bounded_building
 
 ARGUMENTS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HUGE = {
@@ -113,6 +112,8 @@ def test_yaml_that_expands_or_nests_without_end_is_refused(tmp_path: Path) -> No
 
 
 def test_models_are_built_as_usual_within_the_bounds() -> None:
+    from slimming.models.bounds import bounded_building
+
     with bounded_building():
         assert timm.create_model("test_vit").num_classes == 1000
     with pytest.raises(slimming.errors.CheckpointError, match="a tensor of"), bounded_building():

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = shlex.join(["slimming", *words])
     words = [word for word in words if word != "--debug"]
     try:
-        with handled_by(raise_interrupt), _explain_system_errors():
+        with handled_by(raise_interrupt), _explain_system_errors(), _plain_messages():
             return _run(words)
     except Interrupted as error:
         return _fail(error, f"{error} To go on: {command_line}", STOPPED_BY + error.signal, debug)
@@ -65,7 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, INTERNAL_ERROR_MESSAGE, INTERNAL_ERROR, debug=False)
 
 
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Show the control characters of texts in warnings and in messages of logging, which go to stderr."""
+    shown, handler = warnings.formatwarning, logging.lastResort
+    warnings.formatwarning = lambda *args, **kwargs: printable(shown(*args, **kwargs))
+    if handler is not None:
+        handler.setFormatter(_PlainFormatter())
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown
+        if handler is not None:
+            handler.setFormatter(None)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _run(words: Sequence[str]) -> int:
+    if any("\0" in word for word in words):
+        raise ConfigError("The command line contains a null character; remove it.")
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -193,6 +217,8 @@ def _explain_system_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+            raise ConfigError(f"{error.filename} cannot be used ({error.strerror}). Give another path.") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         from slimming.core.files import explain

@@ -10,13 +10,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from slimming.errors import ConfigError, SlimmingError
+from slimming.errors import ConfigError, DataError, SlimmingError
 
 MODEL_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
     SlimmingError, TypeError, ValueError,
 )  # fmt: skip
 """What the code of a model, or a library that traces it, raises on inputs and sizes that it does not take."""
+
+
+def run_on_images(model: nn.Module, images: torch.Tensor) -> Any:
+    """Return the outputs of ``model`` for images that a user gave.
+
+    Raises:
+        DataError: the model fails on them, for example because they have other channels or another size.
+    """
+    try:
+        return model(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"The model fails on images of shape {tuple(images.shape)}: {reason} Give images of the size and with the "
+            "channels that the model takes."
+        ) from error
 
 
 @contextmanager

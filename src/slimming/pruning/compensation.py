@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from slimming.core.completion import complete
 from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
-from slimming.core.modules import in_evaluation
+from slimming.core.modules import in_evaluation, run_on_images
 from slimming.core.pruning_plan import Plan
 from slimming.models.activations import (
     Moments,
@@ -151,7 +151,7 @@ def _gather_moments(
     with inputs_of(dense, kept_inputs) as of_dense, inputs_of(slim, kept_inputs) as of_slim:
         for batch in own_share(images):
             for model in (dense, slim):
-                model(batch.to(like.device, like.dtype))
+                run_on_images(model, batch.to(like.device, like.dtype))
             for name, moments in gathered.items():
                 for dense_rows, slim_rows in zip(of_dense[name], of_slim[name], strict=True):
                     x = precise(slim_rows[:, kept_inputs[name]])

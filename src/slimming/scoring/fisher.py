@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group
+from slimming.core.modules import run_on_images
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import attach_
@@ -89,9 +90,11 @@ def fisher_scores(
         if loss is not None:
             measure = partial(_own_loss, loss, model, images, labels.to(like.device))
         elif drawn:
-            measure = partial(_drawn_likelihood, model(images), len(images), outputs, classes_of(model), generator)
+            measure = partial(
+                _drawn_likelihood, run_on_images(model, images), len(images), outputs, classes_of(model), generator
+            )
         else:
-            measure = partial(_likelihood, model(images), labels.to(like.device), classes_of(model))
+            measure = partial(_likelihood, run_on_images(model, images), labels.to(like.device), classes_of(model))
         for draw in range(draws):
             grads = torch.autograd.grad(
                 measure(), list(factors.values()), retain_graph=draw + 1 < draws, allow_unused=True

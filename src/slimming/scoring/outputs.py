@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimming.core.modules import run_on_images
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.models.activations import own_share
 from slimming.models.hosts import classes_of
@@ -40,7 +41,7 @@ def outputs_that_count(model: nn.Module, batches: Sequence[Batch]) -> tuple[Coun
     like = next(model.parameters())
     first = batches[0].images[:IMAGES_PER_PASS].to(like.device, like.dtype)
     with torch.no_grad():
-        named = named_outputs(model(first), len(first))
+        named = named_outputs(run_on_images(model, first), len(first))
     if len(named) == 1:
         [(name, tensor)] = named.items()
         return (CountedOutput(name=name, kind=kind_of(name, tensor, single=True, classes=classes)),)
@@ -71,7 +72,7 @@ def _spreads(
     count = torch.zeros((), dtype=torch.float64, device=like.device)
     parts = [images for batch in batches for images in batch.images.split(IMAGES_PER_PASS)]
     for images in own_share(parts):
-        found = named_outputs(model(images.to(like.device, like.dtype)), len(images))
+        found = named_outputs(run_on_images(model, images.to(like.device, like.dtype)), len(images))
         for name, total in sums.items():
             if name not in found or found[name].shape[1:] != total.shape[1:]:
                 raise ConfigError(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
+from slimming.core.modules import run_on_images
 from slimming.models.activations import (
     Moments,
     feeds_layers,
@@ -93,7 +94,7 @@ def _covariances(
         sums[name] = Moments(weight.shape[1], weight.device)
     with inputs_of(model, sums) as read:
         for batch in own_share(images):
-            model(batch.to(like.device, like.dtype))
+            run_on_images(model, batch.to(like.device, like.dtype))
             for name, moments in sums.items():
                 for rows in map(precise, read[name]):
                     moments.add(rows)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.core.groups import Group, Slices
+from slimming.core.modules import run_on_images
 from slimming.errors import NonFiniteLossError
 from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
@@ -131,7 +132,7 @@ def _moments(
     try:
         with inputs_of(model, value_readers) as inputs:
             for batch in own_share(images):
-                model(batch.to(like.device, like.dtype))
+                run_on_images(model, batch.to(like.device, like.dtype))
                 for name, group in query_layers.items():
                     for out in outputs.pop(name):
                         _add_qk(moments_of[group.name], group, precise(out))

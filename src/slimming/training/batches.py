@@ -355,6 +355,11 @@ def _split_batch(item: Any, step: int, shard: BatchShard, classes: int) -> Itera
 def _checked_batch(item: Any, number: int) -> Batch:
     if not (isinstance(item, (tuple, list)) and len(item) >= 2 and all(isinstance(x, Tensor) for x in item[:2])):
         raise DataError("A custom loader must give (images, labels) tensors, or (images, labels, names).")
+    if len(item[0]) != len(item[1]) or not len(item[0]):
+        raise DataError(
+            f"Batch {number} of a loader has {len(item[0])} images and {len(item[1])} labels; give one label for each "
+            "image, and at least one image."
+        )
     names = (
         tuple(map(str, item[2])) if len(item) > 2 else tuple(f"batch {number} image {i}" for i in range(len(item[0])))
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimming.core.argument_types import checked_arguments
-from slimming.core.modules import check_whole, in_evaluation
+from slimming.core.modules import check_whole, in_evaluation, run_on_images
 from slimming.errors import ConfigError, DataError
 from slimming.training.batches import validation_batches
 from slimming.training.distributed import add_up, agreed, rank_and_world_size
@@ -69,7 +69,7 @@ def evaluate(
             if not len(batch.labels):
                 continue
             labels = batch.labels.to(device)
-            logits = logits_by_head(model(batch.images.to(device, dtype)))[0].float()
+            logits = logits_by_head(run_on_images(model, batch.images.to(device, dtype)))[0].float()
             if logits.ndim != 2:
                 raise ConfigError(
                     f"The model gives logits of shape {tuple(logits.shape)}, but top-1 needs one row per image. "
