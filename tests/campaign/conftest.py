@@ -28,9 +28,3 @@ def record() -> Record:
         tally.check()
 
     return keep
-
-
-@pytest.fixture(scope="session")
-def portion() -> Callable[[int], int]:
-    """A function from the distance of two attacks in the test run to that in the whole campaign, 1."""
-    return lambda distance: 1 if COUNTS is not None else distance

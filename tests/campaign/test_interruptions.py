@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from . import two_writers
-from .conftest import Record
+from .conftest import COUNTS, Record
 from .interruptions import Interruptions, allow_size, fill_disk, interrupt, kill, terminate
 from .jobs import make_jobs
 from .processes import CHANGES, SPACE
@@ -24,8 +24,8 @@ ACTS: dict[str, Case] = {
     "disk full": ("disk full at a new file or directory", fill_disk, (0, 2), "disk is full", SPACE),
 }
 JOBS = ("train", "search", "run")
-STRIDES = {"train": 3, "search": 8, "run": 40}
-"""Every how many changes the slow tests interrupt a job."""
+STRIDES = {"train": (10, 1), "search": (30, 8), "run": (150, 60)}
+"""Every how many changes a job is interrupted, in the slow tests and in the whole campaign."""
 LIMITS = (0, 1, 100, 1000, 4096, 10_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_200_000, 1_600_000, 2_400_000)
 
 
@@ -58,12 +58,11 @@ def test_interrupted_at_many_changes_a_command_goes_on(
     act: str,
     name: str,
     attacked: Callable[[str], Interruptions],
-    portion: Callable[[int], int],
     record: Record,
 ) -> None:
     what, function, codes, says, events = ACTS[act]
     tally, job = Tally(f"`{name}`: {what}", SAME), attacked(name)
-    stride = portion(STRIDES[name])
+    stride = STRIDES[name][COUNTS is not None]
     job.attack(tally, function, range(1, job.changes(events) + 1, stride), codes, says, events)
     record(tally)
 
@@ -91,10 +90,9 @@ def test_a_second_process_is_refused_at_any_time(
     name: str,
     attacked: Callable[[str], Interruptions],
     tmp_path: Path,
-    portion: Callable[[int], int],
     record: Record,
 ) -> None:
     promise = "the second is refused with the process number of the first, which ends as if alone"
     tally, job = Tally(f"`{name}`: started twice for one directory", promise), attacked(name)
-    two_writers.attack(tally, job, tmp_path, range(12, job.changes() + 1, portion(10)))
+    two_writers.attack(tally, job, tmp_path, range(12, job.changes() + 1, 10 if COUNTS is None else 3))
     record(tally)
