@@ -327,7 +327,7 @@ def test_a_model_without_weights_is_refused_before_anything_is_written(tmp_path:
 def test_killed_while_saving_leaves_no_checkpoint(slim: nn.Module, saved: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys, time, slimming, slimming.checkpoints.checkpoint as c; model = slimming.load(sys.argv[1]);\n"
-        "def stop(path, tensors):\n"
+        "def stop(path, tensors, metadata=None):\n"
         "    print('half', flush=True); time.sleep(60)\n"
         "c.write_tensors = stop; slimming.save(model, sys.argv[2])"
     )

@@ -206,7 +206,9 @@ def test_cut_in_one_shot(slimming: Call, site: Path, tmp_path: Path) -> None:
         )[0]
         assert library.cost(small).macs <= share * library.cost(dense).macs
     record = json.loads((tmp_path / "cut" / "macs-0.80" / "cut" / "provenance.json").read_text())
-    assert record["one_shot"] == {"score": "compensated", "images": len(list(pictures.iterdir()))}
+    outputs = [{"kind": "classes", "name": "output", "scale": 1.0}]
+    images = len(list(pictures.iterdir()))
+    assert record["one_shot"] == {"score": "compensated", "images": images, "outputs": outputs}
 
     for more, said in (
         ([], "--one-shot needs images: give --data"),
@@ -378,7 +380,9 @@ def test_a_run_without_training_is_one_shot(slimming: Call, site: Path, tmp_path
         )
     )
     data = library.open_data(library.DataConfig(source=str(site / "images")), model)
-    expected = library.score(model, library.calibration_images(data, 512)).scores
+    expected = library.score(
+        model, library.calibration_images(data, 512, batch_size=found.config.train.images_per_pass)
+    ).scores
     for name, score in found.scores.items():
         torch.testing.assert_close(score, expected[name], rtol=1e-3, atol=1e-7)
     assert "is complete" in slimming(*run, tmp_path / "run", "--retrain.steps", "0").out

@@ -94,4 +94,4 @@ def test_tables_cards_and_reports_show_marks_instead_of_using_them(
     assert slimming("push", tmp_path / "dense", "--to", tmp_path / "pushed").code == 0
     body = (tmp_path / "pushed" / "README.md").read_text("utf-8").split("---", 2)[2]
     assert "\n# g" not in body
-    assert "``a|b`c`[d]" in body
+    assert "`` a|b`c`[d]" in body

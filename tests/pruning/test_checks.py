@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.core.groups import Group
-from slimming.errors import PlanError, UnsupportedModelError
+from slimming.errors import ConfigError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.traced import channels
 from slimming.pruning.checks import covered, distance
@@ -190,7 +190,7 @@ def test_wrappers_are_named() -> None:
         slimming.describe(nn.DataParallel(model))
     with pytest.raises(UnsupportedModelError, match="OptimizedModule around a model: give its attribute _orig_mod"):
         slimming.describe(torch.compile(model))
-    with pytest.raises(PlanError, match="A model has no scores"):
+    with pytest.raises(ConfigError, match="source is VisionTransformer.*it must be a HasScores"):
         slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore
 
 

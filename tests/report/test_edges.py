@@ -157,7 +157,7 @@ def test_a_log_line_cut_off_at_the_end_is_left_out_and_one_inside_is_refused(mak
     log.write_text(text + '{"step": 12')
     assert "Penalty on the masks" in page_of(run)
     log.write_text('{"step": 12\n' + text)
-    with pytest.raises(CheckpointError, match="line 1, is not JSON"):
+    with pytest.raises(CheckpointError, match="line 1, is truncated or not JSON"):
         write_report(run)
 
 

@@ -290,7 +290,9 @@ def test_matching_compares_every_output() -> None:
 def test_a_search_scores_every_output_and_records_them() -> None:
     images = pictures(16)
     data = Data([(images, torch.arange(16) % 5)], [], tuple("abcde"))
-    config = slimming.SearchConfig(train=slimming.TrainConfig(steps=0, batch_size=16), score="fisher", images=16)
+    config = slimming.SearchConfig(
+        train=slimming.TrainConfig(steps=0, batch_size=16), score="fisher", images=16, sensitivity=16
+    )
     result = slimming.search(model_giving(transformers_output), data, config)
     assert "logits / " in result.scored_by
     assert "pred_boxes / " in result.scored_by

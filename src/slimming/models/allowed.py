@@ -25,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
 """Names of timm's registry, with or without a tag."""
 MODULES = re.compile(r"[\w.]{0,200}")
 """Names of modules, by which backbones name the features that they return."""
-LARGEST, LONGEST, DEEPEST = 10**7, 10_000, 6
+LARGEST, LONGEST, DEEPEST, MOST_CLASSES = 10**7, 10_000, 6, 10**6
 """Bounds of an integer, of the length of a list and of the nesting of lists."""
 
 TIMM_EXTRA = frozenset({"bn_eps", "bn_momentum", "drop_connect_rate", "features_only", "out_indices"})
@@ -33,7 +33,7 @@ TIMM_EXTRA = frozenset({"bn_eps", "bn_momentum", "drop_connect_rate", "features_
 TIMM_EXCLUDED = frozenset({"self", "kwargs", "args", "cfg", "device", "dtype", "model_cfg"})
 
 TORCHVISION: Mapping[str, tuple[type, float, float]] = {
-    "num_classes": (int, 1, LARGEST),
+    "num_classes": (int, 1, MOST_CLASSES),
     "image_size": (int, 1, 100_000),
     "dropout": (float, 0, 1),
     "attention_dropout": (float, 0, 1),
@@ -317,7 +317,7 @@ def _are_texts(value: Any) -> bool:
 _TIMM_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("test_input_size", "min_input_size"), lambda value: _is_shape(value)),
     **dict.fromkeys(("pool_size", "test_pool_size"), lambda value: _is_shape(value)),
-    **dict.fromkeys(("num_classes", "label_offset"), lambda value: type(value) is int and 0 <= value <= LARGEST),
+    **dict.fromkeys(("num_classes", "label_offset"), lambda value: type(value) is int and 0 <= value <= MOST_CLASSES),
     **dict.fromkeys(("first_conv", "classifier"), _are_modules),
     "fixed_input_size": lambda value: isinstance(value, bool),
     "test_crop_pct": lambda value: _is_number(value),

@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from slimming.core.argument_types import checked_arguments
 from slimming.core.budget import METRICS, Budget
 from slimming.core.completion import complete
@@ -16,7 +14,7 @@ from slimming.core.groups import Anatomy, keep_all
 from slimming.core.layout import SOLVERS, Layout
 from slimming.core.pruning_plan import Plan
 from slimming.counting.model_cost import total
-from slimming.errors import BudgetError, ConfigError, PlanError, nearest
+from slimming.errors import BudgetError, ConfigError, nearest
 from slimming.masks.soft_masks import SoftMasks
 from slimming.models.families import family_called
 from slimming.planning.latency_table import LatencyTable
@@ -138,8 +136,6 @@ def _planner(
         raise ConfigError("score applies to attached masks; a search result or a scores file has its own scores.")
     elif isinstance(source, HasScores):
         scored = source.scored
-    elif isinstance(source, nn.Module):
-        raise PlanError("A model has no scores: give the result of slimming.search or slimming.score, or its masks.")
     else:
         scored = load_scores(source)
     layout = layout or scored.layout

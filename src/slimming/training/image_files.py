@@ -41,7 +41,7 @@ DAMAGED = (
 """What Pillow raises on damaged files."""
 
 
-class UnreadableImageError(Exception):
+class UnreadableImageError(DataError):
     """An image cannot be decoded. The readers of batches catch this error, then count and skip the image."""
 
 
