@@ -380,9 +380,8 @@ def test_a_run_without_training_is_one_shot(slimming: Call, site: Path, tmp_path
         )
     )
     data = library.open_data(library.DataConfig(source=str(site / "images")), model)
-    expected = library.score(
-        model, library.calibration_images(data, 512, batch_size=found.config.train.images_per_pass)
-    ).scores
+    images = library.calibration_images(data, 512, batch_size=found.config.train.images_per_pass)
+    expected = library.score(model, images).scores
     for name, score in found.scores.items():
         torch.testing.assert_close(score, expected[name], rtol=1e-3, atol=1e-7)
     assert "is complete" in slimming(*run, tmp_path / "run", "--retrain.steps", "0").out
