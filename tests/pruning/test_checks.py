@@ -190,7 +190,7 @@ def test_wrappers_are_named() -> None:
         slimming.describe(nn.DataParallel(model))
     with pytest.raises(UnsupportedModelError, match="OptimizedModule around a model: give its attribute _orig_mod"):
         slimming.describe(torch.compile(model))
-    with pytest.raises(ConfigError, match=r"source is VisionTransformer.*it must be a HasScores"):
+    with pytest.raises(ConfigError, match=r"(?s)source is VisionTransformer.*it must be a HasScores"):
         slimming.plan(model, slimming.Budget(macs=0.5))  # pyright: ignore
 
 
