@@ -16,8 +16,8 @@ from PIL import Image
 
 import slimming
 
-TIMES = ("seconds", "images_per_second", "created", "median", "p25", "p75", "machine")
-"""Parts of the names of values that differ from call to call."""
+TIMES = ("seconds", "images_per_second", "created", "median", "p25", "p75", "machine", "sha256")
+"""Parts of the names of values that differ from call to call: times, and checksums of files with times."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,5 @@ def hidden(directory: Path) -> list[str]:
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
         kept = {key: entry for key, entry in value.items() if not any(part in key for part in TIMES)}
-        # A checksum over times, and the path of the directory, differ from call to call.
-        return {key: _timeless(entry) for key, entry in kept.items() if key not in ("sha256", "path", "directory")}
+        return {key: _timeless(entry) for key, entry in kept.items() if key not in ("path", "directory")}
     return [_timeless(entry) for entry in value] if isinstance(value, list) else value
