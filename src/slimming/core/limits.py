@@ -24,7 +24,7 @@ LARGEST_INTEGER = 2**53
 """Size of an integer in a JSON file: larger ones are not exact in other programs."""
 MOST_MODULES = 20_000
 """Modules of a model that is built from a file."""
-MOST_TENSOR_ELEMENTS = 2**30
+MOST_TENSOR_ELEMENTS = 2**28
 """Elements of one tensor of a model that is built from a file."""
 MOST_IN_RANGE = 2**20
 """Elements of a range that a host makes while it builds a model, such as one number per block or position."""
