@@ -24,7 +24,7 @@ ACTS: dict[str, Case] = {
     "disk full": ("disk full at a new file or directory", fill_disk, (0, 2), "disk is full", SPACE),
 }
 JOBS = ("train", "search", "run")
-STRIDES = {"train": (10, 1), "search": (30, 8), "run": (150, 60)}
+STRIDES = {"train": (20, 1), "search": (48, 8), "run": (180, 60)}
 """Every how many changes a job is interrupted, in the slow tests and in the whole campaign."""
 LIMITS = (0, 1, 100, 1000, 4096, 10_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_200_000, 1_600_000, 2_400_000)
 
