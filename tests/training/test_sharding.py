@@ -108,7 +108,7 @@ def test_settings_that_need_whole_weights_are_refused_by_name(tmp_path: Path) ->
     """Through accelerate launch, as a user starts it."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import timm, torch, slimming\n"
+        "import sys, timm, torch, slimming\n"
         "from slimming.training.samples import Data\n"
         "batches = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]\n"
         "model = timm.create_model('test_vit', img_size=32, num_classes=2)\n"
@@ -117,7 +117,7 @@ def test_settings_that_need_whole_weights_are_refused_by_name(tmp_path: Path) ->
         "try:\n"
         "    slimming.train(model, data, slimming.TrainConfig(steps=1, batch_size=2, ema=0.9))\n"
         "except slimming.errors.ConfigError as error:\n"
-        "    print('refused:', error)\n"
+        "    sys.stdout.write(f'refused: {error}\\n')\n"  # at once, as both processes share the pipe
     )
     words = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
     done = subprocess.run(
