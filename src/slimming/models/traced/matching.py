@@ -38,19 +38,28 @@ class Matcher:
 
     @property
     def ambiguous(self) -> list[Dim]:
-        """The dimensions that are proportional to another one in these copies."""
-        everywhere = self._by_direction((True,) * len(self.counts))
-        return [dim for same in everywhere.values() if len(same) > 1 for dim in same]
+        """The dimensions that are constant, or proportional to another one, in the copies or in those with a branch."""
+        patterns = {(True,) * len(self.counts), *self._alive.values()}
+        return [
+            dim
+            for present in patterns
+            for values, same in self._by_direction(present).items()
+            if len(same) > 1 or len(set(values)) == 1
+            for dim in same
+        ]
 
-    def product(self, factors: Sequence[Vector], present: Sequence[bool] | None = None) -> Product | None:
+    def product(
+        self, factors: Sequence[Vector], present: Iterable[bool] | None = None, *, gated: bool = True
+    ) -> Product | None:
         """The product of dimensions that equals the product of ``factors`` in every copy; None if there is none.
 
         Args:
             factors: numbers in each copy that has them, such as the dimensions of a tensor.
-            present: whether each copy has them; where it does not, the product is 0.
+            present: whether each copy has them; by default all do.
+            gated: whether the product is 0 in the copies that do not have them; else they say nothing.
         """
         present = tuple(present) if present is not None else (True,) * len(self.counts)
-        gates = self._gates(present)
+        gates = self._gates(present) if gated else ()
         if gates is None:
             return None
         constant = Fraction(1)
@@ -58,6 +67,8 @@ class Matcher:
         unknown = [1] * sum(present)
         for factor in factors:
             if len(set(factor)) == 1:
+                if (1,) * sum(present) in self._by_direction(present):
+                    return None  # a dimension may be constant in these copies by chance
                 constant *= factor[0]
             elif (found := self._dim(factor, present)) is not None:
                 known.append((factor, *found))
@@ -123,10 +134,11 @@ class Matcher:
             weights = {Fraction(n, u) for n, u in steps if u}
             if len(weights) == 1 and all(u or not n for n, u in steps) and len(set(units)) > 2:
                 weight = weights.pop()
-                fixed = numbers[0] - weight * units[0]
-                if weight.denominator == fixed.denominator == 1:
-                    result.append(Dim(fixed=int(fixed), groups=((group, int(weight)),)))
-        return result[0] if len(result) == 1 else None
+                result.append((group, weight, numbers[0] - weight * units[0]))
+        if len(result) != 1 or any(number.denominator != 1 for number in result[0][1:]):
+            return None
+        ((group, weight, fixed),) = result
+        return Dim(fixed=int(fixed), groups=((group, int(weight)),))
 
     def _gates(self, present: tuple[bool, ...]) -> Product | None:
         """Factors of 0 or 1, one for each branch without which something is absent; None if branches do not explain it.

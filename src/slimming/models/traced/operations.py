@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Operation, Product
 from slimming.core.groups import Group
@@ -25,6 +26,7 @@ from slimming.models.family import Kept
 from slimming.models.traced.matching import Matcher
 from slimming.models.traced.resize import tensor_dims
 from slimming.models.traced.sample_cuts import sample_cuts
+from slimming.models.traced.verification import randomise_
 
 Factors = tuple[int, ...]
 """Numbers whose product is the number of multiply-adds of an operation."""
@@ -50,7 +52,7 @@ def operations(
     dims = {dim for tensor in tensor_dims(groups, {n: tuple(t.shape) for n, t in named}).values() for dim in tensor}
     cuts, matcher = sample_cuts(groups, [*dims, *_units(groups)])
     copies = [model, *(cut(kept) for kept in cuts)]
-    macs = _macs([macs_by_weight(copy, call) for copy in copies], matcher)
+    macs = _macs([macs_by_weight(copy, call) for copy in copies], matcher, lambda: macs_of_other_weights(model, call))
     params = _params(copies, matcher)
     names = [name for name, _ in model.named_modules() if params[name] or macs[name]]
     return tuple(Operation(name=name or "model", macs=_summed(macs[name]), params=params[name]) for name in names)
@@ -65,26 +67,55 @@ def _units(groups: Sequence[Group]) -> Iterator[Dim]:
             yield Dim(fixed=group.token.prefix, groups=((group.name, 1),))
 
 
-def _macs(counted: Sequence[MacsByWeight], matcher: Matcher) -> defaultdict[str, list[Product]]:
-    """Module -> its multiply-adds as products."""
+def _macs(
+    counted: Sequence[MacsByWeight], matcher: Matcher, of_other_weights: Callable[[], MacsByWeight]
+) -> defaultdict[str, list[Product]]:
+    """Module -> its multiply-adds as products.
+
+    Args:
+        counted: what was counted in each copy, the dense model first.
+        matcher: finds the products.
+        of_other_weights: counts again in a dense model with other weights. What then differs depends on the data, such
+            as the number of objects that a detector finds, and is taken to be as in the dense model.
+    """
     result: defaultdict[str, list[Product]] = defaultdict(list)
+    again: MacsByWeight | None = None
     for key in dict.fromkeys(key for macs in counted for key in macs):
         calls = [macs.get(key, ()) for macs in counted]
-        present = [bool(products) for products in calls]
-        running = [products for products in calls if products]
-        for factors in _aligned(running):
-            product = matcher.product(factors, present)
+        products = _products(calls, matcher)
+        if None in products:
+            again = of_other_weights() if again is None else again
+            if again.get(key, ()) != calls[0]:
+                products = _products_at_the_positions_of_the_first(calls, matcher)
+        for product in products:
             if product is None:
                 name, weight = key
                 what = f"with {weight}" if weight else "of two activations"
+                first, last = (", ".join(map(str, dict.fromkeys(each))) or "nothing" for each in (calls[0], calls[-1]))
                 raise UnsupportedModelError(
-                    f"The multiply-adds of {name or 'the model'} {what} are no product of numbers of units: its "
-                    f"products are {', '.join(map(str, running[0]))} in the model and "
-                    f"{', '.join(map(str, running[-1]))} in a cut copy. Slim the parts of the model around it by "
-                    "themselves, such as its backbone."
+                    f"The multiply-adds of {name or 'the model'} {what} are no product of numbers of units: the sizes "
+                    f"of its products are {first} in the model and {last} in a cut copy. Slim the parts of the model "
+                    "around it by themselves, such as its backbone."
                 )
             result[key[0]].append(product)
     return result
+
+
+def _products(calls: Sequence[Sequence[Factors]], matcher: Matcher) -> list[Product | None]:
+    present = [bool(each) for each in calls]
+    return [matcher.product(factors, present) for factors in _aligned([each for each in calls if each])]
+
+
+def _products_at_the_positions_of_the_first(
+    calls: Sequence[Sequence[Factors]], matcher: Matcher
+) -> list[Product | None]:
+    """The products with a layer's weight, all in one, at as many positions as in the first copy."""
+    shapes = [dict.fromkeys(each[:-1] for each in products) for products in calls]
+    if not calls[0] or any(len(found) > 1 for found in shapes):
+        return [None] * bool(calls[0])
+    factors = list(zip(*(next(iter(found)) for found in shapes if found), strict=True))
+    positions = sum(each[-1] for each in calls[0])
+    return [matcher.product([*factors, (positions,) * len(factors[0])], map(bool, shapes), gated=False)]
 
 
 def _aligned(calls: Sequence[Sequence[Factors]]) -> list[list[tuple[int, ...]]]:
@@ -138,13 +169,21 @@ def macs_by_weight(model: nn.Module, call: ExampleCall) -> MacsByWeight:
             query, key, value = tensors[:3]
             parts = [(*query.shape, key.shape[-2]), (*query.shape[:-1], key.shape[-2], value.shape[-1])]
         else:
-            shape = tuple((tensors[-1] if weight is None else weight).shape)
+            operand = weight if weight is not None else tensors[-1] if tensors else None
+            shape = () if operand is None else tuple(operand.shape)
             parts = [(*shape, macs // max(1, math.prod(shape)))]
         result[stack[-1], name] += parts if sum(map(math.prod, parts)) == macs else [(macs,)]
 
     with _module_stack(model, stack), unfused(), MacCounter(record):
         call.run(model)
     return dict(result)
+
+
+def macs_of_other_weights(model: nn.Module, call: ExampleCall) -> MacsByWeight:
+    """What `macs_by_weight` counts in a copy of ``model`` with other random weights."""
+    other = copied(model)
+    randomise_(other, seed=1)
+    return macs_by_weight(other, call)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
     dice = random.Random(seed)
     couplings = Couplings(groups)
     counts = [{group.name: group.size for group in groups}]
+    whole = {group.name: group.size for group in groups if group.size <= max(group.limits.minimum, 1)}
+    dims = [_with_whole(dim, whole) for dim in dims]
     branches = _branch_cuts([group.name for group in groups if group.role == "branch"], dice)
     cuts: list[Cut] = []
     while True:
@@ -47,6 +49,14 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
         counts.append({name: int(mask.sum()) for name, mask in left.items()})
 
 
+def _with_whole(dim: Dim, whole: Mapping[str, int]) -> Dim:
+    """``dim`` with the groups that cannot become smaller as a part of its fixed number."""
+    return Dim(
+        fixed=dim.fixed + sum(weight * whole.get(name, 0) for name, weight in dim.groups),
+        groups=tuple((name, weight) for name, weight in dim.groups if name not in whole),
+    )
+
+
 def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: random.Random) -> dict[str, int]:
     """Units to keep of each group, per part; groups that were proportional in all cuts so far get different numbers."""
     alike: dict[tuple[float, ...], list[Group]] = {}
@@ -54,11 +64,13 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
         shares = tuple(kept[group.name] / group.size for kept in counts)
         alike.setdefault(shares, []).append(group)
     result: dict[str, int] = {}
-    for same in alike.values():
+    for shares, same in alike.items():
         start = dice.random()
         for number, group in enumerate(dice.sample(same, len(same))):
             size = min(group.limits.parts, default=group.size)
             least = min(size, max(group.limits.minimum, 1, size // 4))
+            if set(shares) == {1}:  # it was whole in all cuts so far
+                size = max(least, size - 1)
             # Steps of the golden ratio fill an interval evenly, however many there are.
             share = (start + number * 0.618034) % 1
             result[group.name] = least + int(share * (size + 1 - least))
