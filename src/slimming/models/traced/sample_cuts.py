@@ -33,7 +33,8 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
     couplings = Couplings(groups)
     counts = [{group.name: group.size for group in groups}]
     whole = {group.name: group.size for group in groups if group.size <= max(group.limits.minimum, 1)}
-    dims = [_with_whole(dim, whole) for dim in dims]
+    same = {group.name: min(group.name, group.limits.same_as) for group in groups if group.limits.same_as is not None}
+    dims = [_of_changing_groups(dim, whole, same) for dim in dims]
     branches = _branch_cuts([group.name for group in groups if group.role == "branch"], dice)
     cuts: list[Cut] = []
     while True:
@@ -49,11 +50,11 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
         counts.append({name: int(mask.sum()) for name, mask in left.items()})
 
 
-def _with_whole(dim: Dim, whole: Mapping[str, int]) -> Dim:
-    """``dim`` with the groups that cannot become smaller as a part of its fixed number."""
+def _of_changing_groups(dim: Dim, whole: Mapping[str, int], same: Mapping[str, str]) -> Dim:
+    """``dim`` with its groups that cannot become smaller as fixed numbers, and one name for groups of equal counts."""
     return Dim(
         fixed=dim.fixed + sum(weight * whole.get(name, 0) for name, weight in dim.groups),
-        groups=tuple((name, weight) for name, weight in dim.groups if name not in whole),
+        groups=tuple((same.get(name, name), weight) for name, weight in dim.groups if name not in whole),
     )
 
 
@@ -74,6 +75,7 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
             # Steps of the golden ratio fill an interval evenly, however many there are.
             share = (start + number * 0.618034) % 1
             result[group.name] = least + int(share * (size + 1 - least))
+    result |= {g.name: result[min(g.name, g.limits.same_as)] for g in groups if g.limits.same_as is not None}
     tokens = sorted((group for group in groups if group.token is not None), key=_depth)
     left = max((group.size for group in tokens), default=0)
     for group in tokens:  # a token that was removed is missing in all deeper blocks
