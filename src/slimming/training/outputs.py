@@ -75,7 +75,9 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
             seen.add(key)
             found[".".join(path) or "output"] = tensor
     if any(name.endswith("logits") for name in found):
-        found = {name: tensor for name, tensor in found.items() if not LAST_STATE.search(name)}
+        found = {
+            name: tensor for name, tensor in found.items() if not any(map(LAST_STATE.search, name.split(".")))
+        }
     if not found:
         raise ConfigError(
             f"The model gives {type(output).__name__}, in which there is no floating-point tensor with one entry per "
