@@ -183,7 +183,7 @@ def _passes(
     reasons: list[str] = []
     for call in [forward.call for forward in passes]:
         # The statistics of a BatchNorm need two values.
-        training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
+        training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
