@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +138,19 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Removal:
+    """When a whole module is removed, and what takes its place.
+
+    Attributes:
+        kept: the module is removed if this is 0.
+        returns: what the module in its place returns, see `slimming.models.layers.Removed`.
+    """
+
+    kept: Dim
+    returns: Sequence[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """The sizes of one module as functions of the numbers of kept units.
 
@@ -145,11 +159,15 @@ class LayerSizes:
         attributes: name of an attribute that holds a size -> its value.
         free_heads: whether the module's forward infers the head size from the embedding width, so that this
             expression must be replaced after heads are removed.
+        removals: when the module is removed as a whole; the first that applies.
+        spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim] = field(default_factory=dict)
     free_heads: bool = False
+    removals: tuple[Removal, ...] = ()
+    spent: Mapping[str, Dim] = field(default_factory=dict)
 
 
 REST = "rest"

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.core.example_inputs import ExampleCall, tensors_in
-from slimming.core.groups import Group
+from slimming.core.groups import Group, Slices
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
@@ -129,7 +129,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def verified(
-    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut
+    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, known: Sequence[Group] = ()
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Split ``groups`` into those that pass and those that fail, with the reason.
 
@@ -140,6 +140,7 @@ def verified(
         groups: the groups to verify.
         passes: the forward passes in which masked and cut model must agree.
         cut: makes a cut copy.
+        known: groups that have passed, with which the others are tested together.
     """
     failed: list[tuple[Group, str]] = []
 
@@ -157,19 +158,43 @@ def verified(
         first = passing(known, untested[:half])
         return first + passing([*known, *first], untested[half:])
 
-    return passing([], list(groups)), failed
+    return [*known, *passing(list(known), list(groups))], failed
 
 
 @torch.no_grad()
 def cut_difference(
     model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
 ) -> str | None:
-    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
+    """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
+
+    Branches have one unit. They are removed in two turns, so that each of them, and the units in it, is removed once.
+    """
+    branches = [group for group in groups if group.role == "branch"]
+    for turn in (0, 1) if branches else (0,):
+        reason = _difference(model, groups, _kept(groups, seed, branches, turn), passes, cut)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _kept(groups: Sequence[Group], seed: int, branches: Sequence[Group], turn: int) -> dict[str, tuple[int, ...]]:
+    """Half the units of every group, and every branch in one of two turns."""
     rng = random.Random(seed)
     kept = {}
     for group in groups:
         count = max(1, group.size // 2)
         kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    for number, group in enumerate(branches):
+        # Of three blocks of two branches, one loses both, one the first and one the second.
+        if (number % 6 in (0, 1, 2, 5)) == (turn == 0):
+            kept[group.name] = ()
+    return kept
+
+
+def _difference(
+    model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], passes: Sequence[Pass], cut: Cut
+) -> str | None:
+    """How the masked model differs from the cut one; None if they are equal."""
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
@@ -196,8 +221,8 @@ def masked_outputs(
     for group in groups:
         undo += mask_norms(model, group, kept[group.name])
         removed = sorted(set(range(group.size)) - set(kept[group.name]))
-        for part in group.slices:
-            if part.side == "consumes" and removed:
+        for part in group.scales if group.role == "branch" else _consuming(group):
+            if removed:
                 tensor = tensors[part.tensor]
                 saved.setdefault(part.tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
@@ -208,6 +233,10 @@ def masked_outputs(
             restore()
         for name, tensor in saved.items():
             tensors[name].data.copy_(tensor)
+
+
+def _consuming(group: Group) -> list[Slices]:
+    return [part for part in group.slices if part.side == "consumes"]
 
 
 def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
