@@ -110,7 +110,7 @@ class Traced(Family):
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         entries = layers_after(anatomy.sizes, anatomy.groups, kept)
         state = {name: tensor for name, tensor in state.items() if not is_removed(name, entries)}
-        return select(anatomy.groups, kept, state)
+        return select(anatomy.groups, kept, state, anatomy.sizes)
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)

@@ -36,6 +36,10 @@ def operations(
     for (name, weight), count in macs_by_weight(model, call).items():
         macs[name][weight] = count
     heads = {group.site: group for group in groups if group.kind == "head"}
+    head_dims: dict[str, dict[str, Group]] = {}
+    for each in groups:
+        if each.role in ("qk", "v"):
+            head_dims.setdefault(each.site, {})[each.role] = each
     sizes = {group.name: group.size for group in groups}
     result = []
     seen: set[int] = set()
@@ -55,8 +59,9 @@ def operations(
             Operation(
                 name=name or "model",
                 macs=tuple(
-                    _product(name, weight, count, dims, sizes, heads, name in per_head_layers)
+                    product
                     for weight, count in counts.items()
+                    for product in _products(name, weight, count, dims, sizes, heads, head_dims, name in per_head_layers)
                 ),
                 params=tuple(params),
             )
@@ -64,16 +69,17 @@ def operations(
     return tuple(result)
 
 
-def _product(
+def _products(
     name: str,
     weight: str,
     count: int,
     dims: Mapping[str, tuple[Dim, ...]],
     sizes: Mapping[str, int],
     heads: Mapping[str, Group],
+    head_dims: Mapping[str, Mapping[str, Group]],
     per_head: bool,
-) -> tuple[Dim, ...]:
-    """The MACs of a module with one weight, or between other tensors, as a product.
+) -> list[tuple[Dim, ...]]:
+    """The MACs of a module with one weight, or between other tensors, as products.
 
     Args:
         name: the module.
@@ -82,18 +88,30 @@ def _product(
         dims: tensor -> its dimensions as functions of the kept units.
         sizes: group -> its number of units.
         heads: attention module -> the group of its heads.
+        head_dims: attention module -> the groups of its QK and V dimensions by role.
         per_head: whether the module runs once per head.
     """
     rows_and_columns = dims.get(weight, ())[:2]
     changing = any(dim.groups for dim in rows_and_columns)
     if rows_and_columns and not per_head and (changing or weight == f"{name}.weight"):
         full = math.prod(dim.value(sizes) for dim in rows_and_columns)
-        return (Dim(fixed=count // full), *rows_and_columns)
+        return [(Dim(fixed=count // full), *rows_and_columns)]
     parents = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if name else []
-    group = next((heads[parent] for parent in [name, *parents] if parent in heads), None)
-    if group is not None and count % group.size == 0:
-        return (Dim(fixed=count // group.size), Dim(groups=((group.name, 1),)))
-    return (Dim(fixed=count),)
+    path = next((parent for parent in [name, *parents] if parent in heads or parent in head_dims), "")
+    # Of the products of queries and keys and of weights and values, one half each if the heads have one size.
+    inside = head_dims.get(path, {})
+    parts = {role: group.limits.parts[0] for role, group in inside.items()}
+    whole = sum(parts.values()) * (2 if len(parts) == 1 else 1)
+    shares = {inside[role]: count * size // whole for role, size in parts.items()}
+    if path in heads:
+        shares[heads[path]] = count - sum(shares.values())
+    if all(share % group.size == 0 for group, share in shares.items()):
+        rest = count - sum(shares.values())
+        products = [
+            (Dim(fixed=share // group.size), Dim(groups=((group.name, 1),))) for group, share in shares.items() if share
+        ]
+        return [*products, *([(Dim(fixed=rest),)] if rest else [])]
+    return [(Dim(fixed=count),)]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
-from slimming.models.traced.heads import Attributes
+from slimming.models.traced.head_dims import read_head_dims
 from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
@@ -75,6 +75,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         inferred = infer_heads(model, passes[0], flow.watching(model))
         computed, hidden = computed_weights(model), read_hidden(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
+        dims = read_head_dims(model, heads.rows, passes[0])
         claimed = {**hidden.claimed, **heads.claimed, **computed}
         channels, uncovered_channels = channel_groups(
             model,
@@ -87,15 +88,23 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     uncovered = [
         *inferred.unread.values(),
         *heads.uncovered,
+        *dims.uncovered,
         *hidden.uncovered,
         *uncovered_channels,
         *uncovered,
     ]
-    groups, tied = untied_groups(model, [*heads.groups, *hidden.groups, *channels])
+    groups, tied = untied_groups(model, [*heads.groups, *dims.groups, *hidden.groups, *channels])
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
     uncovered += [*tied, *parametrized, *unrun_modules]
-    attributes = _merged(heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)})
+    attributes = [heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)}, *dims.attributes]
+
+    def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
+        rewritten = heads.free_heads | dims.free_heads
+        units = [group for group in groups if group.role != "branch"]
+        sizes = layer_sizes(model, units, attributes, rewritten, dims.head_scales)
+        return with_removals(sizes, branches, {group.name for group in groups})
+
     if not groups:
         raise UnsupportedModelError(
             f"Nothing in this {model_class.__module__}.{model_class.__name__} can be cut: "
@@ -112,11 +121,6 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
         return cut_copy(model, groups, kept, sizes_of(groups))
-
-    def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
-        units = [group for group in groups if group.role != "branch"]
-        names = {group.name for group in groups}
-        return with_removals(layer_sizes(model, units, attributes, heads.free_heads), branches, names)
 
     with small_images(model):
         units, failed = verified(model, groups, passes, cut)
@@ -199,7 +203,7 @@ def _passes(
     reasons: list[str] = []
     for call in [forward.call for forward in passes]:
         # The statistics of a BatchNorm need two values.
-        training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
+        training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
@@ -240,15 +244,6 @@ def _evaluation_passes(
 
 def _first_line(error: Exception | None) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _merged(*attributes: Attributes) -> Attributes:
-    """The attributes of every module, from all of ``attributes``."""
-    result: Attributes = {}
-    for by_module in attributes:
-        for module, values in by_module.items():
-            result[module] = {**result.get(module, {}), **values}
-    return result
 
 
 def _width_attributes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:
