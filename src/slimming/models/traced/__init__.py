@@ -25,6 +25,7 @@ from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import disable_nested_tensors_, layers_after, resize_module_, select
+from slimming.models.traced.token_blocks import bar_grid_methods_
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
 
 SUBMODULE = "part"
@@ -104,7 +105,9 @@ class Traced(Family):
         return rebuild.build(base)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
-        layers = {**anatomy.structure.layers, **layers_after(anatomy.sizes, anatomy.groups, kept)}
+        layers = dict(anatomy.structure.layers)
+        for name, entry in layers_after(anatomy.sizes, anatomy.groups, kept).items():
+            layers[name] = {**layers.get(name, {}), **entry}
         return replace(anatomy.structure, layers=layers)
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,6 +128,7 @@ class Traced(Family):
                 self._families[structure.family].resize_(module, structure)
             else:
                 resize_module_(module, entry)
+        bar_grid_methods_(model)
         disable_nested_tensors_(model)
 
 

@@ -26,6 +26,7 @@ from slimming.models.traced.progress import Progress
 from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
+from slimming.models.traced.tokens import read_tokens
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
 
@@ -103,7 +104,10 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
 
     with small_images(model):
         groups, failed = verified(model, groups, passes, cut)
+        tokens, without_tokens = read_tokens(model, groups, passes, courses[0], cut)
+        groups += tokens
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
+    uncovered += without_tokens
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))

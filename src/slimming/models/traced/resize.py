@@ -16,6 +16,7 @@ from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
 TENSORS, FREE_HEADS = "tensors", "free_heads"
 """Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
@@ -139,7 +140,10 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
-    return {name: entry for name, entry in entries.items() if name in changed}
+    result = {name: entry for name, entry in entries.items() if name in changed}
+    for name, entry in token_entries(list(groups), kept).items():
+        result[name] = {**result.get(name, {}), **entry}
+    return result
 
 
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
@@ -179,7 +183,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             # A buffer outside the state dict must be equal for all heads; otherwise the group fails its verification.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS):
+        if name not in (TENSORS, FREE_HEADS, TOKENS, TABLE):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -189,6 +193,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    adapt_tokens_(module, entry)
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 

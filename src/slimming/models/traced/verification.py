@@ -7,7 +7,8 @@ copies must give the same output. A group that fails is left out and reported.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimming.core.example_inputs import ExampleCall, tensors_in
 from slimming.core.groups import Group
 from slimming.core.modules import MODEL_ERRORS, in_mode
+from slimming.errors import UnsupportedModelError
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
+from slimming.models.token_masks import kept_rows, last_sites, mask_removed, present_positions
 
 TOLERANCE = 1e-9
 """Largest difference of outputs in float64, relative to the largest output."""
@@ -165,11 +168,7 @@ def cut_difference(
     model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in groups:
-        count = max(1, group.size // 2)
-        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    kept = _random_kept(groups, random.Random(seed))
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
@@ -180,10 +179,32 @@ def cut_difference(
     if not any(tensor.numel() for result in results for tensor in result):
         return "the model returns nothing for the random image that cut and masked are compared on"
     for forward, result in zip(passes, results, strict=True):
-        reason = output_difference(masked_outputs(model, groups, kept, forward), result)
+        try:
+            masked = masked_outputs(model, groups, kept, forward)
+        except UnsupportedModelError as error:
+            return str(error)
+        reason = output_difference(masked, result, sequences_left(groups, kept))
         if reason is not None:
             return f"{reason} in training mode" if forward.training else reason
     return None
+
+
+def _random_kept(groups: Sequence[Group], rng: random.Random) -> dict[str, tuple[int, ...]]:
+    """About half the units of each group; of tokens about half in the last block, and more in earlier ones."""
+    kept: dict[str, tuple[int, ...]] = {}
+    left: dict[str, set[int]] = {}
+    blocks = Counter(group.token.sequence for group in groups if group.token is not None)
+    for group in groups:
+        if group.token is None:
+            kept[group.name] = tuple(sorted(rng.sample(range(group.size), max(1, group.size // 2))))
+            continue
+        positions, sequence = group.token.positions, group.token.sequence
+        present = left.setdefault(sequence, set(positions)) & set(positions)
+        step = max(1, len(positions) // (2 * blocks[sequence]))
+        removed = rng.sample(sorted(present), min(step, max(0, len(present) - 1)))
+        left[sequence] = present - set(removed)
+        kept[group.name] = tuple(unit for unit, position in enumerate(positions) if position in left[sequence])
+    return kept
 
 
 def masked_outputs(
@@ -192,7 +213,7 @@ def masked_outputs(
     """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     saved: dict[str, Tensor] = {}
-    undo: list[Callable[[], None]] = []
+    undo, masked = mask_removed(model, groups, kept)
     for group in groups:
         undo += mask_norms(model, group, kept[group.name])
         removed = sorted(set(range(group.size)) - set(kept[group.name]))
@@ -202,7 +223,10 @@ def masked_outputs(
                 saved.setdefault(part.tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
     try:
-        return forward.outputs(model)
+        results = forward.outputs(model)
+        if not all(was_masked() for was_masked in masked):
+            raise UnsupportedModelError("a block has no softmax over the tokens, by which removed ones could be masked")
+        return results
     finally:
         for restore in undo:
             restore()
@@ -210,11 +234,40 @@ def masked_outputs(
             tensors[name].data.copy_(tensor)
 
 
-def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
-    """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal."""
+def sequences_left(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[tuple[int, int], list[int]]:
+    """(tokens of a sequence, tokens left of it) -> the places of those left, for the sequences that lose tokens."""
+    present = present_positions(groups, kept)
+    result: dict[tuple[int, int], list[int]] = {}
+    for group in last_sites(groups).values():
+        places = kept_rows(group, present[group.name])
+        site = group.token
+        assert site is not None
+        result[site.prefix + len(site.positions) + site.suffix, len(places)] = places
+    return result
+
+
+def left_of(expected: Tensor, actual: Tensor, sequences: Mapping[tuple[int, int], list[int]]) -> Tensor:
+    """A returned sequence (B, N, D) without the tokens that are missing in ``actual``; other outputs as they are."""
+    if expected.dim() != 3 or actual.dim() != 3 or expected.shape == actual.shape:
+        return expected
+    places = sequences.get((expected.shape[1], actual.shape[1]))
+    return expected if places is None else expected[:, places]
+
+
+def output_difference(
+    masked: Sequence[Tensor], cut: Sequence[Tensor], sequences: Mapping[tuple[int, int], list[int]] | None = None
+) -> str | None:
+    """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal.
+
+    Args:
+        masked: outputs of the masked model.
+        cut: outputs of the cut model.
+        sequences: see `sequences_left`.
+    """
     if len(masked) != len(cut):
         return "the cut model returns another number of tensors"
     for expected, actual in zip(masked, cut, strict=True):
+        expected = left_of(expected, actual, sequences or {})
         if expected.shape != actual.shape:
             return "they are outputs of the model"
         if not expected.numel():
