@@ -132,8 +132,10 @@ class MaskedTokens(TorchFunctionMode):
             return dict(kwargs)
         given = kwargs.get("key_padding_mask")
         if given is None:
-            return {**kwargs, "key_padding_mask": bias.expand(key.shape[1], -1) if key.dim() == 3 else bias}
-        return {**kwargs, "key_padding_mask": additive(~given if given.dtype == torch.bool else given, bias.dtype) + bias}
+            joined = bias.expand(key.shape[1], -1) if key.dim() == 3 else bias
+        else:
+            joined = additive(~given if given.dtype == torch.bool else given, bias.dtype) + bias
+        return {**kwargs, "key_padding_mask": joined}
 
     def _mean(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
         x = args[0]
@@ -224,7 +226,11 @@ def mask_block(
 def mask_after(
     model: nn.Module, site: TokenSite, gate: TokenGate, as_mask: Callable[[Tensor], Tensor] = plain_mask
 ) -> list[Callable[[], None]]:
-    """Mask the tokens after the block of ``site``, the last one, until ``model`` returns; returns functions that undo."""
+    """Mask the tokens from the end of the block of ``site``, the last one, until ``model`` returns.
+
+    Returns:
+        Functions that undo it.
+    """
     hooks = _After(gate, as_mask)
     return [
         model.register_forward_pre_hook(hooks.start).remove,

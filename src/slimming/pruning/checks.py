@@ -270,11 +270,20 @@ class Trial:
 
 
 def _forward_backward(
-    model: nn.Module, forward: Pass, like: Sequence[Tensor] = (), left: Mapping[tuple[int, int], list[int]] | None = None
+    model: nn.Module,
+    forward: Pass,
+    like: Sequence[Tensor] = (),
+    left: Mapping[tuple[int, int], list[int]] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The outputs, and the gradient of a fixed linear function of all of them with respect to the images.
 
-    Of sequences that the model returns, the tokens in the outputs ``like`` of the cut model are compared. The function is linear with random weights, since the sum or the mean square of normalised outputs is constant.
+    The function is linear with random weights, since the sum or the mean square of normalised outputs is constant.
+
+    Args:
+        model: the model.
+        forward: the forward pass.
+        like: outputs of the cut model; sequences that are returned are compared at the tokens that it keeps.
+        left: see `sequences_left`.
     """
     image = forward.call.main.clone().requires_grad_()
     results = replace(forward, call=forward.call.with_main(image)).outputs(model)

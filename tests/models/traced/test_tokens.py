@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.models.traced.token_hosts import OFFERED, REFUSED, OwnViT
 from torch import Tensor, nn
 
 import slimming
@@ -19,7 +20,6 @@ from slimming.models.token_masks import MaskedTokens, TokenGate, plain_mask
 from slimming.models.traced.tokens import fixed_ends
 from slimming.models.traced.verification import outputs
 from slimming.pruning.checks import Trial, distance
-from tests.models.traced.token_hosts import OFFERED, REFUSED, OwnViT
 
 
 def token_groups(model: nn.Module) -> list[slimming.Group]:
@@ -67,7 +67,8 @@ def test_a_slim_model_is_a_plain_module_that_copies_pickles_and_is_slimmed_again
     assert torch.equal(pickle.loads(pickle.dumps(small))(image), expected)
     groups = token_groups(small)
     assert [group.size for group in groups] == [13, 11]
-    assert groups[1].token is not None and groups[1].token.positions == tuple(range(5, 16))
+    assert groups[1].token is not None
+    assert groups[1].token.positions == tuple(range(5, 16))
     again = slimming.cut(small, removed(small, 2, 0))
     at_once = slimming.cut(model, removed(model, 5, 5))
     assert torch.equal(again(image), at_once(image))
@@ -81,7 +82,8 @@ def test_models_without_other_tokens_at_other_places_are_read_anew() -> None:
         left = tuple(unit for unit in range(16) if unit != place)
         small = slimming.cut(model, slimming.Plan(kept={groups[0].name: left}, sizes={groups[0].name: 16}))
         again = token_groups(small)[0]
-        assert again.token is not None and again.token.positions == left
+        assert again.token is not None
+        assert again.token.positions == left
     assert sizes == {group.name: 16 for group in groups}
 
 
@@ -194,7 +196,7 @@ def test_masked_means_equal_means_of_the_rest() -> None:
     ],
     ids=["class token", "both ends", "patches only", "no patches", "in the middle"],
 )
-def test_tokens_that_do_not_depend_on_the_image_are_fixed(differs: list[int], ends: tuple[int, int, int | None]) -> None:
+def test_tokens_that_do_not_depend_on_the_image_are_fixed(differs: list[int], ends: tuple[int, ...]) -> None:
     sequence = torch.zeros(2, len(differs), 3)
     sequence[1] = torch.tensor(differs)[:, None]
     assert fixed_ends(sequence) == ends

@@ -25,8 +25,8 @@ from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import disable_nested_tensors_, layers_after, resize_module_, select
-from slimming.models.traced.token_blocks import bar_grid_methods_
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
+from slimming.models.traced.token_blocks import bar_grid_methods_
 
 SUBMODULE = "part"
 """Key of an entry of a structure that holds the structure of a submodule that was cut by itself."""
@@ -111,7 +111,7 @@ class Traced(Family):
         return replace(anatomy.structure, layers=layers)
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return select(anatomy.groups, kept, state)
+        return select(anatomy.groups, kept, state, anatomy.sizes)
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)
