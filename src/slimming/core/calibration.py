@@ -85,9 +85,7 @@ class CalibrationBatch:
         """
         call = self.call
         shape = tuple(call.main.shape)
-        with explain_input_errors(
-            f"images of shape {shape}" if call.is_batched else f"a list of images, first {shape}"
-        ):
+        with explain_input_errors(f"images of shape {shape}" if call.is_batched else f"a list of images, first {shape}"):
             return call.run(model)
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete

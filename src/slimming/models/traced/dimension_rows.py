@@ -225,7 +225,7 @@ def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
     """Possible numbers of dimensions of a head that has ``columns`` columns, the largest first."""
     least = min(len(part.index[0]) for part in heads if part.side == "produces")
     return [size for size in (columns, *(columns // count for count in range(2, columns) if columns % count == 0))
-            if size > 1 and (size == columns or size <= least)]  # fmt: skip
+            if 1 < size and (size == columns or size <= least)]  # fmt: skip
 
 
 def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str) -> list[Slices] | str:
