@@ -269,10 +269,14 @@ def last_sites(groups: Sequence[Group]) -> dict[str, Group]:
 
 def mask_removed(
     model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]
-) -> tuple[list[Callable[[], None]], list[Callable[[], bool]]]:
-    """Mask the tokens that ``kept`` removes by factors of 0, see `mask_block`."""
+) -> tuple[list[Callable[[], None]], dict[str, list[Callable[[], bool]]]]:
+    """Mask the tokens that ``kept`` removes by factors of 0.
+
+    Returns:
+        Functions that undo it, and for each sequence whether a softmax was masked in its blocks, see `mask_block`.
+    """
     undo: list[Callable[[], None]] = []
-    used: list[Callable[[], bool]] = []
+    used: dict[str, list[Callable[[], bool]]] = {}
     present, last = present_positions(groups, kept), last_sites(groups)
     like = next(model.parameters())
     for group in groups:
@@ -284,7 +288,7 @@ def mask_removed(
         gate = TokenGate([(factor, None)], site.prefix, site.suffix)
         removers, was_used = mask_block(model, site, gate)
         undo += removers
-        used.append(was_used)
+        used.setdefault(site.sequence, []).append(was_used)
         if last[site.sequence] is group:
             undo += mask_after(model, site, gate)
     return undo, used

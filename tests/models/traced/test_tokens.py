@@ -38,6 +38,7 @@ def test_tokens_are_removed_exactly_and_the_slim_model_loads(name: str) -> None:
     trial = Trial(prunable(model), keep=0.6)
     trial.exact()
     assert len(trial.plan.kept[groups[-1].name]) < size
+    trial.costs()
     trial.reload()
 
 

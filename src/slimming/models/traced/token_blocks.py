@@ -224,6 +224,11 @@ def _with_part_of_table(base: Any) -> dict[str, Any]:
     return {name: method(name) for name in table_methods(base)}
 
 
+def computes_part_of_table(module: nn.Module) -> bool:
+    """Whether ``module`` computes the part of a table over tokens that is left after a cut."""
+    return getattr(type(module), _HOST, None) is not None and "token_table_size" in vars(module)
+
+
 def _reduced(host: type[nn.Module], free: bool, tokens: bool, module: nn.Module) -> tuple[Any, ...]:
     """How ``pickle``, `torch.save` and ``copy`` describe a module whose class has no name: by the host's class."""
     return new_adapted, (host, free, tokens), module.__dict__

@@ -19,7 +19,7 @@ from slimming.core.groups import Group, TokenInput, TokenSite
 from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import ENTRY
 from slimming.models.traced.courses import Course
-from slimming.models.traced.token_blocks import TOKENS, table_methods
+from slimming.models.traced.token_blocks import TOKENS, computes_part_of_table, table_methods
 from slimming.models.traced.verification import Cut, Pass, cut_difference
 
 IMAGES = 2
@@ -308,7 +308,7 @@ def _tables(model: nn.Module, call: BlockCall, full: int) -> Iterator[str]:
     for name, module in model.get_submodule(call.name).named_modules():
         inner = f"{call.name}.{name}" if name else call.name
         methods = table_methods(type(module))
-        known = inner in call.tables or "token_table_size" in vars(module)
+        known = inner in call.tables or computes_part_of_table(module)
         if known or (methods != ("forward",) and _gives_table(module, methods[0], full)):
             yield inner
 
