@@ -113,10 +113,8 @@ class ExampleCall:
         """The call for ``size`` examples: the first ones, and others made from the first by shuffling its values.
 
         The tensors whose first dimension is the batch of `main` are changed, and lists with one entry for each example,
-        such as targets; lists of images are not.
+        such as images of several sizes, or targets; further entries of lists repeat the first.
         """
-        if not self.is_batched:
-            return self
         main, given = self.main, self.size
         generator = torch.Generator().manual_seed(size)
 

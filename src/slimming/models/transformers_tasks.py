@@ -22,6 +22,11 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "zero-shot classification": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
 }
 """Task -> the tables of transformers' auto classes that list its models; a class is of the first task that has it."""
+PREFIXES: Mapping[str, str] = {
+    **dict.fromkeys(("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd"), "object detection"),
+    **dict.fromkeys(("deeplabv3_", "fcn_", "lraspp"), "segmentation"),
+}
+"""Start of the name of a model of torchvision -> its task."""
 TOKENS = 8
 """Number of tokens of the text in the example inputs of models that take text, too."""
 
@@ -64,20 +69,28 @@ def class_in(config_class: Any, architectures: Any, kind: str, *, where: str) ->
 
 def task_of_class(cls: type) -> str | None:
     """Return the task of a class of transformers, one of `TASKS`; None if it is an encoder or of no such task."""
-    from transformers.models.auto import modeling_auto
+    return task_named(cls.__name__)
 
+
+def task_named(name: str) -> str | None:
+    """Return the task of the class of transformers, or the model of torchvision, called ``name``; None if unknown."""
+    if name.startswith(tuple(PREFIXES)):
+        return next(task for prefix, task in PREFIXES.items() if name.startswith(prefix))
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return None
     tables: Any = vars(modeling_auto)
-    for task, names in TASKS.items():
-        for name in names:
-            for found in tables.get(f"MODEL_FOR_{name}_MAPPING_NAMES", {}).values():
-                if cls.__name__ in ((found,) if isinstance(found, str) else found):
+    for task, kinds in TASKS.items():
+        for kind in kinds:
+            for found in tables.get(f"MODEL_FOR_{kind}_MAPPING_NAMES", {}).values():
+                if name in ((found,) if isinstance(found, str) else found):
                     return task
     return None
 
 
 def task_of(model: nn.Module) -> str:
-    """Return the task of a model, one of `TASKS`; models of other hosts are classifiers unless they are torchvision's
-    detectors or segmenters."""
+    """Return the task of a model, one of `TASKS`; classification for models of which it is not known."""
     module = type(model).__module__
     if module.startswith("transformers."):
         return task_of_class(type(model)) or CLASSIFICATION

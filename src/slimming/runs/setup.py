@@ -196,8 +196,8 @@ def check_trainable_here(model: nn.Module) -> None:
     """
     if (task := task_of(model)) != CLASSIFICATION:
         raise UnsupportedModelError(
-            f"This {type(model).__name__} is a model for {task}, which slimming does not train. Cut it with slimming cut "
-            "--one-shot, or score and cut it in Python, and retrain it in its own trainer."
+            f"This {type(model).__name__} is a model for {task}, which slimming does not train. Cut it with slimming "
+            "cut --one-shot, or score and cut it in Python, and retrain it in its own trainer."
         )
 
 
@@ -217,8 +217,8 @@ def check_input(model: nn.Module) -> None:
         size = " x ".join(map(str, shape[1:]))
         reason = (str(error).strip().splitlines() or [f"its forward raises {type(error).__name__}."])[0]
         raise UnsupportedModelError(
-            f"The model does not accept images of {size} pixels: {reason} Give another img_size in model.arguments (for a model "
-            "of transformers, image_size)."
+            f"The model does not accept images of {size} pixels: {reason} Give another img_size in "
+            "model.arguments (for a model of transformers, image_size)."
         ) from error
 
 
@@ -233,6 +233,6 @@ def check_takes_images(model: nn.Module) -> None:
         names = ", ".join(calls[0].kwargs) or f"{len(calls[0].args)} arguments"
         raise UnsupportedModelError(
             f"This {type(model).__name__} takes {names}, and a command has images only. Give the model of its images "
-            "alone, such as CLIPVisionModelWithProjection of CLIP, or score it in Python: slimming.score(model, batches) "
-            "with all that it takes."
+            "alone, such as CLIPVisionModelWithProjection of CLIP, or score it in Python, with batches of all that it "
+            "takes: slimming.score(model, batches)."
         )
