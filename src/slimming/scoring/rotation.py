@@ -43,7 +43,7 @@ def rotate_(prunable: PrunableModel, batches: Sequence[Any]) -> None:
     model = prunable.model
     roles: defaultdict[str, dict[str, Group]] = defaultdict(dict)
     for group in prunable.anatomy.groups:
-        if group.role in ("qk", "v"):
+        if group.role in ("qk", "v") and group.any_basis:
             roles[group.site][group.role] = group
     queries = [of_site["qk"] for of_site in roles.values() if "qk" in of_site]
     values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
