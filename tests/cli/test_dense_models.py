@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import slimming as library
+from slimming.errors import DataError, UnsupportedModelError
 
 from .conftest import Call, write_images
 
@@ -72,8 +75,61 @@ def test_nonsense_about_a_segmenter(
 
 def test_a_segmenter_is_not_trained_by_a_run(segformer: Path) -> None:
     config = library.ModelConfig(name=f"transformers:{segformer}")
-    from slimming.errors import UnsupportedModelError
     from slimming.runs.setup import open_start
 
     with pytest.raises(UnsupportedModelError, match="a model for segmentation, which slimming does not train"):
         open_start(config, library.DataConfig(source="none"), 0)
+
+
+def test_a_segmenter_is_evaluated_on_masks(slimming: Call, segformer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pycocotools")
+    model: Any = library.open_model(library.ModelConfig(name=f"transformers:{segformer}"))[0]
+    library.save(model, tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.jpg")
+        Image.fromarray(generator.integers(0, 4, (20, 30), dtype=np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    where = ("--data.source", tmp_path / "images", "--annotations", tmp_path / "masks")
+    done = slimming("eval", tmp_path / "model", *where, "--json")
+    assert done.code == 0, done.err
+    values = json.loads(done.out)[str(tmp_path / "model")]
+    assert values["images"] == 2
+    assert 0 < values["mIoU"] < 0.5
+    refused = slimming("eval", tmp_path / "model", "--data.source", tmp_path / "images")
+    assert "a model for segmentation, which has no top-1. Give --annotations" in " ".join(refused.err.split())
+    (tmp_path / "masks" / "b.png").unlink()
+    assert "has no mask in" in slimming("eval", tmp_path / "model", *where).err
+
+
+def test_a_detector_is_evaluated_on_annotations_of_coco(tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pycocotools")
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], out_features=["stage4"], layer_type="basic"
+    )
+    config = transformers.DetrConfig(
+        backbone_config=backbone, use_pretrained_backbone=False, use_timm_backbone=False, backbone=None,
+        num_queries=5, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_labels=2,
+    )  # fmt: skip
+    model: Any = transformers.DetrForObjectDetection(config).eval()
+    model.image_size = 32
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 3, 9, 8], "area": 72, "iscrowd": 0}]
+    images = [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    values = library.evaluate_dense(model, tmp_path, file)
+    assert values["images"] == 1
+    assert 0 <= values["mAP"] <= values["mAP50"] <= 1
+    file.write_text(json.dumps({"images": images}))
+    with pytest.raises(DataError, match="names no images or no categories"):
+        library.evaluate_dense(model, tmp_path, file)
+    with pytest.raises(DataError, match=r"is not a file\. Give the JSON file"):
+        library.evaluate_dense(model, tmp_path, tmp_path / "none.json")

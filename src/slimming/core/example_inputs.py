@@ -183,7 +183,7 @@ def _mapped_parts(value: Any, change: Callable[[Any], Any]) -> Any:
         return {key: change(part) for key, part in value.items()}
     if isinstance(value, tuple):
         parts = [change(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return getattr(value, "_make", tuple)(parts)  # of a named tuple
     return [change(part) for part in value] if isinstance(value, list) else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,50 +147,55 @@ def export(
             "The model has no classes, so the agreement of 8-bit files cannot be checked; give a tolerance, such as "
             "0.1."
         )
-    reference = _outputs(plain.run, compared)
+    reference = _outputs(partial(_run, plain), compared)
     shapes = {name: array.shape[1:] for name, array in zip(plain.names, reference, strict=True)}
     spec = image_spec(data or DataConfig(source="batches"), model)
     words = description(spec, class_names(model), shapes, example, any_batch=dynamic)
-    with atomic_directory(directory) as partial:
-        with tempfile.TemporaryDirectory(dir=partial) as workplace:
+    with atomic_directory(directory) as place:
+        with tempfile.TemporaryDirectory(dir=place) as workplace:
             job = Job(plain, example, words, calibration, opset, Path(workplace), plain.names, dynamic)
             exported = [
-                _export_target(target, job, partial, reference, compared, _limits(target, tolerance, agreement, known))
+                _export_target(target, job, place, reference, compared, _limits(target, tolerance, agreement, known))
                 for target in targets
             ]
         rows = [{**asdict(entry), "file": entry.file.name} for entry in exported]
         environment = {"opset": opset, "machine": machine(), "torch": torch.__version__}
-        atomic_json(partial / f"{STEM}.json", {**words, "made": environment, "files": rows})
+        atomic_json(place / f"{STEM}.json", {**words, "made": environment, "files": rows})
     return tuple(Exported(**{**vars(entry), "file": directory / entry.file.name}) for entry in exported)
 
 
-class _Outputs(nn.Module):
-    """A model that returns only its outputs that count, as one tensor or a tuple.
+class _OfImages(nn.Module):
+    """A model of a tensor of images that returns only its outputs that count, as one tensor or a tuple."""
 
-    Args:
-        model: the model.
-        names: names of the outputs.
-    """
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, image: Tensor) -> Any:
+        return _counted(self.model(image), self.names)
+
+
+class _OfCalls(nn.Module):
+    """The same for a model of any arguments."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, tuple(names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
-        if len(self.names) == 1:
-            return logits_by_head(output)[0]
-        found = named_tensors(output)
-        return tuple(found[name] for name in self.names)
+        return _counted(self.model(*args, **kwargs), self.names)
 
-    @torch.no_grad()
-    def run(self, call: ExampleCall) -> list[np.ndarray]:
-        """The outputs as arrays."""
-        return [tensor.numpy() for tensor in tree_leaves(call.run(self))]
+
+def _counted(output: Any, names: Sequence[str]) -> Any:
+    """The outputs that count, by name: one tensor, or a tuple."""
+    if len(names) == 1:
+        return logits_by_head(output)[0]
+    found = named_tensors(output)
+    return tuple(found[name] for name in names)
 
 
 @torch.no_grad()
-def _plain(model: nn.Module, call: ExampleCall) -> _Outputs:
+def _plain(model: nn.Module, call: ExampleCall) -> _OfImages | _OfCalls:
     """A copy of ``model`` in float32 on the CPU that returns only its outputs that count.
 
     Raises:
@@ -202,7 +208,14 @@ def _plain(model: nn.Module, call: ExampleCall) -> _Outputs:
             "files could not be compared with it. Export it with torch.onnx.export of PyTorch, or export a module that "
             "returns what its heads give."
         )
-    return _Outputs(plain, list(named_outputs(call.run(plain), call.size)))
+    names = list(named_outputs(call.run(plain), call.size))
+    return (_OfImages if isinstance(call.value, Tensor) else _OfCalls)(plain, names).eval()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
+    """The outputs of a model as arrays."""
+    return [tensor.numpy() for tensor in tree_leaves(call.run(model))]
 
 
 class _Timed(nn.Module):
@@ -281,6 +294,7 @@ def _calls(
     )
 
 
+@torch.no_grad()
 def _outputs(run: Run, calls: Sequence[ExampleCall]) -> list[np.ndarray]:
     """The outputs for all calls together, each (N, ...)."""
     parts = [run(call) for call in calls]

@@ -133,9 +133,9 @@ def notes(results: Results) -> list[str]:
     ]
     images, top1 = results.data.get("val_images"), results.dense.top1
     if results.metric != TOP1:
-        better = "Higher" if results.metric.higher_is_better else "Lower"
+        better = "higher" if results.metric.higher_is_better else "lower"
         counted = f" on {images:,} images".replace(",", THIN) if isinstance(images, int) else ""
-        found.append(f"{results.metric.name} is measured{counted}. {better} is better. Differences to dense are below.")
+        found.append(f"Of {results.metric.name}{counted}, {better} values are better. Differences to dense are below.")
     elif isinstance(images, int) and images > 0 and top1 is not None:
         error = 1.96 * math.sqrt(max(top1 * (1 - top1), 1e-9) / images)
         counted = f"{images:,}".replace(",", THIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,20 +58,26 @@ def _objects(canvas: Tensor, found: Mapping[str, Any], classes: Sequence[str]) -
         masks = found["masks"].detach().cpu().reshape(count, *canvas.shape[1:])[shown]
         canvas = draw_segmentation_masks(canvas, masks > 0.5 if masks.is_floating_point() else masks.bool(), alpha=0.5)
     labels = found.get("labels")
-    words = None
+    words, numbers = None, [0] * int(shown.sum())
     if labels is not None:
         numbers = [int(label) for label in labels[shown.to(labels.device)]]
         words = [classes[number] if number < len(classes) else str(number) for number in numbers]
-    return draw_bounding_boxes(canvas, found["boxes"].detach().cpu()[shown], labels=words, width=2)
+    boxes, colours = found["boxes"].detach().cpu()[shown], [_colour(number) for number in numbers]
+    return draw_bounding_boxes(canvas, boxes, labels=words, colors=colours, width=2)
 
 
 def _classes(canvas: Tensor, numbers: Tensor) -> Tensor:
     from torchvision.utils import draw_segmentation_masks
 
     every = torch.unique(numbers)
-    # One colour for each class, whichever others are in the image.
-    colours = [tuple(int(byte) for byte in (torch.tensor([37, 17, 101]) * (int(each) + 1) * 5) % 255) for each in every]
+    colours = [_colour(int(each)) for each in every]
     return draw_segmentation_masks(canvas, torch.stack([numbers == each for each in every]), alpha=0.5, colors=colours)
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """The colour of a class, whichever others are in the image: hues that are far apart for consecutive numbers."""
+    red, green, blue = colorsys.hsv_to_rgb(0.06 + number * 0.618 % 1, 0.9, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _depth(values: Tensor) -> Tensor:
