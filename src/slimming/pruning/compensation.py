@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete

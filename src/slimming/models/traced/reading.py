@@ -53,6 +53,7 @@ class Reading:
     timed_layers: tuple[TimedLayer, ...]
 
 
+@torch.enable_grad()
 def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) -> Reading:
     """Read a model.
 
