@@ -92,11 +92,13 @@ class ExampleCall:
     def with_batch(self, size: int) -> ExampleCall:
         """The call for ``size`` examples: the first one, and others made from it by shuffling its values.
 
-        The tensors whose first dimension is the batch of `main` are changed; lists of images are not.
+        The tensors whose first dimension is the batch of `main` are changed, and arguments that are lists with one
+        entry per example, such as the labels of a detector. Lists of images are not.
         """
         if not self.is_batched:
             return self
         main, given = self.main, len(self.main)
+        lists = [each for each in (*self.args, *self.kwargs.values()) if isinstance(each, list) and len(each) == given]
         generator = torch.Generator().manual_seed(size)
 
         def shuffled(tensor: Tensor) -> Tensor:
@@ -111,7 +113,15 @@ class ExampleCall:
             more = [shuffled(leaf[:1]) if leaf is main else leaf[:1] for _ in range(size - given)]
             return torch.cat([leaf, *more])
 
-        return self._mapped(resized)
+        in_lists = {id(leaf) for leaf in tree_leaves(lists)}
+        resized_call = self._mapped(lambda leaf: leaf if id(leaf) in in_lists else resized(leaf))
+
+        def repeated(value: Any) -> Any:
+            return [value[min(at, given - 1)] for at in range(size)] if any(value is each for each in lists) else None
+
+        args = [repeated(old) or new for old, new in zip(self.args, resized_call.args, strict=True)]
+        kwargs = {name: repeated(old) or resized_call.kwargs[name] for name, old in self.kwargs.items()}
+        return ExampleCall(tuple(args), kwargs)
 
     def varied(self, seed: int = 0) -> ExampleCall:
         """The call with random values in place of a constant image, such as zeros, which would prove little."""

@@ -12,8 +12,8 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
+from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
@@ -70,6 +70,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
+        elif isinstance(module, TRANSPOSED):
+            result[name] = {"out_channels": weight[1], "in_channels": weight[0]}
         elif isinstance(module, CONV) and module.groups == 1:
             result[name] = {"out_channels": weight[0], "in_channels": weight[1]}
         elif isinstance(module, CONV):
@@ -145,8 +147,10 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
+    shared = shared_parameters(small)
     for name, entry in layers_after(sizes, groups, kept).items():
         resize_module_(small.get_submodule(name), entry)
+    tie_(small, shared)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     assign_state_(small, select(groups, kept, state), strict=False)
     return small.requires_grad_(False)
