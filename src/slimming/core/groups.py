@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from slimming.core.formulas import Dim, Formulas, Operation, Product
+from slimming.core.formulas import Dim, Formulas, Operation, Product, Ratio
 from slimming.core.structure import Structure
 from slimming.errors import PlanError, nearest
 
@@ -63,10 +63,16 @@ class Limits:
     Attributes:
         minimum: smallest number of units to keep; 0 only if no other part of the model needs one.
         parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
+        equal: whether the heads that stay must keep equally many units, because the model's attention module has one
+            head size.
+        same_as: name of the group that must keep equally many units in each head, because the model's attention module
+            has one size for QK and V.
     """
 
     minimum: int = 1
     parts: tuple[int, ...] = ()
+    equal: bool = False
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,8 @@ class Group:
         scales: the tensors that the soft mask scales; empty for tokens.
         token: where tokens are masked and removed; None for other kinds.
         norms: names of the norms that normalise over the units; after pruning, over the kept units.
+        any_basis: for head dimensions, whether the units of a head can be replaced by linear combinations of them: each
+            is one row of its projections, and nothing between these acts on single dimensions.
     """
 
     name: str
@@ -123,6 +131,7 @@ class Group:
     scales: tuple[Scale, ...] = ()
     token: TokenSite | None = None
     norms: tuple[str, ...] = ()
+    any_basis: bool = False
 
     def __repr__(self) -> str:
         parts = f", parts={self.limits.parts}" if self.limits.parts else ""
@@ -145,11 +154,15 @@ class LayerSizes:
         attributes: name of an attribute that holds a size -> its value.
         free_heads: whether the module's forward infers the head size from the embedding width, so that this
             expression must be replaced after heads are removed.
+        head_scale: name of the group of QK dimensions, and the side of them, ``"query"`` or ``"key"``, whose rows are
+            multiplied to preserve the scale of the logits, because the module's forward computes it from the size of
+            the heads that it has; None if it does not.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
-    attributes: Mapping[str, Dim] = field(default_factory=dict)
+    attributes: Mapping[str, Dim | Ratio] = field(default_factory=dict)
     free_heads: bool = False
+    head_scale: tuple[str, str] | None = None
 
 
 REST = "rest"

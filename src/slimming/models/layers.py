@@ -232,18 +232,21 @@ class SomeHeadsAttention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], weights if weights is None else weights[0]
         return out.transpose(0, batch_dim), weights
 
     def _heads(self, x: Tensor, part: int, batch_dim: int) -> Tensor:
         """Project to queries (part 0), keys (1) or values (2): (B, N, D) or (N, B, D) -> (B, heads, N, size)."""
+        values = self.out_proj.in_features
         if self.in_proj_weight is not None:
-            weight = self.in_proj_weight.chunk(3)[part]
+            sizes = [(len(self.in_proj_weight) - values) // 2] * 2 + [values]
+            weight = self.in_proj_weight.split(sizes)[part]
         else:
+            sizes = [len(self.q_proj_weight), len(self.k_proj_weight), values]
             weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[part]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.split(sizes)[part]
         return F.linear(x.transpose(0, batch_dim), weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete
 from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
-from slimming.core.modules import in_evaluation, run_on_images
+from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.models.activations import (
     Moments,
@@ -35,6 +36,7 @@ from slimming.models.activations import (
     precise,
     ridge,
 )
+from slimming.models.decisions import SameDecisions
 from slimming.models.family import Kept, shared_parameters, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
@@ -45,7 +47,7 @@ TOGETHER = 4
 
 
 @agreed()
-def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
+def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Any]) -> None:
     """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
     Tokens, features of the embedding and whole branches are removed first, without compensation; the result is the
@@ -54,7 +56,7 @@ def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tenso
     Args:
         prunable: a model without masks.
         plan: the units to keep.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
 
     Raises:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
@@ -77,13 +79,13 @@ def _restricted(plan: Plan, names: Collection[str]) -> Plan:
 
 
 @torch.no_grad()
-def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
+def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Any]) -> None:
     """Refit the layers that read removed units, in place, and set the weights with which they read these to 0.
 
     Args:
         prunable: a dense model without masks; its mode is not changed.
         kept: kept units of every group, see `slimming.core.completion.complete`.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
     """
     model, anatomy = prunable.model, prunable.anatomy
     removed_inputs = readers(model, anatomy, kept)
@@ -141,7 +143,7 @@ def _gigabytes(module: nn.Module) -> float:
 
 
 def _gather_moments(
-    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Tensor]
+    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Any]
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of the layers in ``kept_inputs``: of x' and of D."""
     like = next(slim.parameters())
@@ -150,9 +152,11 @@ def _gather_moments(
         weight = slim.get_submodule(name).get_parameter("weight")
         gathered[name] = Moments(len(indices), weight.device, weight.shape[1])
     with inputs_of(dense, kept_inputs) as of_dense, inputs_of(slim, kept_inputs) as of_slim:
-        for batch in own_share(images):
+        for given in own_share(images):
+            batch, decisions = CalibrationBatch.of(slim, given).to(like), SameDecisions()
             for model in (dense, slim):
-                run_on_images(model, batch.to(like.device, like.dtype))
+                with decisions:
+                    batch.run(model)
             for name, moments in gathered.items():
                 for dense_rows, slim_rows in zip(of_dense[name], of_slim[name], strict=True):
                     x = precise(slim_rows[:, kept_inputs[name]])

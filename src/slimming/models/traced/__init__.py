@@ -118,7 +118,7 @@ class Traced(Family):
         return replace(anatomy.structure, layers=layers)
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return select(anatomy.groups, kept, state)
+        return select(anatomy.groups, kept, state, anatomy.sizes)
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)

@@ -19,12 +19,12 @@ from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
-from slimming.models.traced.heads import Attributes
+from slimming.models.traced.head_dims import read_head_dims
 from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
 from slimming.models.traced.resize import cut_copy, layer_sizes
-from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
+from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.tied import joined_groups
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
@@ -67,6 +67,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         inferred = infer_heads(model, passes[0])
         computed, hidden = computed_weights(model), read_hidden(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
+        dims = read_head_dims(model, heads.rows, passes[0])
         claimed = {**hidden.claimed, **heads.claimed, **computed}
         channels, uncovered_channels = channel_groups(
             model,
@@ -79,15 +80,21 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     uncovered = [
         *inferred.unread.values(),
         *heads.uncovered,
+        *dims.uncovered,
         *hidden.uncovered,
         *uncovered_channels,
         *uncovered,
     ]
-    groups, tied = joined_groups(model, [*heads.groups, *hidden.groups, *channels])
+    groups, tied = joined_groups(model, [*heads.groups, *dims.groups, *hidden.groups, *channels])
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
     uncovered += [*tied, *parametrized, *unrun_modules]
-    attributes = _merged(heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)})
+    attributes = [heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)}, *dims.attributes]
+
+    def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
+        rewritten = heads.free_heads | dims.free_heads
+        return layer_sizes(model, groups, attributes, rewritten, dims.head_scales)
+
     if not groups:
         raise UnsupportedModelError(
             f"Nothing in this {model_class.__module__}.{model_class.__name__} can be cut: "
@@ -100,7 +107,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
-        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
+        return cut_copy(model, groups, kept, sizes_of(groups))
 
     with small_images(model):
         groups, failed = verified(model, groups, passes, cut)
@@ -108,7 +115,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
-    sizes = layer_sizes(model, groups, attributes, heads.free_heads)
+    sizes = sizes_of(groups)
     model.eval()
     example = passes[0].call.with_batch(1)
     if enlarges_images(model):
@@ -116,7 +123,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
-        operations=operations(model, example, groups, layers_per_head(model)),
+        operations=operations(model, example, groups, lambda kept: cut_copy(model, groups, kept, sizes)),
         sizes=sizes,
         uncovered=tuple(uncovered),
         inferred=tuple(inferred.lines),
@@ -179,7 +186,7 @@ def _passes(
     untrained: set[str] = set()
     for call, evaluated in zip([forward.call for forward in passes], list(courses), strict=True):
         # The statistics of a BatchNorm need two values.
-        training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
+        training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
@@ -223,15 +230,6 @@ def _evaluation_passes(
 
 def _first_line(error: Exception | None) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _merged(*attributes: Attributes) -> Attributes:
-    """The attributes of every module, from all of ``attributes``."""
-    result: Attributes = {}
-    for by_module in attributes:
-        for module, values in by_module.items():
-            result[module] = {**result.get(module, {}), **values}
-    return result
 
 
 def _width_attributes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.core.copies import clear_caches_, copied
-from slimming.core.formulas import Dim
-from slimming.core.groups import Group, LayerSizes
+from slimming.core.formulas import Dim, Ratio
+from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
@@ -26,16 +27,18 @@ def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, 
     result: dict[str, dict[int, set[int]]] = {}
     for group in groups:
         removed = set(range(group.size)) - set(kept.get(group.name, range(group.size)))
-        if removed:
+        if removed and group.role != "qkv":  # its units are those of QK and V
             for part in group.slices:
                 indices = result.setdefault(part.tensor, {}).setdefault(part.dim, set())
                 indices.update(index for unit in removed for index in part.index[unit])
     return result
 
 
-def select(groups: Iterable[Group], kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select(
+    groups: Sequence[Group], kept: Kept, state: Mapping[str, Tensor], sizes: Mapping[str, LayerSizes]
+) -> dict[str, Tensor]:
     """The state dict of the slim model, selected from that of the dense one."""
-    result = dict(state)
+    result = {**state, **scaled_rows(groups, kept, state, sizes)}
     for name, dims in removed_indices(groups, kept).items():
         tensor = result.get(name)
         if tensor is not None:  # a buffer may be outside the state dict
@@ -44,12 +47,49 @@ def select(groups: Iterable[Group], kept: Kept, state: Mapping[str, Tensor]) -> 
     return result
 
 
+def scaled_rows(
+    groups: Sequence[Group], kept: Kept, state: Mapping[str, Tensor], sizes: Mapping[str, LayerSizes]
+) -> dict[str, Tensor]:
+    """The tensors whose rows preserve the scale of the logits, see `LayerSizes.head_scale`.
+
+    The forward divides the logits by the square root of the head size that it has. The factor of the dense model has to
+    be preserved (ViT-Slim, section 3.2), so queries or keys are multiplied by the quotient.
+    """
+    by_name = {group.name: group for group in groups}
+    result: dict[str, Tensor] = {}
+    for name, side in (layer.head_scale for layer in sizes.values() if layer.head_scale is not None):
+        group = by_name[name]
+        units = kept.get(name, range(group.size))
+        head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
+        dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
+        for part in group.slices if left < dense else ():
+            if part.side == side and part.tensor in state:
+                tensor = result.setdefault(part.tensor, state[part.tensor].clone())
+                rows = torch.tensor([index for unit in part.index for index in unit], device=tensor.device)
+                factor = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
+                factor[rows] = (left / dense) ** 0.5
+                tensor *= factor.view([-1 if dim == part.dim else 1 for dim in range(tensor.dim())])
+    return result
+
+
 def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Dim, ...]]:
-    """The dimensions of every tensor as functions of the kept units."""
-    users: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    """The dimensions of every tensor as functions of the kept units.
+
+    Slices of groups may overlap: the rows of a head are those of its dimensions. Such rows are counted by the smallest
+    units, since units that are removed with larger ones are not among the kept ones.
+    """
+    parts: dict[tuple[str, int], list[tuple[Group, Slices]]] = {}
     for group in groups:
-        for part in group.slices:
-            users.setdefault((part.tensor, part.dim), []).append((group.name, len(part.index[0]), group.size))
+        for part in group.slices if group.role != "qkv" else ():
+            parts.setdefault((part.tensor, part.dim), []).append((group, part))
+    users: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    for at, users_of in parts.items():
+        counted: set[int] = set()
+        for group, part in sorted(users_of, key=lambda each: len(each[1].index[0])):
+            weight = len(set(part.index[0]) - counted)
+            if weight:
+                users.setdefault(at, []).append((group.name, weight, group.size))
+                counted.update(index for unit in part.index for index in unit)
     result = {}
     for name, shape in shapes.items():
         dims = []
@@ -98,15 +138,21 @@ def _grouped_attributes(module: Any, rows: Dim) -> dict[str, Dim]:
 
 
 def layer_sizes(
-    model: nn.Module, groups: Sequence[Group], unit_attributes: Attributes, free_heads: set[str]
+    model: nn.Module,
+    groups: Sequence[Group],
+    unit_attributes: Sequence[Attributes],
+    free_heads: Collection[str],
+    head_scales: Mapping[str, tuple[str, str]] | None = None,
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that depends on ``groups``.
 
     Args:
         model: the model.
         groups: its groups.
-        unit_attributes: attributes of modules with the number of heads or hidden units.
+        unit_attributes: attributes of modules with the number of heads or hidden units; later ones come before earlier
+            ones, unless they depend on groups that are not in ``groups``.
         free_heads: names of attention modules whose forward infers the head size from the embedding width.
+        head_scales: name of an attention module -> its `LayerSizes.head_scale`.
     """
     present = {group.name for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -118,16 +164,18 @@ def layer_sizes(
             module, _, name = tensor.rpartition(".")
             tensors.setdefault(module, {})[name] = sizes
     attributes = layer_attributes(model, dims)
-    for module, values in unit_attributes.items():
+    for module, values in (each for all_of in unit_attributes for each in all_of.items()):
         used = {name: dim for name, dim in values.items() if {group for group, _ in dim.groups} <= present}
         if used:
             attributes[module] = {**attributes.get(module, {}), **used}
+    scales = {name: scale for name, scale in (head_scales or {}).items() if scale[0] in present}
     rewritten = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
-    for module in {**tensors, **attributes, **dict.fromkeys(rewritten)}:
+    for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
             free_heads=module in free_heads,
+            head_scale=scales.get(module),
         )
     return result
 
@@ -152,11 +200,11 @@ def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mappi
         resize_module_(small.get_submodule(name), entry)
     tie_(small, shared)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
-    assign_state_(small, select(groups, kept, state), strict=False)
+    assign_state_(small, select(groups, kept, state, sizes), strict=False)
     return small.requires_grad_(False)
 
 
-def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:
+def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> dict[str, Any]:
     """The entry of the structure for one module, with ``value`` giving the size of a dimension."""
     entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
@@ -205,12 +253,13 @@ def disable_nested_tensors_(model: nn.Module) -> None:
 
 
 def _set_size(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute, or one element of a tuple as in ``bias_shape[2]``."""
+    """Set a size, or one element of a tuple of sizes as in ``bias_shape[2]``, or the scale of logits."""
     attribute, _, position = name.rstrip("]").partition("[")
     old = getattr(module, attribute)
     items = list(old) if position else [old]
     index = int(position or 0)
-    if type(items[index]) is not int or type(value) is not int or value < 1:
+    number = type(items[index])
+    if number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
         raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
     items[index] = value
     setattr(module, attribute, tuple(items) if position else value)

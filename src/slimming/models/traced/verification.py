@@ -12,19 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.core.example_inputs import ExampleCall, tensors_in
-from slimming.core.groups import Group
+from slimming.core.groups import Couplings, Group, Mask
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
 TOLERANCE = 1e-9
 """Largest difference of outputs in float64, relative to the largest output."""
+
+REFUSED = "the host does not take other sizes"
+"""How a reason begins if the cut model cannot be made or run."""
 
 Cut = Callable[[nn.Module, Sequence[Group], dict[str, tuple[int, ...]]], nn.Module]
 """Makes the cut copy of a model, given groups and the units that each of them keeps."""
@@ -158,21 +162,30 @@ def verified(
     """
     failed: list[tuple[Group, str]] = []
 
-    def passing(known: list[Group], untested: list[Group]) -> list[Group]:
+    def passing(known: list[Group], untested: list[list[Group]]) -> list[Group]:
         """The groups of ``untested`` that pass together with ``known``."""
         if not untested:
             return []
-        reason = cut_difference(model, [*known, *untested], passes, cut)
+        new = [group for bundle in untested for group in bundle]
+        reason = cut_difference(model, [*known, *new], passes, cut)
         if reason is None:
-            return untested
+            return new
         if len(untested) == 1:
-            failed.append((untested[0], reason))
+            failed.extend((group, reason) for group in new)
             return []
-        half = len(untested) // 2
-        first = passing(known, untested[:half])
-        return first + passing([*known, *first], untested[half:])
+        middle = len(untested) // 2
+        first = passing(known, untested[:middle])
+        return first + passing([*known, *first], untested[middle:])
 
-    return passing([], list(groups)), failed
+    return passing([], _bundles(groups)), failed
+
+
+def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
+    """``groups`` one by one, but the head dimensions of one attention together: one module holds their sizes."""
+    bundles: dict[str, list[Group]] = {}
+    for group in groups:
+        bundles.setdefault(group.site if group.kind == "head_dim" else f"group {group.name}", []).append(group)
+    return list(bundles.values())
 
 
 @torch.no_grad()
@@ -180,18 +193,12 @@ def cut_difference(
     model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in groups:
-        count = max(1, group.size // 2)
-        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    kept = half(groups, seed)
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
     except MODEL_ERRORS as error:
-        return (
-            f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-        )
+        return f"{REFUSED} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
     if not any(tensor.numel() for result in results for tensor in result):
         return "the model returns nothing for the random image that cut and masked are compared on"
     for forward, result in zip(passes, results, strict=True):
@@ -199,6 +206,29 @@ def cut_difference(
         if reason is not None:
             return f"{reason} in training mode" if forward.training else reason
     return None
+
+
+def half(groups: Sequence[Group], seed: int = 0) -> dict[str, tuple[int, ...]]:
+    """About half the units of every group, at random, with the units that are removed with others; in each head alike.
+
+    Where QK and V may keep other sizes, they do: more of QK with an even seed, more of V with an odd one.
+    """
+    rng = random.Random(seed)
+    masks: dict[str, Mask] = {}
+    for group in groups:
+        if group.role == "qkv":
+            continue  # it follows from QK and V
+        units: list[int] = []
+        start = 0
+        for size in group.limits.parts or (group.size,):
+            count = max(1, size // 2)
+            if group.role == "qk" and group.limits.same_as is None:
+                count = max(1, min(count + (-1) ** seed, size))
+            units += rng.sample(range(start, start + size), count)
+            start += size
+        masks[group.name] = np.isin(np.arange(group.size), units)
+    left = Couplings(groups).left(masks)
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()}
 
 
 def masked_outputs(
@@ -209,10 +239,12 @@ def masked_outputs(
     saved: dict[Tensor, Tensor] = {}  # a parameter may have several names
     undo: list[Callable[[], None]] = []
     for group in groups:
+        if group.role == "qkv":
+            continue  # its units are those of QK and V
         undo += mask_norms(model, group, kept[group.name])
         removed = sorted(set(range(group.size)) - set(kept[group.name]))
         for part in group.slices:
-            if part.side == "consumes" and removed:
+            if part.side in ("consumes", "query") and removed and part.tensor in tensors:
                 tensor = tensors[part.tensor]
                 saved.setdefault(tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
