@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete
@@ -125,7 +125,7 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
         for slices in layers_reading(model, group):
             removed[slices.tensor.rpartition(".")[0]].update(index for unit in units for index in slices.index[unit])
     shared = {name.rpartition(".")[0] for names in shared_parameters(model) for name in names}
-    # A layer without any kept input is not refitted, nor one that shares its weight: it would be refitted several times.
+    # A layer without any kept input is not refitted, nor one that shares its weight, which would be refitted twice.
     return {
         name: sorted(removed[name])
         for name, module in model.named_modules()

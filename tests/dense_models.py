@@ -35,14 +35,27 @@ def rt_detr_v2(**arguments: Any) -> Made:
     """RT-DETR v2."""
     hf = _hf()
     backbone = hf.RTDetrResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        embedding_size=16,
+        hidden_sizes=[16, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )
     sizes = {
-        "encoder_hidden_dim": 32, "encoder_in_channels": [16, 24, 32], "feat_strides": [8, 16, 32],
-        "encoder_ffn_dim": 48, "encoder_attention_heads": 4, "d_model": 32, "num_queries": 10,
-        "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 48, "decoder_layers": 2,
-        "decoder_attention_heads": 4, "decoder_n_points": 2, "num_denoising": 4, "anchor_image_size": None,
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": [16, 24, 32],
+        "feat_strides": [8, 16, 32],
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "d_model": 32,
+        "num_queries": 10,
+        "decoder_in_channels": [32, 32, 32],
+        "decoder_ffn_dim": 48,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_n_points": 2,
+        "num_denoising": 4,
+        "anchor_image_size": None,
     }
     config = hf.RTDetrV2Config(backbone_config=backbone, **{**sizes, **LABELS, **arguments})
     return _with_images(hf.RTDetrV2ForObjectDetection(config), 64)
@@ -52,16 +65,32 @@ def d_fine(**arguments: Any) -> Made:
     """D-FINE with its HGNet."""
     hf = _hf()
     backbone = hf.HGNetV2Config(
-        embedding_size=16, depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40], stem_channels=[3, 8, 8],
-        stage_in_channels=[8, 16, 24, 32], stage_mid_channels=[8, 8, 8, 8], stage_out_channels=[16, 24, 32, 40],
-        stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2],
+        embedding_size=16,
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[16, 24, 32, 40],
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 16, 24, 32],
+        stage_mid_channels=[8, 8, 8, 8],
+        stage_out_channels=[16, 24, 32, 40],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[2, 2, 2, 2],
         out_features=["stage2", "stage3", "stage4"],
     )
     sizes = {
-        "encoder_hidden_dim": 32, "encoder_in_channels": [24, 32, 40], "feat_strides": [8, 16, 32],
-        "encoder_ffn_dim": 48, "encoder_attention_heads": 4, "d_model": 32, "num_queries": 10,
-        "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 48, "decoder_layers": 2,
-        "decoder_attention_heads": 4, "decoder_n_points": [2, 2, 2], "num_denoising": 4, "anchor_image_size": None,
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": [24, 32, 40],
+        "feat_strides": [8, 16, 32],
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "d_model": 32,
+        "num_queries": 10,
+        "decoder_in_channels": [32, 32, 32],
+        "decoder_ffn_dim": 48,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_n_points": [2, 2, 2],
+        "num_denoising": 4,
+        "anchor_image_size": None,
         "max_num_bins": 8,
     }
     config = hf.DFineConfig(backbone_config=backbone, **{**sizes, **LABELS, **arguments})
@@ -69,8 +98,14 @@ def d_fine(**arguments: Any) -> Made:
 
 
 DETR_SIZES = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 6,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_queries": 6,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
 }
 
 
@@ -87,7 +122,13 @@ def deformable_detr(**arguments: Any) -> Made:
     """Deformable DETR in two stages."""
     hf = _hf()
     backbone = hf.ResNetConfig(**CNN, out_features=["stage2", "stage3", "stage4"])
-    sizes = {**DETR_SIZES, "num_feature_levels": 3, "two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 6}
+    sizes = {
+        **DETR_SIZES,
+        "num_feature_levels": 3,
+        "two_stage": True,
+        "with_box_refine": True,
+        "two_stage_num_proposals": 6,
+    }
     config = hf.DeformableDetrConfig(backbone_config=backbone, **{**sizes, **LABELS, **arguments})
     return _with_images(hf.DeformableDetrForObjectDetection(config), 64)
 
@@ -95,7 +136,9 @@ def deformable_detr(**arguments: Any) -> Made:
 def yolos(**arguments: Any) -> Made:
     """YOLOS."""
     hf = _hf()
-    config = hf.YolosConfig(**{**VIT, "image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 6, **LABELS, **arguments})
+    config = hf.YolosConfig(
+        **{**VIT, "image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 6, **LABELS, **arguments}
+    )
     return _with_images(hf.YolosForObjectDetection(config), 32)
 
 
@@ -103,8 +146,14 @@ def segformer(**arguments: Any) -> Made:
     """SegFormer."""
     hf = _hf()
     sizes = {
-        "num_encoder_blocks": 3, "depths": [1, 1, 1], "sr_ratios": [4, 2, 1], "hidden_sizes": [16, 32, 40],
-        "num_attention_heads": [2, 4, 4], "patch_sizes": [7, 3, 3], "strides": [4, 2, 2], "mlp_ratios": [2, 2, 2],
+        "num_encoder_blocks": 3,
+        "depths": [1, 1, 1],
+        "sr_ratios": [4, 2, 1],
+        "hidden_sizes": [16, 32, 40],
+        "num_attention_heads": [2, 4, 4],
+        "patch_sizes": [7, 3, 3],
+        "strides": [4, 2, 2],
+        "mlp_ratios": [2, 2, 2],
         "decoder_hidden_size": 32,
     }
     config = hf.SegformerConfig(**{**sizes, **LABELS, **arguments})
@@ -115,12 +164,24 @@ def mask2former(**arguments: Any) -> Made:
     """Mask2Former with a Swin."""
     hf = _hf()
     backbone = hf.SwinConfig(
-        image_size=64, patch_size=4, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 4, 4], window_size=4,
+        image_size=64,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[2, 2, 4, 4],
+        window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     sizes = {
-        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
-        "encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4, "dim_feedforward": 48, "num_queries": 6,
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
+        "encoder_feedforward_dim": 48,
+        "encoder_layers": 1,
+        "decoder_layers": 3,
+        "num_attention_heads": 4,
+        "dim_feedforward": 48,
+        "num_queries": 6,
     }
     config = hf.Mask2FormerConfig(backbone_config=backbone, **{**sizes, **LABELS, **arguments})
     return _with_images(hf.Mask2FormerForUniversalSegmentation(config), 64)
@@ -130,8 +191,14 @@ def dpt(**arguments: Any) -> Made:
     """DPT for depth."""
     hf = _hf()
     sizes = {
-        **VIT, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, "backbone_out_indices": [0, 1, 2, 3],
-        "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16, "is_hybrid": False,
+        **VIT,
+        "num_hidden_layers": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [8, 16, 24, 32],
+        "fusion_hidden_size": 16,
+        "is_hybrid": False,
     }
     return _with_images(hf.DPTForDepthEstimation(hf.DPTConfig(**{**sizes, **arguments})), 32)
 
@@ -140,11 +207,20 @@ def depth_anything(**arguments: Any) -> Made:
     """Depth Anything with a DINOv2."""
     hf = _hf()
     backbone = hf.Dinov2Config(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=56, patch_size=14,
-        out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=56,
+        patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
     )
     sizes = {
-        "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16, "patch_size": 14,
+        "reassemble_hidden_size": 32,
+        "neck_hidden_sizes": [8, 16, 24, 32],
+        "fusion_hidden_size": 16,
+        "patch_size": 14,
         "head_hidden_size": 16,
     }
     config = hf.DepthAnythingConfig(backbone_config=backbone, **{**sizes, **arguments})
@@ -155,14 +231,22 @@ def sam2_encoder(**arguments: Any) -> Made:
     """The image encoder of SAM 2."""
     hf = _hf()
     backbone = hf.Sam2HieraDetConfig(
-        hidden_size=16, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
-        window_size_per_stage=[4, 2, 4, 2], window_positional_embedding_background_size=[4, 4],
+        hidden_size=16,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[4, 2, 4, 2],
+        window_positional_embedding_background_size=[4, 4],
         global_attention_blocks=[3],
     )
     config = hf.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-        fpn_hidden_size=32, **arguments,
+        backbone_config=backbone,
+        backbone_channel_list=[128, 64, 32, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+        **arguments,
     )
     return _with_images(hf.Sam2VisionModel(config), 64)
 
@@ -172,10 +256,16 @@ def sam2(**arguments: Any) -> Made:
     hf = _hf()
     vision = sam2_encoder()[0].config
     prompt = hf.Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16)
-    mask = hf.Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=48, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=32)
+    mask = hf.Sam2MaskDecoderConfig(
+        hidden_size=32, mlp_dim=48, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=32
+    )
     config = hf.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask, **arguments)
     model, call = _with_images(hf.Sam2Model(config), 64)
-    return model, {**call, "input_points": torch.tensor([[[[20.0, 30.0]]]]), "input_labels": torch.ones(1, 1, 1, dtype=torch.int64)}
+    return model, {
+        **call,
+        "input_points": torch.tensor([[[[20.0, 30.0]]]]),
+        "input_labels": torch.ones(1, 1, 1, dtype=torch.int64),
+    }
 
 
 TEXT = {**VIT, "vocab_size": 99, "max_position_embeddings": 12}
@@ -195,7 +285,9 @@ def siglip(**arguments: Any) -> Made:
     """SigLIP, both towers."""
     hf = _hf()
     config = hf.SiglipConfig(
-        text_config={**TEXT, "projection_size": 32}, vision_config={**VIT, "image_size": 32, "patch_size": 8}, **arguments
+        text_config={**TEXT, "projection_size": 32},
+        vision_config={**VIT, "image_size": 32, "patch_size": 8},
+        **arguments,
     )
     return _two_towers(hf.SiglipModel(config))
 
@@ -204,13 +296,17 @@ def siglip2(**arguments: Any) -> Made:
     """SigLIP 2, both towers."""
     hf = _hf()
     config = hf.Siglip2Config(
-        text_config={**TEXT, "projection_size": 32}, vision_config={**VIT, "num_patches": 16, "patch_size": 8}, **arguments
+        text_config={**TEXT, "projection_size": 32},
+        vision_config={**VIT, "num_patches": 16, "patch_size": 8},
+        **arguments,
     )
     model, call = _two_towers(hf.Siglip2Model(config))
     patches = torch.nn.functional.unfold(call.pop("pixel_values"), 8, stride=8).transpose(1, 2)
     return model, {
-        "pixel_values": patches, "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64),
-        "spatial_shapes": torch.tensor([[4, 4]]), **call,
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        **call,
     }
 
 
@@ -224,7 +320,12 @@ def vitpose(**arguments: Any) -> Made:
     """ViTPose."""
     hf = _hf()
     backbone = hf.VitPoseBackboneConfig(
-        image_size=[32, 32], patch_size=[8, 8], hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mlp_ratio=2,
         out_indices=[2],
     )
     config = hf.VitPoseConfig(backbone_config=backbone, **{**{"num_labels": 5}, **arguments})

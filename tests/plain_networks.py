@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +125,7 @@ class UNet(nn.Module):
     def __init__(self, width: int = 8, classes: int = 3, depth: int = 3) -> None:
         super().__init__()
         w = [width * 2**stage for stage in range(depth + 1)]
-        pairs = list(zip(w, w[1:], strict=False))
+        pairs = list(itertools.pairwise(w))
         self.first = DoubleConv(3, w[0])
         self.down = nn.ModuleList(DoubleConv(*pair) for pair in pairs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(high, low, 2, 2) for low, high in reversed(pairs))
