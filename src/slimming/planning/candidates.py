@@ -55,10 +55,10 @@ class CandidatePool:
         groups = {group.name: group for group in anatomy.groups}
         first = [candidate.units[0][0] for candidate in candidates]
         self.branch = np.array([groups[name].role == "branch" for name in first], dtype=bool)
-        # Index of the branch that contains each candidate; len(candidates) if there is none.
         branches = {name: index for index, name in enumerate(first) if self.branch[index]}
-        none = len(candidates)
-        self._inside = np.array([branches.get(f"{groups[name].site}.branch", none) for name in first], dtype=int)
+        # Pairs of a candidate and a branch that it is in.
+        inside = [(i, branches[b]) for i, name in enumerate(first) for b in anatomy.around[name] if b in branches]
+        self._inside = np.array(inside, dtype=int).reshape(-1, 2)
         units_and_owners: dict[str, tuple[list[int], list[int]]] = {}
         first_owner: dict[tuple[str, int], int] = {}
         shared: set[tuple[int, int]] = set()
@@ -102,7 +102,8 @@ class CandidatePool:
 
     def remaining(self, removed: Removed) -> Removed:
         """Return the candidates that are kept: not removed themselves, nor within a removed head, attention or MLP."""
-        gone = removed | np.append(removed, False)[self._inside]
+        gone = removed.copy()
+        gone[self._inside[removed[self._inside[:, 1]], 0]] = True
         gone[self._shared[removed[self._shared[:, 1]], 0]] = True
         return ~gone
 
@@ -123,9 +124,8 @@ class CandidatePool:
         result: list[list[int]] = [[] for _ in self.candidates]
         for first, then in self.precedence(range(len(self.candidates))):
             result[first].append(then)
-        for index, branch in enumerate(self._inside.tolist()):
-            if branch not in (index, len(self.candidates)):  # a branch is inside itself
-                result[index].append(branch)
+        for index, branch in self._inside.tolist():
+            result[index].append(branch)
         return result
 
     def prices(self, unit_prices: Mapping[str, float]) -> Array:

@@ -15,6 +15,12 @@ from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept
+from slimming.models.traced.branches import (
+    branch_groups,
+    layers_of_branches,
+    read_branches,
+    with_removals,
+)
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
@@ -23,6 +29,7 @@ from slimming.models.traced.head_dims import read_head_dims
 from slimming.models.traced.inferred_heads import infer_heads
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
+from slimming.models.traced.residuals import Flow
 from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.tied import joined_groups
@@ -64,7 +71,8 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         passes, courses, uncovered = _passes(model, candidates)
         found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
         progress.step("looking for attention")
-        inferred = infer_heads(model, passes[0])
+        flow = Flow()
+        inferred = infer_heads(model, passes[0], flow.watching(model))
         computed, hidden = computed_weights(model), read_hidden(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
         dims = read_head_dims(model, heads.rows, passes[0])
@@ -93,7 +101,9 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
 
     def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
         rewritten = heads.free_heads | dims.free_heads
-        return layer_sizes(model, groups, attributes, rewritten, dims.head_scales)
+        units = [group for group in groups if group.role != "branch"]
+        sizes = layer_sizes(model, units, attributes, rewritten, dims.head_scales)
+        return with_removals(sizes, branches, {group.name for group in groups})
 
     if not groups:
         raise UnsupportedModelError(
@@ -102,6 +112,9 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
             "docs/add-a-model.md shows how to add a reader."
         )
     model.requires_grad_(False)
+    with small_images(model):
+        branches = read_branches(model, flow, passes[0])
+    del flow
     for module in model.modules():
         clear_caches_(module)  # tracing left tensors with a graph in them
 
@@ -110,12 +123,16 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         return cut_copy(model, groups, kept, sizes_of(groups))
 
     with small_images(model):
-        groups, failed = verified(model, groups, passes, cut)
+        units, failed = verified(model, groups, passes, cut)
+        groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
+    failed += failed_branches
+    uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
     sizes = sizes_of(groups)
+    units = [group for group in groups if group.role != "branch"]
     model.eval()
     example = passes[0].call.with_batch(1)
     if enlarges_images(model):
@@ -127,7 +144,9 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         sizes=sizes,
         uncovered=tuple(uncovered),
         inferred=tuple(inferred.lines),
-        timed_layers=timed_layers(model, calls(model, example, attention_sites(groups)), groups, sizes),
+        timed_layers=layers_of_branches(
+            timed_layers(model, calls(model, example, attention_sites(groups)), units, sizes), sizes
+        ),
         input_shape=example.shape,
     )
 

@@ -14,12 +14,14 @@ from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
+from slimming.models.layers import Removed
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
-TENSORS, FREE_HEADS = "tensors", "free_heads"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
+TENSORS, FREE_HEADS, REMOVED, SPENT = "tensors", "free_heads", "removed", "spent"
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, what is
+returned in place of a module that was removed, and which parameters only a removed branch used."""
 
 
 def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, set[int]]]:
@@ -60,6 +62,8 @@ def scaled_rows(
     for name, side in (layer.head_scale for layer in sizes.values() if layer.head_scale is not None):
         group = by_name[name]
         units = kept.get(name, range(group.size))
+        if not units:
+            continue  # the whole attention is removed
         head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
         dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
         for part in group.slices if left < dense else ():
@@ -184,6 +188,9 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     """The entries of the structure for the modules that change when only ``kept`` is kept."""
     full = {group.name: group.size for group in groups}
     counts = {name: len(kept[name]) if name in kept else size for name, size in full.items()}
+    gone = [name for name, layer in sizes.items() if any(removal.kept.value(counts) == 0 for removal in layer.removals)]
+    inside = tuple(f"{name}." for name in gone)
+    sizes = {name: layer for name, layer in sizes.items() if not name.startswith(inside)}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
     changed = {name for name, entry in entries.items() if entry != dense[name]}
@@ -192,26 +199,95 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     return {name: entry for name, entry in entries.items() if name in changed}
 
 
+def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """``entries`` without those of modules inside a module that is removed."""
+    removed = tuple(f"{name}." for name, entry in entries.items() if REMOVED in entry)
+    return {name: entry for name, entry in entries.items() if not name.startswith(removed)}
+
+
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    shared = shared_parameters(small)
-    for name, entry in layers_after(sizes, groups, kept).items():
-        resize_module_(small.get_submodule(name), entry)
+    shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
+    for name, entry in entries.items():
+        resize_(small, name, entry)
     tie_(small, shared)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
     assign_state_(small, select(groups, kept, state, sizes), strict=False)
     return small.requires_grad_(False)
 
 
 def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> dict[str, Any]:
     """The entry of the structure for one module, with ``value`` giving the size of a dimension."""
+    for removal in layer.removals:
+        if value(removal.kept) == 0:
+            form, results = removal.returns
+            return {REMOVED: [form, [list(result) for result in results]]}
     entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
         entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
     if layer.free_heads:
         entry[FREE_HEADS] = True
+    spent = sorted(name for name, kept in layer.spent.items() if value(kept) == 0)
+    if spent:
+        entry[SPENT] = spent
+        entry[TENSORS] = {name: shape for name, shape in entry.get(TENSORS, {}).items() if name not in spent}
     return entry
+
+
+def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a structure after a further cut; what was spent earlier stays so."""
+    result = {**earlier, **later}
+    for name in earlier.keys() & later.keys():
+        spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
+        if spent and REMOVED not in later[name]:
+            result[name] = {**later[name], SPENT: spent}
+    return without_removed(result)
+
+
+def is_removed(tensor: str, entries: Mapping[str, Any]) -> bool:
+    """Whether the entries of a structure say that a tensor does not exist any more."""
+    owner, _, name = tensor.rpartition(".")
+    removed = (f"{module}." for module, entry in entries.items() if REMOVED in entry)
+    return name in entries.get(owner, {}).get(SPENT, ()) or any(tensor.startswith(module) for module in removed)
+
+
+def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`.
+
+    Raises:
+        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
+    """
+    module = model.get_submodule(name)
+    if REMOVED not in entry:
+        resize_module_(module, entry)
+    elif not isinstance(module, Removed):
+        parent, _, last = name.rpartition(".")
+        stand_in = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        stand_in.__dict__[ENTRY] = dict(entry)
+        model.get_submodule(parent)._modules[last] = stand_in
+
+
+def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
+    """Check what a structure says about the results of a removed module.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
+        form, results = returns
+        if isinstance(results, list) and results and all(map(_is_result, results)) and (form != "one" or len(results) == 1):
+            return form, results
+    raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, list) or not result or result[0] not in ("zeros", "input", "none"):
+        return False
+    rest = result[1:]
+    keys = all(type(key) is int or (isinstance(key, str) and key.isidentifier()) for key in rest[:1])
+    return len(rest) <= 2 and keys and (result[0] == "none" or bool(rest)) and all(type(dim) is int for dim in rest[1:])
 
 
 def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -230,8 +306,14 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         else:
             # A buffer outside the state dict must be equal for all heads; otherwise the group fails its verification.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
+    for name in entry.get(SPENT, ()):
+        spent = getattr(module, name)
+        if isinstance(spent, nn.Parameter):
+            # It multiplies zeros now. One element, which is not in the state dict, keeps the host's forward as it is.
+            delattr(module, name)
+            module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS):
+        if name not in (TENSORS, FREE_HEADS, SPENT):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))

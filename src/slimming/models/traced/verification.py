@@ -7,7 +7,7 @@ copies must give the same output. A group that fails is left out and reported.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.core.example_inputs import ExampleCall, tensors_in
-from slimming.core.groups import Couplings, Group, Mask
+from slimming.core.groups import Couplings, Group, Mask, Scale, Slices
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
@@ -148,7 +148,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def verified(
-    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut
+    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, known: Sequence[Group] = ()
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Split ``groups`` into those that pass and those that fail, with the reason.
 
@@ -159,6 +159,7 @@ def verified(
         groups: the groups to verify.
         passes: the forward passes in which masked and cut model must agree.
         cut: makes a cut copy.
+        known: groups that have passed, with which the others are tested together.
     """
     failed: list[tuple[Group, str]] = []
 
@@ -177,7 +178,7 @@ def verified(
         first = passing(known, untested[:middle])
         return first + passing([*known, *first], untested[middle:])
 
-    return passing([], _bundles(groups)), failed
+    return [*known, *passing(list(known), _bundles(groups))], failed
 
 
 def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
@@ -192,8 +193,24 @@ def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
 def cut_difference(
     model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
 ) -> str | None:
-    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
-    kept = half(groups, seed)
+    """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
+
+    Branches have one unit. They are removed in two turns, so that each of them, and the units in it, is removed once.
+    """
+    branches = [group.name for group in groups if group.role == "branch"]
+    # Of three blocks of two branches, one loses both, one the first and one the second.
+    first = {name for number, name in enumerate(branches) if number % 6 in (0, 1, 2, 5)}
+    for removed in (first, set(branches) - first) if branches else ((),):
+        reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _difference(
+    model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], passes: Sequence[Pass], cut: Cut
+) -> str | None:
+    """How the masked model differs from the cut one; None if they are equal."""
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
@@ -208,10 +225,11 @@ def cut_difference(
     return None
 
 
-def half(groups: Sequence[Group], seed: int = 0) -> dict[str, tuple[int, ...]]:
+def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """About half the units of every group, at random, with the units that are removed with others; in each head alike.
 
-    Where QK and V may keep other sizes, they do: more of QK with an even seed, more of V with an odd one.
+    Where QK and V may keep other sizes, they do: more of QK with an even seed, more of V with an odd one. The groups
+    named in ``removed`` lose all units.
     """
     rng = random.Random(seed)
     masks: dict[str, Mask] = {}
@@ -226,7 +244,7 @@ def half(groups: Sequence[Group], seed: int = 0) -> dict[str, tuple[int, ...]]:
                 count = max(1, min(count + (-1) ** seed, size))
             units += rng.sample(range(start, start + size), count)
             start += size
-        masks[group.name] = np.isin(np.arange(group.size), units)
+        masks[group.name] = np.isin(np.arange(group.size), () if group.name in removed else units)
     left = Couplings(groups).left(masks)
     return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()}
 
@@ -239,12 +257,12 @@ def masked_outputs(
     saved: dict[Tensor, Tensor] = {}  # a parameter may have several names
     undo: list[Callable[[], None]] = []
     for group in groups:
-        if group.role == "qkv":
-            continue  # its units are those of QK and V
+        if group.role == "qkv" or (not kept[group.name] and group.role != "branch"):
+            continue  # its units are those of QK and V, or all of them are in a removed branch
         undo += mask_norms(model, group, kept[group.name])
         removed = sorted(set(range(group.size)) - set(kept[group.name]))
-        for part in group.slices:
-            if part.side in ("consumes", "query") and removed and part.tensor in tensors:
+        for part in _zeroed(group):
+            if removed and part.tensor in tensors:
                 tensor = tensors[part.tensor]
                 saved.setdefault(tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
@@ -255,6 +273,13 @@ def masked_outputs(
             restore()
         for tensor, value in saved.items():
             tensor.data.copy_(value)
+
+
+def _zeroed(group: Group) -> Sequence[Slices | Scale]:
+    """The slices that are 0 if a unit is: those that read it, for QK those of the queries, for a branch its mask's."""
+    if group.role == "branch":
+        return group.scales
+    return [part for part in group.slices if part.side in ("consumes", "query")]
 
 
 def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
