@@ -13,9 +13,9 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
@@ -114,6 +114,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
+        elif isinstance(module, TRANSPOSED):
+            result[name] = {"out_channels": weight[1], "in_channels": weight[0]}
         elif isinstance(module, CONV) and module.groups == 1:
             result[name] = {"out_channels": weight[0], "in_channels": weight[1]}
         elif isinstance(module, CONV):
@@ -206,9 +208,10 @@ def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    entries = layers_after(sizes, groups, kept)
+    shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
     for name, entry in entries.items():
         resize_(small, name, entry)
+    tie_(small, shared)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
     assign_state_(small, select(groups, kept, state, sizes), strict=False)
