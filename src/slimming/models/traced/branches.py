@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming.core.formulas import Dim, Operation
+from slimming.core.formulas import Dim
 from slimming.core.groups import Group, LayerSizes, Limits, Removal, Scale, Slices, TimedLayer
 from slimming.models.family import shared_parameters
 from slimming.models.traced.residuals import Flow, Graph, ModuleCall, Residual, Value, is_product, last_parameters
@@ -373,22 +373,6 @@ def alive(module: str, sizes: Mapping[str, LayerSizes]) -> tuple[Dim, ...]:
     around = [module.rsplit(".", depth)[0] for depth in range(module.count(".") + 1)]
     found = [removal.kept for name in around if name in sizes for removal in sizes[name].removals]
     return tuple(dict.fromkeys(dim for dim in found if len(dim.groups) == 1))
-
-
-def operations_of_branches(
-    model: nn.Module, operations: Iterable[Operation], sizes: Mapping[str, LayerSizes]
-) -> tuple[Operation, ...]:
-    """``operations`` whose costs are 0 once their module was removed with a branch."""
-    result = []
-    for operation in operations:
-        factor = alive(operation.name, sizes)
-        spent = sizes[operation.name].spent if operation.name in sizes else {}
-        names = [name for name, _ in model.get_submodule(operation.name).named_parameters(recurse=False)] if spent else []
-        own = [(spent[name],) if name in spent else () for name in names] or [()] * len(operation.params)
-        macs = tuple((*factor, *product) for product in operation.macs)
-        params = tuple((*factor, *each, *dims) for each, dims in zip(own, operation.params, strict=True))
-        result.append(replace(operation, macs=macs, params=params))
-    return tuple(result)
 
 
 def layers_of_branches(layers: Iterable[TimedLayer], sizes: Mapping[str, LayerSizes]) -> tuple[TimedLayer, ...]:

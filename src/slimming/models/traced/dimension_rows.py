@@ -141,9 +141,7 @@ def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Ten
     reached = before(tensor.grad_fn, run.made_by)
     calls = [run.made_by[node] for node in reached if node in run.made_by]
     leaves = {id(node.variable) for node in reached if type(node).__name__ == "AccumulateGrad"}
-    named = [
-        (name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves
-    ]
+    named = [(name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves]
     wanted = [*(call.made for call in calls), *(leaf for _, leaf in named)]
     if not wanted:
         return {}

@@ -18,7 +18,6 @@ from slimming.models.family import STRUCTURE, Kept, untied_groups
 from slimming.models.traced.branches import (
     branch_groups,
     layers_of_branches,
-    operations_of_branches,
     read_branches,
     with_removals,
 )
@@ -32,7 +31,7 @@ from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
 from slimming.models.traced.residuals import Flow
 from slimming.models.traced.resize import cut_copy, layer_sizes
-from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
+from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
@@ -140,7 +139,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
-        operations=operations_of_branches(model, operations(model, example, units, layers_per_head(model)), sizes),
+        operations=operations(model, example, groups, lambda kept: cut_copy(model, groups, kept, sizes)),
         sizes=sizes,
         uncovered=tuple(uncovered),
         inferred=tuple(inferred.lines),

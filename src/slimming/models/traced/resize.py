@@ -13,8 +13,8 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
-from slimming.models.layers import Removed
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.layers import Removed
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
