@@ -199,8 +199,7 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
     result = {name: entry for name, entry in entries.items() if name in changed}
     for name, entry in token_entries(list(groups), kept).items():
-        if REMOVED not in result.get(name, {}):
-            result[name] = {**result.get(name, {}), **entry}
+        result[name] = {**result.get(name, {}), **entry}
     return without_removed(result)
 
 
@@ -245,9 +244,8 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
-        if REMOVED not in later[name]:
-            tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
-            result[name] = {**tokens, **later[name]}
+        tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
+        result[name] = {**tokens, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
             result[name] = {**result[name], SPENT: spent}
@@ -270,11 +268,13 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     module = model.get_submodule(name)
     if REMOVED not in entry:
         resize_module_(module, entry)
-    elif not isinstance(module, Removed):
+        return
+    if not isinstance(module, Removed):
         parent, _, last = name.rpartition(".")
-        stand_in = Removed(module, *_checked_returns(name, entry[REMOVED]))
-        stand_in.__dict__[ENTRY] = dict(entry)
-        model.get_submodule(parent)._modules[last] = stand_in
+        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        model.get_submodule(parent)._modules[last] = module
+    adapt_tokens_(module, entry)  # a removed block still selects the tokens for those after it
+    module.__dict__[ENTRY] = dict(entry)
 
 
 def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
