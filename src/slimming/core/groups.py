@@ -157,12 +157,15 @@ class LayerSizes:
         head_scale: name of the group of QK dimensions, and the side of them, ``"query"`` or ``"key"``, whose rows are
             multiplied to preserve the scale of the logits, because the module's forward computes it from the size of
             the heads that it has; None if it does not.
+        separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
+            in each part of the projection; empty if these are always equal.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim | Ratio] = field(default_factory=dict)
     free_heads: bool = False
     head_scale: tuple[str, str] | None = None
+    separate: tuple[Dim | Ratio, ...] = ()
 
 
 REST = "rest"

@@ -61,7 +61,9 @@ def operations(
                 macs=tuple(
                     product
                     for weight, count in counts.items()
-                    for product in _products(name, weight, count, dims, sizes, heads, head_dims, name in per_head_layers)
+                    for product in _products(
+                        name, weight, count, dims, sizes, heads, head_dims, name in per_head_layers
+                    )
                 ),
                 params=tuple(params),
             )

@@ -92,7 +92,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
 
     def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
         rewritten = heads.free_heads | dims.free_heads
-        return layer_sizes(model, groups, attributes, rewritten, dims.head_scales)
+        return layer_sizes(model, groups, attributes, rewritten, dims.head_scales, dims.separate)
 
     if not groups:
         raise UnsupportedModelError(

@@ -14,12 +14,16 @@ from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.separate import SeparateLinear, separate_
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
 
-TENSORS, FREE_HEADS = "tensors", "free_heads"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
+TENSORS, FREE_HEADS, SEPARATE = "tensors", "free_heads", "separate"
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, and the
+sizes of heads in the parts of a projection, see `slimming.core.groups.LayerSizes`."""
+Separate = dict[str, tuple[Dim | Ratio, ...]]
+"""Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
 
 def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, set[int]]]:
@@ -141,6 +145,7 @@ def layer_sizes(
     unit_attributes: Sequence[Attributes],
     free_heads: Collection[str],
     head_scales: Mapping[str, tuple[str, str]] | None = None,
+    separate: Sequence[Separate] = (),
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that depends on ``groups``.
 
@@ -151,6 +156,7 @@ def layer_sizes(
             ones, unless they depend on groups that are not in ``groups``.
         free_heads: names of attention modules whose forward infers the head size from the embedding width.
         head_scales: name of an attention module -> its `LayerSizes.head_scale`.
+        separate: name of a projection -> its `LayerSizes.separate`; as for ``unit_attributes``.
     """
     present = {group.name for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -168,12 +174,17 @@ def layer_sizes(
             attributes[module] = {**attributes.get(module, {}), **used}
     scales = {name: scale for name, scale in (head_scales or {}).items() if scale[0] in present}
     rewritten = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
+    parts: Separate = {}
+    for name, sizes in (each for all_of in separate for each in all_of.items()):
+        if {group for size in sizes for group, _ in size.groups} <= present:
+            parts[name] = sizes
     for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
             free_heads=module in free_heads,
             head_scale=scales.get(module),
+            separate=parts.get(module, ()),
         )
     return result
 
@@ -207,6 +218,8 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
         entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
     if layer.free_heads:
         entry[FREE_HEADS] = True
+    if layer.separate:
+        entry[SEPARATE] = [value(size) for size in layer.separate]
     return entry
 
 
@@ -227,8 +240,12 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             # A buffer outside the state dict must be equal for all heads; otherwise the group fails its verification.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS):
+        if name not in (TENSORS, FREE_HEADS, SEPARATE):
             _set_size(module, name, value)
+    if SEPARATE in entry:
+        heads, size, *parts = entry[SEPARATE]
+        if set(parts) != {size} or isinstance(module, SeparateLinear):
+            separate_(module, heads, parts)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
         if cls is None:
@@ -255,7 +272,9 @@ def _set_size(module: nn.Module, name: str, value: Any) -> None:
     items = list(old) if position else [old]
     index = int(position or 0)
     number = type(items[index])
-    if number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
+    if number is bool and value == 1:
+        value = True  # a switch of the host
+    elif number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
         raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
     items[index] = value
     setattr(module, attribute, tuple(items) if position else value)
