@@ -195,9 +195,7 @@ def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Ten
     reached = before(tensor.grad_fn, run.made_by)
     calls = [run.made_by[node] for node in reached if node in run.made_by]
     leaves = {id(node.variable) for node in reached if type(node).__name__ == "AccumulateGrad"}
-    named = [
-        (name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves
-    ]
+    named = [(name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves]
     wanted = [*(call.made for call in calls), *(leaf for _, leaf in named)]
     if not wanted:
         return {}
@@ -281,7 +279,7 @@ def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
     """Possible numbers of dimensions of a head that has ``columns`` columns, the largest first."""
     least = min(len(part.index[0]) for part in heads if part.side == "produces")
     return [size for size in (columns, *(columns // count for count in range(2, columns) if columns % count == 0))
-            if 1 < size and (size == columns or size <= least)]  # fmt: skip
+            if size > 1 and (size == columns or size <= least)]  # fmt: skip
 
 
 def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str) -> list[Slices] | str:

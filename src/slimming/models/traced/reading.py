@@ -104,7 +104,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
         rewritten = heads.free_heads | dims.free_heads
         units = [group for group in groups if group.role != "branch"]
-        sizes = layer_sizes(model, units, attributes, rewritten, dims.head_scales)
+        sizes = layer_sizes(model, units, attributes, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 
     if not groups:
