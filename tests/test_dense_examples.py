@@ -39,7 +39,7 @@ SHORT = ["--scored", "4", "--steps", "2", "--batch", "2"]
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        pytest.param("DETR", 64, id="DETR"),
+        pytest.param("DETR", 64, id="DETR", marks=pytest.mark.slow),
         pytest.param("YOLOS", 32, id="YOLOS", marks=pytest.mark.slow),
         pytest.param("RT-DETR v2", 64, id="RT-DETR v2", marks=pytest.mark.slow),
         pytest.param("D-FINE", 64, id="D-FINE", marks=pytest.mark.slow),
