@@ -36,6 +36,7 @@ from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import disable_nested_tensors_, is_removed, layers_after, merged, resize_, select
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
+from slimming.models.traced.token_blocks import bar_grid_methods_
 
 SUBMODULE = "part"
 """Key of an entry of a structure that holds the structure of a submodule that was cut by itself."""
@@ -138,6 +139,7 @@ class Traced(Family):
             else:
                 resize_(model, name, entry)
         tie_(model, shared)
+        bar_grid_methods_(model)
         disable_nested_tensors_(model)
 
 

@@ -34,6 +34,7 @@ from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.tied import joined_groups
 from slimming.models.traced.timed_layers import calls, timed_layers
+from slimming.models.traced.tokens import read_tokens
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
 
@@ -54,6 +55,7 @@ class Reading:
     timed_layers: tuple[TimedLayer, ...]
 
 
+@torch.enable_grad()
 def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) -> Reading:
     """Read a model.
 
@@ -125,9 +127,12 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     with small_images(model):
         units, failed = verified(model, groups, passes, cut)
         groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
+        tokens, without_tokens = read_tokens(model, groups, passes, courses[0], cut)
+    groups += tokens
     failed += failed_branches
     uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
+    uncovered += without_tokens
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))

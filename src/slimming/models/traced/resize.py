@@ -18,6 +18,7 @@ from slimming.models.layers import Removed
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
 TENSORS, FREE_HEADS, REMOVED, SPENT = "tensors", "free_heads", "removed", "spent"
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, what is
@@ -196,7 +197,11 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
-    return {name: entry for name, entry in entries.items() if name in changed}
+    result = {name: entry for name, entry in entries.items() if name in changed}
+    for name, entry in token_entries(list(groups), kept).items():
+        if REMOVED not in result.get(name, {}):
+            result[name] = {**result.get(name, {}), **entry}
+    return without_removed(result)
 
 
 def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,12 +242,15 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
 
 
 def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a structure after a further cut; what was spent earlier stays so."""
+    """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
+        if REMOVED not in later[name]:
+            tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
+            result[name] = {**tokens, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
-            result[name] = {**later[name], SPENT: spent}
+            result[name] = {**result[name], SPENT: spent}
     return without_removed(result)
 
 
@@ -313,7 +321,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             delattr(module, name)
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SPENT):
+        if name not in (TENSORS, FREE_HEADS, SPENT, TOKENS, TABLE):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -323,6 +331,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    adapt_tokens_(module, entry)
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 
