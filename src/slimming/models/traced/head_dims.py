@@ -8,22 +8,24 @@ first choice with which the cut module gives the outputs of the masked one is us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from slimming.core.copies import copied
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, Limits, Scale, Slices
 from slimming.models.family import Kept
 from slimming.models.traced.attention_runs import record
 from slimming.models.traced.channels import BATCH_NORM, CONV
-from slimming.models.traced.dimension_rows import Dimensions, query_key_dimensions, value_dimensions
+from slimming.models.traced.dimension_rows import Dimensions, query_key_dimensions, scores_of, value_dimensions
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
-from slimming.models.traced.heads import Attributes, Heads, head_group, head_slices, size_at
+from slimming.models.traced.heads import Attributes, Heads, head_group, head_slices, size_at, weight_span
 from slimming.models.traced.resize import cut_copy, layer_sizes
 from slimming.models.traced.single_modules import PART, SingleModule, first_calls
 from slimming.models.traced.verification import (
@@ -38,6 +40,8 @@ from slimming.models.traced.verification import (
 _UNDECIDED = (
     "the example has one token here, so that queries and keys have no effect; give a larger image as example_inputs"
 )
+_SMALLER = 0.3
+"""Factor of random weights when gradients are computed, so that no softmax and no activation is saturated."""
 _PART_OF_NAME = ("dim", "size", "hidden", "key", "val", "width")
 """Words in the names of attributes that hold the size of a head."""
 
@@ -118,7 +122,7 @@ def read_head_dims(model: nn.Module, rows: Mapping[str, Heads], forward: Pass) -
         shapes = [(path, tensor.shape) for path, tensor in [*module.named_parameters(), *module.named_buffers()]]
         key = (type(module), repr(row), *shapes, *(tensor.shape for tensor in call.call.tensors))
         if key not in known:
-            known[key] = _found(module, row, call)
+            known[key] = _decided(module, row, call)
         found[name] = known[key]
         if "qk" in found[name].choice.dims and found[name].decided:
             scaled[type(module)] = found[name].choice.scaled
@@ -147,12 +151,39 @@ def _add(result: HeadDims, name: str, module: nn.Module, choice: _Choice) -> Non
         result.head_scales[name] = (f"{name}.qk", choice.scaled)
 
 
+def _decided(module: nn.Module, row: Heads, call: Pass) -> _Found:
+    """`_found`, with the dimensions of batch and tokens exchanged if queries and keys have no effect otherwise."""
+    found = _found(module, row, call)
+    if found.decided:
+        return found
+
+    def exchanged(leaf: Any) -> Any:
+        return leaf.transpose(0, 1) if isinstance(leaf, torch.Tensor) and leaf.dim() == 3 else leaf
+
+    other = _found(module, row, _mapped(call, exchanged))
+    return other if other.choice.dims and other.decided else found
+
+
+def _mapped(call: Pass, change: Callable[[Any], Any]) -> Pass:
+    return Pass(ExampleCall(*tree_map(change, (call.call.args, dict(call.call.kwargs)))))
+
+
+def _small(leaf: Any) -> Any:
+    """A tensor with a mean square of at most 1, unless it has infinite values, as masks do."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or not bool(leaf.isfinite().all()):
+        return leaf
+    return leaf / max(1.0, float(leaf.square().mean().sqrt()))
+
+
 def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
     """The choice for ``module`` that passes its proof, and why a part of its heads cannot be cut."""
     slices = head_slices(PART, module, row)
     if isinstance(slices, str):
         return _Found(_Choice(), {"qk": slices, "v": slices})
     slices = tuple(replace(part, tensor=part.tensor.removeprefix(f"{PART}.")) for part in slices)
+    spans = [weight_span(module, path) for path in (row.output, *row.other_outputs)]
+    outputs = {span.tensor for span in spans if span is not None}  # not the layers that mix heads
+    slices = tuple(part for part in slices if part.side == "produces" or part.tensor in outputs)
     dims, reasons = _dimensions(module, row, slices, call)
     tries: list[tuple[dict[str, Dimensions], bool]] = []
     if len(dims) == 2:
@@ -186,6 +217,8 @@ def _dimensions(
 ) -> tuple[dict[str, Dimensions], dict[str, str]]:
     """Role -> its dimensions, and role -> why they cannot be told apart."""
     part = copied(module).requires_grad_(True)
+    for parameter in part.parameters():
+        parameter.data.mul_(_SMALLER)
     if row.free_heads and not has_free_heads(part):
         part.__class__ = free_heads_class(type(part)) or type(part)
     for inner in part.modules():
@@ -193,15 +226,16 @@ def _dimensions(
             if buffer.is_floating_point():
                 buffer.requires_grad_(True)
     try:
-        run = record(part, call)
+        run = record(part, _mapped(call, _small))
     except RuntimeError as error:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         reason = f"its module does not run with gradients ({str(error).splitlines()[0]})"
         return {}, {"qk": reason, "v": reason}
     dims: dict[str, Dimensions] = {}
     reasons: dict[str, str] = {}
+    scores = scores_of(part, run)
     for role, dimensions in (("qk", query_key_dimensions), ("v", value_dimensions)):
-        found = dimensions(part, run, slices)
+        found = dimensions(part, run, slices, scores)
         if isinstance(found, str):
             reasons[role] = found
         else:

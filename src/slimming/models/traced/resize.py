@@ -13,11 +13,12 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
 TENSORS, FREE_HEADS, REMOVED, SPENT = "tensors", "free_heads", "removed", "spent"
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, what is
@@ -114,6 +115,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
+        elif isinstance(module, TRANSPOSED):
+            result[name] = {"out_channels": weight[1], "in_channels": weight[0]}
         elif isinstance(module, CONV) and module.groups == 1:
             result[name] = {"out_channels": weight[0], "in_channels": weight[1]}
         elif isinstance(module, CONV):
@@ -194,7 +197,10 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
-    return {name: entry for name, entry in entries.items() if name in changed}
+    result = {name: entry for name, entry in entries.items() if name in changed}
+    for name, entry in token_entries(list(groups), kept).items():
+        result[name] = {**result.get(name, {}), **entry}
+    return without_removed(result)
 
 
 def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +212,10 @@ def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    entries = layers_after(sizes, groups, kept)
+    shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
     for name, entry in entries.items():
         resize_(small, name, entry)
+    tie_(small, shared)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
     assign_state_(small, select(groups, kept, state, sizes), strict=False)
@@ -234,12 +241,14 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
 
 
 def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a structure after a further cut; what was spent earlier stays so."""
+    """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
+        tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
+        result[name] = {**tokens, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
-            result[name] = {**later[name], SPENT: spent}
+            result[name] = {**result[name], SPENT: spent}
     return without_removed(result)
 
 
@@ -259,11 +268,13 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     module = model.get_submodule(name)
     if REMOVED not in entry:
         resize_module_(module, entry)
-    elif not isinstance(module, Removed):
+        return
+    if not isinstance(module, Removed):
         parent, _, last = name.rpartition(".")
-        stand_in = Removed(module, *_checked_returns(name, entry[REMOVED]))
-        stand_in.__dict__[ENTRY] = dict(entry)
-        model.get_submodule(parent)._modules[last] = stand_in
+        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        model.get_submodule(parent)._modules[last] = module
+    adapt_tokens_(module, entry)  # a removed block still selects the tokens for those after it
+    module.__dict__[ENTRY] = dict(entry)
 
 
 def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
@@ -310,7 +321,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             delattr(module, name)
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SPENT):
+        if name not in (TENSORS, FREE_HEADS, SPENT, TOKENS, TABLE):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -320,6 +331,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    adapt_tokens_(module, entry)
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 
