@@ -213,6 +213,8 @@ class LayerSizes:
             the heads that it has; None if it does not.
         removals: when the module is removed as a whole; the first that applies.
         spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
+        separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
+            in each part of the projection; empty if these are always equal.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -221,6 +223,7 @@ class LayerSizes:
     head_scale: tuple[str, str] | None = None
     removals: tuple[Removal, ...] = ()
     spent: Mapping[str, Dim] = field(default_factory=dict)
+    separate: tuple[Dim | Ratio, ...] = ()
 
 
 REST = "rest"

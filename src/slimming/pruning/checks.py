@@ -212,14 +212,17 @@ class Trial:
         masks.apply_(self.plan)
         self.masked, self.small = masked, cut(masked, self.plan)
         passes = [Pass(call) for call in self.calls]
-        training = [Pass(call, training=True) for call in self.calls]
-        for forward in training:
+        training, refused = [], ""
+        for forward in [Pass(call, training=True) for call in self.calls]:
             try:
                 forward.outputs(copied(self.model))
+                training.append(forward)
             except MODEL_ERRORS as error:
-                found = self._difference(passes)
-                return f"they differ by {found:.1e}; not tried in training mode, where {_first_line(error)}"
-        return f"they differ by {self._difference([*passes, *training]):.1e} in evaluation and training mode"
+                refused = refused or _first_line(error)
+        found = self._difference([*passes, *training])
+        if not training:
+            return f"they differ by {found:.1e}; not tried in training mode, where {refused}"
+        return f"they differ by {found:.1e} in evaluation and training mode"
 
     def _difference(self, passes: Sequence[Pass]) -> float:
         """Compare the masked and the cut model in all passes, and check that the plan changes the outputs."""

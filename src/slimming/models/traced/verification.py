@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,8 @@ class _KeepFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.float and not args[0].is_floating_point():
+            return args[0].to(torch.get_default_dtype())
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
@@ -123,6 +126,17 @@ def _as_float64(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors that the forward creates without a dtype, such as the weights of a loss, ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output in the mode that it is in.
 
@@ -130,8 +144,9 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         model: the model.
         example: an `ExampleCall`, or what `ExampleCall.of` takes.
     """
-    with _KeepFloat64():
-        result = ExampleCall.of(example).run(model)
+    call = ExampleCall.of(example)
+    with _KeepFloat64(), _default_dtype(call.main.dtype):
+        result = call.run(model)
     return [leaf for leaf in tensors_in(result) if leaf.is_floating_point()]
 
 
@@ -262,7 +277,7 @@ def masked_outputs(
 ) -> list[Tensor]:
     """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    saved: dict[str, Tensor] = {}
+    saved: dict[Tensor, Tensor] = {}  # a parameter may have several names
     undo, masked = mask_removed(model, groups, kept)
     for group in groups:
         if group.role == "qkv" or (not kept[group.name] and group.role != "branch"):
@@ -272,7 +287,7 @@ def masked_outputs(
         for part in _zeroed(group):
             if removed and part.tensor in tensors:
                 tensor = tensors[part.tensor]
-                saved.setdefault(part.tensor, tensor.detach().clone())
+                saved.setdefault(tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
     try:
         results = forward.outputs(model)
@@ -282,8 +297,8 @@ def masked_outputs(
     finally:
         for restore in undo:
             restore()
-        for name, tensor in saved.items():
-            tensors[name].data.copy_(tensor)
+        for tensor, value in saved.items():
+            tensor.data.copy_(value)
 
 
 def _zeroed(group: Group) -> Sequence[Slices | Scale]:
