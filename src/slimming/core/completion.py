@@ -16,10 +16,11 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
     """
     kept = resolve_plan(anatomy, plan)
-    removed = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
+    removed = {group.name for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
     # Groups that the plan itself empties are reported first: they can be the reason why other groups are empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
-        if group.role != "qkv" and group.site not in removed and len(kept[group.name]) < group.limits.minimum:
+        in_removed = not removed.isdisjoint(anatomy.around[group.name])
+        if group.role != "qkv" and not in_removed and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(
                 f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
                 f"at least {group.limits.minimum} must stay."

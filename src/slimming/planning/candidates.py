@@ -55,10 +55,10 @@ class CandidatePool:
         groups = {group.name: group for group in anatomy.groups}
         first = [candidate.units[0][0] for candidate in candidates]
         self.branch = np.array([groups[name].role == "branch" for name in first], dtype=bool)
-        # Index of the branch that contains each candidate; len(candidates) if there is none.
         branches = {name: index for index, name in enumerate(first) if self.branch[index]}
-        none = len(candidates)
-        self._inside = np.array([branches.get(f"{groups[name].site}.branch", none) for name in first], dtype=int)
+        # Pairs of a candidate and a branch that it is in.
+        inside = [(i, branches[b]) for i, name in enumerate(first) for b in anatomy.around[name] if b in branches]
+        self._inside = np.array(inside, dtype=int).reshape(-1, 2)
         units_and_owners: dict[str, tuple[list[int], list[int]]] = {}
         first_owner: dict[tuple[str, int], int] = {}
         shared: set[tuple[int, int]] = set()
@@ -102,7 +102,8 @@ class CandidatePool:
 
     def remaining(self, removed: Removed) -> Removed:
         """Return the candidates that are kept: not removed themselves, nor within a removed head, attention or MLP."""
-        gone = removed | np.append(removed, False)[self._inside]
+        gone = removed.copy()
+        gone[self._inside[removed[self._inside[:, 1]], 0]] = True
         gone[self._shared[removed[self._shared[:, 1]], 0]] = True
         return ~gone
 
@@ -123,9 +124,8 @@ class CandidatePool:
         result: list[list[int]] = [[] for _ in self.candidates]
         for first, then in self.precedence(range(len(self.candidates))):
             result[first].append(then)
-        for index, branch in enumerate(self._inside.tolist()):
-            if branch not in (index, len(self.candidates)):  # a branch is inside itself
-                result[index].append(branch)
+        for index, branch in self._inside.tolist():
+            result[index].append(branch)
         return result
 
     def prices(self, unit_prices: Mapping[str, float]) -> Array:
@@ -158,8 +158,13 @@ def all_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor], layout
             name = roles["branch"].name
             score = float(scores[name][0])
             candidates.append(Candidate(units=((name, 0),), score=score, value=score, chain=(name, 0)))
-    tokens = [group for group in groups if group.token is not None]
-    return candidates + _token_candidates(tokens, scores)
+    tokens: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.token is not None:
+            tokens.setdefault(group.token.sequence, []).append(group)
+    for sequence, blocks in tokens.items():
+        candidates += _token_candidates(blocks, scores, f"tokens {sequence}")
+    return candidates
 
 
 def removal_order(candidates: Sequence[Candidate], prices: Sequence[float]) -> list[int]:
@@ -314,7 +319,7 @@ def _uneven_candidates(
     return candidates
 
 
-def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> list[Candidate]:
+def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor], chain: str) -> list[Candidate]:
     """One chain per position, from the deepest block up: a token removed in one block is missing in deeper ones.
 
     The score of a position is made non-increasing with depth, so that scores ascend along the chain.
@@ -335,7 +340,7 @@ def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> 
             low = min(low, score)
             capped.append((name, unit, low, score))
         for name, unit, low, score in reversed(capped):
-            candidates.append(Candidate(units=((name, unit),), score=low, value=score, chain=("tokens", position)))
+            candidates.append(Candidate(units=((name, unit),), score=low, value=score, chain=(chain, position)))
     return candidates
 
 

@@ -18,12 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete
 from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
-from slimming.core.modules import in_evaluation, run_on_images
+from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.models.activations import (
     Moments,
@@ -35,7 +36,8 @@ from slimming.models.activations import (
     precise,
     ridge,
 )
-from slimming.models.family import Kept, zero_slices_
+from slimming.models.decisions import SameDecisions
+from slimming.models.family import Kept, shared_parameters, zero_slices_
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 from slimming.training.distributed import agreed
@@ -45,7 +47,7 @@ TOGETHER = 4
 
 
 @agreed()
-def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
+def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Any]) -> None:
     """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
     Tokens, features of the embedding and whole branches are removed first, without compensation; the result is the
@@ -54,7 +56,7 @@ def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tenso
     Args:
         prunable: a model without masks.
         plan: the units to keep.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
 
     Raises:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
@@ -77,13 +79,13 @@ def _restricted(plan: Plan, names: Collection[str]) -> Plan:
 
 
 @torch.no_grad()
-def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
+def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Any]) -> None:
     """Refit the layers that read removed units, in place, and set the weights with which they read these to 0.
 
     Args:
         prunable: a dense model without masks; its mode is not changed.
         kept: kept units of every group, see `slimming.core.completion.complete`.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
     """
     model, anatomy = prunable.model, prunable.anatomy
     removed_inputs = readers(model, anatomy, kept)
@@ -122,11 +124,12 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
     for group, units in _removed_units(anatomy, kept):
         for slices in layers_reading(model, group):
             removed[slices.tensor.rpartition(".")[0]].update(index for unit in units for index in slices.index[unit])
-    # A layer without any kept input is not refitted.
+    shared = {name.rpartition(".")[0] for names in shared_parameters(model) for name in names}
+    # A layer without any kept input is not refitted, nor one that shares its weight, which would be refitted twice.
     return {
         name: sorted(removed[name])
         for name, module in model.named_modules()
-        if name in removed and len(removed[name]) < module.get_parameter("weight").shape[1]
+        if name in removed and name not in shared and len(removed[name]) < module.get_parameter("weight").shape[1]
     }
 
 
@@ -140,7 +143,7 @@ def _gigabytes(module: nn.Module) -> float:
 
 
 def _gather_moments(
-    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Tensor]
+    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Any]
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of the layers in ``kept_inputs``: of x' and of D."""
     like = next(slim.parameters())
@@ -149,9 +152,11 @@ def _gather_moments(
         weight = slim.get_submodule(name).get_parameter("weight")
         gathered[name] = Moments(len(indices), weight.device, weight.shape[1])
     with inputs_of(dense, kept_inputs) as of_dense, inputs_of(slim, kept_inputs) as of_slim:
-        for batch in own_share(images):
+        for given in own_share(images):
+            batch, decisions = CalibrationBatch.of(slim, given).to(like), SameDecisions()
             for model in (dense, slim):
-                run_on_images(model, batch.to(like.device, like.dtype))
+                with decisions:
+                    batch.run(model)
             for name, moments in gathered.items():
                 for dense_rows, slim_rows in zip(of_dense[name], of_slim[name], strict=True):
                     x = precise(slim_rows[:, kept_inputs[name]])

@@ -8,7 +8,7 @@ columns depend. No names of classes, layers or attributes are used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -178,10 +178,10 @@ class HeadRows:
     contiguous: bool
 
 
-def record(model: nn.Module, forward: Pass) -> Run:
-    """Run ``model``, whose parameters must require gradients, once."""
+def record(model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None) -> Run:
+    """Run ``model``, whose parameters must require gradients, once; inside the context ``also``."""
     run = Run()
-    with _hooks(model, run), torch.enable_grad(), run:
+    with _hooks(model, run), torch.enable_grad(), also or nullcontext(), run:
         forward.outputs(model)
     return run
 

@@ -62,7 +62,6 @@ class Heads:
         heads_last: whether the head is the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
         per_head: path of a tensor -> its dimension over heads.
-        per_head_layers: paths of layers that run once per head with the same weights.
         count: path of the attribute with the number of heads, or the number if no attribute holds it.
         sizes: paths of attributes that are a multiple of the number of heads.
         free_heads: whether the forward infers the head size from the embedding width, and has to be rewritten.
@@ -78,7 +77,6 @@ class Heads:
     heads_last: bool = False
     mixers: tuple[str, ...] = ()
     per_head: Mapping[str, int] = field(default_factory=dict)
-    per_head_layers: tuple[str, ...] = ()
     count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
     free_heads: bool = False

@@ -7,6 +7,7 @@ float64 with random weights. It is the same proof that rows of the tables pass, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -40,17 +41,20 @@ class InferredHeads:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def infer_heads(model: nn.Module, forward: Pass) -> InferredHeads:
+def infer_heads(
+    model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None
+) -> InferredHeads:
     """Infer the rows of the attention modules of ``model`` that are in no table.
 
     Args:
         model: in float64 with random weights that require gradients.
         forward: a forward pass in evaluation mode.
+        also: a context in which this pass is run, to record more of it.
     """
     inferred = InferredHeads()
     known = [name for name, module in model.named_modules() if heads_of(module) is not None]
     try:
-        run = record(model, forward)
+        run = record(model, forward, also)
     except RuntimeError as error:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         inferred.unread[""] = f"attention: the model does not run with gradients ({str(error).splitlines()[0]})"

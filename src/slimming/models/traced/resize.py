@@ -13,15 +13,18 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
+from slimming.models.layers import Removed
 from slimming.models.separate import SeparateLinear, separate_
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
-TENSORS, FREE_HEADS, SEPARATE = "tensors", "free_heads", "separate"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, and the
-sizes of heads in the parts of a projection, see `slimming.core.groups.LayerSizes`."""
+TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separate", "removed", "spent"
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
+sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
+module that was removed, and which parameters only a removed branch used."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -64,6 +67,8 @@ def scaled_rows(
     for name, side in (layer.head_scale for layer in sizes.values() if layer.head_scale is not None):
         group = by_name[name]
         units = kept.get(name, range(group.size))
+        if not units:
+            continue  # the whole attention is removed
         head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
         dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
         for part in group.slices if left < dense else ():
@@ -114,6 +119,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
+        elif isinstance(module, TRANSPOSED):
+            result[name] = {"out_channels": weight[1], "in_channels": weight[0]}
         elif isinstance(module, CONV) and module.groups == 1:
             result[name] = {"out_channels": weight[0], "in_channels": weight[1]}
         elif isinstance(module, CONV):
@@ -193,26 +200,45 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     """The entries of the structure for the modules that change when only ``kept`` is kept."""
     full = {group.name: group.size for group in groups}
     counts = {name: len(kept[name]) if name in kept else size for name, size in full.items()}
+    gone = [name for name, layer in sizes.items() if any(removal.kept.value(counts) == 0 for removal in layer.removals)]
+    inside = tuple(f"{name}." for name in gone)
+    sizes = {name: layer for name, layer in sizes.items() if not name.startswith(inside)}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
-    return {name: entry for name, entry in entries.items() if name in changed}
+    result = {name: entry for name, entry in entries.items() if name in changed}
+    for name, entry in token_entries(list(groups), kept).items():
+        result[name] = {**result.get(name, {}), **entry}
+    return without_removed(result)
+
+
+def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """``entries`` without those of modules inside a module that is removed."""
+    removed = tuple(f"{name}." for name, entry in entries.items() if REMOVED in entry)
+    return {name: entry for name, entry in entries.items() if not name.startswith(removed)}
 
 
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    for name, entry in layers_after(sizes, groups, kept).items():
-        resize_module_(small.get_submodule(name), entry)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
+    for name, entry in entries.items():
+        resize_(small, name, entry)
+    tie_(small, shared)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
     assign_state_(small, select(groups, kept, state, sizes), strict=False)
     return small.requires_grad_(False)
 
 
 def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> dict[str, Any]:
     """The entry of the structure for one module, with ``value`` giving the size of a dimension."""
+    for removal in layer.removals:
+        if value(removal.kept) == 0:
+            form, results = removal.returns
+            return {REMOVED: [form, [list(result) for result in results]]}
     entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
         entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
@@ -220,7 +246,74 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
         entry[FREE_HEADS] = True
     if layer.separate:
         entry[SEPARATE] = [value(size) for size in layer.separate]
+    spent = sorted(name for name, kept in layer.spent.items() if value(kept) == 0)
+    if spent:
+        entry[SPENT] = spent
+        entry[TENSORS] = {name: shape for name, shape in entry.get(TENSORS, {}).items() if name not in spent}
     return entry
+
+
+def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
+    result = {**earlier, **later}
+    for name in earlier.keys() & later.keys():
+        tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
+        result[name] = {**tokens, **later[name]}
+        spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
+        if spent and REMOVED not in later[name]:
+            result[name] = {**result[name], SPENT: spent}
+    return without_removed(result)
+
+
+def is_removed(tensor: str, entries: Mapping[str, Any]) -> bool:
+    """Whether the entries of a structure say that a tensor does not exist any more."""
+    owner, _, name = tensor.rpartition(".")
+    removed = (f"{module}." for module, entry in entries.items() if REMOVED in entry)
+    return name in entries.get(owner, {}).get(SPENT, ()) or any(tensor.startswith(module) for module in removed)
+
+
+def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`.
+
+    Raises:
+        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
+    """
+    module = model.get_submodule(name)
+    if REMOVED not in entry:
+        resize_module_(module, entry)
+        return
+    if not isinstance(module, Removed):
+        parent, _, last = name.rpartition(".")
+        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        model.get_submodule(parent)._modules[last] = module
+    adapt_tokens_(module, entry)  # a removed block still selects the tokens for those after it
+    module.__dict__[ENTRY] = dict(entry)
+
+
+def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
+    """Check what a structure says about the results of a removed module.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
+        form, results = returns
+        if (
+            isinstance(results, list)
+            and results
+            and all(map(_is_result, results))
+            and (form != "one" or len(results) == 1)
+        ):
+            return form, results
+    raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, list) or not result or result[0] not in ("zeros", "input", "none"):
+        return False
+    rest = result[1:]
+    keys = all(type(key) is int or (isinstance(key, str) and key.isidentifier()) for key in rest[:1])
+    return len(rest) <= 2 and keys and (result[0] == "none" or bool(rest)) and all(type(dim) is int for dim in rest[1:])
 
 
 def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -239,8 +332,14 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         else:
             # A buffer outside the state dict must be equal for all heads; otherwise the group fails its verification.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
+    for name in entry.get(SPENT, ()):
+        spent = getattr(module, name)
+        if isinstance(spent, nn.Parameter):
+            # It multiplies zeros now. One element, which is not in the state dict, keeps the host's forward as it is.
+            delattr(module, name)
+            module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE):
+        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE):
             _set_size(module, name, value)
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
@@ -254,6 +353,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    adapt_tokens_(module, entry)
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 

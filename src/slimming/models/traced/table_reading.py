@@ -138,12 +138,6 @@ def _opaque_slices(name: str, module: nn.Module, row: Heads | Hidden) -> OpaqueS
     )
 
 
-def layers_per_head(model: nn.Module) -> set[str]:
-    """The layers that run once per head."""
-    all_rows = [(name, heads_of(module)) for name, module in model.named_modules()]
-    return {_join(name, path) for name, row in all_rows if row is not None for path in row.per_head_layers}
-
-
 def _join(name: str, path: str) -> str:
     return ".".join(part for part in (name, path) if part)
 
