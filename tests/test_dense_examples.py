@@ -39,7 +39,7 @@ SHORT = ["--scored", "4", "--steps", "2", "--batch", "2"]
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        pytest.param("DETR", 64, id="DETR"),
+        pytest.param("DETR", 64, id="DETR", marks=pytest.mark.slow),
         pytest.param("YOLOS", 32, id="YOLOS", marks=pytest.mark.slow),
         pytest.param("RT-DETR v2", 64, id="RT-DETR v2", marks=pytest.mark.slow),
         pytest.param("D-FINE", 64, id="D-FINE", marks=pytest.mark.slow),
@@ -78,3 +78,24 @@ def test_scenes_are_the_same_for_the_same_seed(scenes: Path, tmp_path: Path) -> 
     _script("scenes").main(["--output", str(tmp_path), "--train", "2", "--val", "1"])
     for name in ("images/00000.png", "masks/00001.png"):
         assert (tmp_path / "train" / name).read_bytes() == (scenes / "train" / name).read_bytes()
+
+
+def test_both_towers_of_clip(scenes: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    torch.manual_seed(0)
+    dense_models.MODELS["CLIP"]()[0].save_pretrained(tmp_path / "dense")
+    words = ["<pad>", "<unk>", *["an", "image", "of", "and", "forest", "industry", "residential", "sea", "or", "lake"]]
+    level = tokenizers.models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>")
+    plain = tokenizers.Tokenizer(level)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.post_processor = tokenizers.processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 98)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        tmp_path / "dense"
+    )
+    places = ["--data", str(scenes), "--size", "32", "--words", "12", "--output", str(tmp_path / "slim")]
+    found = _script("two_towers").main([str(tmp_path / "dense"), *places, *SHORT])
+    assert found["macs"] <= 0.7 + 1e-9
+    assert found["loaded"] == pytest.approx(found["retrained"], abs=1e-5)
+    assert found["cut"] > 0.5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from slimming.core.example_inputs import ExampleCall
 from slimming.core.modules import MODEL_ERRORS
@@ -72,10 +72,19 @@ def write_onnx(
     made = [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     names: dict[str, Any] = {"input_names": [INPUT]} if of_image else {}
     names |= {"output_names": list(outputs) if len(made) > 1 else [OUTPUT]} if outputs or len(made) == 1 else {}
+    _drop_checks_(program.graph_module.graph)
     with _exporting(model, "exported to ONNX"):
         exported = torch.onnx.export(program, (), dynamo=True, verbose=False, opset_version=opset, **names)
         assert exported is not None
         exported.save(file, external_data=False)
+
+
+def _drop_checks_(graph: fx.Graph) -> None:
+    """Remove the checks of values from a graph: ONNX has none."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and "_assert" in str(node.target) and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def open_onnx(file: Path, provider: str = "CPUExecutionProvider") -> Any:
@@ -128,7 +137,9 @@ def _exporting(model: nn.Module, action: str) -> Iterator[None]:
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             first = (str(cause).strip().splitlines() or [""])[0][:200]
+            of_ours = type(model).__module__.startswith("slimming.")
+            inner = model._modules.get("model") if of_ours else model
             raise UnsupportedModelError(
-                f"This {type(model).__name__} cannot be {action} ({type(cause).__name__}: {first}). "
+                f"This {type(inner or model).__name__} cannot be {action} ({type(cause).__name__}: {first}). "
                 "It can be run in PyTorch, and measured with runtime eager."
             ) from error

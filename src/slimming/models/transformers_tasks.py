@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,7 +139,7 @@ def give_example_inputs_(model: nn.Module) -> None:
     takes: Any = getattr(model, "main_input_name", "")
     if not type(model).__module__.startswith("transformers.") or None in parts or given_calls(model):
         return
-    if takes not in ("input_ids", "pixel_values") or "input_ids" not in model.forward.__code__.co_varnames:
+    if takes not in ("input_ids", "pixel_values") or "input_ids" not in inspect.signature(model.forward).parameters:
         return
     vision, text = parts
     generator = torch.Generator().manual_seed(0)
