@@ -211,32 +211,19 @@ class LayerSizes:
         head_scale: name of the group of QK dimensions, and the side of them, ``"query"`` or ``"key"``, whose rows are
             multiplied to preserve the scale of the logits, because the module's forward computes it from the size of
             the heads that it has; None if it does not.
-<<<<<<< HEAD
-        separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
-            in each part of the projection; empty if these are always equal.
-        removals: when the module is removed as a whole; the first that applies.
-        spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
-=======
         removals: when the module is removed as a whole; the first that applies.
         spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
         separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
             in each part of the projection; empty if these are always equal.
->>>>>>> main
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim | Ratio] = field(default_factory=dict)
     free_heads: bool = False
     head_scale: tuple[str, str] | None = None
-<<<<<<< HEAD
-    separate: tuple[Dim | Ratio, ...] = ()
-    removals: tuple[Removal, ...] = ()
-    spent: Mapping[str, Dim] = field(default_factory=dict)
-=======
     removals: tuple[Removal, ...] = ()
     spent: Mapping[str, Dim] = field(default_factory=dict)
     separate: tuple[Dim | Ratio, ...] = ()
->>>>>>> main
 
 
 REST = "rest"
