@@ -71,10 +71,13 @@ class BranchReading:
 
 @dataclass(frozen=True)
 class _Found:
-    """A branch that was found, and why its modules cannot be removed one by one; None if they can."""
+    """A branch that was found, in which block, and why its modules cannot be removed one by one.
+
+    There is no block if nothing scales the branch, and no reason if the modules can be removed.
+    """
 
     residual: Residual
-    block: str
+    block: str | None
     unit: Branch
     reason: str | None
 
@@ -91,12 +94,15 @@ def read_branches(model: nn.Module, flow: Flow, forward: Pass) -> BranchReading:
     reader = _Reader(model, flow, graph)
     found = [each for residual in graph.residuals() if (each := reader.branch(residual)) is not None]
     by_addition = {each.residual.add: each.residual for each in found}
-    names = dict.fromkeys(each.block for each in found if each.block)
-    passed = {name: reader.passed(name, by_addition) for name in names}
+    names = dict.fromkeys(each.block for each in found if each.block is not None)
+    passed = {name: reader.passed(name, by_addition) for name in names if name}
     blocks = {name: value for name, value in passed.items() if value is not None}
     blocks = _confirmed(model, blocks, [each.unit for each in found], forward)
     units: list[Branch] = []
     uncovered: dict[str, list[str]] = {}
+    for each in found:
+        if each.block is None:
+            uncovered.setdefault(str(each.reason), []).append(each.unit.site or "a branch of the model")
     for name in names:
         own = [each for each in found if each.block == name]
         additions = {each.residual.add for each in own}
@@ -156,9 +162,8 @@ class _Reader:
         scales = tuple(dict.fromkeys(self.parameters[id(each)] for each in last or () if id(each) in self.parameters))
         if not site or not last or any(self.nodes.get(name) not in residual.nodes for name in scales):
             reason = "no layer is last in it, whose weights could be its mask"
-            return _Found(
-                residual, "", Branch(site=site, removed={}, spent=(), scales=(), additions=frozenset()), reason
-            )
+            nothing = Branch(site=site, removed={}, spent=(), scales=(), additions=frozenset())
+            return _Found(residual, None, nothing, reason)
         if reason is None:
             reason = self._left_over(residual, removed, owners)
         unit = Branch(
