@@ -159,7 +159,10 @@ class Plain(nn.Module):
 
 
 def onnx_difference(model: nn.Module, images: Tensor, file: Path) -> float:
-    """Export the model, and return the largest difference of its outputs in ONNX Runtime, relative to the largest."""
+    """Export the model, and return the largest difference of its outputs in ONNX Runtime, relative to the largest.
+
+    Queries are compared as a set, since those with the same score may be selected in another order.
+    """
     import onnxruntime
 
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # checks inside RT-DETR and D-FINE have no form in ONNX
