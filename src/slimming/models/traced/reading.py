@@ -178,8 +178,8 @@ def _without_computed(groups: Sequence[Group], computed: Mapping[str, str]) -> t
 
 
 def attention_sites(groups: Iterable[Group]) -> set[str]:
-    """Names of the modules whose heads are groups."""
-    return {group.site for group in groups if group.kind == "head"}
+    """Names of the modules whose heads, or the dimensions in them, are groups."""
+    return {group.site for group in groups if group.kind in ("head", "head_dim")}
 
 
 def _random_copy(model: nn.Module) -> nn.Module:

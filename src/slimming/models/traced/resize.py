@@ -22,9 +22,9 @@ from slimming.models.traced.heads import Attributes
 from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
 TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separate", "removed", "spent"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the sizes
-of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a module that
-was removed, and which parameters only a removed branch used."""
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
+sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
+module that was removed, and which parameters only a removed branch used."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -210,7 +210,8 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
     result = {name: entry for name, entry in entries.items() if name in changed}
     for name, entry in token_entries(list(groups), kept).items():
-        result[name] = {**result.get(name, {}), **entry}
+        if REMOVED not in result.get(name, {}) or TOKENS in entry:  # a removed attention has no table
+            result[name] = {**result.get(name, {}), **entry}
     return without_removed(result)
 
 
@@ -257,8 +258,8 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
-        tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
-        result[name] = {**tokens, **later[name]}
+        carried = (TOKENS,) if REMOVED in later[name] else (TOKENS, TABLE)
+        result[name] = {**{key: earlier[name][key] for key in carried if key in earlier[name]}, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
             result[name] = {**result[name], SPENT: spent}
@@ -286,7 +287,8 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
         parent, _, last = name.rpartition(".")
         module = Removed(module, *_checked_returns(name, entry[REMOVED]))
         model.get_submodule(parent)._modules[last] = module
-    adapt_tokens_(module, entry)  # a removed block still selects the tokens for those after it
+    # A removed block still selects the tokens for those after it.
+    adapt_tokens_(module, entry, next(model.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
 
 
@@ -348,7 +350,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
-    adapt_tokens_(module, entry)
+    adapt_tokens_(module, entry, next(module.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 
