@@ -69,7 +69,7 @@ def _units(groups: Sequence[Group]) -> Iterator[Dim]:
         if group.role not in ("branch", "qkv"):
             yield Dim(groups=((group.name, 1),))
         if group.token is not None:
-            yield Dim(fixed=group.token.prefix, groups=((group.name, 1),))
+            yield Dim(fixed=group.token.prefix + group.token.suffix, groups=((group.name, 1),))
 
 
 def _macs(
