@@ -88,10 +88,8 @@ def separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimension
     layer = None if path is None else module.get_submodule(path)
     if path is None or type(layer) not in (nn.Linear, SeparateLinear):
         return
-    if isinstance(layer, SeparateLinear):
-        sizes = layer.head_sizes
-    else:
-        sizes = (size,) * (len(layer.weight) // (size * heads))
+    equal = (size,) * (len(layer.weight) // (size * heads))
+    sizes = layer.head_sizes if isinstance(layer, SeparateLinear) else equal
     starts = [heads * sum(sizes[:part]) for part in range(len(sizes))]
     if rows[f"{path}.weight"] not in starts:
         return
