@@ -64,10 +64,16 @@ def _dims(model: nn.Module, groups: Sequence[Group]) -> list[Dim]:
 
 
 def _units(groups: Sequence[Group]) -> Iterator[Dim]:
-    """The dimensions that are in no parameter: units of groups, and tokens with those that are never removed."""
+    """The dimensions that are in no parameter: units of groups, and tokens with those that are never removed.
+
+    Keys and values together have other numbers of rows than a joint projection, see ``nn.MultiheadAttention``.
+    """
+    values = {group.site: group for group in groups if group.role == "v"}
     for group in groups:
         if group.role not in ("branch", "qkv"):
             yield Dim(groups=((group.name, 1),))
+        if group.role == "qk" and group.site in values:
+            yield Dim(groups=((group.name, 1), (values[group.site].name, 1)))
         if group.token is not None:
             yield Dim(fixed=group.token.prefix + group.token.suffix, groups=((group.name, 1),))
 
