@@ -127,6 +127,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             result[name] = _grouped_attributes(module, weight[0])
         elif isinstance(module, BATCH_NORM):
             result[name] = {"num_features": weight[0]}
+        elif isinstance(module, nn.Embedding):
+            result[name] = {"embedding_dim": weight[1]}
         elif isinstance(module, nn.PReLU):
             result[name] = {"num_parameters": weight[0]}
         elif isinstance(module, nn.LayerNorm):
