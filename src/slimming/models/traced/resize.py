@@ -212,7 +212,8 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
     result = {name: entry for name, entry in entries.items() if name in changed}
     for name, entry in token_entries(list(groups), kept).items():
-        result[name] = {**result.get(name, {}), **entry}
+        if REMOVED not in result.get(name, {}) or TOKENS in entry:  # a removed attention has no table
+            result[name] = {**result.get(name, {}), **entry}
     return without_removed(result)
 
 
@@ -259,8 +260,8 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
-        tokens = {key: value for key, value in earlier[name].items() if key in (TOKENS, TABLE)}
-        result[name] = {**tokens, **later[name]}
+        carried = (TOKENS,) if REMOVED in later[name] else (TOKENS, TABLE)
+        result[name] = {**{key: earlier[name][key] for key in carried if key in earlier[name]}, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
             result[name] = {**result[name], SPENT: spent}
@@ -288,7 +289,8 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
         parent, _, last = name.rpartition(".")
         module = Removed(module, *_checked_returns(name, entry[REMOVED]))
         model.get_submodule(parent)._modules[last] = module
-    adapt_tokens_(module, entry)  # a removed block still selects the tokens for those after it
+    # A removed block still selects the tokens for those after it.
+    adapt_tokens_(module, entry, next(model.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
 
 
@@ -355,7 +357,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
-    adapt_tokens_(module, entry)
+    adapt_tokens_(module, entry, next(module.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 

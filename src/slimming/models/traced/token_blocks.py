@@ -71,13 +71,12 @@ def _plain(each: TokenInput) -> dict[str, Any]:
     return {"path": list(each.path), "dims": list(each.dims), "fixed": each.fixed}
 
 
-def adapt_tokens_(module: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Make ``module`` select the tokens of its ``entry`` of a structure."""
+def adapt_tokens_(module: nn.Module, entry: Mapping[str, Any], like: Tensor | None) -> None:
+    """Make ``module`` select the tokens of its ``entry`` of a structure; ``like`` is a tensor on its device."""
     tokens, table = entry.get(TOKENS), entry.get(TABLE)
     if tokens is None and table is None:
         return
-    parameter = next(module.parameters(), None)
-    device = parameter.device if parameter is not None and not parameter.is_meta else torch.device("cpu")
+    device = like.device if like is not None and not like.is_meta else torch.device("cpu")
     if tokens is not None:
         _set_tokens_(module, tokens, device)
     else:
