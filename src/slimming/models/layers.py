@@ -106,7 +106,7 @@ class Removed(nn.Module):
             return None
         if key not in kwargs and not (isinstance(key, int) and key < len(args)):
             raise UnsupportedModelError(
-                f"A {self.removed} was cut from this model, and its call does not give argument {key!r}: "
+                f"{self.removed} was cut from this model, and its call does not give argument {key!r}: "
                 "call the model as it was called when it was slimmed."
             )
         value = args[key] if isinstance(key, int) else kwargs[key]
@@ -119,7 +119,7 @@ class Removed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             removed = self.__dict__.get("removed", "module")
-            raise AttributeError(f"A {removed} was cut from this model, so that it has no {name!r}.") from None
+            raise AttributeError(f"{removed} was cut from this model, so that it has no {name!r}.") from None
 
     def extra_repr(self) -> str:
         return self.removed
