@@ -14,7 +14,9 @@ import slimming
 from slimming.core.layout import FREE
 from slimming.masks.attachment import prunable
 from slimming.models.layers import UnevenAttention
+from slimming.models.traced.verification import outputs
 from slimming.scoring.rotation import rotate_
+from variants import TRACED
 
 from .small import images, vit
 

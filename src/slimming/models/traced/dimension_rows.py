@@ -117,7 +117,7 @@ def value_dimensions(
 def query_key_dimensions(
     module: nn.Module, run: Run, heads: Sequence[Slices], scores: Sequence[Scores]
 ) -> Dimensions | str:
-    """The dimensions of queries and keys, or why they cannot be told apart; for the arguments see `value_dimensions`."""
+    """The dimensions of QK, or why they cannot be told apart; for the arguments see `value_dimensions`."""
     weights = {part.tensor for part in heads if part.side == "produces"}
     by_row = [[_rows(factor, weights) for factor in each.factors] for each in scores]
     alone = [[_alone(rows) for rows in factors] for factors in by_row]
@@ -245,7 +245,7 @@ def _used(
 def _number(bits: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The number that belongs to each entry, given which entries the numbers without and with each bit depend on."""
     result = torch.zeros(len(bits[0][0]), dtype=torch.int64)
-    for bit, (without, with_bit) in enumerate(bits):
+    for bit, (_, with_bit) in enumerate(bits):
         result += with_bit.long() << bit
     several = torch.stack([without & with_bit for without, with_bit in bits]).any(0)
     some = torch.stack([without | with_bit for without, with_bit in bits])

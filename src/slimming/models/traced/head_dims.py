@@ -7,8 +7,7 @@ first choice with which the cut module gives the outputs of the masked one is us
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,15 +17,21 @@ from torch.utils._pytree import tree_map
 
 from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall
-from slimming.core.formulas import Dim, Ratio
-from slimming.core.groups import Group, Limits, Scale, Slices
+from slimming.core.groups import Group, Slices
 from slimming.models.family import Kept
-from slimming.models.separate import SeparateLinear
 from slimming.models.traced.attention_runs import record
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.traced.channels import BATCH_NORM
 from slimming.models.traced.dimension_rows import Dimensions, query_key_dimensions, scores_of, value_dimensions
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
-from slimming.models.traced.heads import Attributes, Heads, head_group, head_slices, size_at, weight_span
+from slimming.models.traced.head_sizes import (
+    HeadSizes,
+    attributes_of,
+    choices,
+    groups_of,
+    separate_choices,
+    separate_of,
+)
+from slimming.models.traced.heads import Attributes, Heads, head_group, head_slices, weight_span
 from slimming.models.traced.resize import Separate, cut_copy, layer_sizes
 from slimming.models.traced.single_modules import PART, SingleModule, first_calls
 from slimming.models.traced.verification import (
@@ -43,8 +48,6 @@ _UNDECIDED = (
 )
 _SMALLER = 0.3
 """Factor of random weights when gradients are computed, so that no softmax and no activation is saturated."""
-_PART_OF_NAME = ("dim", "size", "hidden", "key", "val", "width")
-"""Words in the names of attributes that hold the size of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,37 +71,6 @@ class HeadDims:
     uncovered: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """The dimensions of an attention module, and what has to change in it with their number; names are relative.
-
-    Attributes:
-        dims: role -> its dimensions.
-        tied: whether QK and V must keep equally many.
-        per_head: path of an attribute -> the role whose number of dimensions per head it holds.
-        totals: path of an attribute -> the role whose number in all heads it holds, and of which multiple.
-        scales: paths of attributes that hold one over the square root of the QK size of a head.
-        scaled: side whose rows are multiplied to preserve the scale of the logits, which the forward computes from the
-            size that the heads have, or takes from ``scales``; None if it does neither.
-        free_heads: whether the forward is rewritten.
-        separate: path of the projection that makes values, the number of its equal parts, and which of them is V, if the
-            sizes of QK and V may differ although the host assumes one; None if not.
-        switch: path of an attribute that is set to True, so that the projection is called as a module; empty if none.
-        any_basis: the roles whose dimensions can be replaced by linear combinations of them.
-    """
-
-    dims: Mapping[str, Dimensions] = field(default_factory=dict)
-    tied: bool = False
-    per_head: Mapping[str, str] = field(default_factory=dict)
-    totals: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    scales: tuple[str, ...] = ()
-    scaled: str | None = None
-    free_heads: bool = False
-    separate: tuple[str, int, int] | None = None
-    switch: str = ""
-    any_basis: tuple[str, ...] = ()
-
-
 class _Found(NamedTuple):
     """What was found for one module.
 
@@ -108,7 +80,7 @@ class _Found(NamedTuple):
         decided: whether queries and keys have an effect in the example, so that the proof says something about them.
     """
 
-    choice: _Choice
+    choice: HeadSizes
     reasons: dict[str, str]
     decided: bool = True
 
@@ -142,7 +114,7 @@ def read_head_dims(model: nn.Module, rows: Mapping[str, Heads], forward: Pass) -
             if type(module) in scaled:
                 choice = replace(choice, scaled=scaled[type(module)])
             else:
-                choice, reasons = _Choice(), {"qk": _UNDECIDED, "v": _UNDECIDED}
+                choice, reasons = HeadSizes(), {"qk": _UNDECIDED, "v": _UNDECIDED}
         if choice.dims:
             _add(result, name, module, choice)
         for role, reason in reasons.items():
@@ -150,12 +122,12 @@ def read_head_dims(model: nn.Module, rows: Mapping[str, Heads], forward: Pass) -
     return result
 
 
-def _add(result: HeadDims, name: str, module: nn.Module, choice: _Choice) -> None:
+def _add(result: HeadDims, name: str, module: nn.Module, choice: HeadSizes) -> None:
     """Add what was found for one module to ``result``."""
-    result.groups.extend(_groups(name, module, choice))
+    result.groups.extend(groups_of(name, module, choice))
     for attributes, separate, heads in zip(result.attributes, result.separate, (None, f"{name}.heads"), strict=True):
-        attributes.update(_attributes(name, choice, heads))
-        separate.update(_separate(name, choice, heads))
+        attributes.update(attributes_of(name, choice, heads))
+        separate.update(separate_of(name, choice, heads))
     if choice.free_heads:
         result.free_heads.add(name)
     if choice.scaled is not None:
@@ -190,7 +162,7 @@ def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
     """The choice for ``module`` that passes its proof, and why a part of its heads cannot be cut."""
     slices = head_slices(PART, module, row)
     if isinstance(slices, str):
-        return _Found(_Choice(), {"qk": slices, "v": slices})
+        return _Found(HeadSizes(), {"qk": slices, "v": slices})
     slices = tuple(replace(part, tensor=part.tensor.removeprefix(f"{PART}.")) for part in slices)
     spans = [weight_span(module, path) for path in (row.output, *row.other_outputs)]
     outputs = {span.tensor for span in spans if span is not None}  # not the layers that mix heads
@@ -204,7 +176,7 @@ def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
     heads = len(slices[0].index)
     for roles, tied in tries:
         failure = "no attribute holds the size of its heads"
-        for choice in (*_choices(module, row, roles, tied, heads), *_separate_choices(module, row, roles, heads)):
+        for choice in (*choices(module, row, roles, tied, heads), *separate_choices(module, row, roles, heads)):
             proved, reason = _proved(module, row, choice, call)
             if proved is not None:
                 others = {role: reasons.get(role, failure) for role in ("qk", "v") if role not in roles}
@@ -213,11 +185,11 @@ def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
             failure = reason
         for role in roles:
             reasons.setdefault(role, failure)
-    return _Found(_Choice(), reasons)
+    return _Found(HeadSizes(), reasons)
 
 
 @torch.no_grad()
-def _roles_of_any_basis(module: nn.Module, choice: _Choice, call: Pass) -> tuple[str, ...]:
+def _roles_of_any_basis(module: nn.Module, choice: HeadSizes, call: Pass) -> tuple[str, ...]:
     """The roles for which ``module`` gives the same output after a rotation of the dimensions in its heads."""
     roles: list[str] = []
     for role, dims in choice.dims.items():
@@ -236,9 +208,9 @@ def _roles_of_any_basis(module: nn.Module, choice: _Choice, call: Pass) -> tuple
     return tuple(roles)
 
 
-def _has_effect(module: nn.Module, choice: _Choice, call: Pass) -> bool:
+def _has_effect(module: nn.Module, choice: HeadSizes, call: Pass) -> bool:
     """Whether the output of ``module`` depends on its queries and keys."""
-    groups = [group for group in _groups(PART, module, choice) if group.role == "qk"]
+    groups = [group for group in groups_of(PART, module, choice) if group.role == "qk"]
     holder = SingleModule(module)
     with torch.no_grad():
         masked = masked_outputs(holder, groups, half(groups), call)
@@ -276,96 +248,7 @@ def _dimensions(
     return dims, reasons
 
 
-def _choices(
-    module: nn.Module, row: Heads, dims: Mapping[str, Dimensions], tied: bool, heads: int
-) -> Iterator[_Choice]:
-    """Choices of attributes that may depend on the head size, the most likely first."""
-    per_head, totals = _numbers(module, row, dims, heads)
-    scales = _scales_of_logits(module, dims["qk"].parts[0]) if "qk" in dims else ()
-    named = {path: role for path, role in per_head.items() if any(word in path.lower() for word in _PART_OF_NAME)}
-    listed = {path: total for path, total in totals.items() if path in row.sizes}
-    choices = [(named, listed), (named, totals), (per_head, totals), ({}, listed), ({}, {})]
-    can_rewrite = has_free_heads(module) or free_heads_class(type(module)) is not None
-    free = [True] if row.free_heads and can_rewrite else [False, True] if can_rewrite else [False]
-    done: list[_Choice] = []
-    for free_heads in free:
-        for sizes, multiples in choices:
-            choice = _Choice(
-                dims=dims, tied=tied, per_head=sizes, totals=multiples, scales=scales, free_heads=free_heads
-            )
-            if choice not in done:
-                done.append(choice)
-                yield choice
-
-
-def _separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimensions], heads: int) -> Iterator[_Choice]:
-    """Choices with another size for V than for QK, where the host assumes one."""
-    if set(dims) != {"v"}:
-        return
-    size = dims["v"].parts[0]
-    rows = {part.tensor: part.index[0][0] for part in dims["v"].slices if part.side == "produces" and part.dim == 0}
-    path = next((name for name, _ in module.named_modules() if f"{name}.weight" in rows), None)
-    layer = None if path is None else module.get_submodule(path)
-    if path is None or type(layer) not in (nn.Linear, SeparateLinear):
-        return
-    if isinstance(layer, SeparateLinear):
-        starts = [heads * sum(layer.head_sizes[:part]) for part in range(len(layer.head_sizes))]
-        separate = (path, len(starts), starts.index(rows[f"{path}.weight"]))
-    else:
-        separate = (path, len(layer.weight) // (size * heads), rows[f"{path}.weight"] // (size * heads))
-    _, totals = _numbers(module, row, dims, heads)
-    listed = {path: total for path, total in totals.items() if path in row.sizes}
-    switches = [name for name, value in vars(module).items() if value is False and "separate" in name]
-    can_rewrite = has_free_heads(module) or free_heads_class(type(module)) is not None
-    for free_heads in (True,) if row.free_heads and can_rewrite else (False,):
-        for switch in ("", *switches):
-            for multiples in (listed, totals, {}):
-                yield _Choice(dims=dims, totals=multiples, free_heads=free_heads, separate=separate, switch=switch)
-
-
-def _numbers(
-    module: nn.Module, row: Heads, dims: Mapping[str, Dimensions], heads: int
-) -> tuple[dict[str, str], dict[str, tuple[str, int]]]:
-    """Attributes that hold the size of a head, and those that hold that of all heads, see `_Choice`."""
-    paths = {
-        f"{name}.{attribute}" if name else attribute
-        for name, inner in module.named_modules()
-        if not isinstance(inner, (nn.Linear, nn.LayerNorm, *CONV))
-        for attribute, value in vars(inner).items()
-        if type(value) is int and not attribute.startswith("_")
-    }
-    per_head: dict[str, str] = {}
-    totals: dict[str, tuple[str, int]] = {}
-    for path in sorted({*paths, *row.sizes}):
-        value, last = size_at(module, path), path.rpartition(".")[2].lower()
-        if value is None or path == row.count or last.startswith(("num_", "n_")) or last in ("heads", "groups"):
-            continue
-        for role in _roles(last, dims):
-            size = dims[role].parts[0]
-            if value == size:
-                per_head.setdefault(path, role)
-            elif value % (size * heads) == 0 and (path in row.sizes or value // (size * heads) in (1, 2, 3)):
-                totals.setdefault(path, (role, value // (size * heads)))
-    return per_head, totals
-
-
-def _scales_of_logits(module: nn.Module, size: int) -> tuple[str, ...]:
-    """Paths of the attributes that hold one over the square root of ``size``."""
-    return tuple(
-        f"{name}.{attribute}" if name else attribute
-        for name, inner in module.named_modules()
-        for attribute, value in vars(inner).items()
-        if type(value) is float and math.isclose(value, size**-0.5, rel_tol=1e-9)
-    )
-
-
-def _roles(name: str, dims: Mapping[str, Dimensions]) -> list[str]:
-    """The roles of ``dims`` whose size an attribute called ``name`` may hold, the most likely first."""
-    wanted = "qk" if any(word in name for word in ("key", "qk", "query")) else "v"
-    return sorted(dims, key=lambda role: role != wanted)
-
-
-def _proved(module: nn.Module, row: Heads, choice: _Choice, call: Pass) -> tuple[_Choice | None, str]:
+def _proved(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> tuple[HeadSizes | None, str]:
     """``choice``, with the rows that have to be scaled, if ``module`` can be cut by it; else None and the reason."""
     first = ""
     for scaled in ("query", "key", None) if "qk" in choice.dims else (None,):
@@ -379,18 +262,18 @@ def _proved(module: nn.Module, row: Heads, choice: _Choice, call: Pass) -> tuple
     return None, first
 
 
-def _failure(module: nn.Module, row: Heads, choice: _Choice, call: Pass) -> str | None:
+def _failure(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> str | None:
     """Why ``module`` cannot be cut by ``choice``; None if it can."""
     holder = SingleModule(module)
-    groups = _groups(PART, module, choice)
-    attributes: list[Attributes] = [_attributes(PART, choice, None)]
-    separate = [_separate(PART, choice, None)]
+    groups = groups_of(PART, module, choice)
+    attributes: list[Attributes] = [attributes_of(PART, choice, None)]
+    separate = [separate_of(PART, choice, None)]
     found = head_group(PART, module, row)
     if not isinstance(found, str):
         group, of_heads = found
         groups = [group, *groups]
-        attributes = [of_heads, *attributes, _attributes(PART, choice, group.name)]
-        separate.append(_separate(PART, choice, group.name))
+        attributes = [of_heads, *attributes, attributes_of(PART, choice, group.name)]
+        separate.append(separate_of(PART, choice, group.name))
     scales = {} if choice.scaled is None else {PART: (f"{PART}.qk", choice.scaled)}
     sizes = layer_sizes(holder, groups, attributes, {PART} if choice.free_heads else (), scales, separate)
 
@@ -400,92 +283,3 @@ def _failure(module: nn.Module, row: Heads, choice: _Choice, call: Pass) -> str 
     # Two plans: sizes that a forward infers can fit one by chance.
     first = cut_difference(holder, groups, [call], cut)
     return cut_difference(holder, groups, [call], cut, seed=1) if first is None else first
-
-
-def _attributes(name: str, choice: _Choice, heads: str | None) -> Attributes:
-    """The attributes of a module called ``name``; ``heads`` is the group of its heads, if they can be cut."""
-    attributes: Attributes = {}
-
-    def put(path: str, value: Dim | Ratio) -> None:
-        owner, _, attribute = path.rpartition(".")
-        attributes.setdefault(f"{name}.{owner}" if owner else name, {})[attribute] = value
-
-    for path, role in choice.per_head.items():
-        put(path, _size(name, choice, role, heads))
-    for path, (role, multiple) in choice.totals.items():
-        put(path, Dim(groups=((f"{name}.{role}", multiple),)))
-    if choice.switch:
-        put(choice.switch, Dim(fixed=1))
-    if choice.scaled is not None:
-        for path in choice.scales:
-            put(path, replace(_size(name, choice, "qk", heads), inverse_root=True))
-    return attributes
-
-
-def _size(name: str, choice: _Choice, role: str, heads: str | None) -> Ratio:
-    """The number of dimensions of a head; ``heads`` is the group of the heads, if they can be cut."""
-    count = len(choice.dims[role].parts)
-    return Ratio(
-        total=Dim(groups=((f"{name}.{role}", 1),)),
-        parts=Dim(fixed=count) if heads is None else Dim(groups=((heads, 1),)),
-    )
-
-
-def _separate(name: str, choice: _Choice, heads: str | None) -> Separate:
-    """The sizes of heads in the projection that makes values, see `_size`."""
-    if choice.separate is None:
-        return {}
-    path, count, place = choice.separate
-    found = choice.dims["v"]
-    dense = Dim(fixed=found.parts[0])
-    other = _size(name, choice, "qk", heads) if "qk" in choice.dims else dense
-    number = Dim(fixed=len(found.parts)) if heads is None else Dim(groups=((heads, 1),))
-    parts = [_size(name, choice, "v", heads) if part == place else other for part in range(count)]
-    return {f"{name}.{path}": (number, other, *parts)}
-
-
-def _groups(name: str, module: nn.Module, choice: _Choice) -> list[Group]:
-    """The groups of a module called ``name``: QK, V, and both coupled."""
-    roles = {role: _named(name, found.slices) for role, found in choice.dims.items()}
-    scales = {role: _scales(name, module, slices, role) for role, slices in roles.items()}
-    parts = {role: found.parts for role, found in choice.dims.items()}
-    if len(roles) == 2 and parts["qk"] == parts["v"]:
-        both = roles["qk"] + roles["v"]
-        roles["qkv"], parts["qkv"] = both, parts["qk"]
-        scales["qkv"] = (*scales["qk"], *_scales(name, module, roles["qk"], "key"), *scales["v"])
-    other = {"qk": "v", "v": "qk"}
-    return [
-        Group(
-            name=f"{name}.{role}",
-            kind="head_dim",
-            size=sum(parts[role]),
-            site=name,
-            role=role,
-            limits=Limits(
-                parts=parts[role],
-                equal=True,
-                same_as=f"{name}.{other[role]}" if choice.tied and role in other else None,
-            ),
-            slices=slices,
-            scales=scales[role],
-            any_basis=role in choice.any_basis,
-        )
-        for role, slices in roles.items()
-    ]
-
-
-def _named(name: str, slices: Sequence[Slices]) -> tuple[Slices, ...]:
-    return tuple(replace(part, tensor=f"{name}.{part.tensor}") for part in slices)
-
-
-def _scales(name: str, module: nn.Module, slices: Sequence[Slices], role: str) -> tuple[Scale, ...]:
-    """The tensors that a mask scales: the columns that read values, or what makes queries or keys last."""
-    side = {"v": "consumes", "qk": "query", "key": "key"}[role]
-    parameters = dict(module.named_parameters())
-    chosen = [part for part in slices if part.side == side and part.tensor.removeprefix(f"{name}.") in parameters]
-    norms = [
-        part
-        for part in chosen
-        if isinstance(module.get_submodule(part.tensor.removeprefix(f"{name}.").rpartition(".")[0]), BATCH_NORM)
-    ]
-    return tuple(Scale(tensor=part.tensor, dim=part.dim, index=part.index) for part in norms or chosen)

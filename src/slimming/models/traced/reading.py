@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.tokens import read_tokens
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
+from slimming.models.traced.whole_blocks import removable_blocks
 
 WIDTHS = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which models keep their embedding width, or that of their last stage."""
@@ -127,6 +128,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     with small_images(model):
         units, failed = verified(model, groups, passes, cut)
         groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
+        branches = replace(branches, blocks=removable_blocks(model, branches.blocks, groups, passes, cut))
         tokens, without_tokens = read_tokens(model, groups, passes, courses[0], cut)
     groups += tokens
     failed += failed_branches
@@ -176,8 +178,8 @@ def _without_computed(groups: Sequence[Group], computed: Mapping[str, str]) -> t
 
 
 def attention_sites(groups: Iterable[Group]) -> set[str]:
-    """Names of the modules whose heads are groups."""
-    return {group.site for group in groups if group.kind == "head"}
+    """Names of the modules whose heads, or the dimensions in them, are groups."""
+    return {group.site for group in groups if group.kind in ("head", "head_dim")}
 
 
 def _random_copy(model: nn.Module) -> nn.Module:

@@ -22,9 +22,9 @@ from slimming.models.traced.heads import Attributes
 from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
 TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separate", "removed", "spent"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the sizes
-of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a module that
-was removed, and which parameters only a removed branch used."""
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
+sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
+module that was removed, and which parameters only a removed branch used."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -300,7 +300,12 @@ def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
     """
     if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
         form, results = returns
-        if isinstance(results, list) and results and all(map(_is_result, results)) and (form != "one" or len(results) == 1):
+        if (
+            isinstance(results, list)
+            and results
+            and all(map(_is_result, results))
+            and (form != "one" or len(results) == 1)
+        ):
             return form, results
     raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
 
