@@ -300,7 +300,12 @@ def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
     """
     if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
         form, results = returns
-        if isinstance(results, list) and results and all(map(_is_result, results)) and (form != "one" or len(results) == 1):
+        if (
+            isinstance(results, list)
+            and results
+            and all(map(_is_result, results))
+            and (form != "one" or len(results) == 1)
+        ):
             return form, results
     raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
 
