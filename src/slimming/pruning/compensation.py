@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from slimming.models.activations import (
     ridge,
 )
 from slimming.models.family import Kept, zero_slices_
+from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 from slimming.training.distributed import agreed
@@ -91,11 +93,24 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
         return
     dense = copied(model).eval()
     _silence_(model, anatomy, kept, removed_inputs)
-    with in_evaluation(model):
+    with in_evaluation(model), _masked_norms(model, anatomy, kept):
         for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
             kept_inputs = {name: _kept_inputs(removed_inputs[name], model.get_submodule(name)) for name in part}
             for name, moments in _gather_moments(dense, model, kept_inputs, images).items():
                 refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
+
+
+@contextmanager
+def _masked_norms(model: nn.Module, anatomy: Anatomy, kept: Kept) -> Iterator[None]:
+    """Inside the context, norms over units take their statistics over the kept ones, as they do after the cut."""
+    undo = [
+        remove for group, _ in _removed_units(anatomy, kept) for remove in mask_norms(model, group, kept[group.name])
+    ]
+    try:
+        yield
+    finally:
+        for remove in undo:
+            remove()
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:

@@ -292,5 +292,5 @@ def _failure(module: nn.Module, row: Heads, call: Pass) -> str | None:
     if isinstance(found, str):
         return found
     group, attributes = found
-    sizes = layer_sizes(holder, [group], attributes, {"part"} if row.free_heads else set())
+    sizes = layer_sizes(holder, [group], attributes, {"part"} if row.free_heads else set(), {})
     return cut_difference(holder, [group], [call], lambda model, groups, kept: cut_copy(model, groups, kept, sizes))

@@ -21,6 +21,7 @@ from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.heads import Attributes
 from slimming.models.traced.inferred_heads import infer_heads
+from slimming.models.traced.normalisers import norm_layers
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
 from slimming.models.traced.resize import cut_copy, layer_sizes
@@ -64,7 +65,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
         progress.step("looking for attention")
         inferred = infer_heads(model, passes[0])
-        computed, hidden = computed_weights(model), read_hidden(model)
+        computed, hidden, norms = computed_weights(model), read_hidden(model), norm_layers(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
         claimed = {**hidden.claimed, **heads.claimed, **computed}
         channels, uncovered_channels = channel_groups(
@@ -72,6 +73,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
             distinct(passes, courses),
             claimed,
             opaque_slices(model),
+            norms,
             lambda layer: progress.step(f"following the channels of {layer}"),
         )
     channels = _apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
@@ -99,7 +101,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
-        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads))
+        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads, norms.normalisers))
 
     with small_images(model):
         groups, failed = verified(model, groups, passes, cut)
@@ -107,7 +109,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
-    sizes = layer_sizes(model, groups, attributes, heads.free_heads)
+    sizes = layer_sizes(model, groups, attributes, heads.free_heads, norms.normalisers)
     model.eval()
     example = passes[0].call.with_batch(1)
     if enlarges_images(model):

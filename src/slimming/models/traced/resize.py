@@ -16,6 +16,7 @@ from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.normalisers import Normaliser, normaliser_attributes
 
 TENSORS, FREE_HEADS = "tensors", "free_heads"
 """Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
@@ -61,12 +62,19 @@ def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) ->
     return result
 
 
-def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> Attributes:
+def layer_attributes(
+    model: nn.Module, dims: Mapping[str, tuple[Dim, ...]], normalisers: Mapping[str, Normaliser]
+) -> Attributes:
     """The size attributes of every layer whose weight depends on a group: Linear, convolution, norm and PReLU."""
     result: Attributes = {}
+    for name, normaliser in normalisers.items():
+        tensor, dim = next(iter(normaliser.tensors.items()))
+        channels = dims[f"{name}.{tensor}"][dim]
+        if channels.groups:
+            result[name] = normaliser_attributes(normaliser, channels)
     for name, module in model.named_modules():
         weight = dims.get(f"{name}.weight")
-        if weight is None or not any(dim.groups for dim in weight):
+        if weight is None or not any(dim.groups for dim in weight) or name in normalisers:
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
@@ -96,7 +104,11 @@ def _grouped_attributes(module: Any, rows: Dim) -> dict[str, Dim]:
 
 
 def layer_sizes(
-    model: nn.Module, groups: Sequence[Group], unit_attributes: Attributes, free_heads: set[str]
+    model: nn.Module,
+    groups: Sequence[Group],
+    unit_attributes: Attributes,
+    free_heads: set[str],
+    normalisers: Mapping[str, Normaliser],
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that depends on ``groups``.
 
@@ -105,8 +117,9 @@ def layer_sizes(
         groups: its groups.
         unit_attributes: attributes of modules with the number of heads or hidden units.
         free_heads: names of attention modules whose forward infers the head size from the embedding width.
+        normalisers: its norms apart from BatchNorms and LayerNorms, by name.
     """
-    present = {group.name for group in groups}
+    present = {group.name: group.size for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dims = tensor_dims(groups, shapes)
     result: dict[str, LayerSizes] = {}
@@ -115,9 +128,13 @@ def layer_sizes(
         if any(dim.groups for dim in sizes):
             module, _, name = tensor.rpartition(".")
             tensors.setdefault(module, {})[name] = sizes
-    attributes = layer_attributes(model, dims)
+    attributes = layer_attributes(model, dims, normalisers)
     for module, values in unit_attributes.items():
-        used = {name: dim for name, dim in values.items() if {group for group, _ in dim.groups} <= present}
+        used = {
+            name: _among(dim, present, getattr(model.get_submodule(module), name.partition("[")[0], None), name)
+            for name, dim in values.items()
+            if any(group in present for group, _ in dim.groups)
+        }
         if used:
             attributes[module] = {**attributes.get(module, {}), **used}
     rewritten = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
@@ -128,6 +145,23 @@ def layer_sizes(
             free_heads=module in free_heads,
         )
     return result
+
+
+def _among(dim: Dim, present: Mapping[str, int], value: Any, name: str) -> Dim:
+    """``dim`` as a function of the groups in ``present`` only; the others keep all of their units.
+
+    Args:
+        dim: the size that an attribute holds.
+        present: group -> its size.
+        value: the attribute.
+        name: its name, with the position in a tuple.
+    """
+    groups = tuple((group, weight) for group, weight in dim.groups if group in present)
+    if groups == dim.groups:
+        return dim
+    _, _, position = name.rstrip("]").partition("[")
+    size = value[int(position)] if position else value
+    return Dim(fixed=size - sum(weight * present[group] for group, weight in groups), groups=groups)
 
 
 def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept: Kept) -> dict[str, Any]:
