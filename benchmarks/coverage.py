@@ -12,8 +12,8 @@ goes, and compares ONNX Runtime with PyTorch on batches of one and three (also w
 it, what torch-pruning makes of the same model at the same ratio, then a forward pass (whole heads and their numbers
 given for every joint projection, the classifier kept, as its documentation says for transformers).
 
-Rows that a previous call finished are kept; `--again` makes them anew. Every model runs in a process of its own
-with a time limit; one that runs out of it is a row that says so.
+Rows that a previous call finished are kept; `--again` makes them anew, with `--ours` except for what torch-pruning made
+of the model. Every model runs in a process of its own with a time limit; one that runs out of it is a row that says so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ TOO_LARGE = (
     "vit_l_16", "vit_l_32",
 )  # fmt: skip
 """Classifiers of torchvision above 120 million parameters that are larger members of rows that are there."""
+OF_TRANSFORMERS = ("head_dim", "head", "mlp", "token", "block", "width")
+ATTENTION = (
+    "beit", "cait", "coat", "convit", "crossvit", "davit", "deepseek_vit", "deit", "efficientformer",
+    "efficientformer_v2", "eva", "gcvit", "gemma4_vit", "hiera", "hieradet_sam2", "levit", "maxxvit", "mobilevit",
+    "mvitv2", "naflexvit", "nest", "pit", "pvt_v2", "qwen3_vit", "swin_transformer", "swin_transformer_v2",
+    "swin_transformer_v2_cr", "tiny_vit", "tnt", "twins", "visformer", "vision_transformer",
+    "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit",
+)  # fmt: skip
+"""Model files of timm whose models are transformers: blocks of attention, alone or after convolutions."""
 CI = ("resnet", "swin_transformer", "eva", "mobilevit", "densenet")
 WINDOWED = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,6 +103,8 @@ def main() -> None:
     parser.add_argument("--ci", action="store_true", help="a few families, to see that the sweep works")
     parser.add_argument("--again", action="store_true", help="make finished rows anew")
     parser.add_argument("--failed", action="store_true", help="make rows that failed anew")
+    parser.add_argument("--ours", action="store_true", help="keep what torch-pruning made of a model before")
+    parser.add_argument("--part", help="a part of the rows, such as 1/2 for every second one from the first")
     parser.add_argument("--onnx", action="store_true", help="also export each slim model to ONNX")
     parser.add_argument("--seconds", type=int, default=300, help="time limit of one model")
     parser.add_argument("--threads", type=int, default=1)
@@ -103,7 +115,8 @@ def main() -> None:
     file = settings.output / "coverage.json"
     rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
     only = CI if settings.ci else tuple(settings.only.split(",")) if settings.only else None
-    for key, family, make in targets(only, settings.every):
+    first, step = map(int, settings.part.split("/")) if settings.part else (1, 1)
+    for key, family, make in islice(targets(only, settings.every), first - 1, None, step):
         done = rows.get(key)
         if done is not None and not settings.again and (done["exact"] or not settings.failed):
             if settings.onnx and done["exact"] and "export" not in done:
@@ -111,7 +124,7 @@ def main() -> None:
                 print(key, "ONNX:", done["export"], flush=True)
                 write(rows, settings)
             continue
-        rows[key] = {"family": family, **row(make, settings)}
+        rows[key] = {"family": family, **row(make, settings, done)}
         print(key, json.dumps(rows[key]["summary"]), flush=True)
         write(rows, settings)
     write(rows, settings)
@@ -255,8 +268,8 @@ def small_torchvision(name: str) -> nn.Module:
     raise RuntimeError(f"{name} takes no image")
 
 
-def row(make: Callable[[], nn.Module], settings: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is known of one model."""
+def row(make: Callable[[], nn.Module], settings: argparse.Namespace, done: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that is known of one model; ``done`` is its row of a previous call."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "slim"
@@ -265,7 +278,8 @@ def row(make: Callable[[], nn.Module], settings: argparse.Namespace) -> dict[str
             fresh = in_process(lambda: reloaded(path, make), settings.seconds)
             ours["reloads"] = fresh.get("reloads", False)
             ours["reload_error"] = fresh.get("error")
-    theirs = in_process(lambda: torch_pruning(make()), settings.seconds)
+    keep = settings.ours and done is not None
+    theirs = done["torch_pruning"] if keep else in_process(lambda: torch_pruning(make()), settings.seconds)
     exact = bool(ours.get("ok"))
     summary = {
         "exact": exact,
@@ -432,15 +446,24 @@ def write(rows: dict[str, Any], settings: argparse.Namespace) -> None:
     close = [text for text in tried if text.startswith(("any", "one")) and float(text.split()[-1]) <= 1e-4]
     every = sum(text.startswith("any") for text in close)
     runs = [one for one in rows.values() if one["torch_pruning"].get("result") == "runs"]
+    attending = [one for key, one in rows.items() if is_transformer(key, one["family"])]
+    offer = {kind: sum(kind in one.get("kinds", {}) for one in attending) for kind in OF_TRANSFORMERS}
     text = (
         f"{len(rows)} architectures: {len(exact)} read and exact, {len(wide)} of them with at least "
         f"60 % of their MACs in units that can go. torch-pruning cuts and still runs {len(runs)} of them. "
         "Exact: masked equals cut in float64 within 1e-9, forward and backward, with every weight random; costs by "
         "formula equal the counted ones within 0.5 %; the slim model saves and loads. "
         f"{len(tried)} slim models were exported to ONNX: {len(close)} say what the model says within 1e-4 of the "
-        f"largest output, {every} of them for any batch size.\n\n"
+        f"largest output, {every} of them for any batch size. Of the {len(attending)} transformers among them, "
+        + ", ".join(f"{number} ({number / max(len(attending), 1):.0%}) offer {kind}" for kind, number in offer.items())
+        + ".\n\n"
     )
     store("coverage", settings, text + table(header, lines), rows=rows)
+
+
+def is_transformer(key: str, family: str) -> bool:
+    """Whether the model file of a row is one of transformers, or the model of torchvision is one."""
+    return family in ("transformers", *ATTENTION) or key.startswith(("torchvision/swin", "torchvision/vit"))
 
 
 def _short(text: str | None) -> str:

@@ -38,7 +38,7 @@ STYLES = (
     "branch", "width",
 )  # fmt: skip
 """Ways to cut a ViT of timm."""
-TRACED_STYLES = ("free", "joint", "mlp", "head", "channel", "width")
+TRACED_STYLES = ("free", "joint", "mlp", "qkv", "head", "heads and dimensions", "channel", "width")
 """Ways to cut a model that is read by tracing."""
 
 
@@ -161,11 +161,12 @@ def _vit_of_transformers() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-_NO_CONVS, _ONLY_CONVS = frozenset({"channel"}), frozenset({"mlp", "head", "width"})
+_ATTENTION = frozenset({"head", "qkv", "heads and dimensions"})
+_NO_CONVS, _ONLY_CONVS = frozenset({"channel"}), _ATTENTION | {"mlp", "width"}
 TRACED = (
     Traced("CNN", maker=_of_timm("test_resnet"), stays=_ONLY_CONVS),
-    Traced("ConvNeXt", maker=_of_timm("test_convnext"), stays=frozenset({"head", "channel"})),
-    Traced("MobileViT", maker=_of_timm("mobilevit_xxs", 64)),
+    Traced("ConvNeXt", maker=_of_timm("test_convnext"), stays=_ATTENTION | {"channel"}),
+    Traced("MobileViT", maker=_of_timm("mobilevit_xxs", 96)),
     Traced("Swin", maker=_swin, stays=_NO_CONVS),
     Traced("ViT of torchvision", maker=_vit_of_torchvision, stays=_NO_CONVS, known=False),
     Traced("SqueezeNet of torchvision", maker=_squeezenet_of_torchvision, stays=_ONLY_CONVS),
@@ -221,7 +222,9 @@ def draw(anatomy: Anatomy, style: str, seed: int = 0) -> tuple[list[Group], Plan
         sites.setdefault(group.site, []).append(group)
     kept: dict[str, Sequence[int]] = {}
     for members in sites.values():
-        if style == "equal" and members[0].limits.parts:
+        if any(group.limits.equal for group in members):
+            kept |= _equal_heads(members, dice)
+        elif style == "equal" and members[0].limits.parts:
             count = dice.randrange(1, members[0].limits.parts[0])
             kept |= {group.name: _per_head(group, [count] * len(group.limits.parts), dice) for group in members}
         else:
@@ -230,6 +233,21 @@ def draw(anatomy: Anatomy, style: str, seed: int = 0) -> tuple[list[Group], Plan
         kept={name: tuple(sorted(units)) for name, units in kept.items()},
         sizes={group.name: group.size for group in groups},
     )
+
+
+def _equal_heads(members: list[Group], dice: random.Random) -> dict[str, Sequence[int]]:
+    """As many units in every head as the model's attention module holds; other groups of the module as they come."""
+    tied = any(group.limits.same_as for group in members)
+    kept: dict[str, Sequence[int]] = {}
+    count = dice.randrange(1, min(size for group in members for size in group.limits.parts))
+    for group in members:
+        if not group.limits.parts:
+            kept |= _any_units([group], dice)
+            continue
+        if not tied:
+            count = dice.randrange(1, group.limits.parts[0])
+        kept[group.name] = _per_head(group, [count] * len(group.limits.parts), dice)
+    return kept
 
 
 def _any_units(members: list[Group], dice: random.Random) -> dict[str, Sequence[int]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import slimming
+from slimming.core.calibration import labelled
 from slimming.core.layout import FREE
 from slimming.core.pruning_plan import Plan
 from slimming.masks.attachment import prunable
@@ -16,7 +17,6 @@ from slimming.scoring import iterative
 from slimming.scoring.fisher import fisher_scores
 from slimming.scoring.iterative import iterative_scores, raise_upper_half
 from slimming.scoring.one_shot import OneShot
-from slimming.training.batches import Batch
 
 from .small import images, vit
 
@@ -36,7 +36,7 @@ def test_a_round_halves_a_group_at_most() -> None:
 
 @pytest.mark.parametrize("kind", ["token", "block", "width"], ids=str)
 def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches, asked = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()], []
+    model, batches, asked = vit(), [labelled(batch) for batch in images()], []
     groups = [group for group in slimming.describe(model) if group.kind == kind]
     alone = {group.name: torch.rand(group.size, generator=torch.Generator().manual_seed(2)) + 1 for group in groups}
 
@@ -55,7 +55,7 @@ def test_what_goes_later_costs_no_less(kind: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_slopes_after_a_plan_are_those_of_the_cut_model() -> None:
-    model, batches = vit(), [Batch(batch, torch.full((16,), -1), ()) for batch in images()]
+    model, batches = vit(), [labelled(batch) for batch in images()]
     groups = slimming.describe(model)
     groups = [group for group in groups if group.kind in ("token", "width")]
     scored = OneShot(

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimming
+from slimming.core.calibration import labelled
 from slimming.errors import ConfigError, DataError, NonFiniteLossError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.scoring.fisher import fisher_scores
 from slimming.scoring.registry import SCORES
-from slimming.training.batches import Batch
 
 from .small import images, vit
 
@@ -197,8 +197,8 @@ def test_slopes_with_labels_do_not_depend_on_how_images_are_batched() -> None:
     model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     groups = [group for group in slimming.describe(model) if group.kind == "mlp"]
-    whole = fisher_scores(prunable(model), groups, [Batch(images, labels, ())], drawn=False)
+    whole = fisher_scores(prunable(model), groups, [labelled(images, labels)], drawn=False)
     pairs = zip(images.split(1), labels.split(1), strict=True)
-    single = fisher_scores(prunable(model), groups, [Batch(image, label, ()) for image, label in pairs], drawn=False)
+    single = fisher_scores(prunable(model), groups, [labelled(*pair) for pair in pairs], drawn=False)
     for name, found in whole.items():
         torch.testing.assert_close(found, single[name])

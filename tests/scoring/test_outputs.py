@@ -159,7 +159,7 @@ def test_logits_of_queries_take_the_softmax_over_the_last_dimension() -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU())
             self.classes = nn.Linear(16, 6 * 3)
-            self.num_classes = 3
+            self.num_classes = 2  # and "nothing"
 
         def forward(self, x: Tensor) -> Any:
             return {"logits": self.classes(self.body(x)).view(len(x), 6, 3)}

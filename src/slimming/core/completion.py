@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from slimming.core.groups import Anatomy, resolve
+from collections import Counter
+
+from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.pruning_plan import Plan
 from slimming.errors import PlanError
 
@@ -14,15 +16,17 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
     """
     kept = resolve_plan(anatomy, plan)
-    removed = {group.site for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
+    removed = {group.name for group in anatomy.groups if group.role == "branch" and not kept[group.name]}
     # Groups that the plan itself empties are reported first: they can be the reason why other groups are empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
-        if group.role != "qkv" and group.site not in removed and len(kept[group.name]) < group.limits.minimum:
+        in_removed = not removed.isdisjoint(anatomy.around[group.name])
+        if group.role != "qkv" and not in_removed and len(kept[group.name]) < group.limits.minimum:
             raise PlanError(
                 f"The plan leaves {len(kept[group.name])} units in {group.name!r}; "
                 f"at least {group.limits.minimum} must stay."
             )
     _check_heads(anatomy, kept)
+    _check_sizes(anatomy, kept)
     return kept
 
 
@@ -37,6 +41,31 @@ def _check_heads(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
             raise PlanError(
                 f"The plan leaves head {head} of {v.site} with V but without QK; keep at least one QK dimension of it."
             )
+
+
+def _check_sizes(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
+    """Raise PlanError if heads keep other numbers of dimensions than the model's attention module can hold."""
+    for group in anatomy.groups:
+        if not group.limits.equal or group.role == "qkv":
+            continue
+        sizes = _sizes_of_heads(group, kept)
+        if len(set(sizes) - {0}) > 1:
+            raise PlanError(
+                f"The plan leaves {', '.join(map(str, sizes))} units in the heads of {group.name!r}, but the attention "
+                "of this model has one head size: keep equally many in every head that stays."
+            )
+        other = None if group.limits.same_as is None else anatomy.group(group.limits.same_as)
+        if other is not None and set(_sizes_of_heads(other, kept)) != set(sizes):
+            raise PlanError(
+                f"The plan leaves {max(sizes)} units in the heads of {group.name!r} and "
+                f"{max(_sizes_of_heads(other, kept))} in those of {other.name!r}, but the attention of this model has "
+                "one size for QK and V: keep equally many of both."
+            )
+
+
+def _sizes_of_heads(group: Group, kept: dict[str, tuple[int, ...]]) -> list[int]:
+    counts = Counter(group.part_of_unit[unit] for unit in kept[group.name])
+    return [counts[head] for head in range(len(group.limits.parts))]
 
 
 def resolve_plan(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from slimming.core.modules import set_attribute_
 from slimming.errors import ConfigError
@@ -33,17 +34,24 @@ class ExampleCall:
 
     @staticmethod
     def of(value: Any) -> ExampleCall:
-        """The call with ``value``: one tensor, a tuple of positional or a mapping of keyword arguments."""
+        """The call with ``value``: one argument, a tuple of positional or a mapping of keyword arguments."""
         if isinstance(value, ExampleCall):
             return value
         if isinstance(value, Mapping):
             return ExampleCall(kwargs=dict(value))
-        return ExampleCall(args=value if isinstance(value, tuple) else (value,))
+        return ExampleCall(args=value if type(value) is tuple else (value,))
+
+    @property
+    def value(self) -> Any:
+        """The arguments in the form that `of` takes."""
+        if self.kwargs:
+            return self if self.args else dict(self.kwargs)
+        return self.args[0] if len(self.args) == 1 and type(self.args[0]) is not tuple else self.args
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, dict(self.kwargs)))
 
     @property
     def main(self) -> Tensor:
@@ -53,8 +61,20 @@ class ExampleCall:
     @property
     def is_batched(self) -> bool:
         """Whether the first dimension of `main` is the batch: it is not in a list, as images of several sizes are."""
+        return self._list_of_images is None
+
+    @property
+    def _list_of_images(self) -> list[Any] | None:
+        """The list that `main` is in."""
+        main = self.main
         lists = (each for each in (*self.args, *self.kwargs.values()) if isinstance(each, list))
-        return not any(leaf is self.main for leaf in tree_leaves(list(lists)))
+        return next((each for each in lists if any(leaf is main for leaf in tensors_in(each))), None)
+
+    @property
+    def size(self) -> int:
+        """Number of examples: the first dimension of `main`, or the length of the list that it is in."""
+        images = self._list_of_images
+        return len(self.main) if images is None else len(images)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,28 +110,48 @@ class ExampleCall:
         return self._mapped(moved)
 
     def with_batch(self, size: int) -> ExampleCall:
-        """The call for ``size`` examples: the first one, and others made from it by shuffling its values.
+        """The call for ``size`` examples: the first ones, and others made from the first by shuffling its values.
 
-        The tensors whose first dimension is the batch of `main` are changed; lists of images are not.
+        The tensors whose first dimension is the batch of `main` are changed, and lists with one entry for each example,
+        such as targets; lists of images are not.
         """
         if not self.is_batched:
             return self
-        main, given = self.main, len(self.main)
+        main, given = self.main, self.size
         generator = torch.Generator().manual_seed(size)
 
         def shuffled(tensor: Tensor) -> Tensor:
             order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
             return tensor.reshape(-1)[order].reshape(tensor.shape)
 
-        def resized(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != given:
-                return leaf
+        def resized(part: Any) -> Any:
             if size <= given:
-                return leaf[:size]
-            more = [shuffled(leaf[:1]) if leaf is main else leaf[:1] for _ in range(size - given)]
-            return torch.cat([leaf, *more])
+                return part[:size]
+            if isinstance(part, list):
+                return [*part, *part[:1] * (size - given)]
+            more = [shuffled(part[:1]) if part is main else part[:1] for _ in range(size - given)]
+            return torch.cat([part, *more])
 
-        return self._mapped(resized)
+        return self._by_example(resized)
+
+    def split(self, size: int) -> list[ExampleCall]:
+        """The call in parts of at most ``size`` examples."""
+        if self.size <= size:
+            return [self]
+        return [self._by_example(lambda part, at=at: part[at : at + size]) for at in range(0, self.size, size)]
+
+    def _by_example(self, change: Callable[[Any], Any]) -> ExampleCall:
+        """The call with ``change`` applied to everything that has one entry for each example: tensors and lists."""
+        given = self.size
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value) if value.dim() and len(value) == given else value
+            if isinstance(value, list) and len(value) == given:
+                return change(value)
+            return _mapped_parts(value, changed)
+
+        return ExampleCall(changed(self.args), changed(dict(self.kwargs)))
 
     def varied(self, seed: int = 0) -> ExampleCall:
         """The call with random values in place of a constant image, such as zeros, which would prove little."""
@@ -128,7 +168,25 @@ class ExampleCall:
         return self._mapped(lambda leaf: tensor if leaf is main else leaf)
 
     def _mapped(self, change: Any) -> ExampleCall:
-        return ExampleCall(*tree_map(change, (self.args, dict(self.kwargs))))
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else _mapped_parts(value, changed)
+
+        return ExampleCall(changed(self.args), changed(dict(self.kwargs)))
+
+
+def _mapped_parts(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to its parts, if it is a mapping, a dataclass, a list or a tuple."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(made, each.name, change(getattr(value, each.name)))
+        return made
+    if isinstance(value, Mapping):
+        return {key: change(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [change(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return [change(part) for part in value] if isinstance(value, list) else value
 
 
 def image_call(shape: Sequence[int]) -> ExampleCall:

@@ -25,6 +25,31 @@ class Dim:
         return Dim(fixed=self.fixed + other.fixed, groups=self.groups + other.groups)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A size that is the quotient of two others, such as the kept dimensions of all heads over the kept heads.
+
+    Attributes:
+        total: the numerator.
+        parts: the denominator.
+        inverse_root: whether the value is one over the square root of the size, as the scale of logits is.
+    """
+
+    total: Dim
+    parts: Dim
+    inverse_root: bool = False
+
+    @property
+    def groups(self) -> tuple[tuple[str, int], ...]:
+        """The groups on which it depends."""
+        return self.total.groups + self.parts.groups
+
+    def value(self, kept: Mapping[str, int]) -> int | float:
+        """Return the value when group ``name`` keeps ``kept[name]`` units."""
+        size = self.total.value(kept) // max(self.parts.value(kept), 1)
+        return max(size, 1) ** -0.5 if self.inverse_root else size
+
+
 Product = tuple[Dim, ...]
 
 

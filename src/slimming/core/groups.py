@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from slimming.core.formulas import Dim, Formulas, Operation, Product
+from slimming.core.formulas import Dim, Formulas, Operation, Product, Ratio
 from slimming.core.structure import Structure
 from slimming.errors import PlanError, nearest
 
@@ -63,10 +64,16 @@ class Limits:
     Attributes:
         minimum: smallest number of units to keep; 0 only if no other part of the model needs one.
         parts: for head dimensions, the number of units of each head, in order; empty for other kinds.
+        equal: whether the heads that stay must keep equally many units, because the model's attention module has one
+            head size.
+        same_as: name of the group that must keep equally many units in each head, because the model's attention module
+            has one size for QK and V.
     """
 
     minimum: int = 1
     parts: tuple[int, ...] = ()
+    equal: bool = False
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,8 @@ class Group:
         scales: the tensors that the soft mask scales; empty for tokens.
         token: where tokens are masked and removed; None for other kinds.
         norms: names of the norms that normalise over the units; after pruning, over the kept units.
+        any_basis: for head dimensions, whether the units of a head can be replaced by linear combinations of them: each
+            is one row of its projections, and nothing between these acts on single dimensions.
     """
 
     name: str
@@ -123,6 +132,7 @@ class Group:
     scales: tuple[Scale, ...] = ()
     token: TokenSite | None = None
     norms: tuple[str, ...] = ()
+    any_basis: bool = False
 
     def __repr__(self) -> str:
         parts = f", parts={self.limits.parts}" if self.limits.parts else ""
@@ -137,6 +147,19 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Removal:
+    """When a whole module is removed, and what takes its place.
+
+    Attributes:
+        kept: the module is removed if this is 0.
+        returns: what the module in its place returns, see `slimming.models.layers.Removed`.
+    """
+
+    kept: Dim
+    returns: Sequence[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """The sizes of one module as functions of the numbers of kept units.
 
@@ -145,11 +168,19 @@ class LayerSizes:
         attributes: name of an attribute that holds a size -> its value.
         free_heads: whether the module's forward infers the head size from the embedding width, so that this
             expression must be replaced after heads are removed.
+        head_scale: name of the group of QK dimensions, and the side of them, ``"query"`` or ``"key"``, whose rows are
+            multiplied to preserve the scale of the logits, because the module's forward computes it from the size of
+            the heads that it has; None if it does not.
+        removals: when the module is removed as a whole; the first that applies.
+        spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
-    attributes: Mapping[str, Dim] = field(default_factory=dict)
+    attributes: Mapping[str, Dim | Ratio] = field(default_factory=dict)
     free_heads: bool = False
+    head_scale: tuple[str, str] | None = None
+    removals: tuple[Removal, ...] = ()
+    spent: Mapping[str, Dim] = field(default_factory=dict)
 
 
 REST = "rest"
@@ -209,6 +240,11 @@ class Anatomy:
         return Couplings(self.groups)
 
     @cached_property
+    def around(self) -> dict[str, tuple[str, ...]]:
+        """Name of a group -> names of the branches that its units are removed with, the outermost first."""
+        return branches_around(self.groups)
+
+    @cached_property
     def formulas(self) -> Formulas:
         """The costs of the forward pass."""
         return Formulas(self.operations, [group.name for group in self.groups])
@@ -224,6 +260,21 @@ class Anatomy:
                 return group
         names = [group.name for group in self.groups]
         raise PlanError(f"The model has no group {name!r}.{nearest(name, names)}")
+
+
+def branches_around(groups: Sequence[Group]) -> dict[str, tuple[str, ...]]:
+    """Name of a group -> names of the branches that its units are removed with, see `Anatomy.around`."""
+    places = {group.name: {(part.tensor, part.dim) for part in group.slices} for group in groups}
+    branches = [group.name for group in groups if group.role == "branch"]
+    branches.sort(key=lambda name: -len(places[name]))
+    result: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        own = places[group.name]
+        if group.role == "branch":  # one that is a part of another
+            result[group.name] = tuple(name for name in branches if own and own < places[name])
+        else:
+            result[group.name] = tuple(name for name in branches if own & places[name])
+    return result
 
 
 def keep_all(groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:

@@ -25,16 +25,27 @@ def run_on_images(model: nn.Module, images: torch.Tensor) -> Any:
     Raises:
         DataError: the model fails on them, for example because they have other channels or another size.
     """
-    try:
+    with explain_input_errors(f"images of shape {tuple(images.shape)}"):
         return model(images)
-    except (AssertionError, RuntimeError, ValueError) as error:
+
+
+@contextmanager
+def explain_input_errors(given: str) -> Iterator[None]:
+    """In this block, errors of a model are reported as errors of the inputs ``given``.
+
+    Raises:
+        DataError: the model fails on them.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"The model fails on images of shape {tuple(images.shape)}: {reason} Give images of the size and with the "
-            "channels that the model takes."
-        ) from error
+        what = "the arguments that the model's forward takes" if isinstance(error, TypeError) else (
+            "images of the size and with the channels that the model takes"
+        )
+        raise DataError(f"The model fails on {given}: {reason} Give {what}.") from error
 
 
 @contextmanager

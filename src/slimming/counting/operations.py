@@ -59,13 +59,13 @@ class MacCounter(TorchDispatchMode):
         total: multiply-adds so far.
 
     Args:
-        note: called after each operation that has multiply-adds, with its arguments and their number.
+        note: called after each operation that has multiply-adds, with the operation, its arguments and the number.
 
     Raises:
         ConfigError: raised from the model's forward if an operation looks like a matrix product but has no formula.
     """
 
-    def __init__(self, note: Callable[[Sequence[Any], int], None] = lambda args, macs: None) -> None:
+    def __init__(self, note: Callable[[Any, Sequence[Any], int], None] = lambda operation, args, macs: None) -> None:
         super().__init__()
         self.total = 0
         self._note = note
@@ -81,7 +81,7 @@ class MacCounter(TorchDispatchMode):
             macs = self._formulas[operation](*args, **kwargs, out_val=out) // 2
             self.total += macs
             if macs:
-                self._note(args, macs)
+                self._note(operation, args, macs)
         elif name.endswith("mm") or any(part in name for part in PRODUCTS):
             raise ConfigError(
                 f"The multiply-adds of the operation {name} are not known, so this model cannot be counted. Write the "

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Anatomy, Group, Slices, TimedLayer
+from slimming.core.groups import Anatomy, Group, Scale, Slices, TimedLayer
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
 
@@ -217,7 +217,7 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
 
 
-def zero_slices_(tensor: Tensor, slices: Slices, units: Iterable[int]) -> None:
+def zero_slices_(tensor: Tensor, slices: Slices | Scale, units: Iterable[int]) -> None:
     """Set the slices of ``units`` in ``tensor`` to 0."""
     indices = [index for unit in units for index in slices.index[unit]]
     tensor.index_fill_(slices.dim, torch.tensor(indices, dtype=torch.int64, device=tensor.device), 0.0)

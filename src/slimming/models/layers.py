@@ -70,6 +70,61 @@ class UnavailableMethod:
         raise UnsupportedModelError(self.reason)
 
 
+class Removed(nn.Module):
+    """Takes the place of a module that was removed: it computes nothing and returns what the host's forward expects.
+
+    Attributes that are plain settings, such as a number of heads, are those of the removed module.
+
+    Args:
+        module: the module that is removed.
+        form: ``"one"`` result, or a ``"tuple"`` or ``"list"`` of them.
+        results: for each result ``("zeros", key)`` with the position or keyword of the argument that has its shape,
+            ``("zeros", key, dim, ...)`` if it has size 1 along some dimensions, ``("input", key)`` for the argument
+            itself, or ``("none",)``.
+    """
+
+    def __init__(self, module: nn.Module, form: str, results: Sequence[Sequence[Any]]) -> None:
+        super().__init__()
+        settings = {name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str)}
+        self.__dict__.update(settings)
+        self.removed = type(module).__name__
+        self.form = form
+        self.results = tuple(tuple(result) for result in results)
+        self.train(module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros or arguments, see above.
+
+        Raises:
+            UnsupportedModelError: the host does not pass an argument that it passed when the model was read.
+        """
+        found = [self._result(*result, args=args, kwargs=kwargs) for result in self.results]
+        return found[0] if self.form == "one" else tuple(found) if self.form == "tuple" else found
+
+    def _result(self, what: str, key: int | str = 0, *single: int, args: Any, kwargs: Any) -> Any:
+        if what == "none":
+            return None
+        if key not in kwargs and not (isinstance(key, int) and key < len(args)):
+            raise UnsupportedModelError(
+                f"A {self.removed} was cut from this model, and its call does not give argument {key!r}: "
+                "call the model as it was called when it was slimmed."
+            )
+        value = args[key] if isinstance(key, int) else kwargs[key]
+        if what == "input":
+            return value
+        return torch.zeros_like(value) if not single else torch.zeros_like(value.narrow(single[0], 0, 1))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            removed = self.__dict__.get("removed", "module")
+            raise AttributeError(f"A {removed} was cut from this model, so that it has no {name!r}.") from None
+
+    def extra_repr(self) -> str:
+        return self.removed
+
+
 class UnevenAttention(nn.Module):
     """Multi-head self-attention with a QK size and a V size per head.
 
@@ -232,18 +287,21 @@ class SomeHeadsAttention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], weights if weights is None else weights[0]
         return out.transpose(0, batch_dim), weights
 
     def _heads(self, x: Tensor, part: int, batch_dim: int) -> Tensor:
         """Project to queries (part 0), keys (1) or values (2): (B, N, D) or (N, B, D) -> (B, heads, N, size)."""
+        values = self.out_proj.in_features
         if self.in_proj_weight is not None:
-            weight = self.in_proj_weight.chunk(3)[part]
+            sizes = [(len(self.in_proj_weight) - values) // 2] * 2 + [values]
+            weight = self.in_proj_weight.split(sizes)[part]
         else:
+            sizes = [len(self.q_proj_weight), len(self.k_proj_weight), values]
             weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[part]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.split(sizes)[part]
         return F.linear(x.transpose(0, batch_dim), weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 

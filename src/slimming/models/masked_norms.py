@@ -48,6 +48,8 @@ class MaskedNorm:
         x, kept = args[0], _kept(module, parts, output.device)
         reads = parts[0].side == "consumes"
         index = kept[parts[0].tensor][1]
+        if not len(index):  # the branch around the module is removed
+            return torch.zeros_like(output)
         dim = channel_dim(module, x.dim(), getattr(module, parts[0].tensor).shape[parts[0].dim], reads=reads)
         inside = run_on(module, kept, x.index_select(dim, index), reads=reads)
         return inside if reads else torch.zeros_like(output).index_copy(dim, index, inside.to(output.dtype))
@@ -57,10 +59,11 @@ def _kept(module: nn.Module, parts: Sequence[_Removed], device: torch.device) ->
     gone: dict[tuple[str, int], set[int]] = {}
     for part in parts:
         gone.setdefault((part.tensor, part.dim), set()).update(part.indices)
-    return {
-        name: (dim, torch.tensor([i for i in range(getattr(module, name).shape[dim]) if i not in indices]).to(device))
-        for (name, dim), indices in gone.items()
-    }
+    kept: dict[str, tuple[int, Tensor]] = {}
+    for (name, dim), indices in gone.items():
+        stays = [index for index in range(getattr(module, name).shape[dim]) if index not in indices]
+        kept[name] = (dim, torch.tensor(stays, dtype=torch.int64, device=device))
+    return kept
 
 
 def run_on(module: nn.Module, kept: Indices, x: Tensor, *, reads: bool = False) -> Tensor:

@@ -55,10 +55,10 @@ class CandidatePool:
         groups = {group.name: group for group in anatomy.groups}
         first = [candidate.units[0][0] for candidate in candidates]
         self.branch = np.array([groups[name].role == "branch" for name in first], dtype=bool)
-        # Index of the branch that contains each candidate; len(candidates) if there is none.
         branches = {name: index for index, name in enumerate(first) if self.branch[index]}
-        none = len(candidates)
-        self._inside = np.array([branches.get(f"{groups[name].site}.branch", none) for name in first], dtype=int)
+        # Pairs of a candidate and a branch that it is in.
+        inside = [(i, branches[b]) for i, name in enumerate(first) for b in anatomy.around[name] if b in branches]
+        self._inside = np.array(inside, dtype=int).reshape(-1, 2)
         units_and_owners: dict[str, tuple[list[int], list[int]]] = {}
         first_owner: dict[tuple[str, int], int] = {}
         shared: set[tuple[int, int]] = set()
@@ -102,7 +102,8 @@ class CandidatePool:
 
     def remaining(self, removed: Removed) -> Removed:
         """Return the candidates that are kept: not removed themselves, nor within a removed head, attention or MLP."""
-        gone = removed | np.append(removed, False)[self._inside]
+        gone = removed.copy()
+        gone[self._inside[removed[self._inside[:, 1]], 0]] = True
         gone[self._shared[removed[self._shared[:, 1]], 0]] = True
         return ~gone
 
@@ -123,9 +124,8 @@ class CandidatePool:
         result: list[list[int]] = [[] for _ in self.candidates]
         for first, then in self.precedence(range(len(self.candidates))):
             result[first].append(then)
-        for index, branch in enumerate(self._inside.tolist()):
-            if branch not in (index, len(self.candidates)):  # a branch is inside itself
-                result[index].append(branch)
+        for index, branch in self._inside.tolist():
+            result[index].append(branch)
         return result
 
     def prices(self, unit_prices: Mapping[str, float]) -> Array:
@@ -224,18 +224,44 @@ def _plain_candidates(
 
 
 def _attention_candidates(roles: Mapping[str, Group], scores: Mapping[str, Tensor], layout: Layout) -> list[Candidate]:
-    members = [roles[role] for role in ("qkv", "qk", "v") if role in roles]
+    present = {group.name for group in roles.values()}
+    # A group that must keep the size of another cannot be cut without it.
+    members = [
+        roles[role]
+        for role in ("qkv", "qk", "v")
+        if role in roles and (role == "qkv" or roles[role].limits.same_as in (None, *present))
+    ]
     if not members:
         return []
     values = {group.name: scores[group.name].tolist() for group in members}
-    same = all(len(set(group.limits.parts)) == 1 for group in members)
-    if layout.equal_heads and same and len({group.limits.parts for group in members}) == 1:
-        per_head = members[0].limits.parts[0]
-        multiple = _multiple(per_head, layout)
-        heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple)]
-        steps = [[pair for bundles in heads for pair in bundles[step]] for step in range(per_head // multiple - 1)]
-        return chain_of(members[0].site, 0, steps, values)
+    held = members[0].limits.equal
+    apart = held and not (layout.equal_heads or layout.equal_qkv or members[0].limits.same_as)
+    if layout.equal_heads or held:
+        sizes = {size for group in members for size in group.limits.parts}
+        if len(sizes) == 1 and not apart:
+            return _equal_candidates(members[0].site, members, scores, values, layout)
+        if held:
+            return [
+                candidate
+                for group in members
+                for candidate in _equal_candidates(group.name, [group], scores, values, layout)
+            ]
     return _uneven_candidates(roles, scores, values, layout)
+
+
+def _equal_candidates(
+    name: str,
+    members: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    values: Mapping[str, list[float]],
+    layout: Layout,
+) -> list[Candidate]:
+    """Candidates that remove equally many units from every head of ``members``, which have one size."""
+    per_head = members[0].limits.parts[0]
+    multiple = _multiple(per_head, layout)
+    heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple)]
+    steps = [[pair for bundles in heads for pair in bundles[step]] for step in range(per_head // multiple - 1)]
+    return chain_of(name, 0, steps, values)
 
 
 def _head_bundles(group: Group, score: Tensor, multiple: int) -> list[list[list[tuple[str, int]]]]:

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.completion import complete
 from slimming.core.copies import copied
 from slimming.core.groups import Anatomy, Group
-from slimming.core.modules import in_evaluation, run_on_images
+from slimming.core.modules import in_evaluation
 from slimming.core.pruning_plan import Plan
 from slimming.models.activations import (
     Moments,
@@ -36,6 +37,7 @@ from slimming.models.activations import (
     precise,
     ridge,
 )
+from slimming.models.decisions import SameDecisions
 from slimming.models.family import Kept, zero_slices_
 from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel, read
@@ -47,7 +49,7 @@ TOGETHER = 4
 
 
 @agreed()
-def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tensor]) -> None:
+def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Any]) -> None:
     """Cut a model in place with compensation; see `slimming.pruning.resize.cut_`.
 
     Tokens, features of the embedding and whole branches are removed first, without compensation; the result is the
@@ -56,7 +58,7 @@ def cut_compensated_(prunable: PrunableModel, plan: Plan, images: Sequence[Tenso
     Args:
         prunable: a model without masks.
         plan: the units to keep.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
 
     Raises:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
@@ -79,13 +81,13 @@ def _restricted(plan: Plan, names: Collection[str]) -> Plan:
 
 
 @torch.no_grad()
-def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -> None:
+def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Any]) -> None:
     """Refit the layers that read removed units, in place, and set the weights with which they read these to 0.
 
     Args:
         prunable: a dense model without masks; its mode is not changed.
         kept: kept units of every group, see `slimming.core.completion.complete`.
-        images: batches of shape (B, C, H, W).
+        images: batches, see `slimming.core.calibration.CalibrationBatch.of`.
     """
     model, anatomy = prunable.model, prunable.anatomy
     removed_inputs = readers(model, anatomy, kept)
@@ -93,24 +95,30 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Tensor]) -
         return
     dense = copied(model).eval()
     _silence_(model, anatomy, kept, removed_inputs)
-    with in_evaluation(model), _masked_norms(model, anatomy, kept):
-        for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
+    normed = _normed_groups(model, anatomy, kept, removed_inputs)
+    # The statistics of a norm change what the layer after it reads, and this layer is refitted to it at once.
+    most = 1 if normed else TOGETHER
+    with in_evaluation(model), ExitStack() as masked:
+        for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), most):
+            for group in (group for name in ("", *part) for group in normed.pop(name, ())):
+                for remove in mask_norms(model, group, kept[group.name]):
+                    masked.callback(remove)
             kept_inputs = {name: _kept_inputs(removed_inputs[name], model.get_submodule(name)) for name in part}
             for name, moments in _gather_moments(dense, model, kept_inputs, images).items():
                 refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
 
 
-@contextmanager
-def _masked_norms(model: nn.Module, anatomy: Anatomy, kept: Kept) -> Iterator[None]:
-    """Inside the context, norms over units take their statistics over the kept ones, as they do after the cut."""
-    undo = [
-        remove for group, _ in _removed_units(anatomy, kept) for remove in mask_norms(model, group, kept[group.name])
-    ]
-    try:
-        yield
-    finally:
-        for remove in undo:
-            remove()
+def _normed_groups(model: nn.Module, anatomy: Anatomy, kept: Kept, refitted: Collection[str]) -> dict[str, list[Group]]:
+    """The groups that lose units and over which norms take statistics, by the first layer that is refitted for them.
+
+    The key is empty if there is no such layer.
+    """
+    result: dict[str, list[Group]] = {}
+    for group, _ in _removed_units(anatomy, kept):
+        if group.norms:
+            names = (slices.tensor.rpartition(".")[0] for slices in layers_reading(model, group))
+            result.setdefault(next((name for name in names if name in refitted), ""), []).append(group)
+    return result
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
@@ -155,7 +163,7 @@ def _gigabytes(module: nn.Module) -> float:
 
 
 def _gather_moments(
-    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Tensor]
+    dense: nn.Module, slim: nn.Module, kept_inputs: Mapping[str, Sequence[int]], images: Sequence[Any]
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of the layers in ``kept_inputs``: of x' and of D."""
     like = next(slim.parameters())
@@ -164,9 +172,11 @@ def _gather_moments(
         weight = slim.get_submodule(name).get_parameter("weight")
         gathered[name] = Moments(len(indices), weight.device, weight.shape[1])
     with inputs_of(dense, kept_inputs) as of_dense, inputs_of(slim, kept_inputs) as of_slim:
-        for batch in own_share(images):
+        for given in own_share(images):
+            batch, decisions = CalibrationBatch.of(slim, given).to(like), SameDecisions()
             for model in (dense, slim):
-                run_on_images(model, batch.to(like.device, like.dtype))
+                with decisions:
+                    batch.run(model)
             for name, moments in gathered.items():
                 for dense_rows, slim_rows in zip(of_dense[name], of_slim[name], strict=True):
                     x = precise(slim_rows[:, kept_inputs[name]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from slimming.pruning.resize import cut_
 
 
 @checked_arguments
-def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Module:
+def cut(model: nn.Module, plan: Plan, *, images: Sequence[Any] = ()) -> nn.Module:
     """Return the slim model, a plain module with smaller tensors. The given model is not changed.
 
     Masks that are attached to the model are folded into the weights (or set to 1, if ``plan.fold`` is False).
@@ -24,9 +25,9 @@ def cut(model: nn.Module, plan: Plan, *, images: Sequence[Tensor] = ()) -> nn.Mo
     Args:
         model: a dense or masked model.
         plan: the units to keep.
-        images: batches of shape (B, C, H, W), 128 to 512 images in total, preprocessed for the model. The layers that
-            read removed units are refitted on them by least squares (see `slimming.pruning.compensation`). Without
-            images, the slim model equals the masked one.
+        images: batches of shape (B, C, H, W), 128 to 512 images in total, preprocessed for the model; or batches of
+            another form, as in `slimming.score`. The layers that read removed units are refitted on them by least
+            squares (see `slimming.pruning.compensation`). Without images, the slim model equals the masked one.
 
     Raises:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.

@@ -8,28 +8,26 @@ Half of this mean approximates, to second order, the KL divergence between the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.groups import Group
-from slimming.core.modules import run_on_images
 from slimming.core.pruning_plan import Plan
 from slimming.errors import ConfigError, NonFiniteLossError
 from slimming.masks.soft_masks import attach_
 from slimming.models.activations import own_share
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
-from slimming.scoring.outputs import IMAGES_PER_PASS, finite, outputs_that_count
-from slimming.training.batches import Batch
+from slimming.scoring.outputs import IMAGES_PER_PASS, OutputReader, finite, outputs_that_count
 from slimming.training.distributed import add_up
 from slimming.training.images import derive_seed
-from slimming.training.outputs import CLASSES, CountedOutput, class_dim, logits_by_head, named_outputs
-from slimming.training.tasks import Loss, LossTask
+from slimming.training.outputs import BINARY, CLASSES, CountedOutput, class_dim, logits_by_head
+from slimming.training.tasks import Loss, scalars
 
 DRAWS = 2
 """Draws of labels per image: more passes reduce the noise."""
@@ -39,12 +37,13 @@ DRAWS = 2
 def fisher_scores(
     prunable: PrunableModel,
     groups: Sequence[Group],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     *,
     drawn: bool = True,
     seed: int = 0,
     after: Plan | None = None,
     outputs: Sequence[CountedOutput] | None = None,
+    reader: OutputReader | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Return half the mean square, over single images, of the log-likelihood's derivative along each unit's factor.
@@ -52,11 +51,12 @@ def fisher_scores(
     Args:
         prunable: a model without masks in evaluation mode; it is not changed.
         groups: groups of the model.
-        batches: calibration images, the same on every process.
+        batches: calibration batches, the same on every process.
         drawn: whether labels are drawn from the model's predictions, or taken from the batches.
         seed: seed of the draws.
         after: a plan for these groups; the scores are those of the model cut by it.
         outputs: the outputs that count; by default those of `outputs_that_count`.
+        reader: gives the outputs.
         loss: custom loss, whose derivative is taken instead of that of the log-likelihood.
 
     Returns:
@@ -78,23 +78,20 @@ def fisher_scores(
     # Gradients for drawn labels have mean 0, so the expected square of their sum over images is the sum of squares.
     drawn = drawn and loss is None
     size = IMAGES_PER_PASS if drawn else 1
-    parts = [
-        part for batch in batches for part in zip(batch.images.split(size), batch.labels.split(size), strict=False)
-    ]
+    parts = [part for batch in batches for part in batch.split(size)]
+    reader = reader or OutputReader()
     if outputs is None:
-        outputs = outputs_that_count(prunable.model, batches) if drawn else ()
+        outputs = outputs_that_count(prunable.model, batches, reader) if drawn else ()
     draws = DRAWS if drawn else 1
-    for number, (images, labels) in own_share(list(enumerate(parts))):
+    for number, part in own_share(list(enumerate(parts))):
         generator = torch.Generator().manual_seed(derive_seed(seed, number))
-        images = images.to(like.device, like.dtype)
+        batch = part.to(like)
         if loss is not None:
-            measure = partial(_own_loss, loss, model, images, labels.to(like.device))
+            measure = partial(_own_loss, loss, model, batch)
         elif drawn:
-            measure = partial(
-                _drawn_likelihood, run_on_images(model, images), len(images), outputs, classes_of(model), generator
-            )
+            measure = partial(_drawn_likelihood, reader.read(model, batch), outputs, classes_of(model), generator)
         else:
-            measure = partial(_likelihood, run_on_images(model, images), labels.to(like.device), classes_of(model))
+            measure = partial(_likelihood, batch.run(model), batch.labels, classes_of(model))
         for draw in range(draws):
             grads = torch.autograd.grad(
                 measure(), list(factors.values()), retain_graph=draw + 1 < draws, allow_unused=True
@@ -102,7 +99,7 @@ def fisher_scores(
             for total, grad in zip(squares.values(), grads, strict=True):
                 if grad is not None:
                     total += grad.double().square()
-            count += len(images)
+            count += batch.size
     add_up(count, *squares.values())
     result = {name: (total / count / 2).float().cpu() for name, total in squares.items()}
     if not all(bool(torch.isfinite(score).all()) for score in result.values()):
@@ -112,27 +109,27 @@ def fisher_scores(
     return result
 
 
-def _own_loss(loss: Loss, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _own_loss(loss: Loss, model: nn.Module, batch: CalibrationBatch) -> Tensor:
     """The custom loss of one image."""
-    return finite(LossTask(loss).loss(model, images, labels)["loss"])
+    return finite(scalars(loss(model, batch.whole.value))["loss"])
 
 
-def _likelihood(output: Any, labels: Tensor, classes: int) -> Tensor:
+def _likelihood(output: object, labels: Tensor | None, classes: int) -> Tensor:
     """Cross-entropy of the logits of the classes with labels, summed over images."""
-    if classes < 2:
+    if classes < 2 or labels is None:
         raise ConfigError("Score 'taylor' needs a model with a classifier; take score 'compensated'.")
     return F.cross_entropy(finite(logits_by_head(output)[0]).float(), labels, reduction="sum")
 
 
 def _drawn_likelihood(
-    output: Any, images: int, outputs: Sequence[CountedOutput], classes: int, generator: torch.Generator
+    named: Mapping[str, Tensor], outputs: Sequence[CountedOutput], classes: int, generator: torch.Generator
 ) -> Tensor:
     """Negative log-likelihood of values drawn from the outputs themselves, summed over images and outputs.
 
-    The labels of logits are drawn from their softmax. Other values have normal noise: their gradient is that of the sum
-    of the values times noise.
+    The labels of logits are drawn from their softmax, yes-or-no answers from their sigmoid. Other values have normal
+    noise: their gradient is that of the sum of the values times noise.
     """
-    named, losses = named_outputs(output, images), []
+    losses = []
     for counted in outputs:
         values = finite(named[counted.name]).float()
         if counted.kind == CLASSES:
@@ -141,6 +138,9 @@ def _drawn_likelihood(
             drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]).cpu(), 1, generator=generator)
             labels = drawn.to(logits.device).reshape(probabilities.shape[:-1])
             value = F.cross_entropy(logits, labels, reduction="sum")
+        elif counted.kind == BINARY:
+            answers = torch.bernoulli(values.detach().sigmoid().cpu(), generator=generator).to(values.device)
+            value = F.binary_cross_entropy_with_logits(values, answers, reduction="sum")
         else:
             value = (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
         losses.append(value if counted.scale == 1 else value / counted.scale)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from slimming.core.budget import Budget
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.groups import Group
 from slimming.core.layout import FREE
 from slimming.models.prunable import PrunableModel
 from slimming.planning.planner import Planner
 from slimming.scoring.fisher import fisher_scores
+from slimming.scoring.outputs import OutputReader
 from slimming.scoring.redundancy import redundancy_scores
-from slimming.training.batches import Batch
 from slimming.training.outputs import CountedOutput
 from slimming.training.tasks import Loss
 
@@ -36,10 +37,11 @@ def iterative_scores(
     prunable: PrunableModel,
     groups: Sequence[Group],
     alone: Mapping[str, Tensor],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     *,
     seed: int = 0,
     outputs: Sequence[CountedOutput] | None = None,
+    reader: OutputReader | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Return the cost of each unit at the moment of its removal.
@@ -49,9 +51,10 @@ def iterative_scores(
         groups: groups of the model.
         alone: cost of removing each unit alone, at least 0, shape (size,) per group, see
             `slimming.scoring.fisher.fisher_scores`.
-        batches: calibration images, the same on every process; their labels are not used.
+        batches: calibration batches, the same on every process; their labels are not used.
         seed: seed of the drawn labels.
         outputs: the outputs that count, see `slimming.scoring.fisher.fisher_scores`.
+        reader: gives the outputs.
         loss: custom loss, see `slimming.scoring.fisher.fisher_scores`.
 
     Returns:
@@ -60,12 +63,12 @@ def iterative_scores(
     Raises:
         NonFiniteLossError: the model's outputs or their gradients are not finite.
     """
-    scores = redundancy_scores(prunable.model, groups, alone, [batch.images for batch in batches])
+    scores = redundancy_scores(prunable.model, groups, alone, batches)
     for kind in IN_ROUNDS:
         of_kind = [group for group in groups if group.kind == kind]
         if of_kind:
             start = {group.name: alone[group.name] for group in of_kind}
-            scores |= _in_rounds(prunable, of_kind, start, batches, seed, outputs, loss)
+            scores |= _in_rounds(prunable, of_kind, start, batches, seed, outputs, reader, loss)
     return scores
 
 
@@ -73,9 +76,10 @@ def _in_rounds(
     prunable: PrunableModel,
     groups: Sequence[Group],
     alone: Mapping[str, Tensor],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     seed: int,
     outputs: Sequence[CountedOutput] | None,
+    reader: OutputReader | None,
     loss: Loss | None,
 ) -> dict[str, Tensor]:
     """Costs of the units of one kind: the score in the round of removal, at least the largest of the rounds before."""
@@ -103,7 +107,7 @@ def _in_rounds(
             return costs
         remaining = {name: units_left & ~removed[name] for name, units_left in remaining.items()}
         current = fisher_scores(
-            prunable, groups, batches, seed=seed + number + 1, after=plan, outputs=outputs, loss=loss
+            prunable, groups, batches, seed=seed + number + 1, after=plan, outputs=outputs, reader=reader, loss=loss
         )
     return costs
 

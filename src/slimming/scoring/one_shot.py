@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimming.core.argument_types import checked_arguments
+from slimming.core.calibration import NO_LABEL, CalibrationBatch, given_batches, labelled
 from slimming.core.layout import Layout
 from slimming.errors import ConfigError, DataError, PlanError
 from slimming.masks.attachment import independent, prunable, select_kinds
 from slimming.masks.soft_masks import attached
 from slimming.models.prunable import PrunableModel
 from slimming.planning.scores import HasScores, ScoredModel
-from slimming.scoring.outputs import outputs_that_count
+from slimming.scoring.outputs import OutputReader, Outputs, outputs_that_count
 from slimming.scoring.registry import Request, score_called
 from slimming.scoring.rotation import rotate_
-from slimming.training.batches import Batch, calibration_batches
+from slimming.training.batches import calibration_batches
 from slimming.training.distributed import agreed
 from slimming.training.outputs import CountedOutput
 from slimming.training.samples import Data
 from slimming.training.tasks import Loss
-
-NO_LABEL = -1
-"""Label of images that were given without labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,8 @@ class OneShot(HasScores):
         prunable: a copy of the given model, with its anatomy.
         scores: group name -> score of each unit, shape (size,): the estimated increase of the loss without the unit.
         how: name of the score.
-        images: the batches, shape (B, C, H, W), for the compensation in `slimming.cut`.
+        images: the batches as the model takes them, for the compensation in `slimming.cut`: tensors of shape
+            (B, C, H, W), or the arguments of the model.
         layout: sizes that plans may give to the layers.
         outputs: the outputs of the model that counted; empty for a custom loss, and for scores that do not compare
             outputs.
@@ -45,7 +44,7 @@ class OneShot(HasScores):
     prunable: PrunableModel
     scores: Mapping[str, Tensor]
     how: str
-    images: Sequence[Tensor] = field(repr=False)
+    images: Sequence[Any] = field(repr=False)
     layout: Layout = field(default_factory=Layout)
     outputs: tuple[CountedOutput, ...] = ()
 
@@ -64,7 +63,7 @@ class OneShot(HasScores):
 @checked_arguments
 def score(
     model: nn.Module,
-    data: Data | Sequence[Tensor],
+    data: Data | Iterable[Any],
     *,
     how: str = "compensated",
     images: int = 512,
@@ -73,6 +72,7 @@ def score(
     layout: Layout | None = None,
     seed: int = 0,
     loss: Loss | None = None,
+    outputs: Outputs | None = None,
 ) -> OneShot:
     """Score every unit without training, which takes minutes on 128 to 512 images without labels.
 
@@ -84,7 +84,10 @@ def score(
 
     Args:
         model: a dense or slim model without masks; it is not changed.
-        data: data whose training images are used, see `slimming.open_data`; or batches of images, shape (B, C, H, W).
+        data: data whose training images are used, see `slimming.open_data`; or batches, of which a loader is read up to
+            ``images`` images. A batch is a tensor of images (B, C, H, W), a list of images, a dict of the arguments of
+            the model's forward (as for transformers), or a tuple. Of a tuple, the model gets as many entries as its
+            example inputs have positional arguments, or one; the others are targets for ``loss``.
         how: one of `slimming.scoring.registry.SCORES`: ``"compensated"``, ``"fisher"``, ``"taylor"`` (needs labels) or
             ``"contribution"`` (from the weights alone). For a model without a classifier, Fisher scores are those of
             its features.
@@ -94,13 +97,17 @@ def score(
         layout: sizes that plans may give to the layers.
         seed: seed of the choice of images and of the drawn labels.
         loss: custom loss, see `slimming.training.tasks.Loss`: its derivative for single images replaces that of the
-            outputs. For images without labels, the labels it gets are -1.
+            outputs. It gets the batch as it was given, cut to one image; for batches that are tensors, a pair of images
+            and labels, which are -1.
+        outputs: which outputs count: a function that gets what the model returns and gives those that count, such as
+            ``lambda out: (out.logits, out.pred_boxes)``; or names of modules whose outputs count instead. None takes
+            all outputs; for the detectors of torchvision, those of their heads.
 
     Raises:
         UnsupportedModelError: no family reads the model.
         PlanError: the model has masks.
         ConfigError: there is no such score, the model has no such kind or no output that counts, ``images`` is below
-            1, or the score does not use ``loss``.
+            1, or the score does not use ``loss`` or ``outputs``.
         DataError: the score needs labels and the data has none.
         NonFiniteLossError: the model's outputs or their gradients are not finite.
 
@@ -117,28 +124,34 @@ def score(
         raise PlanError("The model has masks; call masks.fold_() or masks.detach_() first, or plan with the masks.")
     if loss is not None and not chosen.needs_images:
         raise ConfigError(f"Score {how!r} is computed from the weights alone and does not use a loss; drop it.")
-    batches = _batches(data, images, seed)
-    if chosen.needs_labels and loss is None and any(bool((batch.labels == NO_LABEL).any()) for batch in batches):
-        raise DataError(f"Score {how!r} needs labels: give data that has them, or take score 'compensated'.")
+    if outputs is not None and (loss is not None or not chosen.compares_outputs):
+        raise ConfigError(f"Score {how!r}{' with a loss' if loss else ''} does not compare outputs; drop outputs.")
     copied = prunable(model).copy()
+    batches = _batches(data, copied, images, seed)
+    unlabelled = any(batch.labels is None or bool((batch.labels == NO_LABEL).any()) for batch in batches)
+    if chosen.needs_labels and loss is None and unlabelled:
+        raise DataError(f"Score {how!r} needs labels: give data that has them, or take score 'compensated'.")
     copied.model.eval()
-    image_batches = [batch.images for batch in batches]
     if rotate:
-        rotate_(copied, image_batches)
+        rotate_(copied, batches)
     groups = select_kinds(independent(copied.anatomy.groups), kinds)
-    outputs = outputs_that_count(copied.model, batches) if chosen.compares_outputs and loss is None else ()
-    request = Request(prunable=copied, groups=groups, batches=batches, seed=seed, outputs=outputs, loss=loss)
-    scores = chosen.function(request)
+    reader, compares = OutputReader(outputs), chosen.compares_outputs and loss is None
+    counted = outputs_that_count(copied.model, batches, reader) if compares else ()
+    request = Request(
+        prunable=copied, groups=groups, batches=batches, seed=seed, outputs=counted, reader=reader, loss=loss
+    )
     return OneShot(
-        prunable=copied, scores=scores, how=how, images=image_batches, layout=layout or Layout(), outputs=outputs
+        prunable=copied,
+        scores=chosen.function(request),
+        how=how,
+        images=[batch.call.value for batch in batches],
+        layout=layout or Layout(),
+        outputs=counted,
     )
 
 
-def _batches(data: Data | Sequence[Tensor], images: int, seed: int) -> list[Batch]:
-    """Calibration images of the data, or the given batches without labels."""
+def _batches(data: Data | Iterable[Any], model: PrunableModel, images: int, seed: int) -> list[CalibrationBatch]:
+    """Calibration images of the data, or the given batches."""
     if isinstance(data, Data):
-        return calibration_batches(data, images, seed=seed)
-    given = [data] if isinstance(data, Tensor) else list(data)
-    if not given or any(not isinstance(batch, Tensor) or batch.dim() != 4 for batch in given):
-        raise DataError("Give data of slimming.open_data, or batches of images of shape (B, C, H, W).")
-    return [Batch(batch, torch.full((len(batch),), NO_LABEL), ()) for batch in given]
+        return [labelled(batch.images, batch.labels) for batch in calibration_batches(data, images, seed=seed)]
+    return given_batches(model.model, data, images, len(model.anatomy.input_shape) + 1)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.groups import Group, Slices
-from slimming.core.modules import run_on_images
 from slimming.models.activations import (
     Moments,
     feeds_layers,
@@ -38,7 +39,7 @@ READERS = 4
 
 @torch.no_grad()
 def redundancy_scores(
-    model: nn.Module, groups: Sequence[Group], importance: Mapping[str, Tensor], images: Sequence[Tensor]
+    model: nn.Module, groups: Sequence[Group], importance: Mapping[str, Tensor], batches: Sequence[Any]
 ) -> dict[str, Tensor]:
     """Return the cost of each unit at the moment of its removal, with the units of a group removed one after the other.
 
@@ -46,7 +47,7 @@ def redundancy_scores(
         model: a model without masks in evaluation mode.
         groups: groups of the model.
         importance: cost of removing each unit alone without compensation, at least 0, shape (size,) per group.
-        images: batches of shape (B, C, H, W), the same on every process.
+        batches: calibration batches, see `CalibrationBatch.of`, the same on every process.
 
     Returns:
         Group name -> costs, shape (size,). For units that no layer reads directly, such as queries, tokens, features of
@@ -63,7 +64,7 @@ def redundancy_scores(
         names = list(
             dict.fromkeys(slices.tensor.rpartition(".")[0] for group in part for slices in readers[group.name])
         )
-        covariances = _covariances(model, names, images)
+        covariances = _covariances(model, names, batches)
         for group in part:
             layers = [
                 ReadLayer(covariances[name], slices.index)
@@ -84,7 +85,7 @@ def _readers(model: nn.Module, group: Group) -> list[Slices]:
 
 
 def _covariances(
-    model: nn.Module, names: Iterable[str], images: Sequence[Tensor]
+    model: nn.Module, names: Iterable[str], batches: Sequence[Any]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Covariance (C, C) with its ridge, second moments (C,), and the ridge, of the inputs of each layer that ran."""
     like = next(model.parameters())
@@ -93,8 +94,8 @@ def _covariances(
         weight = model.get_submodule(name).get_parameter("weight")
         sums[name] = Moments(weight.shape[1], weight.device)
     with inputs_of(model, sums) as read:
-        for batch in own_share(images):
-            run_on_images(model, batch.to(like.device, like.dtype))
+        for batch in own_share(batches):
+            CalibrationBatch.of(model, batch).to(like).run(model)
             for name, moments in sums.items():
                 for rows in map(precise, read[name]):
                     moments.add(rows)

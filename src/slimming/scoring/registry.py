@@ -15,10 +15,11 @@ from slimming.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slimming.core.calibration import CalibrationBatch
     from slimming.core.groups import Group
     from slimming.masks.soft_masks import SoftMasks
     from slimming.models.prunable import PrunableModel
-    from slimming.training.batches import Batch
+    from slimming.scoring.outputs import OutputReader
     from slimming.training.outputs import CountedOutput
     from slimming.training.tasks import Loss
 
@@ -30,19 +31,21 @@ class Request:
     Attributes:
         prunable: the model without masks in evaluation mode; it is not changed.
         groups: groups of the model.
-        batches: calibration images, the same on every process.
+        batches: calibration batches, the same on every process.
         masks: the masks of a search with the scores that they collected; None for one-shot scores.
         seed: seed of the drawn labels.
         outputs: the outputs that count in Fisher scores; None means those of `outputs_that_count`.
+        reader: gives the outputs; None takes all outputs of the model.
         loss: custom loss, whose derivative is taken instead of that of the outputs; None if there is none.
     """
 
     prunable: PrunableModel
     groups: Sequence[Group]
-    batches: Sequence[Batch]
+    batches: Sequence[CalibrationBatch]
     masks: SoftMasks | None = None
     seed: int = 0
     outputs: Sequence[CountedOutput] | None = None
+    reader: OutputReader | None = None
     loss: Loss | None = None
 
 
@@ -81,6 +84,7 @@ def _fisher(request: Request) -> dict[str, Tensor]:
         request.batches,
         seed=request.seed,
         outputs=request.outputs,
+        reader=request.reader,
         loss=request.loss,
     )
 
@@ -96,6 +100,7 @@ def _compensated(request: Request) -> dict[str, Tensor]:
         request.batches,
         seed=request.seed,
         outputs=request.outputs,
+        reader=request.reader,
         loss=request.loss,
     )
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimming.core.calibration import CalibrationBatch
 from slimming.core.groups import Group, Slices
-from slimming.core.modules import run_on_images
 from slimming.errors import NonFiniteLossError
 from slimming.models.activations import Moments, inputs_of, own_share, precise
 from slimming.models.prunable import PrunableModel
@@ -27,14 +28,14 @@ _LEAST, _NOTHING = 1e-6, 1e-30
 
 
 @torch.no_grad()
-def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
+def rotate_(prunable: PrunableModel, batches: Sequence[Any]) -> None:
     """Change, in place, the basis of every attention head whose dimensions can be pruned.
 
     The outputs change only by rounding. Models without such heads are not changed.
 
     Args:
         prunable: a model without masks in evaluation mode.
-        images: batches of shape (B, C, H, W), the same on every process.
+        batches: calibration batches, see `CalibrationBatch.of`, the same on every process.
 
     Raises:
         NonFiniteLossError: the images or the weights are not finite; the model is unchanged.
@@ -42,12 +43,12 @@ def rotate_(prunable: PrunableModel, images: Sequence[Tensor]) -> None:
     model = prunable.model
     roles: defaultdict[str, dict[str, Group]] = defaultdict(dict)
     for group in prunable.anatomy.groups:
-        if group.role in ("qk", "v"):
+        if group.role in ("qk", "v") and group.any_basis:
             roles[group.site][group.role] = group
     queries = [of_site["qk"] for of_site in roles.values() if "qk" in of_site]
     values = [of_site["v"] for of_site in roles.values() if "v" in of_site]
     # The rotations change nothing outside the heads, so all statistics can be computed beforehand.
-    moments = _moments(model, queries, values, images)
+    moments = _moments(model, queries, values, batches)
     for group in values:
         for reads in _slices(group, "consumes"):
             if not bool(torch.isfinite(model.get_parameter(reads.tensor)).all()):
@@ -112,7 +113,7 @@ def _root(moments: Tensor) -> Tensor:
 
 
 def _moments(
-    model: nn.Module, queries: Sequence[Group], values: Sequence[Group], images: Sequence[Tensor]
+    model: nn.Module, queries: Sequence[Group], values: Sequence[Group], batches: Sequence[Any]
 ) -> dict[str, list[list[Tensor]]]:
     """For each group and head, the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
@@ -131,8 +132,8 @@ def _moments(
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in query_layers]
     try:
         with inputs_of(model, value_readers) as inputs:
-            for batch in own_share(images):
-                run_on_images(model, batch.to(like.device, like.dtype))
+            for batch in own_share(batches):
+                CalibrationBatch.of(model, batch).to(like).run(model)
                 for name, group in query_layers.items():
                     for out in outputs.pop(name):
                         _add_qk(moments_of[group.name], group, precise(out))

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from slimming.core.calibration import labelled
 from slimming.core.copies import copied
 from slimming.errors import SlimmingError
 from slimming.masks.soft_masks import SoftMasks, attached
@@ -20,7 +21,7 @@ from slimming.scoring.redundancy import redundancy_scores
 from slimming.scoring.registry import SCORES, Request, score_called
 from slimming.scoring.sensitivity import sensitivity
 from slimming.searching.config import SearchConfig
-from slimming.training.batches import Batch, calibration_batches, first_batches
+from slimming.training.batches import calibration_batches, first_batches
 from slimming.training.distillation import MatchLoss
 from slimming.training.distributed import agreed, of_main_process
 from slimming.training.evaluation import autocast
@@ -105,9 +106,9 @@ def _scores(
     if config.fold:
         copied_masks.fold_()
     copied_masks.detach_()
-    batches = calibration_batches(
-        data, config.images, batch_size=min(BATCH_SIZE, config.train.images_per_pass), seed=config.train.seed
-    )
+    size = min(BATCH_SIZE, config.train.images_per_pass)
+    read = calibration_batches(data, config.images, batch_size=size, seed=config.train.seed)
+    batches = [labelled(batch.images, batch.labels) for batch in read]
     if _trains_outputs(task):
         plain = read_as(model, masks.anatomy)
         outputs = outputs_that_count(model, batches)
@@ -122,7 +123,7 @@ def _scores(
         return chosen.function(request), outputs
     scores = {name: score.square() / 2 for name, score in masks.scores("taylor").items()}
     if config.score == "compensated":
-        scores = redundancy_scores(model, masks.groups, scores, [batch.images for batch in batches])
+        scores = redundancy_scores(model, masks.groups, scores, batches)
     return scores, ()
 
 
@@ -148,7 +149,7 @@ def _sensitivity(
     precise = partial(autocast, device, train.precision)
     with torch.no_grad(), precise():
         if isinstance(task, ClassificationTask):
-            counted = outputs_that_count(model, [Batch(*batch, ()) for batch in batches])
+            counted = outputs_that_count(model, [labelled(*batch) for batch in batches])
             measure = divergence(model, [images for images, _ in batches], counted)
         else:
             measure = _task_loss(task, device, batches)

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from slimming.errors import ConfigError
 
-CLASSES, VALUES = "classes", "values"
-"""Kinds of outputs: logits of classes, which are compared after a softmax, and other values."""
-ON_THE_WAY = re.compile(r"(^|_)(attentions?|hidden_states|past_key_values|cache)$")
-"""Names of values that a model computes on the way and returns on request; they do not count."""
+CLASSES, BINARY, VALUES = "classes", "binary", "values"
+"""Kinds of outputs: logits of classes, which are compared after a softmax; logits of single yes-or-no answers, which are
+compared after a sigmoid; and other values."""
+ON_THE_WAY = re.compile(
+    r"(^|_)(attentions?|hidden_states|past_key_values|cache)$|^(auxiliary|enc|init|initial|intermediate)_|^denoising"
+)
+"""Names of values that a model computes on the way, or for its loss only; they do not count."""
 LAST_STATE = re.compile(r"(^|_)last_hidden_state$")
 """The last of these values counts if the model returns no logits, as in an encoder."""
+NO_CLASSES = re.compile(r"(^|_)(heatmaps|depth|embeds?)$")
+"""Names of outputs that are no logits, whatever their shape."""
 WAY_OUT = "Pass your own function as loss, see `slimming.train`, or wrap the model in a module that returns {}."
 
 
@@ -30,7 +35,7 @@ class CountedOutput:
     Attributes:
         name: its path in what the model returns, such as ``"logits"``, ``"1"`` or ``"heads.box"``; ``"output"`` if the
             model returns one tensor.
-        kind: ``"classes"`` or ``"values"``.
+        kind: ``"classes"``, ``"binary"`` or ``"values"``.
         scale: what the output is divided by: 1 for a single output. For one of several, the square root of its spread
             between images: the variance, summed over the values; for logits, twice the mean KL divergence of the
             predictions from their mean, summed over the predictions.
@@ -70,13 +75,20 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
             seen.add(key)
             found[".".join(path) or "output"] = tensor
     if any(name.endswith("logits") for name in found):
-        found = {name: tensor for name, tensor in found.items() if not LAST_STATE.search(name)}
+        found = {
+            name: tensor for name, tensor in found.items() if not any(map(LAST_STATE.search, name.split(".")))
+        }
     if not found:
         raise ConfigError(
             f"The model gives {type(output).__name__}, in which there is no floating-point tensor with one entry per "
             f"image. {WAY_OUT.format('such a tensor')}"
         )
     return found
+
+
+def named_tensors(value: Any) -> dict[str, Tensor]:
+    """Return all tensors in a nested value, by their paths."""
+    return {".".join(path) or "output": tensor for path, tensor in _tensors(value, ())}
 
 
 def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
@@ -102,17 +114,24 @@ def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 def kind_of(name: str, tensor: Tensor, *, single: bool, classes: int) -> str:
     """Return the kind of an output, see `CountedOutput`.
 
+    Logits (B, queries, K) with exactly one entry per class of the model have no entry for "nothing", so each of them is
+    a yes-or-no answer, as in detectors that are trained with a focal loss.
+
     Args:
         name: its name.
         tensor: its value.
-        single: whether it is the only one; it is then taken for logits if the model has classes.
+        single: whether it is the only one; it is then taken for logits if it has one entry per class of the model.
         classes: number of classes of the model; 0 if it has none.
     """
-    if tensor.ndim < 2 or tensor.shape[class_dim(tensor, classes)] < 2:
+    dim = class_dim(tensor, classes) if tensor.ndim > 1 else 0
+    named = name.endswith("logits") and tensor.ndim <= 3
+    if named and tensor.ndim == 3 and tensor.shape[2] == classes:
+        return BINARY
+    if tensor.ndim < 2 or tensor.shape[dim] < 2:
         return VALUES
-    if single:
-        return CLASSES if classes > 1 else VALUES
-    return CLASSES if name.endswith("logits") and tensor.ndim <= 3 else VALUES
+    if single and not NO_CLASSES.search(name):
+        return CLASSES if classes > 1 and (named or tensor.shape[dim] == classes) else VALUES
+    return CLASSES if named else VALUES
 
 
 def class_dim(logits: Tensor, classes: int) -> int:

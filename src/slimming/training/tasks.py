@@ -77,9 +77,23 @@ def check_logits(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None
         )
 
 
-Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor | Mapping[str, Tensor]]
-"""A custom loss function of the model and a batch ``(images, labels)``. It returns the scalar to minimise, or a mapping
-of scalars: ``"loss"`` is minimised, the others are logged."""
+Loss = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
+"""A custom loss function of the model and a batch: ``(images, labels)`` of slimming's own data, or the batch as a loader
+gave it. It returns the scalar to minimise, or a mapping of scalars: ``"loss"`` is minimised, the others are logged."""
+
+
+def scalars(result: Any) -> dict[str, Tensor]:
+    """Return the result of a custom loss function as a dict with the key ``"loss"``.
+
+    Raises:
+        ConfigError: it is not a scalar or a mapping of scalars with the key ``"loss"``.
+    """
+    losses = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    if "loss" not in losses or any(not isinstance(x, Tensor) or x.numel() != 1 for x in losses.values()):
+        raise ConfigError(
+            "The loss function must return a scalar tensor, or a mapping of scalar tensors with an entry 'loss'."
+        )
+    return {name: value.reshape(()) for name, value in losses.items()}
 
 
 class LossTask:
@@ -101,13 +115,7 @@ class LossTask:
         Raises:
             ConfigError: the function does not return a scalar or a mapping of scalars with the key ``"loss"``.
         """
-        result = self.function(model, (images, labels))
-        losses = {"loss": result} if isinstance(result, Tensor) else dict(result)
-        if "loss" not in losses or any(not isinstance(x, Tensor) or x.numel() != 1 for x in losses.values()):
-            raise ConfigError(
-                "The loss function must return a scalar tensor, or a mapping of scalar tensors with an entry 'loss'."
-            )
-        return {name: value.reshape(()) for name, value in losses.items()}
+        return scalars(self.function(model, (images, labels)))
 
     def before_step(self) -> None:
         """Do nothing."""

@@ -11,7 +11,6 @@ import torch
 from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dS0
 from timm.layers.mlp import GatedMlp, SwiGLU
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
-from timm.models.mambaout import MambaOut
 from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
 from torch import Tensor, nn
 
@@ -47,7 +46,8 @@ class Convolutions(nn.Module):
     def __init__(self, norm: Callable[[int], nn.Module], conv: Any = nn.Conv2d) -> None:
         super().__init__()
         self.stem = conv(3, 24, 3, padding=1)
-        self.block = nn.Sequential(norm(24), nn.ReLU(), conv(24, 16, 3, padding=1), norm(16), nn.ReLU(), conv(16, 24, 3, padding=1))  # fmt: skip
+        first, second = conv(24, 16, 3, padding=1), conv(16, 24, 3, padding=1)
+        self.block = nn.Sequential(norm(24), nn.ReLU(), first, norm(16), nn.ReLU(), second)
         self.fc = nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def gmlp() -> nn.Module:
 
 
 def mamba_out() -> nn.Module:
-    return MambaOut(num_classes=5, depths=(1, 1), dims=(8, 12), img_size=32)  # pyright: ignore
+    return timm.create_model("mambaout_femto", depths=(1, 1), dims=(8, 12), num_classes=5)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[int]]]] = {
@@ -114,7 +114,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[int]]]] = {
     "NF-ResNet": (lambda: Convolutions(lambda _: nn.Identity(), ScaledStdConv2d), {"channel": [24, 16]}),
     "MLP with a gate and a norm": (NormedMlp, {"mlp": [20], "channel": [12]}),
     "gMLP": (gmlp, {"mlp": [32, 32], "width": [16]}),
-    "MambaOut": (mamba_out, {"mlp": [13, 8, 20, 12], "width": [8, 12]}),
+    "MambaOut": (mamba_out, {"mlp": [8, 13, 12, 20, 48], "channel": [4]}),
 }
 """By name: how it is made, and the sizes of its groups."""
 models = pytest.mark.parametrize("name", MODELS, ids=str)
@@ -133,6 +133,8 @@ def test_units_are_found_and_go_exactly(name: str) -> None:
     model = make(name)
     sizes: dict[str, list[int]] = {}
     for group in slimming.describe(model):
+        if group.kind in ("block", "token"):
+            continue
         sizes.setdefault(group.kind, []).append(group.size)
     assert sizes == MODELS[name][1]
     found = slimming.check(model)
@@ -144,16 +146,19 @@ def test_units_are_found_and_go_exactly(name: str) -> None:
 def test_compensation_sees_the_statistics_of_what_stays(name: str) -> None:
     model = make(name).double()
     randomise_(model)
-    groups = [group for group in slimming.describe(model) if group.kind != "width"]
+    groups = [group for group in slimming.describe(model) if group.kind in ("channel", "mlp")]
     keep = {group.kind: 0.7 for group in groups}
-    size = getattr(model, "image_size", 32)
-    images = [torch.randn(8, 3, size, size, dtype=torch.float64) for _ in range(4)]
+    size = 64 if name == "ConvNeXt V2" else getattr(model, "image_size", 32)
+    images = [torch.randn(16, 3, size, size, dtype=torch.float64) for _ in range(4)]
     masks = slimming.attach(make(name).double(), groups)
     plan = slimming.plan(masks, slimming.Budget(keep=keep), layout=FREE)
     expected = torch.cat([model(x) for x in images])
     plain, refitted = slimming.cut(model, plan), slimming.cut(model, plan, images=images)
     errors = [float((torch.cat([each(x) for x in images]) - expected).norm()) for each in (plain, refitted)]
-    assert errors[1] < errors[0]
+    if name == "BiT":  # what reads these channels standardises its weights, and is not refitted
+        assert errors[1] == errors[0]
+    else:
+        assert errors[1] < 0.9 * errors[0]
 
 
 @torch.no_grad()
@@ -168,9 +173,7 @@ def test_two_groups_mask_one_norm() -> None:
             Slices(tensor=f"norm.{t}", dim=0, index=tuple((i,) for i in indices), side="produces")
             for t in ("weight", "bias")
         )
-        group = Group(
-            name=name, kind="width", size=3, site="norm", role="width", slices=slices, norms=("norm",)
-        )
+        group = Group(name=name, kind="width", size=3, site="norm", role="width", slices=slices, norms=("norm",))
         undo += mask_norms(holder, group, kept)
     x = torch.randn(2, 6)
     chosen = torch.tensor([0, 2, 4, 5])

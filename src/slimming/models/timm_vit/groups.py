@@ -144,6 +144,7 @@ def _head_dim_groups(sizes: BlockSizes, qkv: list[str], can_cut_qk: bool) -> lis
             limits=Limits(parts=parts),
             slices=slices,
             scales=scales,
+            any_basis=role != "qkv",
         )
         for role, (can_cut, parts, slices, scales) in roles.items()
         if can_cut

@@ -24,7 +24,7 @@ from slimming.models.replaced_layers import Blueprint
 from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
-from slimming.models.traced.resize import disable_nested_tensors_, layers_after, resize_module_, select
+from slimming.models.traced.resize import disable_nested_tensors_, is_removed, layers_after, merged, resize_, select
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
 
 SUBMODULE = "part"
@@ -104,11 +104,13 @@ class Traced(Family):
         return rebuild.build(base)
 
     def structure(self, anatomy: Anatomy, kept: Kept) -> Structure:
-        layers = {**anatomy.structure.layers, **layers_after(anatomy.sizes, anatomy.groups, kept)}
+        layers = merged(anatomy.structure.layers, layers_after(anatomy.sizes, anatomy.groups, kept))
         return replace(anatomy.structure, layers=layers)
 
     def select(self, anatomy: Anatomy, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return select(anatomy.groups, kept, state)
+        entries = layers_after(anatomy.sizes, anatomy.groups, kept)
+        state = {name: tensor for name, tensor in state.items() if not is_removed(name, entries)}
+        return select(anatomy.groups, kept, state, anatomy.sizes)
 
     def resize_(self, model: nn.Module, structure: Structure) -> None:
         self._apply_(model, structure.layers)
@@ -119,12 +121,11 @@ class Traced(Family):
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
         for name, entry in layers.items():
-            module = model.get_submodule(name)
             if SUBMODULE in entry:
                 structure = Structure.from_dict(entry[SUBMODULE])
-                self._families[structure.family].resize_(module, structure)
+                self._families[structure.family].resize_(model.get_submodule(name), structure)
             else:
-                resize_module_(module, entry)
+                resize_(model, name, entry)
         disable_nested_tensors_(model)
 
 

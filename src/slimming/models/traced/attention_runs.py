@@ -8,7 +8,7 @@ columns depend. No names of classes, layers or attributes are used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,6 +51,23 @@ class LayerCall:
     operation: Any
 
 
+@dataclass(frozen=True)
+class ProductCall:
+    """One product of two tensors, summed over one dimension of each.
+
+    Attributes:
+        left: the first tensor.
+        left_dim: the dimension of ``left`` that is summed over.
+        right: the second tensor.
+        right_dim: the dimension of ``right`` that is summed over.
+    """
+
+    left: Tensor
+    left_dim: int
+    right: Tensor
+    right_dim: int
+
+
 @dataclass
 class AttentionRun:
     """One attention in a forward pass.
@@ -77,7 +94,7 @@ class Run(TorchFunctionMode):
 
     running: list[str] = field(default_factory=lambda: [""])
     attentions: list[AttentionRun] = field(default_factory=list)
-    products: set[Any] = field(default_factory=set)
+    products: dict[Any, ProductCall | None] = field(default_factory=dict)
     layers: list[LayerCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,12 +114,35 @@ class Run(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.grad_fn is not None:
             if func in PRODUCTS:
-                self.products.add(out.grad_fn)
+                self.products[out.grad_fn] = _product(func, args)
             elif out.dim() > 2 and func is functional.scaled_dot_product_attention:
                 self.attentions.append(AttentionRun(self.running[-1], out))
+                query, key = (*args, *(kwargs or {}).values())[:2]
+                self.products[out.grad_fn] = ProductCall(query, -1, key, -1)
             elif out.dim() > 2 and func in SOFTMAX:
                 self.attentions.append(AttentionRun(self.running[-1], out, args[0].grad_fn))
         return out
+
+
+def _product(func: Any, args: Sequence[Any]) -> ProductCall | None:
+    """The product that ``func`` computes of ``args``; None if it sums over more or less than one dimension."""
+    if func is torch.einsum:
+        equation, *tensors = args
+        if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+            tensors = list(tensors[0])
+        terms, _, result = str(equation).replace(" ", "").partition("->")
+        names = terms.split(",")
+        if len(names) != 2 or len(tensors) != 2:
+            return None
+        summed = [name for name in names[0] if name in names[1] and name not in result and name.isalpha()]
+        if len(summed) != 1:
+            return None
+        dims = [name.index(summed[0]) - (len(name) if "..." in name else 0) for name in names]
+        return ProductCall(tensors[0], dims[0], tensors[1], dims[1])
+    tensors = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+    if len(tensors) < 2 or min(tensor.dim() for tensor in tensors) < 2:
+        return None
+    return ProductCall(tensors[0], -1, tensors[1], -2)
 
 
 @dataclass(frozen=True)
@@ -126,10 +166,10 @@ class HeadRows:
     contiguous: bool
 
 
-def record(model: nn.Module, forward: Pass) -> Run:
-    """Run ``model``, whose parameters must require gradients, once."""
+def record(model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None) -> Run:
+    """Run ``model``, whose parameters must require gradients, once; inside the context ``also``."""
     run = Run()
-    with _hooks(model, run), torch.enable_grad(), run:
+    with _hooks(model, run), torch.enable_grad(), also or nullcontext(), run:
         forward.outputs(model)
     return run
 
@@ -160,7 +200,7 @@ def _hooks(model: nn.Module, run: Run) -> Iterator[None]:
 def head_rows(model: nn.Module, run: Run, attention: AttentionRun) -> HeadRows | str | None:
     """What belongs to the heads of ``attention``; a reason if they cannot be told apart; None if it is no attention."""
     layers = run.made_by
-    if attention.scores is not None and not before(attention.scores, layers) & run.products:
+    if attention.scores is not None and not before(attention.scores, layers) & run.products.keys():
         return None  # a softmax over something else
     readers = [call for call, operations in run.read_by if attention.by_head.grad_fn in operations]
     if not readers or not attention.head_dims:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimming.core.formulas import Dim
+from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, Scale, Slices
 
-Attributes = dict[str, dict[str, Dim]]
+Attributes = dict[str, dict[str, Dim | Ratio]]
 """Name of a module -> name of an attribute -> its value as a function of the kept units."""
 
 
@@ -61,7 +61,6 @@ class Heads:
         heads_last: whether the head is the fastest index of these columns.
         mixers: paths of layers from heads to heads (talking heads).
         per_head: path of a tensor -> its dimension over heads.
-        per_head_layers: paths of layers that run once per head with the same weights.
         count: path of the attribute with the number of heads, or the number if no attribute holds it.
         sizes: paths of attributes that are a multiple of the number of heads.
         free_heads: whether the forward infers the head size from the embedding width, and has to be rewritten.
@@ -77,7 +76,6 @@ class Heads:
     heads_last: bool = False
     mixers: tuple[str, ...] = ()
     per_head: Mapping[str, int] = field(default_factory=dict)
-    per_head_layers: tuple[str, ...] = ()
     count: str | int = "num_heads"
     sizes: tuple[str, ...] = ()
     free_heads: bool = False
@@ -107,13 +105,32 @@ def head_group(name: str, module: nn.Module, row: Heads) -> tuple[Group, Attribu
         module: the attention module.
         row: its row.
     """
-    if row.why_not is not None:
-        return row.why_not
-    heads = row.count if isinstance(row.count, int) else _size(module, row.count)
-    if heads is None:
-        return f"it has no {row.count}"
+    slices = head_slices(name, module, row)
+    if isinstance(slices, str):
+        return slices
+    heads = len(slices[0].index)
     if heads < 2:
         return "it has one head"
+    group = Group(
+        name=f"{name}.heads",
+        kind="head",
+        size=heads,
+        site=name,
+        role="head",
+        slices=slices,
+        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
+    )
+    counts = (row.count,) if isinstance(row.count, str) else ()
+    return group, unit_attributes(group, name, module, (*counts, *row.sizes))
+
+
+def head_slices(name: str, module: nn.Module, row: Heads) -> tuple[Slices, ...] | str:
+    """The slices of every head of ``module``, or why its heads cannot be told apart; see `head_group`."""
+    if row.why_not is not None:
+        return row.why_not
+    heads = row.count if isinstance(row.count, int) else size_at(module, row.count)
+    if heads is None:
+        return f"it has no {row.count}"
     produced = _produced_by_head(name, module, row, heads)
     if isinstance(produced, str):
         return produced
@@ -130,18 +147,7 @@ def head_group(name: str, module: nn.Module, row: Heads) -> tuple[Group, Attribu
     consumed = [
         Slices(tensor=f"{name}.{span.tensor}", dim=1, index=span.shifted(index), side="consumes") for span in read
     ]
-    slices = (*produced, *consumed)
-    group = Group(
-        name=f"{name}.heads",
-        kind="head",
-        size=heads,
-        site=name,
-        role="head",
-        slices=slices,
-        scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
-    )
-    counts = (row.count,) if isinstance(row.count, str) else ()
-    return group, unit_attributes(group, name, module, (*counts, *row.sizes))
+    return (*produced, *consumed)
 
 
 def _produced_by_head(name: str, module: nn.Module, row: Heads, heads: int) -> list[Slices] | str:
@@ -170,13 +176,13 @@ def unit_attributes(group: Group, name: str, module: nn.Module, paths: Sequence[
     for path in paths:
         parent, _, attribute = path.rpartition(".")
         owner = f"{name}.{parent}" if parent else name
-        size = _size(module, path)
+        size = size_at(module, path)
         if size is not None:
             attributes.setdefault(owner, {})[attribute] = Dim(groups=((group.name, size // group.size),))
     return attributes
 
 
-def _size(module: nn.Module, path: str) -> int | None:
+def size_at(module: nn.Module, path: str) -> int | None:
     """The size at ``path``: an attribute of the module or of a submodule, or an element of a tuple; None if absent."""
     owner, _, attribute = path.rpartition(".")
     name, _, position = attribute.rstrip("]").partition("[")

@@ -7,19 +7,19 @@ float64 with random weights. It is the same proof that rows of the tables pass, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
-from slimming.core.example_inputs import ExampleCall
 from slimming.models.traced.attention_runs import AttentionRun, HeadRows, Run, head_rows, record
 from slimming.models.traced.channels import CONV
 from slimming.models.traced.free_heads import free_heads_class
 from slimming.models.traced.heads import Heads, head_group, innermost
 from slimming.models.traced.resize import cut_copy, layer_sizes
+from slimming.models.traced.single_modules import PART, SingleModule, first_calls
 from slimming.models.traced.tables import heads_of
 from slimming.models.traced.verification import Pass, cut_difference
 
@@ -41,17 +41,20 @@ class InferredHeads:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def infer_heads(model: nn.Module, forward: Pass) -> InferredHeads:
+def infer_heads(
+    model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None
+) -> InferredHeads:
     """Infer the rows of the attention modules of ``model`` that are in no table.
 
     Args:
         model: in float64 with random weights that require gradients.
         forward: a forward pass in evaluation mode.
+        also: a context in which this pass is run, to record more of it.
     """
     inferred = InferredHeads()
     known = [name for name, module in model.named_modules() if heads_of(module) is not None]
     try:
-        run = record(model, forward)
+        run = record(model, forward, also)
     except RuntimeError as error:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         inferred.unread[""] = f"attention: the model does not run with gradients ({str(error).splitlines()[0]})"
@@ -134,7 +137,7 @@ def _proved_row(model: nn.Module, site: str, found: HeadRows, forward: Pass) -> 
     if isinstance(row, str):
         return row
     units = row.count if isinstance(row.count, int) else 0
-    call = _call(model, site, forward)
+    call = first_calls(model, [site], forward)[site]
     reason = f"no attribute of {type(module).__name__} holds the number {units}"
     for candidate in _candidates(module, row, found.heads, units):
         failure = _failure(module, candidate, call)
@@ -260,37 +263,12 @@ def _row_lengths(module: nn.Module, row: Heads) -> Iterator[int]:
     yield next(weight.shape[1] for weight in output.parameters() if weight.dim() > 1)
 
 
-class _Part(nn.Module):
-    """The attention module as a model of its own."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
-
-
-def _call(model: nn.Module, site: str, forward: Pass) -> Pass:
-    """The first call of ``site``."""
-    calls: list[ExampleCall] = []
-    handle = model.get_submodule(site).register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(ExampleCall(args, kwargs)), with_kwargs=True
-    )
-    try:
-        with torch.no_grad():
-            forward.outputs(model)
-    finally:
-        handle.remove()
-    return Pass(calls[0])
-
-
 def _failure(module: nn.Module, row: Heads, call: Pass) -> str | None:
     """Why the heads of ``module`` cannot be cut by ``row``; None if they can."""
-    holder = _Part(module)
-    found = head_group("part", module, row)
+    holder = SingleModule(module)
+    found = head_group(PART, module, row)
     if isinstance(found, str):
         return found
     group, attributes = found
-    sizes = layer_sizes(holder, [group], attributes, {"part"} if row.free_heads else set(), {})
+    sizes = layer_sizes(holder, [group], [attributes], {PART} if row.free_heads else ())
     return cut_difference(holder, [group], [call], lambda model, groups, kept: cut_copy(model, groups, kept, sizes))

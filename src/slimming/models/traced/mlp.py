@@ -7,8 +7,9 @@ block of the first layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -85,3 +86,19 @@ def hidden_group(name: str, module: nn.Module, row: Hidden) -> tuple[Group, Attr
         for attribute in own:
             attributes.setdefault(path, {})[attribute] = Dim(groups=((group.name, 1),))
     return group, attributes
+
+
+def among(model: nn.Module, attributes: Attributes, groups: Iterable[Group]) -> Attributes:
+    """``attributes`` as functions of ``groups`` only; other groups keep all of their units."""
+    sizes = {group.name: group.size for group in groups}
+    result: Attributes = {}
+    for path, own in attributes.items():
+        for name, dim in own.items():
+            present = tuple((group, weight) for group, weight in dim.groups if group in sizes)
+            if present:
+                attribute, _, position = name.rstrip("]").partition("[")
+                value: Any = getattr(model.get_submodule(path), attribute)
+                whole = int(value[int(position)] if position else value)
+                fixed = whole - sum(weight * sizes[group] for group, weight in present)
+                result.setdefault(path, {})[name] = Dim(fixed=fixed, groups=present)
+    return result

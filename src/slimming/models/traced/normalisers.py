@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from slimming.core.formulas import Dim
 from slimming.core.modules import MODEL_ERRORS
 from slimming.models.masked_norms import Indices, run_on, runs_over
+from slimming.models.traced.heads import Attributes
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_KNOWN = (nn.Linear, *CONV, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.PReLU, nn.Embedding, nn.modules.rnn.RNNBase)
+_KNOWN = (
+    nn.Linear,
+    *CONV,
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.PReLU,
+    nn.Embedding,
+    nn.modules.rnn.RNNBase,
+)
 """Classes that are read by their class."""
 _NORMS = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 """Classes that take statistics over the positions of each channel if every channel is a block."""
@@ -91,9 +100,7 @@ def _normaliser(module: nn.Module) -> Normaliser | None:
         return None
     channels = sizes.pop()
     dims = {name: list(tensor.shape).index(channels) for name, tensor in tensors.items()}
-    place = next(
-        ((rank, dim) for rank in (4, 3, 2) for dim in (1, -1) if runs_over(module, rank, dim, channels)), None
-    )
+    place = next(((rank, dim) for rank in (4, 3, 2) for dim in (1, -1) if runs_over(module, rank, dim, channels)), None)
     if place is None:
         return None
     x = _random_input(next(iter(tensors.values())), channels, *place)
@@ -159,17 +166,24 @@ def _is_symmetric(module: nn.Module, x: Tensor, dim: int, dims: Mapping[str, int
     return bool((found - wanted).abs().max() <= _CHANGED * wanted.abs().max())
 
 
-def normaliser_attributes(normaliser: Normaliser, channels: Dim) -> dict[str, Dim]:
-    """The attributes of a normaliser as functions of the kept units.
+def normaliser_attributes(found: Mapping[str, Normaliser], dims: Mapping[str, tuple[Dim, ...]]) -> Attributes:
+    """The attributes of normalisers that count channels, as functions of the kept units.
 
     Args:
-        normaliser: the normaliser.
-        channels: its number of channels.
+        found: the normalisers by name.
+        dims: the dimensions of every tensor of the model.
     """
-    block = normaliser.block
-    groups = tuple((group, weight // block) for group, weight in channels.groups)
-    counted = Dim(fixed=channels.fixed // block, groups=groups)
-    return {**dict.fromkeys(normaliser.sizes, channels), **dict.fromkeys(normaliser.counts, counted)}
+    result: Attributes = {}
+    for name, normaliser in found.items():
+        tensor, dim = next(iter(normaliser.tensors.items()))
+        channels = dims[f"{name}.{tensor}"][dim]
+        if channels.groups:
+            counted = Dim(
+                fixed=channels.fixed // normaliser.block,
+                groups=tuple((group, weight // normaliser.block) for group, weight in channels.groups),
+            )
+            result[name] = {**dict.fromkeys(normaliser.sizes, channels), **dict.fromkeys(normaliser.counts, counted)}
+    return result
 
 
 @torch.no_grad()
@@ -207,4 +221,3 @@ def further_rows(module: nn.Module, rows: int) -> list[tuple[str, Tensor]]:
         for name, tensor in own
         if name not in ("weight", "bias") and tensor.dim() and tensor.shape[0] == rows == tensor.numel()
     ]
-

@@ -15,17 +15,25 @@ from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept, untied_groups
+from slimming.models.traced.branches import (
+    branch_groups,
+    layers_of_branches,
+    read_branches,
+    with_removals,
+)
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
-from slimming.models.traced.heads import Attributes
+from slimming.models.traced.head_dims import read_head_dims
 from slimming.models.traced.inferred_heads import infer_heads
-from slimming.models.traced.normalisers import norm_layers
+from slimming.models.traced.mlp import among
+from slimming.models.traced.normalisers import norm_layers, normaliser_attributes
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
-from slimming.models.traced.resize import cut_copy, layer_sizes
-from slimming.models.traced.table_reading import layers_per_head, opaque_slices, read_heads, read_hidden
+from slimming.models.traced.residuals import Flow
+from slimming.models.traced.resize import cut_copy, layer_sizes, tensor_dims
+from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
@@ -64,9 +72,11 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         passes, courses, uncovered = _passes(model, candidates)
         found = unrun(model, frozenset[int]().union(*(course.storages for course in courses)))
         progress.step("looking for attention")
-        inferred = infer_heads(model, passes[0])
+        flow = Flow()
+        inferred = infer_heads(model, passes[0], flow.watching(model))
         computed, hidden, norms = computed_weights(model), read_hidden(model), norm_layers(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
+        dims = read_head_dims(model, heads.rows, passes[0])
         claimed = {**hidden.claimed, **heads.claimed, **computed}
         channels, uncovered_channels = channel_groups(
             model,
@@ -80,15 +90,26 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     uncovered = [
         *inferred.unread.values(),
         *heads.uncovered,
+        *dims.uncovered,
         *hidden.uncovered,
         *uncovered_channels,
         *uncovered,
     ]
-    groups, tied = untied_groups(model, [*heads.groups, *hidden.groups, *channels])
+    groups, tied = untied_groups(model, [*heads.groups, *dims.groups, *hidden.groups, *channels])
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
     uncovered += [*tied, *parametrized, *unrun_modules]
-    attributes = _merged(heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)})
+    attributes = [heads.attributes, {"": _width_attributes(model, groups)}, *dims.attributes]
+    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+    def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
+        rewritten = heads.free_heads | dims.free_heads
+        units = [group for group in groups if group.role != "branch"]
+        counted = normaliser_attributes(norms.normalisers, tensor_dims(units, shapes))
+        of_units = [among(model, hidden.attributes, units), counted, *attributes]
+        sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales)
+        return with_removals(sizes, branches, {group.name for group in groups})
+
     if not groups:
         raise UnsupportedModelError(
             f"Nothing in this {model_class.__module__}.{model_class.__name__} can be cut: "
@@ -96,20 +117,27 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
             "docs/add-a-model.md shows how to add a reader."
         )
     model.requires_grad_(False)
+    with small_images(model):
+        branches = read_branches(model, flow, passes[0])
+    del flow
     for module in model.modules():
         clear_caches_(module)  # tracing left tensors with a graph in them
 
     def cut(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
         progress.step(f"checking {len(groups)} groups on the model, the last of them {groups[-1].name}")
-        return cut_copy(model, groups, kept, layer_sizes(model, groups, attributes, heads.free_heads, norms.normalisers))
+        return cut_copy(model, groups, kept, sizes_of(groups))
 
     with small_images(model):
-        groups, failed = verified(model, groups, passes, cut)
+        units, failed = verified(model, groups, passes, cut)
+        groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
+    failed += failed_branches
+    uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
-    sizes = layer_sizes(model, groups, attributes, heads.free_heads, norms.normalisers)
+    sizes = sizes_of(groups)
+    units = [group for group in groups if group.role != "branch"]
     model.eval()
     example = passes[0].call.with_batch(1)
     if enlarges_images(model):
@@ -117,11 +145,13 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     progress.step("counting multiply-adds")
     return Reading(
         groups=tuple(groups),
-        operations=operations(model, example, groups, layers_per_head(model)),
+        operations=operations(model, example, groups, lambda kept: cut_copy(model, groups, kept, sizes)),
         sizes=sizes,
         uncovered=tuple(uncovered),
         inferred=tuple(inferred.lines),
-        timed_layers=timed_layers(model, calls(model, example, attention_sites(groups)), groups, sizes),
+        timed_layers=layers_of_branches(
+            timed_layers(model, calls(model, example, attention_sites(groups)), units, sizes), sizes
+        ),
         input_shape=example.shape,
     )
 
@@ -178,7 +208,7 @@ def _passes(
     reasons: list[str] = []
     for call in [forward.call for forward in passes]:
         # The statistics of a BatchNorm need two values.
-        training = Pass(call.with_batch(max(2, len(call.main))) if has_batch_norm else call, training=True)
+        training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
@@ -219,15 +249,6 @@ def _evaluation_passes(
 
 def _first_line(error: Exception | None) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _merged(*attributes: Attributes) -> Attributes:
-    """The attributes of every module, from all of ``attributes``."""
-    result: Attributes = {}
-    for by_module in attributes:
-        for module, values in by_module.items():
-            result[module] = {**result.get(module, {}), **values}
-    return result
 
 
 def _width_attributes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Dim]:

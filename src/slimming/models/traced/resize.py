@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.core.copies import clear_caches_, copied
-from slimming.core.formulas import Dim
-from slimming.core.groups import Group, LayerSizes
+from slimming.core.formulas import Dim, Ratio
+from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.layers import Removed
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
-from slimming.models.traced.normalisers import Normaliser, normaliser_attributes
 
-TENSORS, FREE_HEADS = "tensors", "free_heads"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, and whether the forward is rewritten."""
+TENSORS, FREE_HEADS, REMOVED, SPENT = "tensors", "free_heads", "removed", "spent"
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, what is
+returned in place of a module that was removed, and which parameters only a removed branch used."""
 
 
 def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, set[int]]]:
@@ -27,16 +29,18 @@ def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, 
     result: dict[str, dict[int, set[int]]] = {}
     for group in groups:
         removed = set(range(group.size)) - set(kept.get(group.name, range(group.size)))
-        if removed:
+        if removed and group.role != "qkv":  # its units are those of QK and V
             for part in group.slices:
                 indices = result.setdefault(part.tensor, {}).setdefault(part.dim, set())
                 indices.update(index for unit in removed for index in part.index[unit])
     return result
 
 
-def select(groups: Iterable[Group], kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select(
+    groups: Sequence[Group], kept: Kept, state: Mapping[str, Tensor], sizes: Mapping[str, LayerSizes]
+) -> dict[str, Tensor]:
     """The state dict of the slim model, selected from that of the dense one."""
-    result = dict(state)
+    result = {**state, **scaled_rows(groups, kept, state, sizes)}
     for name, dims in removed_indices(groups, kept).items():
         tensor = result.get(name)
         if tensor is not None:  # a buffer may be outside the state dict
@@ -45,12 +49,51 @@ def select(groups: Iterable[Group], kept: Kept, state: Mapping[str, Tensor]) -> 
     return result
 
 
+def scaled_rows(
+    groups: Sequence[Group], kept: Kept, state: Mapping[str, Tensor], sizes: Mapping[str, LayerSizes]
+) -> dict[str, Tensor]:
+    """The tensors whose rows preserve the scale of the logits, see `LayerSizes.head_scale`.
+
+    The forward divides the logits by the square root of the head size that it has. The factor of the dense model has to
+    be preserved (ViT-Slim, section 3.2), so queries or keys are multiplied by the quotient.
+    """
+    by_name = {group.name: group for group in groups}
+    result: dict[str, Tensor] = {}
+    for name, side in (layer.head_scale for layer in sizes.values() if layer.head_scale is not None):
+        group = by_name[name]
+        units = kept.get(name, range(group.size))
+        if not units:
+            continue  # the whole attention is removed
+        head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
+        dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
+        for part in group.slices if left < dense else ():
+            if part.side == side and part.tensor in state:
+                tensor = result.setdefault(part.tensor, state[part.tensor].clone())
+                rows = torch.tensor([index for unit in part.index for index in unit], device=tensor.device)
+                factor = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
+                factor[rows] = (left / dense) ** 0.5
+                tensor *= factor.view([-1 if dim == part.dim else 1 for dim in range(tensor.dim())])
+    return result
+
+
 def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Dim, ...]]:
-    """The dimensions of every tensor as functions of the kept units."""
-    users: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    """The dimensions of every tensor as functions of the kept units.
+
+    Slices of groups may overlap: the rows of a head are those of its dimensions. Such rows are counted by the smallest
+    units, since units that are removed with larger ones are not among the kept ones.
+    """
+    parts: dict[tuple[str, int], list[tuple[Group, Slices]]] = {}
     for group in groups:
-        for part in group.slices:
-            users.setdefault((part.tensor, part.dim), []).append((group.name, len(part.index[0]), group.size))
+        for part in group.slices if group.role != "qkv" else ():
+            parts.setdefault((part.tensor, part.dim), []).append((group, part))
+    users: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    for at, users_of in parts.items():
+        counted: set[int] = set()
+        for group, part in sorted(users_of, key=lambda each: len(each[1].index[0])):
+            weight = len(set(part.index[0]) - counted)
+            if weight:
+                users.setdefault(at, []).append((group.name, weight, group.size))
+                counted.update(index for unit in part.index for index in unit)
     result = {}
     for name, shape in shapes.items():
         dims = []
@@ -62,19 +105,12 @@ def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) ->
     return result
 
 
-def layer_attributes(
-    model: nn.Module, dims: Mapping[str, tuple[Dim, ...]], normalisers: Mapping[str, Normaliser]
-) -> Attributes:
+def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> Attributes:
     """The size attributes of every layer whose weight depends on a group: Linear, convolution, norm and PReLU."""
     result: Attributes = {}
-    for name, normaliser in normalisers.items():
-        tensor, dim = next(iter(normaliser.tensors.items()))
-        channels = dims[f"{name}.{tensor}"][dim]
-        if channels.groups:
-            result[name] = normaliser_attributes(normaliser, channels)
     for name, module in model.named_modules():
         weight = dims.get(f"{name}.weight")
-        if weight is None or not any(dim.groups for dim in weight) or name in normalisers:
+        if weight is None or not any(dim.groups for dim in weight):
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
@@ -106,20 +142,21 @@ def _grouped_attributes(module: Any, rows: Dim) -> dict[str, Dim]:
 def layer_sizes(
     model: nn.Module,
     groups: Sequence[Group],
-    unit_attributes: Attributes,
-    free_heads: set[str],
-    normalisers: Mapping[str, Normaliser],
+    unit_attributes: Sequence[Attributes],
+    free_heads: Collection[str],
+    head_scales: Mapping[str, tuple[str, str]] | None = None,
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that depends on ``groups``.
 
     Args:
         model: the model.
         groups: its groups.
-        unit_attributes: attributes of modules with the number of heads or hidden units.
+        unit_attributes: attributes of modules with the number of heads or hidden units; later ones come before earlier
+            ones, unless they depend on groups that are not in ``groups``.
         free_heads: names of attention modules whose forward infers the head size from the embedding width.
-        normalisers: its norms apart from BatchNorms and LayerNorms, by name.
+        head_scales: name of an attention module -> its `LayerSizes.head_scale`.
     """
-    present = {group.name: group.size for group in groups}
+    present = {group.name for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dims = tensor_dims(groups, shapes)
     result: dict[str, LayerSizes] = {}
@@ -128,46 +165,30 @@ def layer_sizes(
         if any(dim.groups for dim in sizes):
             module, _, name = tensor.rpartition(".")
             tensors.setdefault(module, {})[name] = sizes
-    attributes = layer_attributes(model, dims, normalisers)
-    for module, values in unit_attributes.items():
-        used = {
-            name: _among(dim, present, getattr(model.get_submodule(module), name.partition("[")[0], None), name)
-            for name, dim in values.items()
-            if any(group in present for group, _ in dim.groups)
-        }
+    attributes = layer_attributes(model, dims)
+    for module, values in (each for all_of in unit_attributes for each in all_of.items()):
+        used = {name: dim for name, dim in values.items() if {group for group, _ in dim.groups} <= present}
         if used:
             attributes[module] = {**attributes.get(module, {}), **used}
+    scales = {name: scale for name, scale in (head_scales or {}).items() if scale[0] in present}
     rewritten = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
-    for module in {**tensors, **attributes, **dict.fromkeys(rewritten)}:
+    for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
             free_heads=module in free_heads,
+            head_scale=scales.get(module),
         )
     return result
-
-
-def _among(dim: Dim, present: Mapping[str, int], value: Any, name: str) -> Dim:
-    """``dim`` as a function of the groups in ``present`` only; the others keep all of their units.
-
-    Args:
-        dim: the size that an attribute holds.
-        present: group -> its size.
-        value: the attribute.
-        name: its name, with the position in a tuple.
-    """
-    groups = tuple((group, weight) for group, weight in dim.groups if group in present)
-    if groups == dim.groups:
-        return dim
-    _, _, position = name.rstrip("]").partition("[")
-    size = value[int(position)] if position else value
-    return Dim(fixed=size - sum(weight * present[group] for group, weight in groups), groups=groups)
 
 
 def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept: Kept) -> dict[str, Any]:
     """The entries of the structure for the modules that change when only ``kept`` is kept."""
     full = {group.name: group.size for group in groups}
     counts = {name: len(kept[name]) if name in kept else size for name, size in full.items()}
+    gone = [name for name, layer in sizes.items() if any(removal.kept.value(counts) == 0 for removal in layer.removals)]
+    inside = tuple(f"{name}." for name in gone)
+    sizes = {name: layer for name, layer in sizes.items() if not name.startswith(inside)}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
     changed = {name for name, entry in entries.items() if entry != dense[name]}
@@ -176,24 +197,94 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     return {name: entry for name, entry in entries.items() if name in changed}
 
 
+def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """``entries`` without those of modules inside a module that is removed."""
+    removed = tuple(f"{name}." for name, entry in entries.items() if REMOVED in entry)
+    return {name: entry for name, entry in entries.items() if not name.startswith(removed)}
+
+
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    for name, entry in layers_after(sizes, groups, kept).items():
-        resize_module_(small.get_submodule(name), entry)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    assign_state_(small, select(groups, kept, state), strict=False)
+    entries = layers_after(sizes, groups, kept)
+    for name, entry in entries.items():
+        resize_(small, name, entry)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
+    assign_state_(small, select(groups, kept, state, sizes), strict=False)
     return small.requires_grad_(False)
 
 
-def entry_of(layer: LayerSizes, value: Callable[[Dim], int]) -> dict[str, Any]:
+def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> dict[str, Any]:
     """The entry of the structure for one module, with ``value`` giving the size of a dimension."""
+    for removal in layer.removals:
+        if value(removal.kept) == 0:
+            form, results = removal.returns
+            return {REMOVED: [form, [list(result) for result in results]]}
     entry: dict[str, Any] = {name: value(dim) for name, dim in layer.attributes.items()}
     if layer.tensors:
         entry[TENSORS] = {name: [value(dim) for dim in dims] for name, dims in layer.tensors.items()}
     if layer.free_heads:
         entry[FREE_HEADS] = True
+    spent = sorted(name for name, kept in layer.spent.items() if value(kept) == 0)
+    if spent:
+        entry[SPENT] = spent
+        entry[TENSORS] = {name: shape for name, shape in entry.get(TENSORS, {}).items() if name not in spent}
     return entry
+
+
+def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a structure after a further cut; what was spent earlier stays so."""
+    result = {**earlier, **later}
+    for name in earlier.keys() & later.keys():
+        spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
+        if spent and REMOVED not in later[name]:
+            result[name] = {**later[name], SPENT: spent}
+    return without_removed(result)
+
+
+def is_removed(tensor: str, entries: Mapping[str, Any]) -> bool:
+    """Whether the entries of a structure say that a tensor does not exist any more."""
+    owner, _, name = tensor.rpartition(".")
+    removed = (f"{module}." for module, entry in entries.items() if REMOVED in entry)
+    return name in entries.get(owner, {}).get(SPENT, ()) or any(tensor.startswith(module) for module in removed)
+
+
+def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`.
+
+    Raises:
+        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
+    """
+    module = model.get_submodule(name)
+    if REMOVED not in entry:
+        resize_module_(module, entry)
+    elif not isinstance(module, Removed):
+        parent, _, last = name.rpartition(".")
+        stand_in = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        stand_in.__dict__[ENTRY] = dict(entry)
+        model.get_submodule(parent)._modules[last] = stand_in
+
+
+def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
+    """Check what a structure says about the results of a removed module.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
+        form, results = returns
+        if isinstance(results, list) and results and all(map(_is_result, results)) and (form != "one" or len(results) == 1):
+            return form, results
+    raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, list) or not result or result[0] not in ("zeros", "input", "none"):
+        return False
+    rest = result[1:]
+    keys = all(type(key) is int or (isinstance(key, str) and key.isidentifier()) for key in rest[:1])
+    return len(rest) <= 2 and keys and (result[0] == "none" or bool(rest)) and all(type(dim) is int for dim in rest[1:])
 
 
 def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -212,8 +303,14 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         else:
             # A buffer outside the state dict must be equal for all heads; otherwise the group fails its verification.
             module._buffers[name] = old[tuple(slice(size) for size in shape)].clone()
+    for name in entry.get(SPENT, ()):
+        spent = getattr(module, name)
+        if isinstance(spent, nn.Parameter):
+            # It multiplies zeros now. One element, which is not in the state dict, keeps the host's forward as it is.
+            delattr(module, name)
+            module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS):
+        if name not in (TENSORS, FREE_HEADS, SPENT):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -235,12 +332,13 @@ def disable_nested_tensors_(model: nn.Module) -> None:
 
 
 def _set_size(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute, or one element of a tuple as in ``bias_shape[2]``."""
+    """Set a size, or one element of a tuple of sizes as in ``bias_shape[2]``, or the scale of logits."""
     attribute, _, position = name.rstrip("]").partition("[")
     old = getattr(module, attribute)
     items = list(old) if position else [old]
     index = int(position or 0)
-    if type(items[index]) is not int or type(value) is not int or value < 1:
+    number = type(items[index])
+    if number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
         raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
     items[index] = value
     setattr(module, attribute, tuple(items) if position else value)

@@ -31,6 +31,7 @@ class TableReading:
         free_heads: names of modules whose forward has to be rewritten, see `slimming.models.traced.free_heads`.
         claimed: names of modules that torch-pruning does not trace inside -> why channels through them are not cut.
         uncovered: modules whose units cannot be cut, with the reason.
+        rows: name of an attention module -> its row.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -38,6 +39,7 @@ class TableReading:
     free_heads: set[str] = field(default_factory=set)
     claimed: dict[str, str] = field(default_factory=dict)
     uncovered: list[str] = field(default_factory=list)
+    rows: dict[str, Heads] = field(default_factory=dict)
 
 
 def read_heads(model: nn.Module, inferred: Mapping[str, Heads], unread: Collection[str]) -> TableReading:
@@ -63,6 +65,7 @@ def read_heads(model: nn.Module, inferred: Mapping[str, Heads], unread: Collecti
             continue
         if name not in inferred:
             reading.claimed[_join(name, row.inside)] = _BY_HEADS
+        reading.rows[name] = row
         found = head_group(name, module, row)
         if row.free_heads and not has_free_heads(module) and free_heads_class(type(module)) is None:
             found = "its forward infers the head size from the embedding width, and slimming cannot rewrite it"
@@ -133,12 +136,6 @@ def _opaque_slices(name: str, module: nn.Module, row: Heads | Hidden) -> OpaqueS
         outputs=tuple((_join(name, span.tensor), 0) for span in made if span.length == made[0].length),
         norms=tuple(_join(name, path) for path, layer in tied.items() if isinstance(layer, nn.LayerNorm)),
     )
-
-
-def layers_per_head(model: nn.Module) -> set[str]:
-    """The layers that run once per head."""
-    all_rows = [(name, heads_of(module)) for name, module in model.named_modules()]
-    return {_join(name, path) for name, row in all_rows if row is not None for path in row.per_head_layers}
 
 
 def _join(name: str, path: str) -> str:

@@ -66,7 +66,7 @@ def _gcvit(module: Any) -> Heads:
 def _mvit(module: Any) -> Heads:
     if module.unshared:
         return Heads(inputs=_QKV, why_not="its pooling has one weight for all heads")
-    return Heads(inputs=_QKV, per_head_layers=("pool_q", "pool_k", "pool_v"), sizes=("dim_out",))
+    return Heads(inputs=_QKV, sizes=("dim_out",))
 
 
 def _lite(module: Any) -> Heads:

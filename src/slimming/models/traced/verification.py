@@ -7,23 +7,27 @@ copies must give the same output. A group that fails is left out and reported.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.core.example_inputs import ExampleCall, tensors_in
-from slimming.core.groups import Group
+from slimming.core.groups import Couplings, Group, Mask, Scale, Slices
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
 
 TOLERANCE = 1e-9
 """Largest difference of outputs in float64, relative to the largest output."""
+
+REFUSED = "the host does not take other sizes"
+"""How a reason begins if the cut model cannot be made or run."""
 
 Cut = Callable[[nn.Module, Sequence[Group], dict[str, tuple[int, ...]]], nn.Module]
 """Makes the cut copy of a model, given groups and the units that each of them keeps."""
@@ -33,12 +37,14 @@ Cut = Callable[[nn.Module, Sequence[Group], dict[str, tuple[int, ...]]], nn.Modu
 def randomise_(model: nn.Module, seed: int = 0) -> None:
     """Draw all parameters and statistics at random, none of them 0 or 1, so that no error is multiplied by zero."""
     generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or tensor.dim() == 0 or tensor.numel() == 0:
+        # A scalar parameter may be the gain of a branch, and 0 before training.
+        if not tensor.is_floating_point() or tensor.numel() == 0 or (tensor.dim() == 0 and name not in parameters):
             continue
         if name.endswith(("inv_freq", "attn_mask")):
             continue
-        if tensor.dim() == 1 and isinstance(tensor, nn.Parameter):
+        if tensor.dim() <= 1 and isinstance(tensor, nn.Parameter):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
         elif isinstance(tensor, nn.Parameter):
             fan_in = tensor[0].numel()
@@ -129,7 +135,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def verified(
-    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut
+    model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, known: Sequence[Group] = ()
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Split ``groups`` into those that pass and those that fail, with the reason.
 
@@ -140,43 +146,63 @@ def verified(
         groups: the groups to verify.
         passes: the forward passes in which masked and cut model must agree.
         cut: makes a cut copy.
+        known: groups that have passed, with which the others are tested together.
     """
     failed: list[tuple[Group, str]] = []
 
-    def passing(known: list[Group], untested: list[Group]) -> list[Group]:
+    def passing(known: list[Group], untested: list[list[Group]]) -> list[Group]:
         """The groups of ``untested`` that pass together with ``known``."""
         if not untested:
             return []
-        reason = cut_difference(model, [*known, *untested], passes, cut)
+        new = [group for bundle in untested for group in bundle]
+        reason = cut_difference(model, [*known, *new], passes, cut)
         if reason is None:
-            return untested
+            return new
         if len(untested) == 1:
-            failed.append((untested[0], reason))
+            failed.extend((group, reason) for group in new)
             return []
-        half = len(untested) // 2
-        first = passing(known, untested[:half])
-        return first + passing([*known, *first], untested[half:])
+        middle = len(untested) // 2
+        first = passing(known, untested[:middle])
+        return first + passing([*known, *first], untested[middle:])
 
-    return passing([], list(groups)), failed
+    return [*known, *passing(list(known), _bundles(groups))], failed
+
+
+def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
+    """``groups`` one by one, but the head dimensions of one attention together: one module holds their sizes."""
+    bundles: dict[str, list[Group]] = {}
+    for group in groups:
+        bundles.setdefault(group.site if group.kind == "head_dim" else f"group {group.name}", []).append(group)
+    return list(bundles.values())
 
 
 @torch.no_grad()
 def cut_difference(
     model: nn.Module, groups: Sequence[Group], passes: Sequence[Pass], cut: Cut, seed: int = 0
 ) -> str | None:
-    """How the masked model differs from the cut one when every group keeps about half its units; None if equal."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in groups:
-        count = max(1, group.size // 2)
-        kept[group.name] = tuple(sorted(rng.sample(range(group.size), count)))
+    """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
+
+    Branches have one unit. They are removed in two turns, so that each of them, and the units in it, is removed once.
+    """
+    branches = [group.name for group in groups if group.role == "branch"]
+    # Of three blocks of two branches, one loses both, one the first and one the second.
+    first = {name for number, name in enumerate(branches) if number % 6 in (0, 1, 2, 5)}
+    for removed in (first, set(branches) - first) if branches else ((),):
+        reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _difference(
+    model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], passes: Sequence[Pass], cut: Cut
+) -> str | None:
+    """How the masked model differs from the cut one; None if they are equal."""
     try:
         small = cut(model, groups, kept)
         results = [forward.outputs(small) for forward in passes]
     except MODEL_ERRORS as error:
-        return (
-            f"the host does not take other sizes ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-        )
+        return f"{REFUSED} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
     if not any(tensor.numel() for result in results for tensor in result):
         return "the model returns nothing for the random image that cut and masked are compared on"
     for forward, result in zip(passes, results, strict=True):
@@ -184,6 +210,30 @@ def cut_difference(
         if reason is not None:
             return f"{reason} in training mode" if forward.training else reason
     return None
+
+
+def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """About half the units of every group, at random, with the units that are removed with others; in each head alike.
+
+    Where QK and V may keep other sizes, they do: more of QK with an even seed, more of V with an odd one. The groups
+    named in ``removed`` lose all units.
+    """
+    rng = random.Random(seed)
+    masks: dict[str, Mask] = {}
+    for group in groups:
+        if group.role == "qkv":
+            continue  # it follows from QK and V
+        units: list[int] = []
+        start = 0
+        for size in group.limits.parts or (group.size,):
+            count = max(1, size // 2)
+            if group.role == "qk" and group.limits.same_as is None:
+                count = max(1, min(count + (-1) ** seed, size))
+            units += rng.sample(range(start, start + size), count)
+            start += size
+        masks[group.name] = np.isin(np.arange(group.size), () if group.name in removed else units)
+    left = Couplings(groups).left(masks)
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()}
 
 
 def masked_outputs(
@@ -194,10 +244,12 @@ def masked_outputs(
     saved: dict[str, Tensor] = {}
     undo: list[Callable[[], None]] = []
     for group in groups:
+        if group.role == "qkv" or (not kept[group.name] and group.role != "branch"):
+            continue  # its units are those of QK and V, or all of them are in a removed branch
         undo += mask_norms(model, group, kept[group.name])
         removed = sorted(set(range(group.size)) - set(kept[group.name]))
-        for part in group.slices:
-            if part.side == "consumes" and removed:
+        for part in _zeroed(group):
+            if removed and part.tensor in tensors:
                 tensor = tensors[part.tensor]
                 saved.setdefault(part.tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
@@ -208,6 +260,13 @@ def masked_outputs(
             restore()
         for name, tensor in saved.items():
             tensors[name].data.copy_(tensor)
+
+
+def _zeroed(group: Group) -> Sequence[Slices | Scale]:
+    """The slices that are 0 if a unit is: those that read it, for QK those of the queries, for a branch its mask's."""
+    if group.role == "branch":
+        return group.scales
+    return [part for part in group.slices if part.side in ("consumes", "query")]
 
 
 def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:

@@ -1,0 +1,279 @@
+"""Find which rows and columns of an attention module belong to each dimension inside its heads, by gradients.
+
+The columns of the layer that reads the heads give the dimensions of V; the two factors of each product that sums over
+the head dimensions give those of QK. Gradients say which rows of the layers before them, and which entries of other
+parameters, belong to one dimension alone. Rows on which several dimensions depend, as with a norm over the head
+dimension or with positions that rotate pairs of dimensions, belong to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.core.groups import Slices
+from slimming.models.traced.attention_runs import ROUNDING, LayerCall, Run, before
+from slimming.models.traced.channels import BATCH_NORM
+
+UNUSED, SEVERAL = -1, -2
+"""In place of the number of a head dimension: the entry belongs to none, or to several."""
+
+Place = tuple[str, int]
+"""Name of a tensor and one of its dimensions."""
+Numbers = dict[Place, Tensor]
+"""For each entry along a dimension of a tensor, the number of the head dimension that alone depends on it."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What belongs to each dimension of QK or of V, in the order of heads.
+
+    Attributes:
+        parts: the number of dimensions of each head.
+        slices: the slices of each dimension.
+        direct: whether each dimension is one row of Linear layers that are called as modules.
+    """
+
+    parts: tuple[int, ...]
+    slices: tuple[Slices, ...]
+    direct: bool
+
+
+def value_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -> Dimensions | str:
+    """The dimensions of V, or why they cannot be told apart.
+
+    Args:
+        module: the attention module.
+        run: a run of it.
+        heads: the slices of its heads.
+    """
+    consumed = [part for part in heads if part.side == "consumes"]
+    reader = next((call for call in run.layers if f"{call.name}.weight" == consumed[0].tensor), None)
+    if reader is None or reader.read.grad_fn is None:
+        return f"{consumed[0].tensor} is not read by calling its layer"
+    columns = consumed[0].index
+    for size in _sizes(heads, len(columns[0])):
+        numbers = torch.full((reader.weight.shape[1],), UNUSED)
+        for unit in columns:
+            numbers[list(unit)] = torch.arange(len(unit)) % size
+        found = numbered(module, run, reader.read, _features(reader), numbers)
+        by_head = _by_head(found, heads, size, "produces")
+        if isinstance(by_head, str):
+            return by_head
+        if by_head:
+            index = tuple(
+                tuple(column for place, column in enumerate(unit) if place % size == number)
+                for unit in columns
+                for number in range(size)
+            )
+            read = [Slices(tensor=part.tensor, dim=1, index=index, side="consumes") for part in consumed]
+            direct = _are_direct(module, run, by_head) and len(read) == 1 and len(index[0]) == 1
+            return Dimensions((size,) * len(columns), (*by_head, *read), direct)
+    return "no row of its layers belongs to a single dimension of its values: a norm or a layer mixes them"
+
+
+def query_key_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -> Dimensions | str:
+    """The dimensions of queries and keys, or why they cannot be told apart; for the arguments see `value_dimensions`."""
+    weights = {part.tensor: part for part in heads if part.side == "produces"}
+    after_softmax = {attention.by_head.grad_fn for attention in run.attentions}
+    sides: dict[str, Numbers] = {}
+    size = mixed = 0
+    for product in run.products.values():
+        if product is None:
+            continue
+        factors = ((product.left, product.left_dim), (product.right, product.right_dim))
+        count = product.left.shape[product.left_dim]
+        if count < 2 or (size and count != size) or any(f.grad_fn in after_softmax for f, _ in factors):
+            continue
+        left, right = (numbered(module, run, factor, dim, torch.arange(count)) for factor, dim in factors)
+        read = [{tensor for tensor, dim in found if tensor in weights and dim == 0} for found in (left, right)]
+        coded = [{t for t in names if bool((f[t, 0] >= 0).any())} for names, f in zip(read, (left, right), strict=True)]
+        if not sides:
+            if all(coded):
+                size, sides = count, {"query": left, "key": right}
+            elif all(read):
+                mixed = mixed or _least_mixed(module, run, product)
+            continue
+        # A further product with the queries or keys, such as with a table of relative positions.
+        for (found, names), (other, _) in (((left, coded[0]), (right, 0)), ((right, coded[1]), (left, 0))):
+            for side, opposite in (("query", "key"), ("key", "query")):
+                if names and names <= {tensor for tensor, _ in sides[side]}:
+                    sides[opposite] = {**sides[opposite], **{at: n for at, n in other.items() if at not in found}}
+                    break
+    if not sides:
+        if mixed == 2:
+            return "positions rotate pairs of dimensions of its queries and keys with one table for all heads"
+        return (
+            "a norm over the head dimension mixes the dimensions of its queries and keys"
+            if mixed
+            else "its queries and keys are not multiplied by head dimension"
+        )
+    slices: list[Slices] = []
+    direct = True
+    for side, found in sides.items():
+        by_head = _by_head(found, heads, size, side)
+        if isinstance(by_head, str):
+            return by_head
+        if not by_head:
+            return "its heads do not have the same number of rows of queries and keys"
+        slices += by_head
+        direct = direct and _are_direct(module, run, by_head)
+    return Dimensions((size,) * len(heads[0].index), tuple(slices), direct)
+
+
+def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Tensor) -> Numbers:
+    """For every tensor of ``module`` on which ``tensor`` depends, the number that belongs to each of its entries.
+
+    The entries of ``tensor`` are divided by the bits of their numbers, once for every bit: an entry on which only those
+    depend that have the bit, or only those without it, for each bit, belongs to one number.
+
+    Args:
+        module: the module that ran.
+        run: its run.
+        tensor: a tensor of the run.
+        dim: a dimension of ``tensor``.
+        numbers: the number of each index along ``dim``, `UNUSED` if it has none.
+    """
+    reached = before(tensor.grad_fn, run.made_by)
+    calls = [run.made_by[node] for node in reached if node in run.made_by]
+    leaves = {id(node.variable) for node in reached if type(node).__name__ == "AccumulateGrad"}
+    named = [(name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves]
+    wanted = [*(call.made for call in calls), *(leaf for _, leaf in named)]
+    if not wanted:
+        return {}
+    weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0), dtype=tensor.dtype) + 0.5
+    used: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for bit in range(max(1, int(numbers.max()).bit_length())):
+        halves = [
+            _used(tensor, dim, weights, ((numbers >= 0) & ((numbers >> bit & 1) == value)).nonzero().flatten(), wanted)
+            for value in (0, 1)
+        ]
+        for at in halves[0]:
+            used.setdefault(at, []).append((halves[0][at], halves[1][at]))
+    result: Numbers = {}
+    for (position, along), bits in used.items():
+        found = _number(bits)
+        if position < len(calls):
+            call = calls[position]
+            if along == _features(call) % call.made.dim():
+                for name, _ in module.get_submodule(call.name).named_parameters(recurse=False):
+                    _merge(result, (f"{call.name}.{name}", 0), found)
+        else:
+            _merge(result, (named[position - len(calls)][0], along), found)
+    return _with_statistics(module, result)
+
+
+def _features(call: LayerCall) -> int:
+    return -1 if call.weight.dim() == 2 else 1
+
+
+def _used(
+    tensor: Tensor, dim: int, weights: Tensor, places: Tensor, wanted: Sequence[Tensor]
+) -> dict[tuple[int, int], Tensor]:
+    """For each dimension of ``wanted``, at which indices the entries of ``tensor`` at ``places`` depend on it."""
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if len(places):
+        total = (tensor.index_select(dim, places) * weights.index_select(dim, places)).sum()
+        grads = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
+    least = ROUNDING * max((float(grad.abs().max()) for grad in grads if grad is not None), default=0.0)
+    result = {}
+    for position, (leaf, grad) in enumerate(zip(wanted, grads, strict=True)):
+        large = torch.zeros_like(leaf, dtype=torch.bool) if grad is None else grad.abs() > least
+        for along in range(leaf.dim()):
+            result[position, along] = large.movedim(along, 0).flatten(1).any(1) if leaf.dim() > 1 else large
+    return result
+
+
+def _number(bits: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The number that belongs to each entry, given which entries the numbers without and with each bit depend on."""
+    result = torch.zeros(len(bits[0][0]), dtype=torch.int64)
+    for bit, (without, with_bit) in enumerate(bits):
+        result += with_bit.long() << bit
+    several = torch.stack([without & with_bit for without, with_bit in bits]).any(0)
+    some = torch.stack([without | with_bit for without, with_bit in bits])
+    result[several | (some.any(0) & ~some.all(0))] = SEVERAL
+    result[~some.any(0)] = UNUSED
+    return result
+
+
+def _merge(result: Numbers, at: Place, found: Tensor) -> None:
+    """Add what one call of a layer says; entries of which two calls say different things belong to several."""
+    known = result.get(at)
+    if known is not None:
+        both = torch.where(known == UNUSED, found, known)
+        found = torch.where((known != found) & (known != UNUSED) & (found != UNUSED), SEVERAL, both)
+    result[at] = found
+
+
+def _with_statistics(module: nn.Module, numbers: Numbers) -> Numbers:
+    """``numbers`` with the statistics of BatchNorms, which belong to the same dimensions as their weights."""
+    result = dict(numbers)
+    for (tensor, dim), found in numbers.items():
+        owner = module.get_submodule(tensor.rpartition(".")[0])
+        if isinstance(owner, BATCH_NORM):
+            for name, buffer in owner.named_buffers(recurse=False):
+                if buffer.dim():
+                    result[f"{tensor.rpartition('.')[0]}.{name}", dim] = found
+    return result
+
+
+def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
+    """Possible numbers of dimensions of a head that has ``columns`` columns, the largest first."""
+    least = min(len(part.index[0]) for part in heads if part.side == "produces")
+    return [size for size in (columns, *(columns // count for count in range(2, columns) if columns % count == 0))
+            if 1 < size and (size == columns or size <= least)]  # fmt: skip
+
+
+def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str) -> list[Slices] | str:
+    """The slices of each dimension of each head; empty if no row of a head belongs to a single dimension.
+
+    Args:
+        numbers: what `numbered` gives.
+        heads: the slices of the heads.
+        size: number of dimensions of a head.
+        side: the side of the slices.
+    """
+    rows = {(part.tensor, part.dim): part.index for part in heads if part.side == "produces"}
+    result: list[Slices] = []
+    for at, found in numbers.items():
+        if not bool((found >= 0).any()):
+            continue
+        if at not in rows:
+            return f"{at[0]} has entries for single head dimensions that all heads share"
+        values = found.tolist()
+        index = tuple(
+            tuple(row for row in unit if values[row] == number) for unit in rows[at] for number in range(size)
+        )
+        if len({len(each) for each in index}) != 1 or not index[0]:
+            return f"the rows of {at[0]} are not divided evenly among the head dimensions"
+        result.append(Slices(tensor=at[0], dim=at[1], index=index, side=side))
+    return result
+
+
+def _are_direct(module: nn.Module, run: Run, slices: Sequence[Slices]) -> bool:
+    """Whether each dimension is one row of one Linear that was called as a module."""
+    called = {call.name for call in run.layers}
+    owners = {part.tensor.rpartition(".")[0] for part in slices}
+    return (
+        len(owners) == 1
+        and owners <= called
+        and all(isinstance(module.get_submodule(name), nn.Linear) for name in owners)
+        and all(len(part.index[0]) == 1 for part in slices)
+    )
+
+
+def _least_mixed(module: nn.Module, run: Run, product: Any) -> int:
+    """The smallest number of dimensions of the left factor that depend on one row."""
+    count = product.left.shape[product.left_dim]
+    per_row: Mapping[Place, Tensor] = {}
+    totals: dict[Place, Tensor] = dict(per_row)
+    for number in range(count):
+        numbers = torch.full((count,), UNUSED)
+        numbers[number] = 0
+        for at, found in numbered(module, run, product.left, product.left_dim, numbers).items():
+            totals[at] = totals.get(at, torch.zeros_like(found)) + (found == 0)
+    return min(int(total[total > 0].min()) for total in totals.values() if bool((total > 0).any()))

@@ -1,0 +1,184 @@
+"""Express integers that were counted in cut copies of a model as products of dimensions.
+
+Every size of a tensor is a product of a few dimensions, each of which is a fixed number plus a multiple of the kept
+units of some groups. Which ones is found by comparing integers: a dimension is accepted only if it gives the counted
+number, up to one factor, in every copy, and if no other dimension does. There is no rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations
+
+from slimming.core.formulas import Dim, Product
+
+Vector = tuple[int, ...]
+"""A number in each of the copies."""
+
+
+class Matcher:
+    """Finds formulas of numbers that were counted in several copies of a model.
+
+    Args:
+        dims: the dimensions that occur in the model.
+        counts: for each copy the kept units of every group, the dense model first.
+        branches: the groups that are whole branches, which have one unit.
+    """
+
+    def __init__(
+        self, dims: Iterable[Dim], counts: Sequence[Mapping[str, int]], branches: Collection[str] = ()
+    ) -> None:
+        self.counts = counts
+        self._dims = list(dict.fromkeys(primitive(dim) for dim in dims if dim.groups))
+        self._values = {dim: tuple(dim.value(kept) for kept in counts) for dim in self._dims}
+        self._alive = {name: tuple(kept[name] > 0 for kept in counts) for name in branches}
+        self._directions: dict[tuple[bool, ...], dict[Vector, list[Dim]]] = {}
+
+    @property
+    def ambiguous(self) -> list[Dim]:
+        """The dimensions that are constant, or proportional to another one, in the copies or in those with a branch."""
+        patterns = {(True,) * len(self.counts), *self._alive.values()}
+        return [
+            dim
+            for present in patterns
+            for values, same in self._by_direction(present).items()
+            if len(same) > 1 or len(set(values)) == 1
+            for dim in same
+        ]
+
+    def product(
+        self, factors: Sequence[Vector], present: Iterable[bool] | None = None, *, gated: bool = True
+    ) -> Product | None:
+        """The product of dimensions that equals the product of ``factors`` in every copy; None if there is none.
+
+        Args:
+            factors: numbers in each copy that has them, such as the dimensions of a tensor.
+            present: whether each copy has them; by default all do.
+            gated: whether the product is 0 in the copies that do not have them; else they say nothing.
+        """
+        present = tuple(present) if present is not None else (True,) * len(self.counts)
+        gates = self._gates(present) if gated else ()
+        if gates is None:
+            return None
+        constant = Fraction(1)
+        known: list[tuple[Vector, Fraction, Dim]] = []
+        unknown = [1] * sum(present)
+        for factor in factors:
+            if len(set(factor)) == 1:
+                if (1,) * sum(present) in self._by_direction(present):
+                    return None  # a dimension may be constant in these copies by chance
+                constant *= factor[0]
+            elif (found := self._dim(factor, present)) is not None:
+                known.append((factor, *found))
+            else:
+                unknown = [a * b for a, b in zip(unknown, factor, strict=True)]
+        if set(unknown) != {1}:
+            known_after = self._resolved(tuple(unknown), known, present)
+            if known_after is None:
+                return None
+            known = known_after
+        for _, scale, _ in known:
+            constant *= scale
+        if constant.denominator != 1:
+            return None
+        return (Dim(fixed=int(constant)), *(dim for *_, dim in known), *gates)
+
+    def _resolved(
+        self, unknown: Vector, known: Sequence[tuple[Vector, Fraction, Dim]], present: tuple[bool, ...]
+    ) -> list[tuple[Vector, Fraction, Dim]] | None:
+        """``known`` and ``unknown`` as dimensions: alone, together with some of ``known``, or as two dimensions.
+
+        The size of a head is no multiple of one dimension, for instance, but together with the number of heads it is.
+        """
+        for number in range(min(2, len(known)) + 1):
+            for chosen in combinations(range(len(known)), number):
+                merged = unknown
+                for index in chosen:
+                    merged = tuple(a * b for a, b in zip(merged, known[index][0], strict=True))
+                found = (Fraction(merged[0]), None) if len(set(merged)) == 1 else self._dim(merged, present)
+                if found is not None:
+                    others = [each for index, each in enumerate(known) if index not in chosen]
+                    scale, dim = found
+                    return [*others, (merged, scale, dim or Dim(fixed=1))]
+        affine = self._affine(unknown, present)
+        if affine is not None:
+            return [*known, (unknown, Fraction(1), affine)]
+        pairs = []
+        for dim in self._dims:
+            values = _chosen(self._values[dim], present)
+            if all(value and number % value == 0 for number, value in zip(unknown, values, strict=True)):
+                rest = tuple(number // value for number, value in zip(unknown, values, strict=True))
+                other = self._dim(rest, present)
+                if other is not None and (pair := {dim, other[1]}) not in [each for each, *_ in pairs]:
+                    pairs.append((pair, dim, values, rest, other))
+        if len(pairs) != 1:
+            return None
+        _, dim, values, rest, (scale, other) = pairs[0]
+        return [*known, (values, Fraction(1), dim), (rest, scale, other)]
+
+    def _dim(self, numbers: Vector, present: tuple[bool, ...]) -> tuple[Fraction, Dim] | None:
+        """The only dimension that is proportional to ``numbers``, with the factor between them."""
+        found = self._by_direction(present).get(_direction(numbers), [])
+        if len(found) != 1:
+            return None
+        return Fraction(numbers[0], _chosen(self._values[found[0]], present)[0]), found[0]
+
+    def _affine(self, numbers: Vector, present: tuple[bool, ...]) -> Dim | None:
+        """A fixed number plus a multiple of the units of a group that equals ``numbers``, if only one group does."""
+        result = []
+        for group in {name for dim in self._dims for name, _ in dim.groups}:
+            units = _chosen([kept[group] for kept in self.counts], present)
+            steps = [(n - numbers[0], u - units[0]) for n, u in zip(numbers, units, strict=True)]
+            weights = {Fraction(n, u) for n, u in steps if u}
+            if len(weights) == 1 and all(u or not n for n, u in steps) and len(set(units)) > 2:
+                weight = weights.pop()
+                result.append((group, weight, numbers[0] - weight * units[0]))
+        if len(result) != 1 or any(number.denominator != 1 for number in result[0][1:]):
+            return None
+        ((group, weight, fixed),) = result
+        return Dim(fixed=int(fixed), groups=((group, int(weight)),))
+
+    def _gates(self, present: tuple[bool, ...]) -> Product | None:
+        """Factors of 0 or 1, one for each branch without which something is absent; None if branches do not explain it.
+
+        Args:
+            present: whether it is there, in each copy.
+        """
+        if all(present):
+            return ()
+        needed = [
+            name
+            for name, alive in self._alive.items()
+            if not all(alive) and not any(there and not on for there, on in zip(present, alive, strict=True))
+        ]
+        on = [all(self._alive[name][copy] for name in needed) for copy in range(len(present))]
+        return tuple(Dim(groups=((name, 1),)) for name in needed) if on == list(present) else None
+
+    def _by_direction(self, present: tuple[bool, ...]) -> dict[Vector, list[Dim]]:
+        if present not in self._directions:
+            result: dict[Vector, list[Dim]] = {}
+            for dim, values in self._values.items():
+                result.setdefault(_direction(_chosen(values, present)), []).append(dim)
+            self._directions[present] = result
+        return self._directions[present]
+
+
+def primitive(dim: Dim) -> Dim:
+    """``dim`` divided by the greatest common divisor of its fixed number and its weights; weights of a group summed."""
+    weights: dict[str, int] = {}
+    for name, weight in dim.groups:
+        weights[name] = weights.get(name, 0) + weight
+    divisor = math.gcd(dim.fixed, *weights.values()) or 1
+    groups = tuple(sorted((name, weight // divisor) for name, weight in weights.items()))
+    return Dim(fixed=dim.fixed // divisor, groups=groups)
+
+
+def _direction(numbers: Vector) -> Vector:
+    divisor = math.gcd(*numbers) or 1
+    return tuple(number // divisor for number in numbers)
+
+
+def _chosen(values: Sequence[int], present: Sequence[bool]) -> Vector:
+    return tuple(value for value, there in zip(values, present, strict=True) if there)

@@ -1,0 +1,109 @@
+"""Choose cuts of a model that tell its dimensions apart, so that formulas can be found by counting."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from slimming.core.formulas import Dim
+from slimming.core.groups import Couplings, Group
+from slimming.models.traced.matching import Matcher
+
+FEWEST, MOST = 3, 12
+"""Fewest and most cuts. There are more than the fewest only while two dimensions are proportional in all of them."""
+
+Cut = Mapping[str, tuple[int, ...]]
+"""Group -> its kept units."""
+
+
+def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -> tuple[list[Cut], Matcher]:
+    """Cuts in which no two of ``dims`` are proportional, and a matcher for numbers that are counted in them.
+
+    Args:
+        groups: the groups of the model.
+        dims: the dimensions that occur in the model.
+        seed: seed of the cuts.
+
+    Returns:
+        The kept units of every group in each cut, without the dense model, which is the first copy of the matcher.
+    """
+    dice = random.Random(seed)
+    couplings = Couplings(groups)
+    counts = [{group.name: group.size for group in groups}]
+    whole = {group.name: group.size for group in groups if group.size <= max(group.limits.minimum, 1)}
+    same = {group.name: min(group.name, group.limits.same_as) for group in groups if group.limits.same_as is not None}
+    dims = [_of_changing_groups(dim, whole, same) for dim in dims]
+    branches = _branch_cuts([group.name for group in groups if group.role == "branch"], dice)
+    cuts: list[Cut] = []
+    while True:
+        matcher = Matcher(dims, counts, [group.name for group in groups if group.role == "branch"])
+        enough = len(cuts) >= max(FEWEST, len(branches))
+        if (enough and not matcher.ambiguous) or len(cuts) == MOST:
+            return cuts, matcher
+        removed = branches[len(cuts)] if len(cuts) < len(branches) else ()
+        sizes = {**_sizes(groups, counts, dice), **dict.fromkeys(removed, 0)}
+        masks = {group.name: _mask(group, sizes[group.name]) for group in groups if group.role != "qkv"}
+        left = couplings.left(masks)
+        cuts.append({name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()})
+        counts.append({name: int(mask.sum()) for name, mask in left.items()})
+
+
+def _of_changing_groups(dim: Dim, whole: Mapping[str, int], same: Mapping[str, str]) -> Dim:
+    """``dim`` with its groups that cannot become smaller as fixed numbers, and one name for groups of equal counts."""
+    return Dim(
+        fixed=dim.fixed + sum(weight * whole.get(name, 0) for name, weight in dim.groups),
+        groups=tuple((same.get(name, name), weight) for name, weight in dim.groups if name not in whole),
+    )
+
+
+def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: random.Random) -> dict[str, int]:
+    """Units to keep of each group, per part; groups that were proportional in all cuts so far get different numbers."""
+    alike: dict[tuple[float, ...], list[Group]] = {}
+    for group in groups:
+        shares = tuple(kept[group.name] / group.size for kept in counts)
+        alike.setdefault(shares, []).append(group)
+    result: dict[str, int] = {}
+    for shares, same in alike.items():
+        start = dice.random()
+        for number, group in enumerate(dice.sample(same, len(same))):
+            size = min(group.limits.parts, default=group.size)
+            least = min(size, max(group.limits.minimum, 1, size // 4))
+            if set(shares) == {1}:  # it was whole in all cuts so far
+                size = max(least, size - 1)
+            # Steps of the golden ratio fill an interval evenly, however many there are.
+            share = (start + number * 0.618034) % 1
+            result[group.name] = least + int(share * (size + 1 - least))
+    result |= {g.name: result[min(g.name, g.limits.same_as)] for g in groups if g.limits.same_as is not None}
+    tokens = sorted((group for group in groups if group.token is not None), key=_depth)
+    left = max((group.size for group in tokens), default=0)
+    for group in tokens:  # a token that was removed is missing in all deeper blocks
+        left = max(1, min(left, group.size) - dice.randrange(max(2, group.size // (2 * len(tokens)))))
+        result[group.name] = left
+    return result
+
+
+def _depth(group: Group) -> int:
+    return group.token.depth if group.token is not None else 0
+
+
+def _mask(group: Group, size: int) -> np.ndarray:
+    """The first ``size`` units of a group, or of each of its parts."""
+    parts = group.limits.parts or (group.size,)
+    return np.concatenate([np.arange(part) < size for part in parts]) if group.size else np.zeros(0, dtype=bool)
+
+
+def _branch_cuts(names: Sequence[str], dice: random.Random) -> list[tuple[str, ...]]:
+    """Branches to remove in each cut, so that for any two of them, each is removed once without the other."""
+    if not names:
+        return []
+    length = 2
+    while True:
+        codes = [code for code in range(2**length) if code.bit_count() == length // 2]
+        if len(codes) >= len(names):
+            break
+        length += 1
+    chosen = dice.sample(codes, len(names))
+    cuts = [tuple(name for name, code in zip(names, chosen, strict=True) if code >> bit & 1) for bit in range(length)]
+    return [(), *cuts]

@@ -1,0 +1,118 @@
+"""Dimensions found by comparing integers that were counted in several copies of a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from slimming.core.formulas import Dim, evaluate
+from slimming.core.groups import Group
+from slimming.models.traced.matching import Matcher, primitive
+from slimming.models.traced.sample_cuts import FEWEST, sample_cuts
+
+COUNTS = [
+    {"a": 12, "b": 12, "heads": 3, "v": 24, "branch": 1},
+    {"a": 7, "b": 11, "heads": 2, "v": 10, "branch": 1},
+    {"a": 5, "b": 3, "heads": 3, "v": 9, "branch": 0},
+    {"a": 10, "b": 8, "heads": 1, "v": 6, "branch": 1},
+]
+
+
+def units(name: str, weight: int = 1, fixed: int = 0) -> Dim:
+    return Dim(fixed=fixed, groups=((name, weight),))
+
+
+def matcher(*dims: Dim) -> Matcher:
+    return Matcher(dims or [units("a"), units("b"), units("heads"), units("v")], COUNTS, ["branch"])
+
+
+def values(dim: Dim, counts: list[dict[str, int]] = COUNTS) -> tuple[int, ...]:
+    return tuple(dim.value(kept) for kept in counts)
+
+
+def constant(number: int) -> tuple[int, ...]:
+    return (number,) * len(COUNTS)
+
+
+def test_factors_are_dimensions_and_a_number() -> None:
+    product = matcher().product([values(units("a", 6)), constant(9), values(units("b"))])
+    assert product == (Dim(fixed=54), units("a"), units("b"))
+
+
+def test_a_square_has_one_dimension_twice() -> None:
+    tokens = units("a", fixed=1)
+    square = tuple(value**2 for value in values(tokens))
+    assert matcher(tokens, units("b")).product([square]) == (Dim(fixed=1), tokens, tokens)
+
+
+def test_concatenated_groups_are_one_dimension() -> None:
+    both = units("a", 2) + units("b", fixed=4)
+    product = matcher(both, units("a"), units("b")).product([values(both), values(units("b"))])
+    assert product is not None
+    assert [evaluate([product], kept) for kept in COUNTS] == [both.value(kept) * kept["b"] for kept in COUNTS]
+    assert matcher(units("a"), units("b")).product([values(both)]) is None
+
+
+def test_the_size_of_a_head_is_a_dimension_only_with_the_number_of_heads() -> None:
+    size = tuple(kept["v"] // kept["heads"] for kept in COUNTS)
+    assert matcher().product([size, values(units("heads", 4)), values(units("b"))]) == (
+        Dim(fixed=4), units("b"), units("v"),
+    )  # fmt: skip
+    assert matcher().product([size]) is None
+
+
+def test_a_fixed_number_may_be_added_to_the_units_of_one_group() -> None:
+    assert matcher().product([values(units("a", 3, fixed=5))]) == (Dim(fixed=1), units("a", 3, fixed=5))
+
+
+def test_what_follows_no_dimension_has_no_product() -> None:
+    assert matcher().product([(12, 6, 4, 9)]) is None
+    assert matcher().product([tuple(kept["a"] // 2 for kept in COUNTS)]) is None
+
+
+def test_dimensions_that_are_proportional_in_all_copies_are_not_guessed() -> None:
+    counts = [{"a": 4, "b": 8}, {"a": 2, "b": 4}, {"a": 3, "b": 6}]
+    alike = Matcher([units("a"), units("b")], counts)
+    assert set(alike.ambiguous) == {units("a"), units("b")}
+    assert alike.product([(4, 2, 3)]) is None
+    assert not matcher().ambiguous
+    assert Matcher([units("a")], [{"a": 4}, {"a": 4}]).ambiguous
+
+
+def test_what_is_absent_without_a_branch_is_multiplied_by_it() -> None:
+    present = [True, True, False, True]
+    product = matcher().product([(12, 7, 10)], present)
+    assert product == (Dim(fixed=1), units("a"), units("branch"))
+    assert matcher().product([(12, 7, 5)], [True, True, True, False]) is None
+
+
+def test_dimensions_are_compared_without_common_divisors() -> None:
+    assert primitive(Dim(fixed=6, groups=(("b", 4), ("a", 2)))) == Dim(fixed=3, groups=(("a", 1), ("b", 2)))
+    assert primitive(units("a") + units("a")) == units("a")
+
+
+def group(name: str, size: int, **arguments: object) -> Group:
+    settings = {"kind": "channel", "site": name, "role": "channel", **arguments}
+    return Group(name=name, size=size, **settings)
+
+
+@pytest.mark.parametrize("size", [2, 3, 64], ids=["two", "three", "many"])
+def test_there_are_as_many_cuts_as_tell_all_groups_apart(size: int) -> None:
+    groups = [group(f"layer {number}", size) for number in range(30)]
+    cuts, found = sample_cuts(groups, [Dim(groups=((each.name, 1),)) for each in groups])
+    assert not found.ambiguous
+    assert len(cuts) <= {2: 9, 3: 7, 64: FEWEST}[size]
+    assert all(1 <= len(cut[each.name]) <= size for cut in cuts for each in groups)
+
+
+def test_groups_of_one_unit_need_no_cuts() -> None:
+    cuts, found = sample_cuts([group("one", 1), group("other", 1), group("many", 9)], [units("one") + units("many")])
+    assert len(cuts) == FEWEST
+    assert not found.ambiguous
+
+
+def test_each_branch_is_removed_once_without_any_other() -> None:
+    branches = [group(f"branch {number}", 1, kind="block", role="branch") for number in range(20)]
+    cuts, _ = sample_cuts([*branches, group("width", 40)], [])
+    for one in branches:
+        for other in branches:
+            assert one is other or any(not cut[one.name] and cut[other.name] for cut in cuts)
