@@ -4,6 +4,7 @@ from .checkpoints.checkpoint import load as load
 from .checkpoints.checkpoint import save as save
 from .core.budget import Budget as Budget
 from .core.layout import Layout as Layout
+from .core.metric import Metric as Metric
 from .core.pruning_plan import Plan as Plan
 from .exporting.exporter import Exported as Exported
 from .exporting.exporter import export as export
@@ -25,8 +26,10 @@ from .retraining.config import DistilConfig as DistilConfig
 from .retraining.progressive import train_progressive as train_progressive
 from .retraining.retrain import train as train
 from .retraining.slimmable import train_slimmable as train_slimmable
+from .runs.comparison import compare as compare
 from .runs.config import ModelConfig as ModelConfig
 from .runs.config import RunConfig as RunConfig
+from .runs.dense import evaluate_dense as evaluate_dense
 from .runs.pipeline import run as run
 from .runs.setup import load_images as load_images
 from .runs.setup import open_data as open_data

@@ -75,8 +75,8 @@ def test_names_of_other_hosts_are_inspected(slimming: Call, dino: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("torchvision:resnet19", "torchvision has no classifier 'resnet19'. Did you mean 'resnet1"),
-        ("torchvision:maskrcnn_resnet50_fpn", "torchvision has no classifier"),
+        ("torchvision:resnet19", "detector or segmenter 'resnet19'. Did you mean 'resnet1"),
+        ("torchvision:raft_large", "torchvision has no classifier"),
         ("transformers:/no/such/place", "could not be loaded"),
     ],
     ids=["misspelt", "no classifier", "no directory"],

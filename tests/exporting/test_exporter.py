@@ -23,6 +23,7 @@ from PIL import Image
 
 import exported
 import slimming
+from slimming.core.example_inputs import image_call
 from slimming.errors import ConfigError, DataError, MissingExtraError, OutputError, ParityError, UnsupportedModelError
 from slimming.exporting import targets
 from slimming.exporting.metadata import description
@@ -133,7 +134,7 @@ def test_a_file_that_says_something_else_is_not_written(tmp_path: Path, monkeypa
     wrong = dataclasses.replace(
         TARGETS["pt2"],
         write=lambda job, file: file.write_bytes(b"x"),
-        open=lambda file: lambda x: np.roll(model(torch.from_numpy(x)).detach().numpy(), 1, axis=1),
+        open=lambda file: lambda call: [np.roll(call.run(model).numpy(), 1, axis=1)],
     )
     monkeypatch.setattr(targets, "TARGETS", {**TARGETS, "pt2": wrong})
     images = exported.images(model)
@@ -141,7 +142,7 @@ def test_a_file_that_says_something_else_is_not_written(tmp_path: Path, monkeypa
         slimming.export(model, tmp_path / "new" / "out", to="pt2", images=images)
     with pytest.raises(ParityError, match=r"on 6 images: the top-1 class is the same for \d+\.\d%"):
         slimming.export(model, tmp_path / "out", to="pt2", images=images, tolerance=1e9, agreement=0.99)
-    nan = dataclasses.replace(wrong, open=lambda file: lambda x: np.full((len(x), 3), np.nan, np.float32))
+    nan = dataclasses.replace(wrong, open=lambda file: lambda call: [np.full((call.size, 3), np.nan, np.float32)])
     monkeypatch.setattr(targets, "TARGETS", {**TARGETS, "pt2": nan})
     with pytest.raises(ParityError, match="inf of the largest"):
         slimming.export(model, tmp_path / "out", to="pt2", images=images, tolerance=1e9)
@@ -193,7 +194,9 @@ def test_dynamic_quantisation_needs_linear_layers(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(x).mean((2, 3))
 
-    job = targets.Job(Convolutions().eval(), {}, torch.zeros(2, 3, 8, 8), 20, tmp_path)
+    job = targets.Job(
+        Convolutions().eval(), image_call((3, 8, 8)).to(torch.float32), {}, [], 20, tmp_path, ["logits"], True
+    )
     with pytest.raises(UnsupportedModelError, match="onnx-int8-static"):
         TARGETS["onnx-int8-dynamic"].write(job, tmp_path / "x.onnx")
 
@@ -241,7 +244,7 @@ def example() -> ModuleType:
 def test_preprocessing_without_torch_is_the_library_s_own(example, spec: ImageSpec, size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    how = description(spec, (), (1,))["preprocessing"]
+    how = description(spec, (), {"logits": (1,)}, image_call(spec.input_size))["preprocessing"]
     wanted = make_transform(spec, None)(image.convert(how["mode"])).numpy()
     found = example.preprocess(image, how)
     assert found.shape == spec.input_size

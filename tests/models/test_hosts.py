@@ -50,7 +50,7 @@ class Hosted:
     cls: str
     config: str
     arguments: dict[str, Any]
-    kinds: set[str] = field(default_factory=lambda: {"head", "mlp"})
+    kinds: set[str] = field(default_factory=lambda: {"head_dim", "head", "mlp"})
     id: str = ""
     image: int = 0
 
@@ -95,7 +95,7 @@ TRANSFORMERS = (
         "SegformerForSemanticSegmentation",
         "SegformerConfig",
         {**PVT, "sr_ratios": [2, 1], "patch_sizes": [7, 3], "decoder_hidden_size": 24},
-        {"head", "mlp", "channel"},
+        {"head_dim", "head", "mlp", "channel"},
         image=32,
     ),
     Hosted("YolosForObjectDetection", "YolosConfig", {**VIT, **MLP, "image_size": [32, 32], "num_detection_tokens": 5}),
@@ -109,14 +109,14 @@ TRANSFORMERS = (
             "auxiliary_channels": 16,
             "auxiliary_in_channels": 96,
         },
-        {"head", "mlp", "channel"},
+        {"head_dim", "head", "mlp", "channel"},
     ),
     Hosted(
         "DetrForObjectDetection",
         "DetrConfig",
         {**DETR, "backbone_config": _resnet},
-        {"head", "mlp", "channel"},
-        image=32,
+        {"head_dim", "head", "mlp", "channel"},
+        image=64,
     ),
     Hosted("ResNetForImageClassification", "ResNetConfig", CNN, {"channel"}, image=32),
     Hosted(
@@ -168,18 +168,18 @@ def _named(name: str, size: int = 64, **arguments: Any) -> Callable[[], nn.Modul
 
 
 TORCH: dict[str, tuple[Callable[[], nn.Module], set[str], str]] = {
-    "vision transformer": (_vision_transformer, {"head", "mlp"}, "own"),
-    "swin": (_swin, {"head", "mlp"}, "own"),
+    "vision transformer": (_vision_transformer, {"head_dim", "head", "mlp"}, "own"),
+    "swin": (_swin, {"head_dim", "head", "mlp"}, "own"),
     "swin v2": (
         lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
         {"head", "mlp"},
         "own",
     ),
-    "maxvit": (_maxvit, {"head", "mlp", "channel"}, "own"),
-    "encoder": (_encoder, {"head", "mlp"}, "own"),
+    "maxvit": (_maxvit, {"head_dim", "head", "mlp", "channel"}, "own"),
+    "encoder": (_encoder, {"head_dim", "head", "mlp"}, "own"),
     "encoder, norm first, no bias": (
         lambda: _encoder(norm_first=True, bias=False, activation="gelu", batch_first=False),
-        {"head", "mlp"},
+        {"head_dim", "head", "mlp"},
         "own",
     ),
     "resnet18": (_named("resnet18"), {"channel"}, "torchvision"),

@@ -201,7 +201,7 @@ def test_distributed_data_parallel_is_refused_with_its_attribute(tmp_path: Path)
 def test_a_part_that_is_compiled_is_named() -> None:
     model: Any = Net()
     model.body = torch.compile(model.body, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="body is compiled.* attribute _orig_mod in its place"):
+    with pytest.raises(UnsupportedModelError, match=r"body is compiled.* attribute _orig_mod in its place"):
         slimming.describe(model)
     model.body = model.body._orig_mod
     assert slimming.describe(model)

@@ -160,7 +160,7 @@ def test_channels_count_the_more_the_fewer_are_left() -> None:
     net = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     anatomy = prunable(net).anatomy
     groups = [group for group in anatomy.groups if group.kind == "channel"]
-    scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in anatomy.groups}
+    scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in groups}
     scores[groups[-1].name] *= 1e-2  # the weakest
 
     for solver in ("nested", "exact"):

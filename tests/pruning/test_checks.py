@@ -61,7 +61,9 @@ def test_blocks_with_attention_and_mlp_from_one_projection(name: str, arguments:
     found = slimming.check(model)
     assert found.ok, str(found)
     assert [(group.name, group.size) for group in slimming.describe(model)] == [
-        (f"blocks.{depth}.{kind}", size) for depth in range(2) for kind, size in (("heads", 3), ("hidden", 240))
+        (f"blocks.{depth}.{kind}", size)
+        for depth in range(2)
+        for kind, size in (("heads", 3), ("hidden", 240), ("qk", 48), ("v", 48))
     ]
     assert found.covered_macs > 0.6
 

@@ -6,7 +6,6 @@ import json
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -300,11 +299,6 @@ def test_a_search_scores_every_output_and_records_them() -> None:
     assert result.sensitivity is not None
     single = slimming.search(model_giving(lambda a, b: a), data, config)
     assert single.scored_by == "fisher"
-
-
-def test_export_names_the_outputs_that_a_file_would_lose(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has 2 outputs \(scores, boxes\), but exported files have one"):
-        slimming.export(model_giving(WAYS["dict"]), tmp_path / "out", images=[pictures()])
 
 
 def test_inspect_names_the_outputs_that_count(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,9 @@ import slimming
 from slimming.core.layout import FREE
 from slimming.masks.attachment import prunable
 from slimming.models.layers import UnevenAttention
+from slimming.models.traced.verification import outputs
 from slimming.scoring.rotation import rotate_
+from variants import TRACED
 
 from .small import images, vit
 
@@ -85,16 +87,22 @@ def test_no_choice_of_dimensions_is_better_than_the_first_ones() -> None:
         assert ours < float((logits(model, drawn) - whole).square().mean())
 
 
+@pytest.mark.parametrize("name", ["Swin", "ViT of transformers"])
+def test_heads_of_traced_models_are_turned_too(name: str) -> None:
+    model = next(variant for variant in TRACED if variant.id == name).make()
+    x = torch.randn(4, *prunable(model).anatomy.input_shape, dtype=torch.float64)
+    before, state = outputs(model, x)[0].detach(), copy.deepcopy(model.state_dict())
+    rotate_(prunable(model), [x])
+    torch.testing.assert_close(outputs(model, x)[0].detach(), before, rtol=1e-9, atol=1e-9)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(state[key], value)}
+    assert len(changed) > 4
+
+
 def test_models_without_such_heads_stay_as_they_are() -> None:
-    for name in ("test_resnet", "swin_tiny_patch4_window7_224"):
-        arguments = (
-            {} if name == "test_resnet" else {"img_size": 32, "window_size": 2, "embed_dim": 12, "depths": (1, 1)}
-        )
-        model = timm.create_model(name, num_classes=5, **arguments).eval()
-        before = copy.deepcopy(model.state_dict())
-        anatomy = prunable(model).anatomy
-        rotate_(prunable(model), [torch.randn(2, *anatomy.input_shape)])
-        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    before = copy.deepcopy(model.state_dict())
+    rotate_(prunable(model), [torch.randn(2, *prunable(model).anatomy.input_shape)])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_heads_are_turned_where_sums_have_single_precision_and_images_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

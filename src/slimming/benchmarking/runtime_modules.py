@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.benchmarking.programs import open_onnx, write_onnx
+from slimming.benchmarking.programs import onnx_feed, open_onnx, write_onnx
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.modules import in_evaluation
 
 
-def compiled(model: nn.Module, x: Tensor) -> nn.Module:
-    """``model`` compiled for inputs of the shape of ``x``, in evaluation mode without gradients.
+def compiled(model: nn.Module, call: ExampleCall) -> nn.Module:
+    """``model`` compiled for inputs of the shapes of ``call``, in evaluation mode without gradients.
 
     Shapes are static, since a graph for dynamic shapes would be slower than what users compile. Modules of one class
     with different sizes each need their own graph, and beyond a few graphs PyTorch silently falls back to eager mode;
@@ -23,22 +24,22 @@ def compiled(model: nn.Module, x: Tensor) -> nn.Module:
     compiled: Any = torch.compile(model, dynamic=False)
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
     with limits, in_evaluation(model), torch.no_grad():
-        compiled(x)
+        call.run(compiled)
     return compiled
 
 
 class OnnxRuntime(nn.Module):
     """A model exported to ONNX, run with the same number of threads as PyTorch."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, call: ExampleCall) -> None:
         super().__init__()
-        provider = "CUDAExecutionProvider" if x.is_cuda else "CPUExecutionProvider"
+        provider = "CUDAExecutionProvider" if call.main.is_cuda else "CPUExecutionProvider"
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "model.onnx"
-            write_onnx(model, x, file)
+            write_onnx(model, call, file)
             self.session = open_onnx(file, provider)
-        self.name = self.session.get_inputs()[0].name
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Run the model; the outputs are on the CPU."""
-        return tuple(torch.from_numpy(out) for out in self.session.run(None, {self.name: x.detach().cpu().numpy()}))
+        feed = onnx_feed(self.session, ExampleCall(args, kwargs))
+        return tuple(torch.from_numpy(out) for out in self.session.run(None, feed))

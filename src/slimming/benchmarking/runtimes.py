@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimming.errors import ConfigError, MissingExtraError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from slimming.core.example_inputs import ExampleCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +20,12 @@ class Runtime:
 
     Attributes:
         description: the software that runs the model.
-        prepare: returns a module that runs a model in evaluation mode, for inputs like the given one.
+        prepare: returns a module that runs a model in evaluation mode, for calls like the given one.
         check: raises `MissingExtraError` if its library is not installed.
     """
 
     description: str
-    prepare: Callable[[nn.Module, Tensor], nn.Module]
+    prepare: Callable[[nn.Module, ExampleCall], nn.Module]
     check: Callable[[], None] = lambda: None
 
 
@@ -40,20 +42,20 @@ def check_onnx() -> None:
         raise MissingExtraError("ONNX Runtime is not installed: pip install 'slimming[onnx]'.") from error
 
 
-def _compiled(model: nn.Module, x: Tensor) -> nn.Module:
+def _compiled(model: nn.Module, call: ExampleCall) -> nn.Module:
     from slimming.benchmarking.runtime_modules import compiled
 
-    return compiled(model, x)
+    return compiled(model, call)
 
 
-def _onnx_runtime(model: nn.Module, x: Tensor) -> nn.Module:
+def _onnx_runtime(model: nn.Module, call: ExampleCall) -> nn.Module:
     from slimming.benchmarking.runtime_modules import OnnxRuntime
 
-    return OnnxRuntime(model, x)
+    return OnnxRuntime(model, call)
 
 
 RUNTIMES: Mapping[str, Runtime] = {
-    "eager": Runtime(description="PyTorch as it is", prepare=lambda model, x: model),
+    "eager": Runtime(description="PyTorch as it is", prepare=lambda model, call: model),
     "compile": Runtime(description="torch.compile", prepare=_compiled),
     "onnxruntime": Runtime(description="ONNX Runtime", prepare=_onnx_runtime, check=check_onnx),
 }
@@ -72,18 +74,21 @@ def check_runtime(name: str) -> None:
     RUNTIMES[name].check()
 
 
-def prepare(model: nn.Module, x: Tensor, runtime: str) -> nn.Module:
-    """Return a module that runs ``model`` in evaluation mode in ``runtime``, for inputs like ``x``.
+def prepare(model: nn.Module, example: Any, runtime: str) -> nn.Module:
+    """Return a module that runs ``model`` in evaluation mode in ``runtime``, for calls like ``example``.
 
     Args:
         model: any module; it is not changed.
-        x: an example input with the batch size, dtype and device of later inputs.
+        example: an example call with the batch size, dtype and device of later ones: an `ExampleCall`, or what
+            `ExampleCall.of` takes, such as a tensor of images.
         runtime: one of `RUNTIMES`.
 
     Raises:
-        ConfigError: there is no such runtime, or it does not support the device of ``x``.
+        ConfigError: there is no such runtime, or it does not support the device of the example.
         MissingExtraError: the runtime is not installed.
         UnsupportedModelError: the model cannot be exported.
     """
     check_runtime(runtime)
-    return RUNTIMES[runtime].prepare(model, x)
+    from slimming.core.example_inputs import ExampleCall
+
+    return RUNTIMES[runtime].prepare(model, ExampleCall.of(example))

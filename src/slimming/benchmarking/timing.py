@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.benchmarking.runtimes import prepare
+from slimming.core.example_inputs import ExampleCall, image_call
 from slimming.core.modules import in_evaluation
 
 
@@ -43,7 +44,7 @@ class Latency:
 @torch.no_grad()
 def paired_times(
     models: Mapping[str, nn.Module],
-    input_shape: Sequence[int],
+    example: Sequence[int] | ExampleCall,
     batch_size: int,
     *,
     runs: int = 20,
@@ -55,17 +56,18 @@ def paired_times(
 
     Args:
         models: models by name.
-        input_shape: channels, height and width.
+        example: channels, height and width of an image, or an example call of the models.
         batch_size: images per forward pass.
         runs: largest number of rounds; at least 5 are measured.
         seconds: approximate time to measure each model.
         like: tensor with the dtype and device of the input; by default the first parameter of the model.
         runtime: one of `slimming.benchmarking.runtimes.RUNTIMES`.
     """
+    call = (example if isinstance(example, ExampleCall) else image_call(example)).with_batch(batch_size)
     inputs = {}
     for name, model in models.items():
         parameter = next(model.parameters()) if like is None else like
-        inputs[name] = torch.randn(batch_size, *input_shape, device=parameter.device, dtype=parameter.dtype)
+        inputs[name] = call.to(parameter.dtype, parameter.device)
     with ExitStack() as modes:
         for model in models.values():
             modes.enter_context(in_evaluation(model))
@@ -73,7 +75,7 @@ def paired_times(
 
 
 def _measure(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, runs: int, seconds: float, runtime: str
+    models: Mapping[str, nn.Module], inputs: Mapping[str, ExampleCall], *, runs: int, seconds: float, runtime: str
 ) -> dict[str, list[float]]:
     models = {name: prepare(model, inputs[name], runtime) for name, model in models.items()}
     # Two passes to warm up. From the second follows how many passes take 5 ms, which the clock measures well.
@@ -87,13 +89,14 @@ def _measure(
     return times
 
 
-def _seconds(model: nn.Module, x: Tensor, passes: int) -> float:
+def _seconds(model: nn.Module, call: ExampleCall, passes: int) -> float:
     """Mean seconds per pass over ``passes`` passes, including the synchronisation of a GPU."""
-    _synchronize(x.device)
+    device = call.main.device
+    _synchronize(device)
     began = time.perf_counter()
     for _ in range(passes):
-        model(x)
-    _synchronize(x.device)
+        call.run(model)
+    _synchronize(device)
     return (time.perf_counter() - began) / passes
 
 

@@ -52,7 +52,7 @@ def execute(arguments: argparse.Namespace) -> None:
                 f"{name} takes images of {shape}, {arguments.models[0]} of {shapes[arguments.models[0]]}; give models "
                 "with the same input."
             )
-    timed = measure_all(models, shapes[arguments.models[0]], config)
+    timed = measure_all(models, prunable(models[arguments.models[0]]).examples()[0], config)
     measured = {}
     for name, model in models.items():
         costs = cost(model)

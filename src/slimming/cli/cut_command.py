@@ -23,9 +23,11 @@ DESCRIPTION = """\
 Cut a model to one or more budgets. For each budget, DIR contains a directory with the name of the budget, with
 plan.json and the slim checkpoint cut/ for slimming train, eval and bench. SOURCE is the directory of slimming search
 or slimming run. With --one-shot, SOURCE is a model without a search, by name or checkpoint; its units are scored in
-minutes from 128 to 512 unlabelled images. With --plan, SOURCE may be any checkpoint.
+minutes from 128 to 512 unlabelled images; it may be a detector, a segmenter or another model that takes images, whose
+outputs count. With --plan, SOURCE may be any checkpoint.
 
   slimming cut deit_small_patch16_224 --one-shot --data photos/ --budget macs=0.6 --output runs/cut
+  slimming cut transformers:detector/ --one-shot --data photos/ --budget macs=0.7 --output runs/detector
   slimming cut runs/search --data photos/ --budget macs=0.5 --budget keep.mlp=0.7,keep.head_dim=0.7 --output runs/cut
   slimming cut runs/search --budget macs=1.2e9,params=12e6 --output runs/cut
   slimming cut runs/search --budget latency_ms=12 --latency-table laptop.json --output runs/cut
@@ -111,7 +113,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     from slimming.planning.budgeting import plans
     from slimming.runs.config import ModelConfig
     from slimming.runs.results import versions
-    from slimming.runs.setup import check_input, open_model
+    from slimming.runs.setup import check_input, check_takes_images, open_model
     from slimming.scoring.one_shot import score
 
     if arguments.plan:
@@ -127,6 +129,7 @@ def _one_shot(arguments: argparse.Namespace) -> Cut:
     for note in notes:
         echo(note)
     check_input(model)
+    check_takes_images(model)
     images = _images(arguments, model)
     scored = score(model, images, layout=_layout(arguments, Layout()))
     planned = plans(scored, budgets, solver=arguments.solver, latency=arguments.latency_table)

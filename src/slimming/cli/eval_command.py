@@ -1,4 +1,4 @@
-"""``slimming eval``: evaluate the top-1 accuracy of checkpoints."""
+"""``slimming eval``: evaluate checkpoints: top-1 of classifiers, mAP of detectors, mIoU of segmenters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 DESCRIPTION = """\
 Evaluate the top-1 accuracy of checkpoints on validation images. By default these are the validation images of the
-data that the checkpoint was trained on.
+data that the checkpoint was trained on. With --annotations, evaluate the mean average precision of detectors on a JSON
+file of COCO, or the mean intersection over union of segmenters on a folder of masks; --data.source is the folder of the
+images.
 
   slimming eval runs/demo/macs-0.50/slim
   slimming eval runs/dense/model runs/cut/macs-0.50/cut --data.source flowers/ --data.split_fraction 0.1
+  slimming eval runs/detector/macs-0.70/cut --data.source coco/val2017 --annotations coco/instances_val2017.json
 """
 
 
@@ -28,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="worker processes that read images (default 0)"
     )
+    parser.add_argument(
+        "--annotations", metavar="PATH", help="JSON file of COCO, or folder of masks, for the folder data.source"
+    )
     add_common_options(parser, "--device", "--json")
     add_flags(parser, DataConfig, "data")
 
@@ -39,13 +45,18 @@ def execute(arguments: argparse.Namespace) -> None:
     from slimming.cli.models import choose_device, load_checkpoint
     from slimming.cli.output import echo
     from slimming.models.hosts import classes_of
+    from slimming.runs.dense import check_classifies
     from slimming.runs.setup import check_input, open_data
     from slimming.training.evaluation import check_classes_of_model, evaluate
 
     device = choose_device(arguments.device)
     results = {}
+    if arguments.annotations is not None:
+        _dense(arguments, device)
+        return
     for name in arguments.checkpoints:
         model = load_checkpoint(name)
+        check_classifies(model)
         config = _data(arguments, name)
         data = open_data(config, model)
         check_input(model)
@@ -58,6 +69,41 @@ def execute(arguments: argparse.Namespace) -> None:
             echo(
                 f"{name}: top-1 {metrics['top1']:.2%}, loss {metrics['loss']:.4f}, {metrics['images']} images of "
                 f"{config.source}"
+            )
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+
+
+def _dense(arguments: argparse.Namespace, device: Any) -> None:
+    """Evaluate detectors and segmenters on annotations."""
+    import json
+
+    from slimming.cli.configs import EvalCommandConfig
+    from slimming.cli.flags import flag_values
+    from slimming.cli.models import load_checkpoint
+    from slimming.cli.output import echo
+    from slimming.errors import ConfigError
+    from slimming.models.transformers_tasks import task_of
+    from slimming.runs.dense import DENSE_METRICS, evaluate_dense
+
+    data = flag_values(arguments, EvalCommandConfig).get("data", {})
+    if set(data) != {"source"} or arguments.config is not None:
+        raise ConfigError(
+            "With --annotations, give --data.source, the folder of the images, and no other data settings."
+        )
+    results = {}
+    for name in arguments.checkpoints:
+        model = load_checkpoint(name).to(device)
+        results[name] = evaluate_dense(model, data["source"], arguments.annotations, batch_size=arguments.batch_size)
+        if not arguments.json:
+            metric, values = DENSE_METRICS[task_of(model)], results[name]
+            others = [
+                f"{key} {100 * value:.2f} %" for key, value in values.items() if key not in ("images", metric.key)
+            ]
+            images = int(values["images"])
+            echo(
+                f"{name}: {metric.name} {values[metric.key]:.2%}, {', '.join(others)}, {images} images of "
+                f"{data['source']}"
             )
     if arguments.json:
         print(json.dumps(results, indent=1))

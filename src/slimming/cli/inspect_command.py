@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 List the prunable groups of units of a model, the parameters and multiply-adds that are removed with each, and the
 parts of the model that are not covered. MODEL is a timm name, transformers:NAME (whose config is downloaded; or a local
-directory), torchvision:NAME, or a checkpoint directory. Weights are not downloaded, and nothing is trained.
+directory), torchvision:NAME, or a checkpoint directory: a classifier, an encoder, a detector, a segmenter or another
+model that takes images. Weights are not downloaded, and nothing is trained.
 
   slimming inspect deit_small_patch16_224
   slimming inspect vit_tiny_patch16_224 --model.arguments img_size=64,patch_size=8 --json
+  slimming inspect transformers:PekingU/rtdetr_v2_r18vd
+  slimming inspect torchvision:ssdlite320_mobilenet_v3_large
 """
 
 
@@ -84,28 +87,21 @@ def outputs_of(model: nn.Module, anatomy: Anatomy) -> list[dict[str, Any]]:
     """Return name, shape for one image, and kind of the outputs that count in scores; empty if there are none."""
     import torch
 
+    from slimming.core.calibration import CalibrationBatch
     from slimming.core.modules import in_evaluation
     from slimming.errors import ConfigError
-    from slimming.models.hosts import classes_of
-    from slimming.training.outputs import kind_of, named_outputs
+    from slimming.models.prunable import read_as
+    from slimming.scoring.outputs import OutputReader
 
-    like = next(model.parameters())
-    image = torch.zeros(2, *anatomy.input_shape, device=like.device, dtype=like.dtype)
+    batch = CalibrationBatch.of(model, read_as(model, anatomy).examples(batch=2)[0])
+    reader = OutputReader()
     with in_evaluation(model), torch.no_grad():
-        output = model(image)
-    try:
-        named = named_outputs(output, len(image))
-    except ConfigError:
-        return []
-    single, classes = len(named) == 1, classes_of(model)
-    return [
-        {
-            "name": name,
-            "shape": list(tensor.shape[1:]),
-            "kind": kind_of(name, tensor, single=single, classes=classes),
-        }
-        for name, tensor in named.items()
-    ]
+        try:
+            named = reader.read(model, batch)
+        except ConfigError:
+            return []
+    kinds = reader.kinds(model, named)
+    return [{"name": name, "shape": list(tensor.shape[1:]), "kind": kinds[name]} for name, tensor in named.items()]
 
 
 def totals_by_kind(anatomy: Anatomy, groups: tuple[Group, ...]) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from slimming.models.create import create_untrained
 from slimming.models.directories import CONFIG, open_directory
 from slimming.models.families import family_of
 from slimming.models.hosts import is_hosted
+from slimming.models.transformers_tasks import give_example_inputs_
 
 
 def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu") -> nn.Module:
@@ -31,6 +32,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
         if not (fetched / CONFIG).exists():
             return load_checkpoint(name)
         model, _ = open_directory(fetched, arguments, pretrained=False)
+        give_example_inputs_(model)
         prunable(model)
         return model
     path = Path(name)
@@ -43,6 +45,7 @@ def open_named(name: str, arguments: dict[str, Any] | None = None, *, device: st
     model = create_untrained(name, arguments, device=device)
     if device == "meta" and family_of(model).runs_models:
         model = create_untrained(name, arguments)
+    give_example_inputs_(model)
     prunable(model)
     return model
 

@@ -84,8 +84,8 @@ class CalibrationBatch:
             DataError: the model fails on it, for example because images have another size.
         """
         call = self.call
-        shape = tuple(call.main.shape)
-        with explain_input_errors(f"images of shape {shape}" if call.is_batched else f"a list of images, first {shape}"):
+        what = "images" if call.is_batched else "a list of images, the first"
+        with explain_input_errors(f"{what} of shape {tuple(call.main.shape)}"):
             return call.run(model)
 
 

@@ -16,7 +16,7 @@ def complete(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:
         PlanError: the plan was made for another model, or removes more units of a group than its limits allow.
     """
     kept = resolve_plan(anatomy, plan)
-    removed = {group.name for group in anatomy.groups if group.role == "branch" and not kept[group.name]}
+    removed = {group.name for group in anatomy.groups if group.role == "branch" and plan.kept.get(group.name) == ()}
     # Groups that the plan itself empties are reported first: they can be the reason why other groups are empty.
     for group in sorted(anatomy.groups, key=lambda group: len(plan.kept.get(group.name, range(group.size))) > 0):
         in_removed = not removed.isdisjoint(anatomy.around[group.name])

@@ -113,10 +113,8 @@ class ExampleCall:
         """The call for ``size`` examples: the first ones, and others made from the first by shuffling its values.
 
         The tensors whose first dimension is the batch of `main` are changed, and lists with one entry for each example,
-        such as targets; lists of images are not.
+        such as images of several sizes, or targets; further entries of lists repeat the first.
         """
-        if not self.is_batched:
-            return self
         main, given = self.main, self.size
         generator = torch.Generator().manual_seed(size)
 
@@ -185,7 +183,7 @@ def _mapped_parts(value: Any, change: Callable[[Any], Any]) -> Any:
         return {key: change(part) for key, part in value.items()}
     if isinstance(value, tuple):
         parts = [change(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return getattr(value, "_make", tuple)(parts)  # of a named tuple
     return [change(part) for part in value] if isinstance(value, list) else value
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slimming.core.formulas import Dim, Formulas, Operation, Product, Ratio
+from slimming.core.kinds import KINDS
 from slimming.core.structure import Structure
 from slimming.errors import PlanError, nearest
 
@@ -77,30 +78,64 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenInput:
+    """A tensor beside the sequence that a module is given and that has one entry per token, such as a rotary table.
+
+    Attributes:
+        module: name of the module.
+        path: where the tensor is in the arguments: position or keyword, then places in tuples, lists and mappings.
+        dims: its dimensions over tokens, counted from the end.
+        fixed: whether these dimensions include the tokens that are never removed.
+    """
+
+    module: str
+    path: tuple[int | str, ...]
+    dims: tuple[int, ...]
+    fixed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenSite:
     """Where the tokens of a group are masked and removed.
 
     Attributes:
         depth: index of the block; a token that is removed here is missing in all deeper blocks.
         block: name of the block before which tokens are selected.
-        attention: name of the attention module whose keys get the mask as a bias.
+        attention: name of the attention module that takes the mask as the argument ``attn_mask``. None: every softmax
+            over the tokens in the block, and everything that mixes tokens after the last block, gets it without a
+            change of the modules; `mean_pool` and `attention_pool` are then None.
         norms: names of the norms whose outputs the mask multiplies in the variant of the paper.
         prefix: number of class, distillation and register tokens at the start, which are never removed.
         positions: patch position of each unit in the grid of the dense model, row by row.
         mean_pool: name of the module whose output is averaged over the tokens after the last block, if any.
         pool_prefix: whether the pooling includes the prefix tokens.
         attention_pool: name of the module that pools by attention after the last block, if any.
+        suffix: number of tokens at the end that are never removed, such as those of a detector's boxes.
+        sequence: name of the sequence of tokens; a model may have several, such as those of two towers.
+        grid: number of patch positions in the dense model; 0 if a family does not need it.
+        path: where the sequence is in the arguments of the block, see `TokenInput`.
+        inputs: the other inputs over tokens of the block, and for the last block those of later modules.
+        tables: names of the modules in the block that compute a table over all pairs of tokens, such as a relative
+            position bias.
+        returned: whether the model returns the sequence. The slim model returns the tokens that it keeps.
     """
 
     depth: int
     block: str
-    attention: str
+    attention: str | None
     norms: tuple[str, ...]
     prefix: int
     positions: tuple[int, ...]
     mean_pool: str | None = None
     pool_prefix: bool = False
     attention_pool: str | None = None
+    suffix: int = 0
+    sequence: str = ""
+    grid: int = 0
+    path: tuple[int | str, ...] = (0,)
+    inputs: tuple[TokenInput, ...] = ()
+    tables: tuple[str, ...] = ()
+    returned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +173,11 @@ class Group:
         parts = f", parts={self.limits.parts}" if self.limits.parts else ""
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, minimum={self.limits.minimum}{parts})"
 
+    @property
+    def on_request(self) -> bool:
+        """Whether units of the group are pruned only if their kind is named: the result would be of another kind."""
+        return KINDS[self.kind].on_request or (self.token is not None and self.token.returned)
+
     @cached_property
     def part_of_unit(self) -> tuple[int, ...]:
         """Index of the head to which each unit belongs; all 0 for kinds without parts."""
@@ -173,6 +213,8 @@ class LayerSizes:
             the heads that it has; None if it does not.
         removals: when the module is removed as a whole; the first that applies.
         spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
+        separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
+            in each part of the projection; empty if these are always equal.
     """
 
     tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -181,6 +223,7 @@ class LayerSizes:
     head_scale: tuple[str, str] | None = None
     removals: tuple[Removal, ...] = ()
     spent: Mapping[str, Dim] = field(default_factory=dict)
+    separate: tuple[Dim | Ratio, ...] = ()
 
 
 REST = "rest"
@@ -330,7 +373,7 @@ class Couplings:
             if group.role == "head":
                 self._drop_(gone, by, group, ~self._left(gone, by, group, whole[group.name]))
         result: dict[str, Mask] = {}
-        present: Mask | None = None
+        present: dict[str, Mask] = {}
         for group in self._groups:
             units = kept.get(group.name, whole[group.name])
             if group.token is None:
@@ -339,8 +382,9 @@ class Couplings:
             positions = np.asarray(group.token.positions, dtype=int)
             here = np.zeros(self._positions, dtype=bool)
             here[positions[units]] = True
-            present = here if present is None else here & present
-            result[group.name] = present[positions]
+            sequence = group.token.sequence
+            present[sequence] = here & present.get(sequence, here)
+            result[group.name] = present[sequence][positions]
         return result
 
     def _drop_(self, gone: dict[Place, Mask], by: dict[Place, set[str]], group: Group, units: Mask) -> None:

@@ -34,7 +34,9 @@ KINDS: Mapping[str, Kind] = {
     "mlp": Kind(units="hidden units", description="one hidden unit of an MLP"),
     "channel": Kind(units="channels", description="one channel of a convolution, with all layers that share it"),
     "token": Kind(units="tokens", description="one token position, from one block to the last", penalty=0.25),
-    "block": Kind(units="blocks", description="one whole attention or MLP with its residual branch", on_request=True),
+    "block": Kind(
+        units="blocks", description="one whole residual branch: an attention, an MLP, or a block", on_request=True
+    ),
     "width": Kind(units="embedding", description="one feature of the residual stream", on_request=True),
 }
 """The kinds by name, in the order in which they are shown."""

@@ -42,8 +42,10 @@ def explain_input_errors(given: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = "the arguments that the model's forward takes" if isinstance(error, TypeError) else (
-            "images of the size and with the channels that the model takes"
+        what = (
+            "the arguments that the model's forward takes"
+            if isinstance(error, TypeError)
+            else ("images of the size and with the channels that the model takes")
         )
         raise DataError(f"The model fails on {given}: {reason} Give {what}.") from error
 

@@ -12,45 +12,60 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from slimming.benchmarking.programs import INPUT, open_onnx, quiet, to_program, write_onnx
+from slimming.benchmarking.programs import onnx_feed, open_onnx, quiet, to_program, write_onnx
 from slimming.benchmarking.runtimes import check_onnx
+from slimming.core.example_inputs import ExampleCall
 from slimming.errors import ConfigError, MissingExtraError, UnsupportedModelError, nearest
 from slimming.exporting.metadata import KEY
 
-Run = Callable[[np.ndarray], np.ndarray]
-"""A function from images (B, C, H, W) to logits (B, K)."""
+Run = Callable[[ExampleCall], list[np.ndarray]]
+"""A function from the arguments of the model, in float32 on the CPU, to its outputs."""
 
 
 class Job:
     """The export of one model; the program and the ONNX file are created once for all targets.
 
     Args:
-        model: a model with logits (B, K) as output, in evaluation mode, float32, on the CPU.
+        model: a model with one or more tensors as output, in evaluation mode, float32, on the CPU.
+        example: an example call; with ``any_batch``, of one tensor of images.
         description: see `slimming.exporting.metadata.description`.
-        calibration: calibration images of static quantisation, (N, C, H, W).
+        calibration: calls with the calibration images of static quantisation.
         opset: version of the ONNX operator set.
         workplace: a directory for temporary files.
+        outputs: names of the outputs.
+        any_batch: whether the batch size of the files is dynamic.
     """
 
     def __init__(
-        self, model: nn.Module, description: Mapping[str, Any], calibration: Tensor, opset: int, workplace: Path
+        self,
+        model: nn.Module,
+        example: ExampleCall,
+        description: Mapping[str, Any],
+        calibration: Sequence[ExampleCall],
+        opset: int,
+        workplace: Path,
+        outputs: Sequence[str],
+        any_batch: bool,
     ) -> None:
         self.model, self.calibration, self.opset, self.workplace = model, calibration, opset, workplace
         self.description = json.dumps(description)
+        self.outputs, self.any_batch = outputs, any_batch
         # torch.export treats sizes 0 and 1 as constants.
-        self.example = torch.zeros(2, *calibration.shape[1:])
+        self.example = example.with_batch(2) if any_batch else example
 
     @cached_property
     def program(self) -> Any:
-        """The model as a `torch.export` program with a dynamic batch size."""
-        return to_program(self.model, self.example, any_batch=True)
+        """The model as a `torch.export` program."""
+        return to_program(self.model, self.example, any_batch=self.any_batch)
 
     @cached_property
     def onnx(self) -> Path:
         """The model as an ONNX file."""
         file = self.workplace / "float.onnx"
-        write_onnx(self.model, self.example, file, any_batch=True, program=self.program, opset=self.opset)
+        outputs = self.outputs if len(self.outputs) > 1 else ()
+        write_onnx(self.model, self.example, file, program=self.program, opset=self.opset, outputs=outputs)
         _describe_onnx(file, self.description)
         return file
 
@@ -136,7 +151,7 @@ def _write_pt2(job: Job, file: Path) -> None:
 def _open_pt2(file: Path) -> Run:
     with quiet():
         module = torch.export.load(file).module()
-    return lambda images: module(torch.from_numpy(images)).numpy()
+    return lambda call: [tensor.numpy() for tensor in tree_leaves(call.run(module))]
 
 
 def _write_onnx(job: Job, file: Path) -> None:
@@ -145,7 +160,7 @@ def _write_onnx(job: Job, file: Path) -> None:
 
 def _open_onnx(file: Path) -> Run:
     session = open_onnx(file)
-    return lambda images: session.run(None, {INPUT: images})[0]
+    return lambda call: session.run(None, onnx_feed(session, call))
 
 
 def _write_dynamic(job: Job, file: Path) -> None:
@@ -163,13 +178,15 @@ def _write_dynamic(job: Job, file: Path) -> None:
 def _write_static(job: Job, file: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static  # pyright: ignore
 
+    session = open_onnx(job.onnx)
+
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(job.calibration.split(16))
+            self.calls: Iterator[ExampleCall] = iter(job.calibration)
 
-        def get_next(self) -> Any:  # images by input; None at the end
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.numpy()}
+        def get_next(self) -> Any:  # arrays by input; None at the end
+            call = next(self.calls, None)
+            return None if call is None else onnx_feed(session, call)
 
     with quiet():
         quantize_static(
@@ -218,7 +235,18 @@ def _open_openvino(file: Path) -> Run:
     # By default, OpenVINO computes in bfloat16 on some CPUs.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
-    return lambda images: compiled(images)[0]
+
+    def run(call: ExampleCall) -> list[np.ndarray]:
+        named = {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor)}
+        names = [each.get_names() for each in compiled.inputs]
+        if named and all(found & named.keys() for found in names):
+            arrays = [named[next(iter(found & named.keys()))] for found in names]
+        else:
+            arrays = call.tensors
+        result = compiled([array.numpy() for array in arrays])
+        return [result[output] for output in compiled.outputs]
+
+    return run
 
 
 TARGETS: Mapping[str, Target] = {

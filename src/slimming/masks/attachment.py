@@ -110,15 +110,15 @@ def select_kinds(groups: Sequence[Group], kinds: Sequence[str] | None = None) ->
 
     Args:
         groups: groups from `describe`.
-        kinds: kinds to select; None selects all except blocks, the embedding width, and heads whose dimensions can be
-            removed individually (such a head is removed with its last V dimension).
+        kinds: kinds to select; None selects all except blocks, the embedding width, tokens that the model returns, and
+            heads whose dimensions can be removed individually (such a head is removed with its last V dimension).
 
     Raises:
         ConfigError: the model has no group of one of ``kinds``.
     """
     if kinds is None:
         has_dimensions = {group.site for group in groups if group.kind == "head_dim"}
-        default = [group for group in groups if not KINDS[group.kind].on_request]
+        default = [group for group in groups if not group.on_request]
         return [group for group in default if group.kind != "head" or group.site not in has_dimensions]
     missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
     if missing:

@@ -274,9 +274,14 @@ class SoftMasks(Mapping[str, nn.Parameter]):
         tensors = {scale.tensor for group in self.groups if group.name not in self._norms for scale in group.scales}
         for module in {tensor.rpartition(".")[0] for tensor in tensors}:
             own_class_(self.model.get_submodule(module))
+        folded: set[Tensor] = set()
         for tensor in sorted(tensors):
             module, _, name = tensor.rpartition(".")
-            parametrize.remove_parametrizations(self.model.get_submodule(module), name, leave_parametrized=fold)
+            parameter = original(self.model, tensor)  # several modules may share it, which is folded once
+            parametrize.remove_parametrizations(
+                self.model.get_submodule(module), name, leave_parametrized=fold and parameter not in folded
+            )
+            folded.add(parameter)
 
 
 @torch.no_grad()

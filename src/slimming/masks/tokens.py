@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimming.core.groups import Group, TokenSite
 from slimming.masks.options import BIAS, MULTIPLY
+from slimming.models.token_masks import Source, TokenGate, additive, last_sites, mask_after, mask_block, places_of
 
 RAW_INIT = 3.0
 """Initial value of token masks in the variant of the paper: tanh(3) is almost 1 (code of the authors)."""
@@ -21,53 +22,20 @@ RAW_INIT = 3.0
 NEVER = -1e4
 """A key bias that acts like -inf in every kernel, and gives no NaN when multiplied by 0."""
 
-Source = tuple[nn.Parameter, Tensor | None]
-"""A mask, and the indices of the required positions in it (None: all positions, in order)."""
-
 
 def token_factor(mask: Tensor, tokens: str) -> Tensor:
     """Return the factor of each token: its mask clamped to at least 0, or its tanh for the variant of the paper."""
     return torch.tanh(mask) if tokens == MULTIPLY else mask.clamp_min(0)
 
 
-class _Gate:
-    """Base of the hooks: the product of the token masks of this block and all blocks before it."""
-
-    def __init__(self, sources: list[Source], prefix: int) -> None:
-        self.sources = sources
-        self.prefix = prefix
-
-    def _stacked(self) -> Tensor:
-        """Factors of the masks, shape (masks, positions)."""
-        picked = [mask if places is None else mask[places.to(mask.device)] for mask, places in self.sources]
-        return torch.stack(picked).clamp_min(0)
-
-    def product(self) -> Tensor:
-        """Return the product of the masks, shape (positions,)."""
-        return self._stacked().prod(0)
-
-    def bias(self) -> Tensor:
-        """Return the log of the product, preceded by 0 for the prefix tokens, shape (N,); -inf for a factor of 0."""
-        stacked = self._stacked()
-        alive = stacked > 0
-        # The inner where avoids log(0), whose infinite derivative would become NaN.
-        total = torch.where(alive, stacked, 1.0).log().sum(0)
-        total = torch.where(alive.all(0), total, -torch.inf)
-        return torch.cat([total.new_zeros(self.prefix), total])
-
-
-class KeyBias(_Gate):
+class KeyBias(TokenGate):
     """Forward pre-hook of an attention module: adds the bias to the keys of every head and query."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         bias = self.bias().to(args[0].dtype).view(1, 1, 1, -1)
         positional = list(args)
         given = positional[1] if len(positional) > 1 else kwargs.get("attn_mask")
-        if given is not None and given.dtype == torch.bool:
-            given = torch.zeros(given.shape, dtype=bias.dtype, device=given.device).masked_fill(~given, -torch.inf)
-        joined = bias if given is None else bias + given
-        if given is None:
-            joined = joined.as_subclass(KeyBiasMask)
+        joined = as_key_bias(bias) if given is None else bias + additive(given, bias.dtype)
         if len(positional) > 1:
             positional[1] = joined
             return tuple(positional), kwargs
@@ -88,6 +56,11 @@ class KeyBiasMask(Tensor):
             if func is F.scaled_dot_product_attention:
                 return biased_attention(*args, **kwargs)
             return func(*args, **kwargs)
+
+
+def as_key_bias(bias: Tensor) -> Tensor:
+    """The bias (1, 1, 1, N) as a `KeyBiasMask`."""
+    return bias.as_subclass(KeyBiasMask)
 
 
 def biased_attention(
@@ -160,10 +133,10 @@ def _wider(tensor_BHNX: Tensor, last: float | Tensor) -> Tensor:
     return made
 
 
-class MeanPoolWeight(_Gate):
+class MeanPoolWeight(TokenGate):
     """Forward hook of the module before average pooling: turns the mean over tokens into a weighted mean."""
 
-    def __init__(self, sources: list[Source], prefix: int, pool_prefix: bool) -> None:
+    def __init__(self, sources: Sequence[Source], prefix: int, pool_prefix: bool) -> None:
         super().__init__(sources, prefix)
         self.pooled_prefix = prefix if pool_prefix else 0
 
@@ -176,12 +149,12 @@ class MeanPoolWeight(_Gate):
         return output_BND * weights.to(output_BND.dtype).view(1, -1, 1)
 
 
-class Multiply(_Gate):
+class Multiply(TokenGate):
     """Forward hook of a norm: multiplies its output by tanh of the mask of this block, as in the paper."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output_BND: Tensor) -> Tensor:
         mask, _ = self.sources[-1]
-        factor = torch.cat([mask.new_ones(self.prefix), torch.tanh(mask)])
+        factor = torch.cat([mask.new_ones(self.prefix), torch.tanh(mask), mask.new_ones(self.suffix)])
         return output_BND * factor.to(output_BND.dtype).view(1, -1, 1)
 
 
@@ -200,32 +173,41 @@ def attach_token_gates(
         Functions that remove the parameters and hooks.
     """
     removers: list[Callable[[], None]] = []
-    seen: list[tuple[TokenSite, nn.Parameter]] = []
+    seen: dict[str, list[tuple[TokenSite, nn.Parameter]]] = {}
+    last = last_sites(sites)
     for group in sites:
         site = group.token
         assert site is not None
         mask = masks.get(group.name)
+        before = seen.setdefault(site.sequence, [])
         if mask is not None:
             block = model.get_submodule(site.block)
             block.register_parameter("token_mask", mask)
             removers.append(_Unregister(block))
-            seen.append((site, mask))
-        sources = [_source(earlier, parameter, site) for earlier, parameter in seen]
+            before.append((site, mask))
+        sources: list[Source] = [(parameter, places_of(earlier, site)) for earlier, parameter in before]
         if tokens == MULTIPLY and mask is not None:
-            gate = Multiply(sources, site.prefix)
+            gate = Multiply(sources, site.prefix, site.suffix)
             removers += [model.get_submodule(name).register_forward_hook(gate).remove for name in site.norms]
         elif tokens == BIAS and sources:
             # A block without a mask still needs the masks of the blocks before it.
-            hook = KeyBias(sources, site.prefix)
-            attention = model.get_submodule(site.attention)
-            removers.append(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if group is sites[-1]:
+            removers += _gate_attention(model, site, sources)
+            if group is last[site.sequence]:
                 removers += _gate_pool(model, site, sources)
     return removers
 
 
+def _gate_attention(model: nn.Module, site: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
+    if site.attention is None:
+        return mask_block(model, site, TokenGate(sources, site.prefix, site.suffix), as_key_bias)[0]
+    hook = KeyBias(sources, site.prefix)
+    return [model.get_submodule(site.attention).register_forward_pre_hook(hook, with_kwargs=True).remove]
+
+
 def _gate_pool(model: nn.Module, last: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
     """Apply the product of all masks in the pooling; models that use the class token have none."""
+    if last.attention is None:
+        return mask_after(model, last, TokenGate(sources, last.prefix, last.suffix), as_key_bias)
     removers: list[Callable[[], None]] = []
     if last.mean_pool is not None:
         weight = MeanPoolWeight(sources, last.prefix, last.pool_prefix)
@@ -235,13 +217,6 @@ def _gate_pool(model: nn.Module, last: TokenSite, sources: list[Source]) -> list
         pool = model.get_submodule(last.attention_pool)
         removers.append(pool.register_forward_pre_hook(bias, with_kwargs=True).remove)
     return removers
-
-
-def _source(earlier: TokenSite, mask: nn.Parameter, here: TokenSite) -> Source:
-    if earlier.positions == here.positions:
-        return mask, None
-    place_of = {position: place for place, position in enumerate(earlier.positions)}
-    return mask, torch.tensor([place_of[position] for position in here.positions])
 
 
 class _Unregister:

@@ -178,7 +178,7 @@ def transformers_config(cls: Any, content: Any, *, where: str = "config") -> dic
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{where} is no mapping; the file is damaged. Take an intact copy.")
-    fields, safe = _fields(cls), {}
+    fields, safe = config_fields(cls), {}
     of_timm = getattr(cls, "model_type", "") in ("timm_backbone", "timm_wrapper")
     for key, value in content.items():
         if key in DROPPED:
@@ -248,7 +248,7 @@ def _labels(where: str, key: str, value: Any) -> Any:
 
 
 @cache
-def _fields(cls: Any) -> frozenset[str]:
+def config_fields(cls: Any) -> frozenset[str]:
     """Names of the fields of a configuration class, without making one."""
     names: set[str] = set(BACKBONE_FIELDS)
     for base in cls.__mro__:

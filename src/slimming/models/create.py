@@ -20,6 +20,8 @@ from slimming.models.hosts import (
     TRANSFORMERS,
     classes_of,
     classifiers_of,
+    give_image_settings_,
+    give_image_size_,
     is_hosted,
     make_torchvision,
     reset_classes_,
@@ -139,12 +141,24 @@ def _from_timm(name: str, classes: int | None, options: dict[str, Any]) -> tuple
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
     import torchvision
 
-    bare = name.removeprefix(TORCHVISION)
-    known = torchvision.models.list_models(module=torchvision.models)
+    bare, options = name.removeprefix(TORCHVISION), dict(options)
+    dense = [each for part in (torchvision.models.detection, torchvision.models.segmentation)
+             for each in torchvision.models.list_models(module=part)]  # fmt: skip
+    known = [*torchvision.models.list_models(module=torchvision.models), *dense]
     if bare not in known:
-        raise UnsupportedModelError(f"torchvision has no classifier {bare!r}.{nearest(bare, known)}")
+        raise UnsupportedModelError(
+            f"torchvision has no classifier, detector or segmenter {bare!r}.{nearest(bare, known)}"
+        )
+    sides = options.pop("image_size", None) if bare in dense else None
     try:
-        return make_torchvision(bare, options).eval()
+        model: Any = make_torchvision(bare, options).eval()
+        if bare in torchvision.models.list_models(module=torchvision.models.detection):  # they normalise themselves
+            model.pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        if bare in dense:
+            give_image_settings_(model, {"crop_pct": 1.0, "crop_mode": "squash"})
+        if sides is not None:
+            give_image_size_(model, sides)
+        return model
     except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(
             f"torchvision cannot make {bare!r} with {dict(options)}: {first_line(error)}"
@@ -154,10 +168,15 @@ def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
 def _from_torchvision(name: str, classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     import torchvision
 
+    if ".segmentation" in torchvision.models.get_model_builder(name.removeprefix(TORCHVISION)).__module__:
+        options = {"aux_loss": True, **options}  # the weights have the classifier that is used in training only
     model = _torchvision(name, options)
     try:
         weights: Any = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
-        model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+        # Frozen BatchNorms do not count their batches.
+        counts = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+        model.load_state_dict({**counts, **state})
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"The pretrained weights of {name} could not be loaded ({first_line(error)}). Check the network, or give a "

@@ -48,7 +48,11 @@ class SameDecisions(TorchDispatchMode):
             return result
         self.at += 1
         if chosen is result:
-            return earlier if func._overloadpacket is torch.ops.torchvision.nms or earlier.shape == result.shape else result
+            return (
+                earlier
+                if func._overloadpacket is torch.ops.torchvision.nms or earlier.shape == result.shape
+                else result
+            )
         if earlier.shape != chosen.shape:
             return result
         names = [argument.name for argument in func._schema.arguments]

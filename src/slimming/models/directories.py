@@ -15,13 +15,21 @@ from slimming.core.files import atomic_json
 from slimming.core.records import FileKind
 from slimming.core.structure import IN_CONFIG, Structure
 from slimming.errors import CheckpointError, MissingExtraError, UnsupportedModelError, nearest
-from slimming.models.allowed import check_timm, image_settings_of, timm_has, timm_settings, transformers_config
+from slimming.models.allowed import (
+    check_timm,
+    config_fields,
+    image_settings_of,
+    timm_has,
+    timm_settings,
+    transformers_config,
+)
 from slimming.models.bounds import ARGUMENT_ERRORS, bounded_building
 from slimming.models.downloads import first_line
 from slimming.models.families import build_filled
 from slimming.models.family import ORIGIN
-from slimming.models.hosts import classes_of, classifiers_of, reset_classes_, unplain
+from slimming.models.hosts import classes_of, classifiers_of, give_image_size_, reset_classes_, unplain
 from slimming.models.prunable import read
+from slimming.models.transformers_tasks import CLASSIFICATION, class_in, processed_images, task_of_class
 from slimming.models.weight_files import HOST_WEIGHTS, read_directory, weight_files
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -240,12 +248,13 @@ def _unknown(name: Any, path: Path) -> UnsupportedModelError:
 def from_transformers(
     path: Path, config: Mapping[str, Any], options: Mapping[str, Any], *, pretrained: bool, headless: bool = False
 ) -> tuple[nn.Module, list[str]]:
-    """Make the image classifier in a directory of transformers; transformers itself opens no file of it.
+    """Make the model in a directory of transformers; transformers itself opens no file of it.
 
     Args:
         path: the directory.
         config: content of its config.json.
-        options: fields of the configuration that the user changes, and the dtype, by default float32.
+        options: fields of the configuration that the user changes; the dtype, by default float32; and ``image_size`` in
+            pixels for models of any size, such as detectors.
         pretrained: load the weights; otherwise weights are random.
         headless: the weights may lack the classifier.
 
@@ -254,7 +263,7 @@ def from_transformers(
 
     Raises:
         CheckpointError: the configuration or the weights are damaged, of another model, or name files or code.
-        UnsupportedModelError: transformers has no such image classifier, or rejects an argument.
+        UnsupportedModelError: transformers has no such model, or rejects an argument.
         MissingExtraError: transformers is not installed.
     """
     try:
@@ -274,27 +283,28 @@ def from_transformers(
     rest = {key: value for key, value in config.items() if key not in ours}
     fields = transformers_config(config_class, rest, where=str(path / CONFIG))
     fields |= {key: config[key] for key in ours if key in config}
-    auto: Any = transformers.AutoModelForImageClassification
+    cls = class_in(config_class, config.get("architectures"), kind, where=str(path / CONFIG))
+    classifies = task_of_class(cls) in (None, CLASSIFICATION)
+    sides = options.pop("image_size", None) if "image_size" not in config_fields(config_class) else None
     try:
         settings, unknown = config_class.from_dict(fields, return_unused_kwargs=True, **options)
         if unknown:
             raise TypeError(f"{config_class.__name__} has no fields {', '.join(unknown)}")
         if not pretrained:
-            model, notes = auto.from_config(settings, dtype=dtype), []
+            model, notes = cls._from_config(settings, dtype=dtype), []
         else:
-            with torch.device("meta"):
-                cls = type(auto.from_config(settings))
             loaded: Any = cls.from_pretrained(
                 None, config=settings, state_dict=read_directory(path), dtype=dtype, output_loading_info=True
             )
-            model, notes = loaded[0], _differences(loaded[0], loaded[1], path, headless)
+            model, notes = loaded[0], _differences(loaded[0], loaded[1], path, headless and classifies)
     except ARGUMENT_ERRORS as error:
         raise UnsupportedModelError(f"transformers cannot make {path} with {options}: {first_line(error)}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"The weights in {path} are of another model than its config.json: {error}") from error
     images = PROCESSOR_FILE.read(path / PROCESSOR) if (path / PROCESSOR).exists() else {}
-    given = image_settings_of({"mean": images.get("image_mean"), "std": images.get("image_std")})
-    model.pretrained_cfg = unplain(given)
+    model.pretrained_cfg = unplain(image_settings_of(processed_images(images, whole=not classifies)))
+    if sides is not None:
+        give_image_size_(model, sides)
     return model.eval(), notes
 
 

@@ -128,10 +128,7 @@ def assign_state_(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool
         if first in versioned:
             versioned[alias] = versioned[first]
     model.load_state_dict(versioned, strict=strict, assign=True)
-    for first, *others in shared:
-        for other in others:
-            module, _, name = other.rpartition(".")
-            setattr(model.get_submodule(module), name, model.get_parameter(first))
+    tie_(model, shared)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -158,6 +155,19 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
             if parameter is not None and PARAMETRIZATIONS not in name:
                 names[id(parameter)].append(name)
     return [found for found in names.values() if len(found) > 1]
+
+
+def tie_(model: nn.Module, shared: Iterable[Sequence[str]]) -> None:
+    """Give all parameters of each list of names in ``shared`` the first of them, see `shared_parameters`.
+
+    Names of modules that were removed since are passed over.
+    """
+    present = dict(model.named_parameters(remove_duplicate=False))
+    for names in shared:
+        first, *others = [name for name in names if name in present] or [""]
+        for other in others:
+            module, _, name = other.rpartition(".")
+            setattr(model.get_submodule(module), name, present[first])
 
 
 def untied_groups(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:

@@ -17,6 +17,10 @@ SETTINGS = tuple(IMAGE_SETTINGS)
 """Keys of timm's field ``pretrained_cfg`` about images and classes, which checkpoints keep for models of all hosts."""
 
 
+LARGEST_SIDE = 8192
+"""Largest side of an image in pixels."""
+
+
 def is_hosted(name: str) -> bool:
     """Whether ``name`` has the prefix of a host other than timm: ``transformers:…`` or ``torchvision:…``."""
     return name.startswith((TRANSFORMERS, TORCHVISION))
@@ -120,6 +124,24 @@ def image_settings(model: nn.Module) -> dict[str, Any]:
 def give_image_settings_(model: Any, settings: Mapping[str, Any]) -> None:
     """Set some of the settings of ``model`` for images and classes, see `SETTINGS`."""
     model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **unplain(settings)}
+
+
+def give_image_size_(model: Any, size: Any) -> None:
+    """Set the size of the images that a model for images of any size is read with, and that files are scaled to.
+
+    Args:
+        model: the model.
+        size: side of a square, or height and width, in pixels.
+
+    Raises:
+        UnsupportedModelError: it is no size.
+    """
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else []
+    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UnsupportedModelError(
+            f"image_size is {size!r}; give the side of a square or [height, width], from 1 to {LARGEST_SIDE:,} pixels."
+        )
+    model.image_size = tuple(sides)
 
 
 def plain(value: Any) -> Any:

@@ -158,8 +158,13 @@ def all_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor], layout
             name = roles["branch"].name
             score = float(scores[name][0])
             candidates.append(Candidate(units=((name, 0),), score=score, value=score, chain=(name, 0)))
-    tokens = [group for group in groups if group.token is not None]
-    return candidates + _token_candidates(tokens, scores)
+    tokens: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.token is not None:
+            tokens.setdefault(group.token.sequence, []).append(group)
+    for sequence, blocks in tokens.items():
+        candidates += _token_candidates(blocks, scores, f"tokens {sequence}")
+    return candidates
 
 
 def removal_order(candidates: Sequence[Candidate], prices: Sequence[float]) -> list[int]:
@@ -314,7 +319,7 @@ def _uneven_candidates(
     return candidates
 
 
-def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> list[Candidate]:
+def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor], chain: str) -> list[Candidate]:
     """One chain per position, from the deepest block up: a token removed in one block is missing in deeper ones.
 
     The score of a position is made non-increasing with depth, so that scores ascend along the chain.
@@ -335,7 +340,7 @@ def _token_candidates(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> 
             low = min(low, score)
             capped.append((name, unit, low, score))
         for name, unit, low, score in reversed(capped):
-            candidates.append(Candidate(units=((name, unit),), score=low, value=score, chain=("tokens", position)))
+            candidates.append(Candidate(units=((name, unit),), score=low, value=score, chain=(chain, position)))
     return candidates
 
 

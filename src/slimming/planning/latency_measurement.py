@@ -30,6 +30,7 @@ STEPS: Mapping[str, Sequence[float]] = {
     "tokens": (0.05, 0.25, 0.5, 0.75, 1.0),
     "width": (0.25, 0.5, 0.75, 1.0),
     "qkv": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
+    "dims": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
     "hidden": (0.02, 0.125, 0.25, 0.5, 0.75, 1.0),
     "heads": (0.01, 0.5, 1.0),
     "out": (0.25, 0.5, 1.0),
@@ -231,7 +232,11 @@ def grid_points(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Tim
                 continue
             moving = most - dim.fixed
             # All heads keep equally many dimensions. Sizes are multiples of 8 if that leaves at least four of them.
-            parts = 3 * _heads(layer) if name == "qkv" else math.lcm(*(weight for _, weight in dim.groups))
+            parts = math.lcm(*(weight for _, weight in dim.groups))
+            if name == "qkv":
+                parts = 3 * _heads(layer)
+            elif name == "dims":
+                parts = len(anatomy.group(dim.groups[0][0]).limits.parts)
             step = 1 if name in ("tokens", "heads") else 8
             while step > 1 and moving // (parts * step) < 4:
                 step //= 2

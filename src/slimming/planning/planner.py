@@ -391,7 +391,8 @@ def independent_unit_cost(
     if group.token is not None:
         # Tokens that are removed here have been removed in all deeper blocks before.
         for other in anatomy.groups:
-            if other.token is not None and other.token.depth > group.token.depth:
+            same = other.token is not None and other.token.sequence == group.token.sequence
+            if same and other.token.depth > group.token.depth:
                 before[other.name] = max(1, before[other.name] - count)
     then = before[name] - count if before[name] > count else before[name] + count
     after = measure({**before, name: then})

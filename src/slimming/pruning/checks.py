@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from slimming.core.budget import Budget
 from slimming.core.copies import copied
 from slimming.core.example_inputs import set_example_inputs_
 from slimming.core.groups import Anatomy, Group, keep_all
-from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE
 from slimming.core.modules import MODEL_ERRORS
 from slimming.core.pruning_plan import Plan
@@ -28,7 +27,7 @@ from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
 from slimming.masks.attachment import attach, prunable, select_kinds
 from slimming.models.prunable import PrunableModel
-from slimming.models.traced.verification import Pass, outputs, randomise_
+from slimming.models.traced.verification import Pass, left_of, outputs, randomise_, sequences_left
 from slimming.planning.budgeting import plan
 from slimming.pruning.costs import cost
 from slimming.pruning.cutting import cut
@@ -202,7 +201,7 @@ class Trial:
         """
         randomise_(self.model, self.seed)
         every = [group for group in self.anatomy.groups if group.role != "qkv"]
-        groups: list[Group] = select_kinds(every) + [group for group in every if KINDS[group.kind].on_request]
+        groups: list[Group] = select_kinds(every) + [group for group in every if group.on_request]
         masked = copied(self.model)
         masks = attach(masked, groups)
         with torch.no_grad():
@@ -213,23 +212,28 @@ class Trial:
         masks.apply_(self.plan)
         self.masked, self.small = masked, cut(masked, self.plan)
         passes = [Pass(call) for call in self.calls]
-        training = [Pass(call, training=True) for call in self.calls]
-        for forward in training:
+        training, refused = [], ""
+        for forward in [Pass(call, training=True) for call in self.calls]:
             try:
                 forward.outputs(copied(self.model))
+                training.append(forward)
             except MODEL_ERRORS as error:
-                found = self._difference(passes)
-                return f"they differ by {found:.1e}; not tried in training mode, where {_first_line(error)}"
-        return f"they differ by {self._difference([*passes, *training]):.1e} in evaluation and training mode"
+                refused = refused or _first_line(error)
+        found = self._difference([*passes, *training])
+        if not training:
+            return f"they differ by {found:.1e}; not tried in training mode, where {refused}"
+        return f"they differ by {found:.1e} in evaluation and training mode"
 
     def _difference(self, passes: Sequence[Pass]) -> float:
         """Compare the masked and the cut model in all passes, and check that the plan changes the outputs."""
         error = change = 0.0
         worst = passes[0]
+        left = sequences_left(self.anatomy.groups, self.plan.kept)
         for forward in passes:
             # On copies: some models store tensors with their autograd graph in a forward pass.
-            dense, masked, small = (
-                _forward_backward(copied(each), forward) for each in (self.model, self.masked, self.small)
+            small = _forward_backward(copied(self.small), forward)
+            dense, masked = (
+                _forward_backward(copied(each), forward, small[0], left) for each in (self.model, self.masked)
             )
             if not dense[0]:
                 continue  # a choice without gradient, such as an argmax; the other passes have other outputs
@@ -268,13 +272,26 @@ class Trial:
         return "the same outputs"
 
 
-def _forward_backward(model: nn.Module, forward: Pass) -> tuple[list[Tensor], Tensor]:
+def _forward_backward(
+    model: nn.Module,
+    forward: Pass,
+    like: Sequence[Tensor] = (),
+    left: Mapping[tuple[int, int], list[int]] | None = None,
+) -> tuple[list[Tensor], Tensor]:
     """The outputs, and the gradient of a fixed linear function of all of them with respect to the images.
 
     The function is linear with random weights, since the sum or the mean square of normalised outputs is constant.
+
+    Args:
+        model: the model.
+        forward: the forward pass.
+        like: outputs of the cut model; sequences that are returned are compared at the tokens that it keeps.
+        left: see `sequences_left`.
     """
     image = forward.call.main.clone().requires_grad_()
     results = replace(forward, call=forward.call.with_main(image)).outputs(model)
+    if len(like) == len(results):
+        results = [left_of(result, other, left or {}) for result, other in zip(results, like, strict=True)]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in results]
     pairs = [(out, weight) for out, weight in zip(results, weights, strict=True) if out.requires_grad]

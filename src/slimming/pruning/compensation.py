@@ -38,7 +38,7 @@ from slimming.models.activations import (
     ridge,
 )
 from slimming.models.decisions import SameDecisions
-from slimming.models.family import Kept, zero_slices_
+from slimming.models.family import Kept, shared_parameters, zero_slices_
 from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
@@ -145,11 +145,12 @@ def readers(model: nn.Module, anatomy: Anatomy, kept: Kept) -> dict[str, list[in
     for group, units in _removed_units(anatomy, kept):
         for slices in layers_reading(model, group):
             removed[slices.tensor.rpartition(".")[0]].update(index for unit in units for index in slices.index[unit])
-    # A layer without any kept input is not refitted.
+    shared = {name.rpartition(".")[0] for names in shared_parameters(model) for name in names}
+    # A layer without any kept input is not refitted, nor one that shares its weight, which would be refitted twice.
     return {
         name: sorted(removed[name])
         for name, module in model.named_modules()
-        if name in removed and len(removed[name]) < module.get_parameter("weight").shape[1]
+        if name in removed and name not in shared and len(removed[name]) < module.get_parameter("weight").shape[1]
     }
 
 

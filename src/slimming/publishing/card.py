@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from slimming.core.metric import TOP1, Metric
 from slimming.core.structure import Structure
 from slimming.counting.model_cost import Cost
+from slimming.models.transformers_tasks import CLASSIFICATION, task_named
 from slimming.report.rendering import render
 
 PICTURE = "kept.png"
+PIPELINES: Mapping[str, str] = {
+    CLASSIFICATION: "image-classification",
+    "object detection": "object-detection",
+    "segmentation": "image-segmentation",
+    "depth estimation": "depth-estimation",
+    "keypoint detection": "keypoint-detection",
+    "mask generation": "mask-generation",
+    "zero-shot classification": "zero-shot-image-classification",
+}
+"""Task -> tag of the hub."""
+DEFAULT_PIPELINE = "image-feature-extraction"
 SAME_WEIGHTS = frozenset({
     *("num_classes", "img_size", "in_chans", "global_pool", "pretrained_cfg_overlay"),
     *("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "patch_drop_rate"),
@@ -47,7 +60,9 @@ def card(
         base=_base_name(structure),
         timm=_host(structure) == "timm",
         rows=[(model, _counted(cost, costs["dense"])) for model, cost in costs.items()],
-        top1=_top1(record),
+        metric=_metric(record),
+        value=_value(record),
+        classifies=classes > 0 and _task(structure) == CLASSIFICATION,
         source=source,
         picture=PICTURE if picture else None,
         budget=plan.get("budget") or {},
@@ -64,20 +79,20 @@ def _front_matter(record: Mapping[str, Any], structure: Structure, classes: int,
         "library_name": "slimming",
         "license": license,
         "tags": ["slimming", "pruning", host],
-        "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
+        "pipeline_tag": PIPELINES[task] if (task := _task(structure)) in PIPELINES and classes else DEFAULT_PIPELINE,
     }
-    source, top1 = _data_source(record), _top1(record)
+    source, value, metric = _data_source(record), _value(record), _metric(record)
     if source.startswith("hf:"):
         given["datasets"] = [source.removeprefix("hf:")]
     if (parent := _parent(record, structure)) is not None:
         given |= {"base_model": parent, "base_model_relation": "finetune"}
-    if top1 is not None and source:
+    if value is not None and source:
         result = EvalResult(
-            task_type="image-classification",
+            task_type=given["pipeline_tag"],
             dataset_type=source.removeprefix("hf:"),
             dataset_name=source.removeprefix("hf:"),
-            metric_type="accuracy",
-            metric_value=round(top1, 4),
+            metric_type="accuracy" if metric == TOP1 else metric.name,
+            metric_value=round(value, 4),
         )
         given |= {"model_name": name.partition("/")[2], "eval_results": [result]}
     return ModelCardData(**given).to_yaml().strip()
@@ -107,8 +122,22 @@ def _data_source(record: Mapping[str, Any]) -> str:
     return str((record.get("data") or {}).get("source") or "")
 
 
-def _top1(record: Mapping[str, Any]) -> float | None:
-    found = (record.get("metrics") or {}).get("top1")
+def _task(structure: Structure) -> str:
+    """The task of a model, one of `slimming.models.transformers_tasks.TASKS`."""
+    return task_named(str(structure.base.get("name") or "")) or CLASSIFICATION
+
+
+def _metric(record: Mapping[str, Any]) -> Metric:
+    """The metric in the record: top-1, unless it names another in its entry ``metric``."""
+    found = record.get("metric")
+    known = {"name", "unit", "higher_is_better", "key"}
+    if isinstance(found, Mapping) and isinstance(found.get("name"), str):
+        return Metric(**{key: value for key, value in found.items() if key in known})
+    return TOP1
+
+
+def _value(record: Mapping[str, Any]) -> float | None:
+    found = (record.get("metrics") or {}).get(_metric(record).key)
     return float(found) if isinstance(found, int | float) else None
 
 

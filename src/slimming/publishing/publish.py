@@ -26,13 +26,14 @@ from slimming.core.files import (
 from slimming.core.groups import Anatomy
 from slimming.core.plain_text import without_places
 from slimming.core.structure import STRUCTURE, Structure
-from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError
+from slimming.errors import CheckpointError, ConfigError, MissingExtraError, PlanError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.masks.soft_masks import attached
 from slimming.models.directories import CONFIG, INNER, MODEL_TYPE, timm_config
 from slimming.models.families import build_filled
 from slimming.models.hosts import classes_of
 from slimming.models.prunable import PrunableModel
+from slimming.models.transformers_tasks import CLASSIFICATION, task_of
 from slimming.models.weight_files import HOST_WEIGHTS
 from slimming.pruning.costs import cost_of
 from slimming.publishing.card import PICTURE, card
@@ -244,10 +245,16 @@ def as_transformers(model: nn.Module) -> nn.Module:
 
     Raises:
         MissingExtraError: transformers is not installed.
+        UnsupportedModelError: the model is of another task than classification.
     """
     register_with_transformers()
     from slimming.models import transformers_entry as entry
 
+    if (task := task_of(model)) != CLASSIFICATION:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is a model for {task}, and no image classifier. It is a model of its library "
+            "already: give it to Trainer as it is, and keep it with slimming.save."
+        )
     read = prunable(model)
     config = entry.SlimmingConfig.from_dict(host_config(read, recorded(model, read.anatomy.structure)))
     wrapped = entry.SlimmingForImageClassification(config, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from slimming.core.metric import TOP1, Metric
 from slimming.report.model import Layer, Picture, Row, Width
 
 
@@ -65,6 +66,7 @@ class Explored:
         recipe: instructions to make the model of a budget.
         latency: description of the conditions of predicted times; empty without a table.
         pictures: images of the data.
+        metric: the metric of the models in ``measured``.
     """
 
     name: str
@@ -77,3 +79,4 @@ class Explored:
     times: Mapping[str, float] = field(default_factory=dict)
     latency: str = ""
     pictures: tuple[Picture, ...] = ()
+    metric: Metric = TOP1

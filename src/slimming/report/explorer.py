@@ -55,7 +55,7 @@ def _frontier(runs: Sequence[Explored], key: str) -> dict[str, Any]:
     for index, (name, run) in enumerate(zip(figures.distinct([run.name for run in runs]), runs, strict=True)):
         shade, known = colour(RUN_COLOURS[index % len(RUN_COLOURS)]), run.measured
         cost = (lambda row, run=run: run.times.get(row.name)) if key == "time" else (lambda row: getattr(row, field))
-        own, looks = figures.stages(known, cost, shade)
+        own, looks = figures.stages(known, cost, shade, metric=run.metric)
         names = {stage: stage if len(runs) == 1 else f"{name}: {stage}" for stage in looks}
         records += [{**one, "series": names[one["series"]]} for one in own]
         styles |= {names[stage]: style for stage, style in looks.items()}
@@ -65,8 +65,10 @@ def _frontier(runs: Sequence[Explored], key: str) -> dict[str, Any]:
         records = [{name: value for name, value in one.items() if name != "label"} for one in records]
         good = [one["y"] for one in records if not styles[one["series"]].hollow]
         every = [one["y"] for one in records]
-        above = charts.lines(records, styles, {**figures.POINT, "x": title}, x=title, y="top-1, %", x_domain=[0, most],
-                             y_domain=figures.around(good or every, every), size=charts.FRONTIER)  # fmt: skip
+        metric = runs[0].metric
+        columns = {**figures.POINT, "told": metric.name, "x": title}
+        above = charts.lines(records, styles, columns, x=title, y=metric.title, x_domain=[0, most],
+                             y_domain=figures.around(good or every, every, metric), size=charts.FRONTIER)  # fmt: skip
     least = min(100 * step.kept_score for run in runs for steps in run.steps.values() for step in steps)
     told = figures.told_points(records) or "Nothing was measured yet"
     chart = charts.frontier(above, title, most, min(10 * math.floor(least / 10), 90))
@@ -81,13 +83,15 @@ def packed(run: Explored) -> dict[str, Any]:
     parts = {part: figures.units(last.layers, last.widths, part) for part in figures.PARTS}
     return {
         "name": run.name,
+        "metric": run.metric.name,
         "dense": _costs(run.dense),
         "latency": run.latency,
         "labels": [layer.label for layer in last.layers],
         "grids": [layer.tokens.grid if layer.tokens else None for layer in last.layers],
         "whole": {part: records for part, records in parts.items() if records},
         "steps": {metric: [_step(step) for step in steps] for metric, steps in run.steps.items()},
-        "measured": [{"label": row.label, "macs": row.macs, "top1": row.top1, "limits": _shares(row)}
+        "measured": [{"label": row.label, "macs": row.macs, "limits": _shares(row),
+                      "quality": None if row.metric is None else run.metric.show(row.metric)}
                      for row in run.measured],
         "recipe": asdict(run.recipe),
         "pictures": [{"label": one.label, "address": figures.address(one)} for one in run.pictures[: figures.IMAGES]],

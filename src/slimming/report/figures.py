@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
+from slimming.core.metric import PERCENT, TOP1, Metric
 from slimming.report import charts
 from slimming.report.charts import NARROW, Figure, Record, Style, lines, look
 from slimming.report.curves import Log
 from slimming.report.model import Kept, Layer, Masks, Picture, Results, Row, Width
-from slimming.report.numbers import percent
 from slimming.report.theme import KINDS, budget_colour, colour, kind_colour, kind_name
 
 PARTS = {
@@ -31,45 +31,48 @@ IMAGES = 4
 """Largest number of images that are shown."""
 THUMBNAIL = 160
 """Larger images are reduced to this size in pixels."""
-POINT = {"row": "budget", "series": "measured", "x": "cost", "top1": "top-1"}
+POINT = {"row": "budget", "series": "measured", "x": "cost"}
 AROUND = {"low": "lower quartile", "high": "upper quartile"}
 
 
 def accuracy(results: Results) -> list[Figure]:
-    """Return top-1 against MACs, parameters and latency."""
-    rows = (results.dense, *results.rows)
-    good = [100 * row.top1 for row in rows if row.top1 is not None]
-    cut = [100 * row.top1_cut for row in results.rows if row.top1_cut is not None]
+    """Return the metric against MACs, parameters and latency."""
+    rows, metric = (results.dense, *results.rows), results.metric
+    good = [metric.factor * row.metric for row in rows if row.metric is not None]
+    cut = [metric.factor * row.metric_cut for row in results.rows if row.metric_cut is not None]
     if not good and not cut:
         return []
-    domain = around(good or cut, cut)
-    rule = None if results.dense.top1 is None else 100 * results.dense.top1
+    domain = around(good or cut, cut, metric)
+    rule = None if results.dense.metric is None else metric.factor * results.dense.metric
+    what_for = quality(metric)
 
     def panel(what: str, records: list[Record], styles: Mapping[str, Style], title: str) -> Figure:
         most = 1.06 * max(record.get("high", record["x"]) for record in records)
-        columns = {**POINT, "x": title, **(AROUND if "low" in records[0] else {})}
-        chart = lines(apart(records, most), styles, columns, x=title, y="top-1, %", x_domain=[0, most], y_domain=domain,
-                      rule=rule)  # fmt: skip
+        columns = {**POINT, "told": metric.name, "x": title, **(AROUND if "low" in records[0] else {})}
+        chart = lines(apart(records, most), styles, columns, x=title, y=metric.title, x_domain=[0, most],
+                      y_domain=domain, rule=rule)  # fmt: skip
         below = "A triangle lies below the axis." if any(one["y"] < domain[0] for one in records) else ""
-        return Figure(title=f"Accuracy against {what}", told=f"Top-1 accuracy against {what}. {told_points(records)}.",
-                      chart=chart, data={"points": records}, columns=columns, caption=below)  # fmt: skip
+        below += "" if metric.higher_is_better else f"{' ' if below else ''}Lower is better."
+        told = f"{what_for} against {what}. {told_points(records)}."
+        return Figure(title=f"{'Accuracy' if metric == TOP1 else metric.name} against {what}", told=told, chart=chart,
+                      data={"points": records}, columns=columns, caption=below)  # fmt: skip
 
-    found = [panel("MACs", *stages(rows, lambda row: row.macs), "MACs for one image"),
-             panel("parameters", *stages(rows, lambda row: row.params), "parameters")]  # fmt: skip
+    found = [panel("MACs", *stages(rows, lambda row: row.macs, metric=metric), "MACs for one image"),
+             panel("parameters", *stages(rows, lambda row: row.params, metric=metric), "parameters")]  # fmt: skip
     timed, styles = [], {}
     for size in dict.fromkeys((*results.batch_sizes[:1], *results.batch_sizes[-1:])):
         name = f"batch {size}"
         styles[name] = Style(colour=colour("v"), dash=[7, 3], hollow=True) if styles else Style()
         for row in rows:
-            if (spread := row.latency_ms.get(size)) is not None and row.top1 is not None:
+            if (spread := row.latency_ms.get(size)) is not None and row.metric is not None:
                 label = row.short if len(styles) == 1 else None
                 low, middle, high = (value / size for value in (spread.p25, spread.median, spread.p75))
-                timed.append({**point(row.label, middle, row.top1, name, label), "low": low, "high": high})
+                timed.append({**point(row.label, middle, row.metric, name, label, metric), "low": low, "high": high})
     return [*found, *([panel("latency", timed, styles, "ms per image")] if timed else [])]
 
 
 def stages(
-    rows: Sequence[Row], cost: Callable[[Row], float | None], shade: str | None = None
+    rows: Sequence[Row], cost: Callable[[Row], float | None], shade: str | None = None, *, metric: Metric = TOP1
 ) -> tuple[list[Record], dict[str, Style]]:
     """Return the accuracies of every stage as a function of a cost, with the style of each stage.
 
@@ -77,41 +80,46 @@ def stages(
         rows: the models, the dense model first.
         cost: returns the cost of a model; None if it is not known.
         shade: colour of all stages.
+        metric: the metric of the models.
     """
     accent, soft, v, ink = (shade or colour(name) for name in ("accent", "soft", "v", "ink"))
     every: dict[str, tuple[Sequence[Row], str, Style]] = {
-        "after the cut": (rows[1:], "top1_cut", Style(colour=soft, dash=None, hollow=True)),
-        "in one shot": (rows[1:], "top1_one_shot", Style(colour=v, dash=None, mark="square", hollow=True)),
-        "retrained": (rows[1:], "top1", Style(colour=accent)),
-        "dense": (rows[:1], "top1", Style(colour=ink, dash=None, mark="diamond")),
+        "after the cut": (rows[1:], "metric_cut", Style(colour=soft, dash=None, hollow=True)),
+        "in one shot": (rows[1:], "metric_one_shot", Style(colour=v, dash=None, mark="square", hollow=True)),
+        "retrained": (rows[1:], "metric", Style(colour=accent)),
+        "dense": (rows[:1], "metric", Style(colour=ink, dash=None, mark="diamond")),
     }
     records = [
-        point(row.label, x, top1, stage, row.short if field == "top1" else None)
+        point(row.label, x, value, stage, row.short if field == "metric" else None, metric)
         for stage, (own, field, _) in every.items()
         for row in sorted(own, key=lambda row: row.macs)
-        if (x := cost(row)) is not None and (top1 := getattr(row, field)) is not None
+        if (x := cost(row)) is not None and (value := getattr(row, field)) is not None
     ]
     names = {record["series"] for record in records}
     return records, {stage: style for stage, (_, _, style) in every.items() if stage in names}
 
 
-def around(good: Sequence[float], others: Sequence[float]) -> list[float]:
+def around(good: Sequence[float], others: Sequence[float], metric: Metric = TOP1) -> list[float]:
     """Return the ends of an axis that fits the values ``good``; values in ``others`` may lie below it."""
-    span = max(max(good) - min(good), 1.0)
-    near = [*good, *(value for value in others if value >= min(good) - 1.5 * span)]
-    air = 0.14 * max(max(near) - min(near), 1.0)
-    return [max(0.0, min(near) - 1.5 * air), min(100.0, max(near) + air)]
+    percent_ = metric.unit == PERCENT
+    least = 1.0 if percent_ else 0.01 * max(abs(value) for value in good) or 1.0
+    span = max(max(good) - min(good), least)
+    worse = (lambda value: value >= min(good) - 1.5 * span) if metric.higher_is_better else (lambda value: True)
+    near = [*good, *filter(worse, others)]
+    air = 0.14 * max(max(near) - min(near), least)
+    low, high = min(near) - 1.5 * air, max(near) + air
+    return [max(0.0, low) if min(near) >= 0 else low, min(100.0, high) if percent_ else high]
 
 
-def point(row: str, x: float, top1: float, series: str, label: str | None = None) -> Record:
-    """Return the record of an accuracy at a cost."""
-    found = {"row": row, "series": series, "x": float(x), "y": 100 * top1, "top1": percent(top1, 1)}
+def point(row: str, x: float, value: float, series: str, label: str | None = None, metric: Metric = TOP1) -> Record:
+    """Return the record of a value of the metric at a cost."""
+    found = {"row": row, "series": series, "x": float(x), "y": metric.factor * value, "told": metric.show(value)}
     return {**found, **({} if label is None else {"label": label})}
 
 
 def told_points(records: Sequence[Record]) -> str:
     """Return a description of accuracies as text."""
-    return "; ".join(f"{one['row']}: {one['top1']} {one['series']}" for one in records)
+    return "; ".join(f"{one['row']}: {one['told']} {one['series']}" for one in records)
 
 
 def apart(records: Sequence[Record], most: float) -> list[Record]:
@@ -126,23 +134,33 @@ def apart(records: Sequence[Record], most: float) -> list[Record]:
 
 
 def compared(runs: Sequence[Results]) -> list[Figure]:
-    """Return top-1 of several runs against MACs and parameters, one line per run."""
+    """Return the metric of several runs against MACs and parameters, one line per run; apart for each metric."""
+    return [figure for metric in dict.fromkeys(run.metric for run in runs) for figure in _compared(runs, metric)]
+
+
+def _compared(runs: Sequence[Results], metric: Metric) -> list[Figure]:
     names, found = distinct([run.name for run in runs]), []
     styles = {name: look(index, budget_colour(index)) for index, name in enumerate(names)}
     for title, cost in (("MACs for one image", lambda row: row.macs), ("parameters", lambda row: row.params)):
         records = [
-            point(row.label, cost(row), row.top1, name)
+            point(row.label, cost(row), row.metric, name, None, metric)
             for name, run in zip(names, runs, strict=True)
             for row in sorted((run.dense, *run.rows), key=cost)
-            if row.top1 is not None
+            if row.metric is not None and run.metric == metric
         ]
         if records:
-            columns = {**POINT, "series": "run", "x": title}
-            chart = lines(records, styles, columns, x=title, y="top-1, %")
-            what = f"ccuracy against {title.partition(' ')[0]}"
-            found.append(Figure(title=f"A{what}", told=f"Top-1 a{what}. {told_points(records)}.", chart=chart,
+            columns = {**POINT, "told": metric.name, "series": "run", "x": title}
+            chart = lines(records, styles, columns, x=title, y=metric.title)
+            what = f"against {title.partition(' ')[0]}"
+            found.append(Figure(title=f"{'Accuracy' if metric == TOP1 else metric.name} {what}", chart=chart,
+                                told=f"{quality(metric)} {what}. {told_points(records)}.",
                                 data={"points": records}, columns=columns))  # fmt: skip
     return found
+
+
+def quality(metric: Metric) -> str:
+    """Return the metric in words, at the start of a sentence."""
+    return "Top-1 accuracy" if metric == TOP1 else metric.name
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -291,7 +309,7 @@ def _histogram(kind: str, masks: Masks) -> Figure:
                   columns={"left": "from", "right": "to", "units": "units"})  # fmt: skip
 
 
-def searching(log: Log | None) -> list[Figure]:
+def searching(log: Log | None, metric: Metric = TOP1) -> list[Figure]:
     """Return the curves of loss, penalty and accuracy of the search; empty if there is no log."""
     if log is None or not log.lines:
         return []
@@ -305,7 +323,7 @@ def searching(log: Log | None) -> list[Figure]:
     return [
         *_curves("Loss", "loss", loss),
         *_curves("Penalty on the masks", "penalty", terms, low=0.0),
-        *_curves("Validation accuracy", "top-1, %", {"masked model": (log, "val_top1", Style())}),
+        *_curves(validation(metric), metric.title, {"masked model": (log, f"val_{metric.key}", Style())}),
     ]
 
 
@@ -313,7 +331,8 @@ def retraining(results: Results, logs: Mapping[str, Log]) -> list[Figure]:
     """Return the curves of loss and accuracy of the retraining, one line per budget or training; empty without logs."""
     # Budgets that were trained together share one log, with evaluations at the smallest budget.
     counts = Counter(row.log for row in results.rows)
-    loss, top1, seen = {}, {}, set()
+    loss, values, seen = {}, {}, set()
+    metric = results.metric
     for index, row in enumerate(results.rows):
         many = counts[row.log] > 1
         if row.name not in logs or (many and row.log in seen):
@@ -321,9 +340,14 @@ def retraining(results: Results, logs: Mapping[str, Log]) -> list[Figure]:
         seen.add(row.log)
         log, shade = logs[row.name], budget_colour(index)
         loss["all budgets together" if many else row.label] = (log, "loss", look(index, shade, marks=False))
-        top1["smallest of all budgets" if many else row.label] = (log, "val_top1", look(index, shade))
-    rule = None if results.dense.top1 is None else 100 * results.dense.top1
-    return [*_curves("Loss", "loss", loss), *_curves("Validation accuracy", "top-1, %", top1, rule=rule)]
+        values["smallest of all budgets" if many else row.label] = (log, f"val_{metric.key}", look(index, shade))
+    rule = None if results.dense.metric is None else metric.factor * results.dense.metric
+    return [*_curves("Loss", "loss", loss), *_curves(validation(metric), metric.title, values, rule=rule)]
+
+
+def validation(metric: Metric) -> str:
+    """Return the title of the curve of the metric."""
+    return "Validation accuracy" if metric == TOP1 else f"{metric.name} on validation images"
 
 
 def _curves(

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from slimming.core.budget import LEAST_ABSOLUTE, METRICS
 from slimming.core.limits import MIB
+from slimming.core.metric import TOP1, Metric
 from slimming.core.records import FileKind, converted
 from slimming.errors import CheckpointError
 from slimming.report.numbers import NBSP, scale
@@ -132,9 +133,10 @@ class Row:
     """One model: the dense model (without a budget), or the model cut to a budget.
 
     ``latency_ms`` and ``speedup`` are by batch size, ``seconds`` by stage; MACs are multiply-adds for one image, and
-    memory is that of weights and of the peak of activations at batch 1. Accuracies are between 0 and 1: of the
-    one-shot cut, directly after the cut, and after retraining. ``log`` is relative to the run's directory;
-    ``log_sha256`` is the checksum of this file. ``plan_note`` says why the plan ends below its limit.
+    memory is that of weights and of the peak of activations at batch 1. ``metric`` is the quality after retraining,
+    ``metric_one_shot`` and ``metric_cut`` that of the one-shot cut and directly after the cut; in files of
+    classifiers, they are called ``top1`` and so on, and lie between 0 and 1. ``log`` is relative to the run's
+    directory; ``log_sha256`` is the checksum of this file. ``plan_note`` says why the plan ends below its limit.
     """
 
     name: str
@@ -147,6 +149,9 @@ class Row:
     top1_one_shot: Share | None = None
     top1_cut: Share | None = None
     top1: Share | None = None
+    metric_one_shot: Finite | None = None
+    metric_cut: Finite | None = None
+    metric: Finite | None = None
     seconds: Mapping[str, Finite] = field(default_factory=dict)
     layers: tuple[Layer, ...] | None = ()
     widths: tuple[Width, ...] | None = ()
@@ -226,7 +231,7 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image of the data: class name, and base64 of its PNG."""
+    """An image: its name or class, and base64 of its PNG."""
 
     label: str
     png: str
@@ -244,6 +249,14 @@ class Picture:
         """Width and height in pixels."""
         head = base64.b64decode(self.png[:32])
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the models of a run predict on one image: the name of each model, and its picture."""
+
+    label: str
+    pictures: Mapping[str, Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +285,8 @@ class Results:
     settings: Mapping[str, Any] | None = None
     search: Search | None = None
     images: tuple[Picture, ...] | None = None
+    metric: Metric = TOP1
+    predictions: tuple[Prediction, ...] = ()
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -302,11 +317,24 @@ def parse(value: Any, where: str = "results") -> Results:
         raise CheckpointError(f"{where} holds no budget: there is nothing to report. Run at least one budget.")
     return replace(
         found,
-        rows=tuple(replace(row, layers=labelled(row.layers or ()), widths=row.widths or ()) for row in found.rows),
+        dense=with_metric(found.dense),
+        rows=tuple(
+            replace(with_metric(row), layers=labelled(row.layers or ()), widths=row.widths or ()) for row in found.rows
+        ),
         **{key: getattr(found, key) or {} for key in ("machine", "versions", "settings")},
         search=found.search or Search(),
         images=found.images or (),
     )
+
+
+def with_metric(row: Row) -> Row:
+    """A row with its top-1, if there is one, as its metric."""
+    found = {
+        f"metric{stage}": top1
+        for stage in ("", "_cut", "_one_shot")
+        if (top1 := getattr(row, f"top1{stage}")) is not None
+    }
+    return replace(row, **found) if found else row
 
 
 def checked(value: Any, kind: type[Checked], where: str) -> Checked:

@@ -119,7 +119,7 @@ def write_report(run_directory: Path, output: Path | None = None, explored: Expl
         table=rows.budget_table(results),
         notes=rows.notes(results),
         figures=figures,
-        searching=figures.searching(searched),
+        searching=figures.searching(searched, results.metric),
         retraining=figures.retraining(results, logs),
         missing=[path for path, log in named.items() if path is not None and log is None],
         settings=_settings(results),
@@ -165,15 +165,17 @@ def _summary(results: Results) -> str:
     dense, budgets = results.dense, results.rows
     params = scale([dense.params])
     many = "one budget" if len(budgets) == 1 else f"{len(budgets)} budgets"
-    start = f"One search, cut to {many}, from {params.show(dense.params)} {params.unit} parameters"
-    start += "." if dense.top1 is None else f" and {percent(dense.top1, 1)} top-1."
+    start = "One search, cut" if results.search and results.search.log else "Cut"
+    start += f" to {many}, from {params.show(dense.params)} {params.unit} parameters"
+    metric = results.metric
+    start += "." if dense.metric is None else f" and {metric.show(dense.metric)} {metric.name}."
     smallest = min(budgets, key=lambda row: row.macs)
     parts = [f"has {percent(smallest.macs / dense.macs)} of the MACs"]
     if smallest.speedup:
         size, speed = min(smallest.speedup.items())
         parts.append(f"runs {speed.median:.2f} times as fast at batch {size}")
-    if smallest.top1 is not None:
-        parts.append(f"reaches {percent(smallest.top1, 1)}")
+    if smallest.metric is not None:
+        parts.append(f"reaches {results.metric.show(smallest.metric)}")
     *first, last = parts
     return f"{start} The smallest model {', '.join(first)}{' and ' if first else ''}{last}."
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from slimming.core.metric import TOP1
 from slimming.report.model import Results, Row, Spread
 from slimming.report.numbers import THIN, Scale, decimals, percent, scale
 
@@ -77,12 +78,20 @@ def budget_table(results: Results) -> Table:
              scale((row.memory_bytes for row in rows), BYTES)]  # fmt: skip
     times = [Scale("ms", 1.0, decimals(row.latency_ms[size].median for row in rows if size in row.latency_ms))
              for size in sizes]  # fmt: skip
-    shots = [ONE_SHOT] if any(row.top1_one_shot is not None for row in rows) else []
+    shots = [ONE_SHOT] if any(row.metric_one_shot is not None for row in rows) else []
     names = ("params", "MACs", "memory")
     columns = [Column(name=name, unit=unit.unit) for name, unit in zip(names, units, strict=True)]
     columns += [Column(name="latency", unit="ms", part=f"batch {size}") for size in sizes]
     columns += [Column(name="speed-up", unit="×", part=f"batch {size}") for size in sizes]
-    columns += [Column(name="top-1", unit="%", part=part) for part in (*shots, "after the cut", "retrained")]
+    metric = results.metric
+    stages = [*shots, *(["after the cut"] if any(row.metric_cut is not None for row in rows) else []), "retrained"]
+    columns += [Column(name=metric.name, unit=metric.unit, part=part) for part in stages]
+
+    def quality(value: float | None, dense: float | None = None) -> Cell:
+        if value is None:
+            return Cell()
+        below = "" if dense is None else metric.change(value, dense)
+        return Cell(value=value, text=metric.number(value), below=below)
 
     def cells(row: Row) -> Iterator[Cell]:
         dense = results.dense
@@ -93,9 +102,10 @@ def budget_table(results: Results) -> Table:
         for size in sizes:
             yield Cell(value=1, text="1") if row is dense else _spread(row.speedup.get(size), Scale("×", 1.0, 2))
         if shots:
-            yield _top1(row.top1_one_shot)
-        yield _top1(row.top1_cut)
-        yield _top1(row.top1, None if row is dense else dense.top1)
+            yield quality(row.metric_one_shot)
+        if "after the cut" in stages:
+            yield quality(row.metric_cut)
+        yield quality(row.metric, None if row is dense else dense.metric)
 
     lines = [Line(name=row.name, label=row.label, index=place - 1 if place else None, cells=tuple(cells(row)))
              for place, row in enumerate(rows)]  # fmt: skip
@@ -113,13 +123,6 @@ def _spread(spread: Spread | None, unit: Scale) -> Cell:
     return Cell(value=spread.median, text=unit.show(spread.median), below=below)
 
 
-def _top1(top1: float | None, dense: float | None = None) -> Cell:
-    if top1 is None:
-        return Cell()
-    below = "" if dense is None else f"{100 * (top1 - dense):+.1f}".replace("-", "−")
-    return Cell(value=top1, text=f"{100 * top1:.1f}", below=below)
-
-
 def notes(results: Results) -> list[str]:
     """Return notes that a reader needs to interpret the numbers of the table."""
     found = [
@@ -129,7 +132,11 @@ def notes(results: Results) -> list[str]:
         "slim models took turns, and the speed-up is the median of the ratio turn by turn.",
     ]
     images, top1 = results.data.get("val_images"), results.dense.top1
-    if isinstance(images, int) and images > 0 and top1 is not None:
+    if results.metric != TOP1:
+        better = "higher" if results.metric.higher_is_better else "lower"
+        counted = f" on {images:,} images".replace(",", THIN) if isinstance(images, int) else ""
+        found.append(f"Of {results.metric.name}{counted}, {better} values are better. Differences to dense are below.")
+    elif isinstance(images, int) and images > 0 and top1 is not None:
         error = 1.96 * math.sqrt(max(top1 * (1 - top1), 1e-9) / images)
         counted = f"{images:,}".replace(",", THIN)
         found.append(

@@ -128,7 +128,8 @@ def common_tokens(student: nn.Module, teacher: nn.Module, names: Sequence[str]) 
             index_of = {position: site.prefix + index for index, position in enumerate(teacher_positions)}
             # Positions that the teacher lacks cannot be compared; the task raises when the shapes differ.
             shared = [index_of[position] for position in site.positions if position in index_of]
-            indices[name] = torch.tensor([*range(site.prefix), *shared])
+            end = site.prefix + len(teacher_positions)
+            indices[name] = torch.tensor([*range(site.prefix), *shared, *range(end, end + site.suffix)])
     return indices
 
 

@@ -15,6 +15,7 @@ from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
 from slimming.core.groups import keep_all
+from slimming.core.metric import TOP1
 from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import Plan
 from slimming.core.records import converted
@@ -78,6 +79,7 @@ def explore(directory: str | Path, *, latency: str | Path | None = None) -> Expl
         times=_times(place, results, prices) if results is not None else {},
         recipe=_recipe(str(directory), found, settings, table_file, solver),
         latency=_device(table),
+        metric=results.metric if results is not None else TOP1,
         pictures=results.images or () if results is not None else _pictures(source.scored, settings.data),
     )
 

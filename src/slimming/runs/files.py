@@ -18,7 +18,7 @@ from slimming.core.pruning_plan import PLAN
 from slimming.core.records import FileKind
 from slimming.core.yaml_text import read_yaml
 from slimming.errors import CheckpointError, SlimmingError
-from slimming.report.model import RESULTS, Row, Share
+from slimming.report.model import RESULTS, Finite, Row, Share
 from slimming.report.pages import REPORT, TABLE
 from slimming.report.pages import RESULTS as RESULTS_FILE
 from slimming.report.stamps import is_whole
@@ -32,9 +32,10 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class Metrics(msgspec.Struct, frozen=True):
-    """The metrics of the dense model."""
+    """The metrics of the dense model: top-1, or the value of another metric."""
 
-    top1: Share
+    top1: Share | None = None
+    metric: Finite | None = None
 
 
 class StageSeconds(msgspec.Struct, frozen=True):
@@ -56,7 +57,9 @@ METRICS = FileKind(name="the metrics of a model", schema=Metrics, mend=MEND)
 SECONDS = FileKind(name="the time of a search", schema=StageSeconds, mend=MEND)
 SERVED = FileKind(name="the record of a training for all budgets", schema=Served, mend=MEND)
 ONE_SHOT = FileKind(
-    name="the accuracies of one-shot cuts", schema=dict[str, dict[Literal["top1_one_shot"], Share]], mend=MEND
+    name="the accuracies of one-shot cuts",
+    schema=dict[str, dict[Literal["top1_one_shot", "metric_one_shot"], Finite]],
+    mend=MEND,
 )
 ROW = FileKind(name="the results of a budget", schema=Row, mend=MEND)
 TIME_ALLOCATION = FileKind(name="the time allocation of a run", schema=TimeAllocation, mend=MEND)

@@ -22,6 +22,7 @@ from slimming.core.copies import copied
 from slimming.core.files import check_free, exclusive, json_values
 from slimming.core.inputs import Inputs, check_inputs, inputs_are_checked, recorded_inputs
 from slimming.core.interrupts import interruptible
+from slimming.core.metric import TOP1, Metric
 from slimming.core.plain_text import without_places
 from slimming.core.same_settings import check_same_settings, differing
 from slimming.counting.model_cost import total
@@ -54,9 +55,9 @@ from slimming.runs.files import (
     missing_in_search,
 )
 from slimming.runs.inputs import check_named_inputs
-from slimming.runs.results import dense_entry, measure_all, results_of
+from slimming.runs.results import dense_entry, entry_of, measure_all, results_of
 from slimming.runs.setup import open_data, open_start
-from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all
+from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all, value_of
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
 from slimming.searching.config import scoring_settings
@@ -66,7 +67,7 @@ from slimming.training.batches import calibration_images
 from slimming.training.config import FREE_SETTINGS, TrainConfig
 from slimming.training.distillation import check_modules
 from slimming.training.distributed import agreed, check_others, distributed_state, of_main_process
-from slimming.training.evaluation import evaluate
+from slimming.training.evaluation import evaluate as evaluate_top1
 from slimming.training.inputs import weights_checksum
 from slimming.training.log import LOG_FILE
 from slimming.training.samples import Data, ImageDataset
@@ -78,7 +79,14 @@ TIMES = ("latency_ms", "speedup")
 
 @agreed()
 @checked_arguments
-def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    directory: str | Path,
+    *,
+    log: Log = print,
+    evaluate: Evaluate | None = None,
+    metric: Metric = TOP1,
+) -> dict[str, Any]:
     """Run the whole pipeline in ``directory``, or resume it there, and write the report.
 
     Under ``accelerate launch`` or ``torchrun`` every process must call it; the main process writes the files.
@@ -87,6 +95,8 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
         config: settings of the run.
         directory: directory for all results.
         log: receives one line per stage.
+        evaluate: replaces `slimming.evaluate`: gets a model and returns its metrics by name.
+        metric: the metric among them that results and report show. Give it with ``evaluate``.
 
     Returns:
         The content of ``results.json``; an empty dict on processes other than the main one.
@@ -101,10 +111,10 @@ def run(config: RunConfig, directory: str | Path, *, log: Log = print) -> dict[s
     with stop, exclusive(directory) if is_main else nullcontext():
         if is_main and not is_started(directory):
             check_free(directory, besides=(CONFIG_FILE,))
-        return _run(config, directory, log if is_main else _discard)
+        return _run(config, directory, log if is_main else _discard, evaluate, metric)
 
 
-def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
+def _run(config: RunConfig, directory: Path, log: Log, own: Evaluate | None, metric: Metric) -> dict[str, Any]:
     began, world = time.monotonic(), distributed_state()
     dense, data, notes = open_start(config.model, config.data, config.search.train.seed)
     dense.to(world.device)
@@ -120,7 +130,7 @@ def _run(config: RunConfig, directory: Path, log: Log) -> dict[str, Any]:
         weights = Inputs(checksums={"the weights of the dense model": weights_checksum(dense)})
         check_inputs(directory, weights, fresh=not (directory / DENSE_FILE).exists())
     with inputs_are_checked():
-        return _stages(config, directory, log, whole, data, shares, began)
+        return _stages(config, directory, log, whole, data, shares, began, own, metric)
 
 
 def _check_files(config: RunConfig, directory: Path) -> None:
@@ -141,6 +151,8 @@ def _stages(
     data: Data,
     shares: Sequence[float],
     began: float,
+    own: Evaluate | None,
+    metric: Metric,
 ) -> dict[str, Any]:
     """Run the stages that are not finished; see `run`."""
     from slimming.report import write_report, write_table
@@ -152,9 +164,11 @@ def _stages(
         log(allocation.line(asked))
         config = allocation.applied(asked)
     images_per_pass = min(256, config.search.train.images_per_pass, config.retrain.images_per_pass)
-    evaluate_model = partial(evaluate, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers)
-    top1 = _dense_metrics(dense, evaluate_model, directory, log)
-    one_shot = _one_shot(dense, config, directory, evaluate_model, log)
+    evaluate_model = own or partial(
+        evaluate_top1, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers
+    )
+    value = _dense_metric(dense, evaluate_model, metric, directory, log)
+    one_shot = _one_shot(dense, config, directory, evaluate_model, metric, log)
     result, seconds = _search(dense, data, config, directory / SEARCH_PLACE, evaluate_model, log)
     inputs = recorded_inputs(directory) if world.is_main_process else {}
     context = RunContext(
@@ -166,6 +180,7 @@ def _stages(
         inputs=inputs,
         evaluate=evaluate_model,
         log=log,
+        metric=metric,
     )
     slims, rows = prune_and_retrain_all(context)
     if not world.is_main_process:
@@ -175,10 +190,10 @@ def _stages(
     if results is None:
         log("measuring latency, dense and slim in turns")
         models = {name: model.to(world.device) for name, model in {"dense": dense, **slims}.items()}
-        timed = measure_all(models, whole.anatomy.input_shape, config.bench)
+        timed = measure_all(models, whole.examples()[0], config.bench)
         rows = [{**row, **timed[row["name"]]} for row in rows]
-        dense_row = dense_entry(dense, top1, timed["dense"])
-        results = results_of(asked, whole, data, dense_row, rows, result, seconds)
+        dense_row = dense_entry(dense, value, timed["dense"], metric)
+        results = results_of(asked, whole, data, dense_row, rows, result, seconds, metric)
         results["search"]["log_sha256"] = checkpoint.sha256(directory / SEARCH_PLACE / LOG_FILE)
         results["inputs"] = inputs
         if allocation is not None:
@@ -310,19 +325,25 @@ def _time_allocation(
     return TIME_ALLOCATION.read(target)
 
 
-def _dense_metrics(dense: nn.Module, evaluate_model: Evaluate, directory: Path, log: Log) -> float:
-    target = directory / DENSE_FILE
+def _dense_metric(dense: nn.Module, evaluate_model: Evaluate, metric: Metric, directory: Path, log: Log) -> float:
+    target, entry = directory / DENSE_FILE, entry_of(metric)
     if of_main_process(target.exists()):
-        return METRICS.read(target).top1
+        stored = getattr(METRICS.read(target), entry)
+        if stored is None:
+            raise ConfigError(
+                f"{directory} was started with another metric than {metric.name}: give the same, or another directory."
+            )
+        return stored
     log("evaluating the dense model")
     metrics = evaluate_model(dense)
+    value = value_of(metric, metrics)
     if distributed_state().is_main_process:
-        METRICS.write(target, metrics)
-    return metrics["top1"]
+        METRICS.write(target, {**metrics, entry: value})
+    return value
 
 
 def _one_shot(
-    dense: nn.Module, config: RunConfig, directory: Path, evaluate_model: Evaluate, log: Log
+    dense: nn.Module, config: RunConfig, directory: Path, evaluate_model: Evaluate, metric: Metric, log: Log
 ) -> dict[str, dict[str, float]]:
     """Cut every budget in one shot and evaluate it; return budget -> entries of its table row."""
     if not config.one_shot:
@@ -340,8 +361,9 @@ def _one_shot(
     entries = {}
     for budget in config.budgets:
         small = cut(scored.model, plan(scored, budget, latency=config.latency_table), images=images)
-        entries[budget.name] = {"top1_one_shot": evaluate_model(small)["top1"]}
-        log(f"{budget.name}: one shot, top-1 {entries[budget.name]['top1_one_shot']:.4f} without training")
+        value = value_of(metric, evaluate_model(small))
+        entries[budget.name] = {entry_of(metric, "_one_shot"): value}
+        log(f"{budget.name}: one shot, {metric.name} {value:.4f} without training")
     if distributed_state().is_main_process:
         ONE_SHOT.write(target, entries)
     return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import platform
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from slimming.benchmarking.config import BenchConfig
 from slimming.benchmarking.timing import machine, paired_times, speedup, summary
 from slimming.core.budget import Budget
+from slimming.core.example_inputs import ExampleCall
 from slimming.core.files import FORMAT, json_values
 from slimming.core.groups import Anatomy, Group, resolve
 from slimming.core.kinds import KINDS
+from slimming.core.metric import TOP1, Metric
 from slimming.core.plain_text import without_places
 from slimming.core.pruning_plan import Plan
 from slimming.models.prunable import PrunableModel
@@ -41,24 +44,29 @@ def versions() -> dict[str, str]:
 
 
 def measure_all(
-    models: Mapping[str, nn.Module], input_shape: Sequence[int], config: BenchConfig
+    models: Mapping[str, nn.Module], example: Sequence[int] | ExampleCall, config: BenchConfig
 ) -> dict[str, dict[str, Any]]:
     """Return latency and speed-up over the first model by batch size, of all models, which are measured alternately."""
     reference = next(iter(models))
     timed: dict[str, dict[str, Any]] = {name: {"latency_ms": {}, "speedup": {}} for name in models}
     for size in config.batch_sizes:
-        times = paired_times(
-            models, input_shape, size, runs=config.runs, seconds=config.seconds, runtime=config.runtime
-        )
+        times = paired_times(models, example, size, runs=config.runs, seconds=config.seconds, runtime=config.runtime)
         for name, values in times.items():
             timed[name]["latency_ms"][str(size)] = summary(values).to_dict()
             timed[name]["speedup"][str(size)] = speedup(times[reference], values)
     return timed
 
 
-def dense_entry(model: nn.Module, top1: float, timed: Mapping[str, Any]) -> dict[str, Any]:
+def entry_of(metric: Metric, stage: str = "") -> str:
+    """Return the entry of a table row in which a value of the metric is, see `slimming.report.model.Row`."""
+    return f"{'top1' if metric == TOP1 else 'metric'}{stage}"
+
+
+def dense_entry(
+    model: nn.Module, value: float | None, timed: Mapping[str, Any], metric: Metric = TOP1
+) -> dict[str, Any]:
     """Return the table row of the dense model."""
-    return {"name": "dense", **_costs(model), "latency_ms": timed["latency_ms"], "top1": top1}
+    return {"name": "dense", **costs_of(model), "latency_ms": timed["latency_ms"], entry_of(metric): value}
 
 
 def row_entry(
@@ -66,17 +74,17 @@ def row_entry(
     model: nn.Module,
     dense: Anatomy,
     plan: Plan,
-    top1_cut: float,
-    top1: float,
+    values: tuple[float, float],
     seconds: Mapping[str, float],
+    metric: Metric = TOP1,
 ) -> dict[str, Any]:
-    """Return the table row of one budget, without latencies."""
+    """Return the table row of one budget, without latencies; ``values`` are after the cut and after retraining."""
     return {
         "name": budget.name,
         "budget": budget.to_dict(),
-        **_costs(model),
-        "top1_cut": top1_cut,
-        "top1": top1,
+        **costs_of(model),
+        entry_of(metric, "_cut"): values[0],
+        entry_of(metric): values[1],
         "seconds": dict(seconds),
         **widths_of(dense, plan),
         "layers": layers_of(dense, plan),
@@ -164,7 +172,7 @@ def provenance(
         "scores_sha256": digest.hexdigest(),
         "metrics": dict(metrics),
         "versions": versions(),
-        "created": _now(),
+        "created": now(),
     }
 
 
@@ -176,13 +184,14 @@ def results_of(
     rows: list[dict[str, Any]],
     result: SearchResult,
     seconds: float,
+    metric: Metric = TOP1,
 ) -> dict[str, Any]:
     """Return the content of ``results.json``."""
     anatomy = dense.anatomy
     return {
         "format": FORMAT,
         "slimming": version("slimming"),
-        "created": _now(),
+        "created": now(),
         "name": config.name,
         "seed": config.search.train.seed,
         "model": {
@@ -209,7 +218,13 @@ def results_of(
             "sensitivity": _sensitivity_points(result.sensitivity),
         },
         "images": examples(data),
+        **described(metric),
     }
+
+
+def described(metric: Metric) -> dict[str, Any]:
+    """Return the entry of a metric in ``results.json``; empty for top-1, the default."""
+    return {} if metric == TOP1 else {"metric": dataclasses.asdict(metric)}
 
 
 def _sensitivity_points(sensitivity: Sensitivity | None) -> dict[str, Any]:
@@ -218,7 +233,8 @@ def _sensitivity_points(sensitivity: Sensitivity | None) -> dict[str, Any]:
     return {kind: [{"kept": kept, "loss": loss} for kept, loss in curve] for kind, curve in curves.items()}
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as text."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -226,7 +242,8 @@ def _length(images: Any) -> int | None:
     return len(images) if isinstance(images, ImageDataset) else None
 
 
-def _costs(model: nn.Module) -> dict[str, int]:
+def costs_of(model: nn.Module) -> dict[str, int]:
+    """Return the costs of a model as the entries of a table row."""
     total_cost = cost(model)
     return {"params": total_cost.params, "macs": total_cost.macs, "memory_bytes": total_cost.memory_bytes}
 
@@ -270,8 +287,12 @@ def examples(data: Data) -> list[dict[str, str]]:
 def _png(image_CHW: Tensor) -> str:
     """A normalised image as base64 PNG, rescaled to the range 0 to 255."""
     low, high = image_CHW.min(), image_CHW.max()
-    scaled = ((image_CHW - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
-    pixels = scaled.permute(1, 2, 0).numpy()
+    return picture(((image_CHW - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8))
+
+
+def picture(image_CHW: Tensor) -> str:
+    """Return a uint8 image as base64 PNG."""
+    pixels = image_CHW.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint, hub
 from slimming.core.argument_types import checked_arguments
+from slimming.core.example_inputs import given_calls
 from slimming.core.modules import in_evaluation
 from slimming.errors import ConfigError, DataError, UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.create import create_dense
 from slimming.models.directories import CONFIG, open_directory, replaced_note
 from slimming.models.hosts import classes_of, give_image_settings_, name_classes, reset_classes_
+from slimming.models.transformers_tasks import CLASSIFICATION, give_example_inputs_, task_of
 from slimming.runs.config import ModelConfig
 from slimming.training.batches import calibration_images
 from slimming.training.config import DataConfig
@@ -41,6 +43,12 @@ def open_model(
         CheckpointError: the weights are missing, damaged, of another model, or a pickle with more than tensors; or the
             hub has no such repository or cannot be reached.
     """
+    model, notes = _opened(config, classes, headless)
+    give_example_inputs_(model)
+    return model, notes
+
+
+def _opened(config: ModelConfig, classes: int | None, headless: bool) -> tuple[nn.Module, list[str]]:
     addressed = hub.is_address(config.name)
     if not (Path(config.name).is_dir() or (addressed and config.checkpoint is None)):
         return create_dense(
@@ -169,6 +177,7 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, notes = open_model(model_config, headless=True)
+        check_trainable_here(model)
         check_input(model)
         data = open_data(data_config, model, seed)
         if notes or classes_of(model) != len(data.classes):
@@ -179,6 +188,19 @@ def open_start(model_config: ModelConfig, data_config: DataConfig, seed: int) ->
     return model, data, notes
 
 
+def check_trainable_here(model: nn.Module) -> None:
+    """Check that ``model`` is not of a task other than classification, which this library does not train.
+
+    Raises:
+        UnsupportedModelError: it is.
+    """
+    if (task := task_of(model)) != CLASSIFICATION:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is a model for {task}, which slimming does not train. Cut it with slimming "
+            "cut --one-shot, or score and cut it in Python, and retrain it in its own trainer."
+        )
+
+
 @torch.no_grad()
 def check_input(model: nn.Module) -> None:
     """Check that ``model`` accepts images of the size that its anatomy names.
@@ -186,15 +208,31 @@ def check_input(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it does not.
     """
-    shape = prunable(model).anatomy.input_shape
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    whole = prunable(model)
+    shape = whole.anatomy.input_shape
     try:
         with in_evaluation(model):
-            model(image)
+            whole.examples()[0].run(model)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, shape[1:]))
         reason = (str(error).strip().splitlines() or [f"its forward raises {type(error).__name__}."])[0]
         raise UnsupportedModelError(
-            f"The model does not accept images of {size} pixels: {reason} Give another img_size in model.arguments."
+            f"The model does not accept images of {size} pixels: {reason} Give another img_size in "
+            "model.arguments (for a model of transformers, image_size)."
         ) from error
+
+
+def check_takes_images(model: nn.Module) -> None:
+    """Check that ``model`` takes images alone, which is all that commands can give it.
+
+    Raises:
+        UnsupportedModelError: it takes more.
+    """
+    calls = given_calls(model)
+    if calls and not isinstance(calls[0].value, torch.Tensor):
+        names = ", ".join(calls[0].kwargs) or f"{len(calls[0].args)} arguments"
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} takes {names}, and a command has images only. Give the model of its images "
+            "alone, such as CLIPVisionModelWithProjection of CLIP, or score it in Python, with batches of all that it "
+            "takes: slimming.score(model, batches)."
+        )

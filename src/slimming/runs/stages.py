@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from slimming.checkpoints import checkpoint
 from slimming.core.budget import Budget
+from slimming.core.metric import TOP1, Metric
 from slimming.core.pruning_plan import Plan
+from slimming.errors import ConfigError
 from slimming.models.prunable import PrunableModel
 from slimming.planning.budgeting import plan
 from slimming.pruning.cutting import cut
@@ -58,6 +60,7 @@ class RunContext:
         inputs: what the run was started with, as `recorded_inputs` returns it.
         evaluate: returns the metrics of a model on the validation images.
         log: receives one line per stage.
+        metric: the metric in what ``evaluate`` returns that results and reports show.
     """
 
     config: RunConfig
@@ -68,6 +71,7 @@ class RunContext:
     inputs: Mapping[str, Any]
     evaluate: Evaluate
     log: Log
+    metric: Metric = TOP1
 
     def images(self, at_least: int = 0) -> list[Tensor]:
         """Return training images without labels, for the compensation."""
@@ -78,6 +82,20 @@ class RunContext:
     def teacher(self) -> nn.Module | None:
         """The teacher of the retraining, or None."""
         return self.dense.model if self.config.distil is not None else None
+
+
+def value_of(metric: Metric, metrics: Mapping[str, float]) -> float:
+    """Return the value of ``metric`` in what the evaluation of a model returned.
+
+    Raises:
+        ConfigError: it has no such entry.
+    """
+    if metric.key not in metrics:
+        raise ConfigError(
+            f"evaluate returns {', '.join(metrics) or 'nothing'}, and no {metric.key!r}; give the entry to "
+            "Metric(key=...)."
+        )
+    return float(metrics[metric.key])
 
 
 def prune_and_retrain_all(context: RunContext) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
@@ -130,9 +148,10 @@ def _prune_and_retrain(
     images = context.images()
     small = cut_from_last(result.model, chosen, before, images=images).eval()
     seconds = {"cut": time.monotonic() - began}
-    top1_cut = context.evaluate(small)["top1"]
-    _save(small, directory / CUT_PLACE, provenance(config, result, chosen, {"top1": top1_cut}, context.inputs))
-    context.log(f"{budget.name}: cut, top-1 {top1_cut:.4f} before retraining")
+    metric = context.metric
+    value_cut = value_of(metric, context.evaluate(small))
+    _save(small, directory / CUT_PLACE, provenance(config, result, chosen, {metric.key: value_cut}, context.inputs))
+    context.log(f"{budget.name}: cut, {metric.name} {value_cut:.4f} before retraining")
     if shared is None:
         small, metrics, seconds["retrain"] = _retrain(context, small, budget.name)
     else:
@@ -140,7 +159,8 @@ def _prune_and_retrain(
         recalibrate_batch_norms_(small, images or context.images(at_least=256))
         metrics, seconds["retrain"] = context.evaluate(small), shared[1]
     _save(small, directory / SLIM_PLACE, provenance(config, result, chosen, metrics, context.inputs))
-    row = row_entry(budget, small, context.dense.anatomy, chosen, top1_cut, metrics["top1"], seconds)
+    values = value_cut, value_of(metric, metrics)
+    row = row_entry(budget, small, context.dense.anatomy, chosen, values, seconds, metric)
     if shared is not None:
         row["log"] = f"{TOGETHER}/{LOG_FILE}"
     if distributed_state().is_main_process:

@@ -69,7 +69,7 @@ class OutputReader:
         names = (self.choice,) if isinstance(self.choice, str) else tuple(self.choice)
         for name in names:
             if name not in known:
-                raise ConfigError(f"outputs names the module {name!r}, which this {type(model).__name__} does not have.")
+                raise ConfigError(f"outputs names {name!r}, which is no module of this {type(model).__name__}.")
         return names
 
     def read(self, model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def _covariances(
             # The bias compensates for the mean, if there is one.
             centred = getattr(model.get_submodule(name), "bias", None) is not None
             covariance = xx / count - torch.outer(x, x) / count**2 if centred else xx / count
-            scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+            scale = covariance.diagonal().mean().clamp_min(1e-200)  # its inverse exists if all inputs are 0
             added = ridge(len(x), count) * scale
             covariance.diagonal().add_(added)
             result[name] = covariance, power, added

@@ -117,27 +117,29 @@ def _moments(
 ) -> dict[str, list[list[Tensor]]]:
     """For each group and head, the second moments of queries and of keys, or the covariance of attended values."""
     like = next(model.parameters())
-    query_layers = {_slices(group, "query")[0].tensor.rpartition(".")[0]: group for group in queries}
+    query_layers = {side: {group.name: _layer(group, side) for group in queries} for side in ("query", "key")}
     value_readers = {_slices(group, "consumes")[0].tensor.rpartition(".")[0]: group for group in values}
     moments_of = {
         group.name: [[Moments(n, like.device) for _ in range(factors)] for n in group.limits.parts]
         for of_kind, factors in ((queries, 2), (values, 1))
         for group in of_kind
     }
-    outputs: dict[str, list[Tensor]] = {name: [] for name in query_layers}
+    outputs: dict[str, list[Tensor]] = {name: [] for of_side in query_layers.values() for name in of_side.values()}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs[name].append(output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in query_layers]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in outputs]
     try:
         with inputs_of(model, value_readers) as inputs:
             for batch in own_share(batches):
                 CalibrationBatch.of(model, batch).to(like).run(model)
-                for name, group in query_layers.items():
-                    for out in outputs.pop(name):
-                        _add_qk(moments_of[group.name], group, precise(out))
-                    outputs[name] = []
+                for group in queries:
+                    of_q, of_k = (outputs[of_side[group.name]] for of_side in query_layers.values())
+                    for q, k in zip(of_q, of_k, strict=True):
+                        _add_qk(moments_of[group.name], group, precise(q), precise(k))
+                for made in outputs.values():
+                    made.clear()
                 for name, group in value_readers.items():
                     for rows in map(precise, inputs[name]):
                         x = rows[:, _places(_slices(group, "consumes")[0], range(group.size), rows.device)]
@@ -157,10 +159,16 @@ def _moments(
     return sums
 
 
-def _add_qk(moments_of: Sequence[Sequence[Moments]], group: Group, out_BND: Tensor) -> None:
-    """Add the second moments of the queries and keys in a projection's output."""
+def _layer(group: Group, side: str) -> str:
+    """Name of the layer that makes the queries or keys of ``group``."""
+    return _slices(group, side)[0].tensor.rpartition(".")[0]
+
+
+def _add_qk(moments_of: Sequence[Sequence[Moments]], group: Group, queries_BND: Tensor, keys_BND: Tensor) -> None:
+    """Add the second moments of the queries and keys in the outputs of their layers, which may be one layer."""
     q, k = (
-        out_BND[..., _places(_slices(group, side)[0], range(group.size), out_BND.device)] for side in ("query", "key")
+        out[..., _places(_slices(group, side)[0], range(group.size), out.device)]
+        for side, out in (("query", queries_BND), ("key", keys_BND))
     )
     k = k - k.mean(1, keepdim=True)  # the softmax does not depend on the mean key
     for units, (of_q, of_k) in zip(_heads(group), moments_of, strict=True):

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from slimming.core.modules import in_evaluation, train_heads_apart_
 from slimming.errors import ConfigError, nearest
 from slimming.training.config import check_distillation
-from slimming.training.outputs import logits_by_head, named_outputs
+from slimming.training.outputs import BINARY, CLASSES, class_dim, kind_of, logits_by_head, named_outputs
 from slimming.training.tasks import check_logits, classification_loss
 
 
@@ -221,6 +221,51 @@ class DistilTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: there is no state."""
+
+
+def output_difference(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], classes: int = 0) -> Tensor:
+    """Return how far the outputs of a student are from those of a teacher on one batch, as the mean over the outputs.
+
+    Logits are compared as predictions: by the Kullback-Leibler divergence per prediction, or by the binary
+    cross-entropy above that of the teacher for logits with one entry per class and none for "nothing". Other outputs
+    are compared by the mean squared error, divided by the teacher's variance over the batch.
+
+    Args:
+        student: outputs by name, see `slimming.training.outputs.named_outputs`.
+        teacher: those of the teacher, of the same shapes.
+        classes: number of classes of the model; 0 if it has none.
+
+    Raises:
+        ConfigError: an output of the teacher is missing in the student, or has another shape there.
+
+    >>> wanted = {"logits": torch.randn(2, 5, 4), "boxes": torch.rand(2, 5, 4)}
+    >>> output_difference(wanted, wanted, classes=3).abs().item() < 1e-6
+    True
+    """
+    errors = []
+    for name, target in teacher.items():
+        output = student.get(name)
+        if output is None or output.shape != target.shape:
+            found = "none" if output is None else f"{tuple(output.shape)}"
+            raise ConfigError(
+                f"The teacher gives {tuple(target.shape)} as {name}, the student {found}; choose the outputs to "
+                "compare, such as lambda out: out.logits."
+            )
+        errors.append(_output_error(name, output.float(), target.float(), len(teacher) == 1, classes))
+    return torch.stack(errors).mean()
+
+
+def _output_error(name: str, output: Tensor, target: Tensor, single: bool, classes: int) -> Tensor:
+    kind = kind_of(name, target, single=single, classes=classes)
+    if kind == BINARY:
+        wanted = target.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(target, wanted)
+        return F.binary_cross_entropy_with_logits(output, wanted) - entropy
+    if kind == CLASSES:
+        dim = class_dim(target, classes)
+        log_student, log_teacher = output.log_softmax(dim), target.log_softmax(dim)
+        return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim).mean()
+    return F.mse_loss(output, target) / target.var(unbiased=False).clamp_min(1e-12)
 
 
 class MatchLoss:

@@ -137,6 +137,9 @@ def format_metrics(line: Mapping[str, Any]) -> str:
         parts.append(f"loss {line['loss']:.3f}")
     if "val_top1" in line:
         parts.append(f"top-1 {100 * line['val_top1']:.1f} %")
+    else:
+        others = [key for key in line if key.startswith("val_") and key not in ("val_loss", "val_images")]
+        parts += [f"{key.removeprefix('val_')} {line[key]:.4g}" for key in others]
     if "images_per_second" in line:
         parts.append(f"{line['images_per_second']:.0f} images/s")
     return ", ".join(parts)

@@ -15,8 +15,8 @@ from torch import Tensor
 from slimming.errors import ConfigError
 
 CLASSES, BINARY, VALUES = "classes", "binary", "values"
-"""Kinds of outputs: logits of classes, which are compared after a softmax; logits of single yes-or-no answers, which are
-compared after a sigmoid; and other values."""
+"""Kinds of outputs: logits of classes, which are compared after a softmax; logits of single yes-or-no answers, which
+are compared after a sigmoid; and other values."""
 ON_THE_WAY = re.compile(
     r"(^|_)(attentions?|hidden_states|past_key_values|cache)$|^(auxiliary|enc|init|initial|intermediate)_|^denoising"
 )
@@ -75,9 +75,7 @@ def named_outputs(output: Any, images: int) -> dict[str, Tensor]:
             seen.add(key)
             found[".".join(path) or "output"] = tensor
     if any(name.endswith("logits") for name in found):
-        found = {
-            name: tensor for name, tensor in found.items() if not any(map(LAST_STATE.search, name.split(".")))
-        }
+        found = {name: tensor for name, tensor in found.items() if not any(map(LAST_STATE.search, name.split(".")))}
     if not found:
         raise ConfigError(
             f"The model gives {type(output).__name__}, in which there is no floating-point tensor with one entry per "

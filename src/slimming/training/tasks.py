@@ -78,8 +78,9 @@ def check_logits(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None
 
 
 Loss = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
-"""A custom loss function of the model and a batch: ``(images, labels)`` of slimming's own data, or the batch as a loader
-gave it. It returns the scalar to minimise, or a mapping of scalars: ``"loss"`` is minimised, the others are logged."""
+"""A custom loss function of the model and a batch: ``(images, labels)`` of slimming's own data, or the batch as a
+loader gave it. It returns the scalar to minimise, or a mapping of scalars: ``"loss"`` is minimised, the others are
+logged."""
 
 
 def scalars(result: Any) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slimming.core.formulas import Dim, evaluate
+from slimming.core.formulas import Dim, Ratio, evaluate
 from slimming.core.groups import Group
 from slimming.models.traced.matching import Matcher, primitive
 from slimming.models.traced.sample_cuts import FEWEST, sample_cuts
@@ -58,6 +58,15 @@ def test_the_size_of_a_head_is_a_dimension_only_with_the_number_of_heads() -> No
         Dim(fixed=4), units("b"), units("v"),
     )  # fmt: skip
     assert matcher().product([size]) is None
+
+
+def test_the_size_of_a_head_is_not_taken_for_a_dimension_of_equal_numbers() -> None:
+    counts = [{"heads": 4, "v": 8, "a": 2}, {"heads": 1, "v": 1, "a": 1}, {"heads": 3, "v": 3, "a": 1}]
+    dims = [units("heads"), units("v"), units("a")]
+    assert Matcher(dims, counts).product([(4, 1, 3), (2, 1, 1)]) == (Dim(fixed=1), units("heads"), units("a"))
+    known = Matcher(dims, counts, ratios=[Ratio(total=units("v"), parts=units("heads"))])
+    assert known.ambiguous == [units("a")]
+    assert known.product([(4, 1, 3), (2, 1, 1)]) == (Dim(fixed=1), units("v"))
 
 
 def test_a_fixed_number_may_be_added_to_the_units_of_one_group() -> None:

@@ -19,13 +19,24 @@ from slimming.core.groups import Anatomy, TimedLayer
 from slimming.core.modules import set_attribute_
 from slimming.core.structure import Structure
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import BLUEPRINT, ENTRY, STRUCTURE, Family, Kept, TimedModule, TimedModules
+from slimming.models.family import (
+    BLUEPRINT,
+    ENTRY,
+    STRUCTURE,
+    Family,
+    Kept,
+    TimedModule,
+    TimedModules,
+    shared_parameters,
+    tie_,
+)
 from slimming.models.replaced_layers import Blueprint
 from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import disable_nested_tensors_, is_removed, layers_after, merged, resize_, select
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
+from slimming.models.traced.token_blocks import bar_grid_methods_
 
 SUBMODULE = "part"
 """Key of an entry of a structure that holds the structure of a submodule that was cut by itself."""
@@ -120,12 +131,15 @@ class Traced(Family):
 
     def _apply_(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
+        shared = shared_parameters(model)
         for name, entry in layers.items():
             if SUBMODULE in entry:
                 structure = Structure.from_dict(entry[SUBMODULE])
                 self._families[structure.family].resize_(model.get_submodule(name), structure)
             else:
                 resize_(model, name, entry)
+        tie_(model, shared)
+        bar_grid_methods_(model)
         disable_nested_tensors_(model)
 
 

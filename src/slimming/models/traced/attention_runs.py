@@ -90,12 +90,21 @@ class AttentionRun:
 
 @dataclass(eq=False)
 class Run(TorchFunctionMode):
-    """What happened in a forward pass: attention, products, and calls of layers."""
+    """What happened in a forward pass.
+
+    Attributes:
+        running: names of the modules that are running, the innermost last.
+        attentions: every attention.
+        products: operation -> the product that it computed; None if it sums over more or less than one dimension.
+        layers: every call of a layer.
+        linears: the identity of a weight -> what a linear function with it read.
+    """
 
     running: list[str] = field(default_factory=lambda: [""])
     attentions: list[AttentionRun] = field(default_factory=list)
     products: dict[Any, ProductCall | None] = field(default_factory=dict)
     layers: list[LayerCall] = field(default_factory=list)
+    linears: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -112,6 +121,9 @@ class Run(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is functional.linear:
+            read, weight = (*args, *(kwargs or {}).values())[:2]
+            self.linears[id(weight)] = read
         if isinstance(out, Tensor) and out.grad_fn is not None:
             if func in PRODUCTS:
                 self.products[out.grad_fn] = _product(func, args)

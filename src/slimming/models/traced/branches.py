@@ -71,10 +71,13 @@ class BranchReading:
 
 @dataclass(frozen=True)
 class _Found:
-    """A branch that was found, and why its modules cannot be removed one by one; None if they can."""
+    """A branch that was found, in which block, and why its modules cannot be removed one by one.
+
+    There is no block if nothing scales the branch, and no reason if the modules can be removed.
+    """
 
     residual: Residual
-    block: str
+    block: str | None
     unit: Branch
     reason: str | None
 
@@ -91,12 +94,15 @@ def read_branches(model: nn.Module, flow: Flow, forward: Pass) -> BranchReading:
     reader = _Reader(model, flow, graph)
     found = [each for residual in graph.residuals() if (each := reader.branch(residual)) is not None]
     by_addition = {each.residual.add: each.residual for each in found}
-    names = dict.fromkeys(each.block for each in found if each.block)
-    passed = {name: reader.passed(name, by_addition) for name in names}
+    names = dict.fromkeys(each.block for each in found if each.block is not None)
+    passed = {name: reader.passed(name, by_addition) for name in names if name}
     blocks = {name: value for name, value in passed.items() if value is not None}
     blocks = _confirmed(model, blocks, [each.unit for each in found], forward)
     units: list[Branch] = []
     uncovered: dict[str, list[str]] = {}
+    for each in found:
+        if each.block is None:
+            uncovered.setdefault(str(each.reason), []).append(each.unit.site or "a branch of the model")
     for name in names:
         own = [each for each in found if each.block == name]
         additions = {each.residual.add for each in own}
@@ -112,7 +118,11 @@ def read_branches(model: nn.Module, flow: Flow, forward: Pass) -> BranchReading:
     whole: dict[str, tuple[Returns, tuple[str, ...]]] = {}
     for name, (returns, residuals) in blocks.items():
         groups = tuple(dict.fromkeys(owner.get(each.add, "") for each in residuals))
-        if "" not in groups and not any(name in unit.removed for unit in units):
+        own = [unit for unit in units if unit.name in groups]
+        inside = [tensor for tensor, _ in model.named_parameters() if tensor.startswith(f"{name}.")]
+        # A norm that several branches read stays, and the block with it.
+        is_empty = all(any(unit.holds(tensor) for unit in own) for tensor in inside)
+        if "" not in groups and is_empty and not any(name in unit.removed for unit in units):
             whole[name] = returns, groups
     sentences = [
         f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''} as a whole: {reason}"
@@ -152,7 +162,8 @@ class _Reader:
         scales = tuple(dict.fromkeys(self.parameters[id(each)] for each in last or () if id(each) in self.parameters))
         if not site or not last or any(self.nodes.get(name) not in residual.nodes for name in scales):
             reason = "no layer is last in it, whose weights could be its mask"
-            return _Found(residual, "", Branch(site=site, removed={}, spent=(), scales=(), additions=frozenset()), reason)
+            nothing = Branch(site=site, removed={}, spent=(), scales=(), additions=frozenset())
+            return _Found(residual, None, nothing, reason)
         if reason is None:
             reason = self._left_over(residual, removed, owners)
         unit = Branch(
@@ -228,7 +239,9 @@ def _returned(call: ModuleCall, what: str, key: int | str | None = None) -> Retu
     if key is None:
         tensors = {name: value for name, value in call.arguments.items() if value.node is not None}
         same = [name for name, value in tensors.items() if value.shape == shape]
-        key = next(iter(same or [name for name, value in tensors.items() if len(value.shape or ()) == len(shape)]), None)
+        key = next(
+            iter(same or [name for name, value in tensors.items() if len(value.shape or ()) == len(shape)]), None
+        )
     if key is None:
         return None
     given = call.arguments[key].shape or ()
@@ -343,7 +356,9 @@ def _slices(branch: Branch, inner: Sequence[Group]) -> tuple[Slices, ...]:
     )
 
 
-def with_removals(sizes: Mapping[str, LayerSizes], reading: BranchReading, names: Collection[str]) -> dict[str, LayerSizes]:
+def with_removals(
+    sizes: Mapping[str, LayerSizes], reading: BranchReading, names: Collection[str]
+) -> dict[str, LayerSizes]:
     """``sizes`` with the modules that are removed with the groups called ``names``."""
     removals: defaultdict[str, list[Removal]] = defaultdict(list)
     spent: defaultdict[str, dict[str, Dim]] = defaultdict(dict)
@@ -401,5 +416,3 @@ def _class(model: nn.Module, name: str) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-

@@ -24,6 +24,7 @@ from slimming.models.traced.normalisers import Normaliser, NormLayers, further_r
 from slimming.models.traced.verification import Pass
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NOT_FOLLOWED = "torch-pruning does not follow what the model does with them"
 
@@ -189,6 +190,9 @@ def _add_layer(
     elif isinstance(module, CONV) and module.groups > 1:
         channels.only_linear = False
         _add_grouped(channels, name, module, member.is_output, pairs)
+    elif isinstance(module, TRANSPOSED) and module.groups == 1:
+        channels.only_linear = False
+        _add_weighted(channels, name, module, member.is_output, pairs, dims=(1, 0))
     elif isinstance(module, (nn.Linear, *CONV)):
         channels.only_linear &= isinstance(module, nn.Linear)
         _add_weighted(channels, name, module, member.is_output, pairs)
@@ -258,11 +262,19 @@ def _vectors(module: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if tensor.dim() == 1]
 
 
-def _add_weighted(channels: ChannelSet, name: str, module: Any, is_output: bool, pairs: list[tuple[int, int]]) -> None:
+def _add_weighted(
+    channels: ChannelSet,
+    name: str,
+    module: Any,
+    is_output: bool,
+    pairs: list[tuple[int, int]],
+    dims: tuple[int, int] = (0, 1),
+) -> None:
+    """Add a layer; ``dims`` are the dimensions of the outputs and of the inputs in its weight."""
     if not is_output:
-        channels.add(f"{name}.weight", 1, "consumes", pairs)
+        channels.add(f"{name}.weight", dims[1], "consumes", pairs)
         return
-    channels.add(f"{name}.weight", 0, "produces", pairs)
+    channels.add(f"{name}.weight", dims[0], "produces", pairs)
     if module.bias is not None:
         channels.add(f"{name}.bias", 0, "produces", pairs)
     for tensor, _ in further_rows(module, len(module.weight)):

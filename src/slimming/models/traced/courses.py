@@ -23,21 +23,30 @@ class Course:
         storages: addresses of the storages that operations read.
         modules: names of the modules that ran, in order.
         outputs: shapes of the floating-point outputs without the batch dimension.
+        sequences: names of the modules that returned a sequence (B, N, D), in the order in which they ended.
     """
 
     storages: frozenset[int]
     modules: tuple[str, ...]
     outputs: tuple[tuple[int, ...], ...]
+    sequences: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def course_of(model: nn.Module, forward: Pass) -> Course:
     """Run a forward pass and record what happens. Errors of the model are passed on."""
     modules: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: modules.append(name))
-        for name, module in model.named_modules()
-    ]
+    sequences: list[str] = []
+
+    def returned(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.dim() == 3:
+            sequences.append(name)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: modules.append(name)))
+        handles.append(module.register_forward_hook(lambda _, args, output, name=name: returned(name, output)))
     reads = _Reads()
     try:
         with unfused(), reads:
@@ -45,7 +54,8 @@ def course_of(model: nn.Module, forward: Pass) -> Course:
     finally:
         for handle in handles:
             handle.remove()
-    return Course(frozenset(reads.storages), tuple(modules), tuple(tuple(result.shape[1:]) for result in results))
+    shapes = tuple(tuple(result.shape[1:]) for result in results)
+    return Course(frozenset(reads.storages), tuple(modules), shapes, tuple(sequences))
 
 
 class _Reads(TorchDispatchMode):

@@ -209,7 +209,7 @@ def _coupled_sets(graph: Any, model: nn.Module, calls: _CallLog, report: Callabl
             visits = error.visits
             own = names.get(error.node.module)
             beyond = calls.module_of(error.node.grad_fn) if own is None else own
-        except IndexError:  # a channel shuffle, which torch-pruning does not follow
+        except (IndexError, ZeroDivisionError):  # a channel shuffle or an expansion that torch-pruning does not follow
             continue
         made = [visit.edge.target.module for visit in visits if graph.is_out_channel_pruning_fn(visit.edge.handler)]
         seen.update(made)

@@ -8,15 +8,14 @@ dimension or with positions that rotate pairs of dimensions, belong to none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.core.groups import Slices
-from slimming.models.traced.attention_runs import ROUNDING, LayerCall, Run, before
+from slimming.models.traced.attention_runs import ROUNDING, LayerCall, ProductCall, Run, before
 from slimming.models.traced.channels import BATCH_NORM
 
 UNUSED, SEVERAL = -1, -2
@@ -43,24 +42,63 @@ class Dimensions:
     direct: bool
 
 
-def value_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -> Dimensions | str:
+@dataclass(frozen=True)
+class Scores:
+    """A product whose result is the scores of attention, or is added to them.
+
+    Attributes:
+        size: the number of dimensions that it sums over.
+        factors: for each of both factors, which rows belong to which dimension.
+        product: the product.
+    """
+
+    size: int
+    factors: tuple[Numbers, Numbers]
+    product: ProductCall
+
+
+def scores_of(module: nn.Module, run: Run) -> list[Scores]:
+    """The products before a softmax in ``run``, a run of ``module``."""
+    after_softmax = {attention.by_head.grad_fn for attention in run.attentions}
+    result: list[Scores] = []
+    for product in run.products.values():
+        if product is None or product.left.shape[product.left_dim] < 2:
+            continue
+        tensors = ((product.left, product.left_dim), (product.right, product.right_dim))
+        if any(tensor.grad_fn in after_softmax for tensor, _ in tensors):
+            continue
+        size = product.left.shape[product.left_dim]
+        left, right = (numbered(module, run, tensor, dim, torch.arange(size)) for tensor, dim in tensors)
+        result.append(Scores(size, (left, right), product))
+    return result
+
+
+def value_dimensions(
+    module: nn.Module, run: Run, heads: Sequence[Slices], scores: Sequence[Scores]
+) -> Dimensions | str:
     """The dimensions of V, or why they cannot be told apart.
 
     Args:
         module: the attention module.
         run: a run of it.
         heads: the slices of its heads.
+        scores: what `scores_of` gives. Their rows are not those of V, however little the result depends on them.
     """
     consumed = [part for part in heads if part.side == "consumes"]
-    reader = next((call for call in run.layers if f"{call.name}.weight" == consumed[0].tensor), None)
-    if reader is None or reader.read.grad_fn is None:
-        return f"{consumed[0].tensor} is not read by calling its layer"
+    weight = module.get_parameter(consumed[0].tensor)
+    reader = next((call for call in run.layers if call.weight is weight), None)
+    read, features = (run.linears.get(id(weight)), -1) if reader is None else (reader.read, _features(reader))
+    if read is None or read.grad_fn is None:
+        return f"{consumed[0].tensor} does not read its heads directly"
     columns = consumed[0].index
     for size in _sizes(heads, len(columns[0])):
-        numbers = torch.full((reader.weight.shape[1],), UNUSED)
+        numbers = torch.full((weight.shape[1],), UNUSED)
         for unit in columns:
             numbers[list(unit)] = torch.arange(len(unit)) % size
-        found = numbered(module, run, reader.read, _features(reader), numbers)
+        found = numbered(module, run, read, features, numbers)
+        for at, of_scores in ((at, rows) for each in scores for factor in each.factors for at, rows in factor.items()):
+            if at in found:
+                found[at] = torch.where(of_scores == UNUSED, found[at], SEVERAL)
         by_head = _by_head(found, heads, size, "produces")
         if isinstance(by_head, str):
             return by_head
@@ -70,52 +108,31 @@ def value_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -> Di
                 for unit in columns
                 for number in range(size)
             )
-            read = [Slices(tensor=part.tensor, dim=1, index=index, side="consumes") for part in consumed]
-            direct = _are_direct(module, run, by_head) and len(read) == 1 and len(index[0]) == 1
-            return Dimensions((size,) * len(columns), (*by_head, *read), direct)
+            readers = [Slices(tensor=part.tensor, dim=1, index=index, side="consumes") for part in consumed]
+            direct = reader is not None and _are_direct(module, run, by_head) and len(readers) == len(index[0]) == 1
+            return Dimensions((size,) * len(columns), (*by_head, *readers), direct)
     return "no row of its layers belongs to a single dimension of its values: a norm or a layer mixes them"
 
 
-def query_key_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -> Dimensions | str:
-    """The dimensions of queries and keys, or why they cannot be told apart; for the arguments see `value_dimensions`."""
-    weights = {part.tensor: part for part in heads if part.side == "produces"}
-    after_softmax = {attention.by_head.grad_fn for attention in run.attentions}
-    sides: dict[str, Numbers] = {}
-    size = mixed = 0
-    for product in run.products.values():
-        if product is None:
-            continue
-        factors = ((product.left, product.left_dim), (product.right, product.right_dim))
-        count = product.left.shape[product.left_dim]
-        if count < 2 or (size and count != size) or any(f.grad_fn in after_softmax for f, _ in factors):
-            continue
-        left, right = (numbered(module, run, factor, dim, torch.arange(count)) for factor, dim in factors)
-        read = [{tensor for tensor, dim in found if tensor in weights and dim == 0} for found in (left, right)]
-        coded = [{t for t in names if bool((f[t, 0] >= 0).any())} for names, f in zip(read, (left, right), strict=True)]
-        if not sides:
-            if all(coded):
-                size, sides = count, {"query": left, "key": right}
-            elif all(read):
-                mixed = mixed or _least_mixed(module, run, product)
-            continue
-        # A further product with the queries or keys, such as with a table of relative positions.
-        for (found, names), (other, _) in (((left, coded[0]), (right, 0)), ((right, coded[1]), (left, 0))):
-            for side, opposite in (("query", "key"), ("key", "query")):
-                if names and names <= {tensor for tensor, _ in sides[side]}:
-                    sides[opposite] = {**sides[opposite], **{at: n for at, n in other.items() if at not in found}}
-                    break
-    if not sides:
-        if mixed == 2:
-            return "positions rotate pairs of dimensions of its queries and keys with one table for all heads"
-        return (
-            "a norm over the head dimension mixes the dimensions of its queries and keys"
-            if mixed
-            else "its queries and keys are not multiplied by head dimension"
-        )
+def query_key_dimensions(
+    module: nn.Module, run: Run, heads: Sequence[Slices], scores: Sequence[Scores]
+) -> Dimensions | str:
+    """The dimensions of QK, or why they cannot be told apart; for the arguments see `value_dimensions`."""
+    weights = {part.tensor for part in heads if part.side == "produces"}
+    by_row = [[_rows(factor, weights) for factor in each.factors] for each in scores]
+    alone = [[_alone(rows) for rows in factors] for factors in by_row]
+    found = next((each for each, names in zip(scores, alone, strict=True) if all(names)), None)
+    if found is None:
+        mixed = next((each for each, rows in zip(scores, by_row, strict=True) if all(rows)), None)
+        return _why_mixed(module, run, mixed, weights)
+    size, sides = found.size, dict(zip(("query", "key"), found.factors, strict=True))
+    for each, names in zip(scores, alone, strict=True):
+        if each.size == size and not all(names):
+            _add_table(sides, each.factors, names)
     slices: list[Slices] = []
     direct = True
-    for side, found in sides.items():
-        by_head = _by_head(found, heads, size, side)
+    for side, numbers in sides.items():
+        by_head = _by_head(numbers, heads, size, side)
         if isinstance(by_head, str):
             return by_head
         if not by_head:
@@ -123,6 +140,43 @@ def query_key_dimensions(module: nn.Module, run: Run, heads: Sequence[Slices]) -
         slices += by_head
         direct = direct and _are_direct(module, run, by_head)
     return Dimensions((size,) * len(heads[0].index), tuple(slices), direct)
+
+
+def _rows(numbers: Numbers, weights: Collection[str]) -> dict[str, Tensor]:
+    """The numbers of the rows of ``weights``."""
+    return {tensor: found for (tensor, dim), found in numbers.items() if tensor in weights and dim == 0}
+
+
+def _alone(rows: Mapping[str, Tensor]) -> set[str]:
+    """The tensors of which each row belongs to one dimension, if to any."""
+    return {name for name, found in rows.items() if bool((found >= 0).any()) and not bool((found == SEVERAL).any())}
+
+
+def _add_table(sides: dict[str, Numbers], factors: tuple[Numbers, Numbers], alone: Sequence[set[str]]) -> None:
+    """Add what the queries or keys are multiplied with besides each other, such as a table of relative positions."""
+    for place in (0, 1):
+        for side, opposite in (("query", "key"), ("key", "query")):
+            if alone[place] and alone[place] <= {tensor for tensor, _ in sides[side]}:
+                more = {at: found for at, found in factors[1 - place].items() if at not in factors[place]}
+                sides[opposite] = {**sides[opposite], **more}
+                return
+
+
+def _why_mixed(module: nn.Module, run: Run, scores: Scores | None, weights: Collection[str]) -> str:
+    """Why no row belongs to a single dimension of queries and keys."""
+    if scores is None:
+        return "its queries and keys are not multiplied by head dimension"
+    tensor, dim = scores.product.left, scores.product.left_dim
+    readers: dict[Place, Tensor] = {}
+    for number in range(scores.size):
+        numbers = torch.full((scores.size,), UNUSED)
+        numbers[number] = 0
+        for at, found in numbered(module, run, tensor, dim, numbers).items():
+            if at[0] in weights and at[1] == 0:
+                readers[at] = readers.get(at, torch.zeros_like(found)) + (found == 0)
+    if max(int(count.max()) for count in readers.values()) == 2:
+        return "positions rotate pairs of dimensions of its queries and keys with one table for all heads"
+    return "a norm over the head dimension mixes the dimensions of its queries and keys"
 
 
 def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Tensor) -> Numbers:
@@ -191,7 +245,7 @@ def _used(
 def _number(bits: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The number that belongs to each entry, given which entries the numbers without and with each bit depend on."""
     result = torch.zeros(len(bits[0][0]), dtype=torch.int64)
-    for bit, (without, with_bit) in enumerate(bits):
+    for bit, (_, with_bit) in enumerate(bits):
         result += with_bit.long() << bit
     several = torch.stack([without & with_bit for without, with_bit in bits]).any(0)
     some = torch.stack([without | with_bit for without, with_bit in bits])
@@ -225,7 +279,7 @@ def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
     """Possible numbers of dimensions of a head that has ``columns`` columns, the largest first."""
     least = min(len(part.index[0]) for part in heads if part.side == "produces")
     return [size for size in (columns, *(columns // count for count in range(2, columns) if columns % count == 0))
-            if 1 < size and (size == columns or size <= least)]  # fmt: skip
+            if size > 1 and (size == columns or size <= least)]  # fmt: skip
 
 
 def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str) -> list[Slices] | str:
@@ -264,16 +318,3 @@ def _are_direct(module: nn.Module, run: Run, slices: Sequence[Slices]) -> bool:
         and all(isinstance(module.get_submodule(name), nn.Linear) for name in owners)
         and all(len(part.index[0]) == 1 for part in slices)
     )
-
-
-def _least_mixed(module: nn.Module, run: Run, product: Any) -> int:
-    """The smallest number of dimensions of the left factor that depend on one row."""
-    count = product.left.shape[product.left_dim]
-    per_row: Mapping[Place, Tensor] = {}
-    totals: dict[Place, Tensor] = dict(per_row)
-    for number in range(count):
-        numbers = torch.full((count,), UNUSED)
-        numbers[number] = 0
-        for at, found in numbered(module, run, product.left, product.left_dim, numbers).items():
-            totals[at] = totals.get(at, torch.zeros_like(found)) + (found == 0)
-    return min(int(total[total > 0].min()) for total in totals.values() if bool((total > 0).any()))

@@ -32,7 +32,8 @@ COUNTS = ("heads", "self.groups")
 """Names of the number of heads in the hosts' forwards, by which they divide the width."""
 WIDTHS = ("C", "D", "c", "dim", "embed_dim", "num_channels")
 """Names of the embedding width in the hosts' forwards."""
-_MARK = "slimming_free_heads"
+MARK = "slimming_free_heads"
+"""Attribute of the classes that `free_heads_class` makes."""
 
 
 @cache
@@ -48,7 +49,7 @@ def free_heads_class(cls: type[nn.Module]) -> type[nn.Module] | None:
                 methods[name] = rewritten
     if not methods:
         return None
-    methods |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduced, _MARK: True}
+    methods |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduced, MARK: True}
     return type(cls.__name__, (cls,), methods)
 
 
@@ -74,7 +75,7 @@ def new_with_free_heads(cls: type[nn.Module]) -> nn.Module:
 
 def has_free_heads(module: nn.Module) -> bool:
     """Whether the class of ``module`` was made by `free_heads_class`."""
-    return isinstance(module, SomeHeadsAttention) or bool(vars(type(module)).get(_MARK, False))
+    return isinstance(module, SomeHeadsAttention) or bool(getattr(type(module), MARK, False))
 
 
 def _rewritten(function: FunctionType) -> FunctionType | None:

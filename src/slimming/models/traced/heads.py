@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, Scale, Slices
+from slimming.models.separate import SeparateLinear
 
 Attributes = dict[str, dict[str, Dim | Ratio]]
 """Name of a module -> name of an attribute -> its value as a function of the kept units."""
@@ -155,9 +156,13 @@ def _produced_by_head(name: str, module: nn.Module, row: Heads, heads: int) -> l
     slices: list[Slices] = []
     for path, blocks in row.inputs.items():
         for span in row_spans(module, path):
-            if span.length % (blocks * heads):
+            layer = dict(module.named_modules()).get(path)
+            if isinstance(layer, SeparateLinear):
+                index = _parts_index(layer.head_sizes, heads)
+            elif span.length % (blocks * heads):
                 return f"{path} has {span.length} rows for {heads} heads"
-            index = span.shifted(block_index(span.length, blocks, heads))
+            else:
+                index = span.shifted(block_index(span.length, blocks, heads))
             slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="produces"))
     each = tuple((head,) for head in range(heads))
     for path in row.mixers:
@@ -168,6 +173,15 @@ def _produced_by_head(name: str, module: nn.Module, row: Heads, heads: int) -> l
         if _tensors(module, path):
             slices.append(Slices(tensor=f"{name}.{path}", dim=dim, index=each, side="produces"))
     return slices
+
+
+def _parts_index(sizes: Sequence[int], heads: int) -> tuple[tuple[int, ...], ...]:
+    """The rows of each head in a projection whose parts, one after the other, have heads of ``sizes``."""
+    starts = [heads * sum(sizes[:part]) for part in range(len(sizes))]
+    return tuple(
+        tuple(start + head * size + offset for start, size in zip(starts, sizes, strict=True) for offset in range(size))
+        for head in range(heads)
+    )
 
 
 def unit_attributes(group: Group, name: str, module: nn.Module, paths: Sequence[str]) -> Attributes:

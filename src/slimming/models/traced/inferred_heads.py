@@ -41,9 +41,7 @@ class InferredHeads:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def infer_heads(
-    model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None
-) -> InferredHeads:
+def infer_heads(model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None) -> InferredHeads:
     """Infer the rows of the attention modules of ``model`` that are in no table.
 
     Args:

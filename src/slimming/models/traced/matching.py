@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 
-from slimming.core.formulas import Dim, Product
+from slimming.core.formulas import Dim, Product, Ratio
 
 Vector = tuple[int, ...]
 """A number in each of the copies."""
@@ -25,12 +25,18 @@ class Matcher:
         dims: the dimensions that occur in the model.
         counts: for each copy the kept units of every group, the dense model first.
         branches: the groups that are whole branches, which have one unit.
+        ratios: sizes that are quotients of dimensions, and become one when they are multiplied by another dimension.
     """
 
     def __init__(
-        self, dims: Iterable[Dim], counts: Sequence[Mapping[str, int]], branches: Collection[str] = ()
+        self,
+        dims: Iterable[Dim],
+        counts: Sequence[Mapping[str, int]],
+        branches: Collection[str] = (),
+        ratios: Iterable[Ratio] = (),
     ) -> None:
         self.counts = counts
+        self._ratios = [tuple(int(ratio.value(kept)) for kept in counts) for ratio in ratios]
         self._dims = list(dict.fromkeys(primitive(dim) for dim in dims if dim.groups))
         self._values = {dim: tuple(dim.value(kept) for kept in counts) for dim in self._dims}
         self._alive = {name: tuple(kept[name] > 0 for kept in counts) for name in branches}
@@ -44,7 +50,7 @@ class Matcher:
             dim
             for present in patterns
             for values, same in self._by_direction(present).items()
-            if len(same) > 1 or len(set(values)) == 1
+            if len(same) > 1 or len(set(values)) == 1 or values in self._ratios_among(present)
             for dim in same
         ]
 
@@ -120,8 +126,9 @@ class Matcher:
 
     def _dim(self, numbers: Vector, present: tuple[bool, ...]) -> tuple[Fraction, Dim] | None:
         """The only dimension that is proportional to ``numbers``, with the factor between them."""
-        found = self._by_direction(present).get(_direction(numbers), [])
-        if len(found) != 1:
+        direction = _direction(numbers)
+        found = self._by_direction(present).get(direction, [])
+        if len(found) != 1 or direction in self._ratios_among(present):
             return None
         return Fraction(numbers[0], _chosen(self._values[found[0]], present)[0]), found[0]
 
@@ -155,6 +162,9 @@ class Matcher:
         ]
         on = [all(self._alive[name][copy] for name in needed) for copy in range(len(present))]
         return tuple(Dim(groups=((name, 1),)) for name in needed) if on == list(present) else None
+
+    def _ratios_among(self, present: tuple[bool, ...]) -> set[Vector]:
+        return {_direction(_chosen(values, present)) for values in self._ratios}
 
     def _by_direction(self, present: tuple[bool, ...]) -> dict[Vector, list[Dim]]:
         if present not in self._directions:

@@ -64,7 +64,7 @@ def _units(groups: Sequence[Group]) -> Iterator[Dim]:
         if group.role not in ("branch", "qkv"):
             yield Dim(groups=((group.name, 1),))
         if group.token is not None:
-            yield Dim(fixed=group.token.prefix, groups=((group.name, 1),))
+            yield Dim(fixed=group.token.prefix + group.token.suffix, groups=((group.name, 1),))
 
 
 def _macs(
@@ -155,7 +155,7 @@ def _summed(products: Sequence[Product]) -> tuple[Product, ...]:
 
 @torch.no_grad()
 def macs_by_weight(model: nn.Module, call: ExampleCall) -> MacsByWeight:
-    """The products of matrices in one forward pass, by the innermost module that runs and the parameter."""
+    """The products of matrices in one forward pass, by the parameter and its module, or the innermost that runs."""
     stack = [""]
     named = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
     weights = {weight.untyped_storage()._cdata: name for name, weight in named}
@@ -167,12 +167,16 @@ def macs_by_weight(model: nn.Module, call: ExampleCall) -> MacsByWeight:
         name = "" if weight is None else weights[weight.untyped_storage()._cdata]
         if "scaled_dot_product" in operation.__name__:
             query, key, value = tensors[:3]
-            parts = [(*query.shape, key.shape[-2]), (*query.shape[:-1], key.shape[-2], value.shape[-1])]
+            heads, queries, keys = math.prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
+            # As the kernel that is not fused multiplies them: which one runs may depend on the sizes.
+            parts = [(heads, query.shape[-1], keys, queries), (heads, keys, value.shape[-1], queries)]
         else:
             operand = weight if weight is not None else tensors[-1] if tensors else None
             shape = () if operand is None else tuple(operand.shape)
             parts = [(*shape, macs // max(1, math.prod(shape)))]
-        result[stack[-1], name] += parts if sum(map(math.prod, parts)) == macs else [(macs,)]
+        # Where the forward of a module is replaced, others may run the layers inside it.
+        owner = name.rpartition(".")[0] if name else stack[-1]
+        result[owner, name] += parts if sum(map(math.prod, parts)) == macs else [(macs,)]
 
     with _module_stack(model, stack), unfused(), MacCounter(record):
         call.run(model)

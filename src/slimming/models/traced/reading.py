@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from slimming.core.formulas import Dim, Operation
 from slimming.core.groups import Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
-from slimming.models.family import STRUCTURE, Kept, untied_groups
+from slimming.models.family import STRUCTURE, Kept
 from slimming.models.traced.branches import (
     branch_groups,
     layers_of_branches,
@@ -34,9 +34,12 @@ from slimming.models.traced.progress import Progress
 from slimming.models.traced.residuals import Flow
 from slimming.models.traced.resize import cut_copy, layer_sizes, tensor_dims
 from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
+from slimming.models.traced.tied import joined_groups
 from slimming.models.traced.timed_layers import calls, timed_layers
+from slimming.models.traced.tokens import read_tokens
 from slimming.models.traced.unrun import unrun, withheld
 from slimming.models.traced.verification import Pass, randomise_, verified
+from slimming.models.traced.whole_blocks import removable_blocks
 
 WIDTHS = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which models keep their embedding width, or that of their last stage."""
@@ -55,6 +58,7 @@ class Reading:
     timed_layers: tuple[TimedLayer, ...]
 
 
+@torch.enable_grad()
 def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) -> Reading:
     """Read a model.
 
@@ -95,7 +99,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         *uncovered_channels,
         *uncovered,
     ]
-    groups, tied = untied_groups(model, [*heads.groups, *dims.groups, *hidden.groups, *channels])
+    groups, tied = joined_groups(model, [*heads.groups, *dims.groups, *hidden.groups, *channels])
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
     uncovered += [*tied, *parametrized, *unrun_modules]
@@ -107,7 +111,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         units = [group for group in groups if group.role != "branch"]
         counted = normaliser_attributes(norms.normalisers, tensor_dims(units, shapes))
         of_units = [among(model, hidden.attributes, units), counted, *attributes]
-        sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales)
+        sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 
     if not groups:
@@ -130,9 +134,13 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     with small_images(model):
         units, failed = verified(model, groups, passes, cut)
         groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
+        branches = replace(branches, blocks=removable_blocks(model, branches.blocks, groups, passes, cut))
+        tokens, without_tokens = read_tokens(model, groups, passes, courses[0], cut)
+    groups += tokens
     failed += failed_branches
     uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
+    uncovered += without_tokens
     if not groups:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
@@ -176,8 +184,8 @@ def _without_computed(groups: Sequence[Group], computed: Mapping[str, str]) -> t
 
 
 def attention_sites(groups: Iterable[Group]) -> set[str]:
-    """Names of the modules whose heads are groups."""
-    return {group.site for group in groups if group.kind == "head"}
+    """Names of the modules whose heads, or the dimensions in them, are groups."""
+    return {group.site for group in groups if group.kind in ("head", "head_dim")}
 
 
 def _random_copy(model: nn.Module) -> nn.Module:
@@ -206,12 +214,15 @@ def _passes(
     passes, courses = _evaluation_passes(model, candidates)
     has_batch_norm = any(isinstance(module, BATCH_NORM) for module in model.modules())
     reasons: list[str] = []
-    for call in [forward.call for forward in passes]:
+    trained: set[str] = set()
+    untrained: set[str] = set()
+    for call, evaluated in zip([forward.call for forward in passes], list(courses), strict=True):
         # The statistics of a BatchNorm need two values.
         training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
+            untrained.update(evaluated.modules)
             reasons.append(
                 f"training mode: the forward raises {type(error).__name__} ({_first_line(error)}), so the groups are "
                 "verified in evaluation mode only; give a call that works in both modes as example_inputs"
@@ -219,13 +230,15 @@ def _passes(
             continue
         passes.append(training)
         courses.append(course)
+        trained.update(course.modules)
     if not any(course.outputs for course in courses):
         raise UnsupportedModelError(
             f"The output of this {type(model).__name__} has no floating-point tensor, such as logits: it may end in an "
             "argmax or another choice. Give slimming the model without that step, for example in a module whose "
             "forward returns what the step takes."
         )
-    return passes, courses, list(dict.fromkeys(reasons))
+    # A call without the targets of a detector works in evaluation only; this is no gap if another trains its modules.
+    return passes, courses, list(dict.fromkeys(reasons)) if untrained - trained or not trained else []
 
 
 def _evaluation_passes(

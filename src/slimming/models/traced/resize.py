@@ -13,15 +13,20 @@ from slimming.core.copies import clear_caches_, copied
 from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
-from slimming.models.family import ENTRY, Kept, assign_state_, select_indices
+from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.separate import SeparateLinear, separate_
+from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
 
-TENSORS, FREE_HEADS, REMOVED, SPENT = "tensors", "free_heads", "removed", "spent"
-"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, what is
-returned in place of a module that was removed, and which parameters only a removed branch used."""
+TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separate", "removed", "spent"
+"""Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
+sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
+module that was removed, and which parameters only a removed branch used."""
+Separate = dict[str, tuple[Dim | Ratio, ...]]
+"""Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
 
 def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, set[int]]]:
@@ -114,6 +119,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             continue
         if isinstance(module, nn.Linear):
             result[name] = {"out_features": weight[0], "in_features": weight[1]}
+        elif isinstance(module, TRANSPOSED):
+            result[name] = {"out_channels": weight[1], "in_channels": weight[0]}
         elif isinstance(module, CONV) and module.groups == 1:
             result[name] = {"out_channels": weight[0], "in_channels": weight[1]}
         elif isinstance(module, CONV):
@@ -145,6 +152,7 @@ def layer_sizes(
     unit_attributes: Sequence[Attributes],
     free_heads: Collection[str],
     head_scales: Mapping[str, tuple[str, str]] | None = None,
+    separate: Sequence[Separate] = (),
 ) -> dict[str, LayerSizes]:
     """The sizes of every module that depends on ``groups``.
 
@@ -155,6 +163,7 @@ def layer_sizes(
             ones, unless they depend on groups that are not in ``groups``.
         free_heads: names of attention modules whose forward infers the head size from the embedding width.
         head_scales: name of an attention module -> its `LayerSizes.head_scale`.
+        separate: name of a projection -> its `LayerSizes.separate`; as for ``unit_attributes``.
     """
     present = {group.name for group in groups}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -172,12 +181,17 @@ def layer_sizes(
             attributes[module] = {**attributes.get(module, {}), **used}
     scales = {name: scale for name, scale in (head_scales or {}).items() if scale[0] in present}
     rewritten = [name for name in free_heads if any(f"{module}.".startswith(f"{name}.") for module in tensors)]
+    parts: Separate = {}
+    for name, sizes in (each for all_of in separate for each in all_of.items()):
+        if {group for size in sizes for group, _ in size.groups} <= present:
+            parts[name] = sizes
     for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
             free_heads=module in free_heads,
             head_scale=scales.get(module),
+            separate=parts.get(module, ()),
         )
     return result
 
@@ -194,7 +208,11 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}
-    return {name: entry for name, entry in entries.items() if name in changed}
+    result = {name: entry for name, entry in entries.items() if name in changed}
+    for name, entry in token_entries(list(groups), kept).items():
+        if REMOVED not in result.get(name, {}) or TOKENS in entry:  # a removed attention has no table
+            result[name] = {**result.get(name, {}), **entry}
+    return without_removed(result)
 
 
 def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +224,10 @@ def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
     """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
     small = copied(model)
-    entries = layers_after(sizes, groups, kept)
+    shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
     for name, entry in entries.items():
         resize_(small, name, entry)
+    tie_(small, shared)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: tensor for name, tensor in tensors if not is_removed(name, entries)}
     assign_state_(small, select(groups, kept, state, sizes), strict=False)
@@ -230,16 +249,20 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
     if spent:
         entry[SPENT] = spent
         entry[TENSORS] = {name: shape for name, shape in entry.get(TENSORS, {}).items() if name not in spent}
+    if layer.separate:
+        entry[SEPARATE] = [value(size) for size in layer.separate]
     return entry
 
 
 def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a structure after a further cut; what was spent earlier stays so."""
+    """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
+        carried = (TOKENS,) if REMOVED in later[name] else (TOKENS, TABLE)
+        result[name] = {**{key: earlier[name][key] for key in carried if key in earlier[name]}, **later[name]}
         spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
         if spent and REMOVED not in later[name]:
-            result[name] = {**later[name], SPENT: spent}
+            result[name] = {**result[name], SPENT: spent}
     return without_removed(result)
 
 
@@ -259,11 +282,14 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     module = model.get_submodule(name)
     if REMOVED not in entry:
         resize_module_(module, entry)
-    elif not isinstance(module, Removed):
+        return
+    if not isinstance(module, Removed):
         parent, _, last = name.rpartition(".")
-        stand_in = Removed(module, *_checked_returns(name, entry[REMOVED]))
-        stand_in.__dict__[ENTRY] = dict(entry)
-        model.get_submodule(parent)._modules[last] = stand_in
+        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        model.get_submodule(parent)._modules[last] = module
+    # A removed block still selects the tokens for those after it.
+    adapt_tokens_(module, entry, next(model.parameters(), None))
+    module.__dict__[ENTRY] = dict(entry)
 
 
 def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
@@ -274,7 +300,12 @@ def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
     """
     if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
         form, results = returns
-        if isinstance(results, list) and results and all(map(_is_result, results)) and (form != "one" or len(results) == 1):
+        if (
+            isinstance(results, list)
+            and results
+            and all(map(_is_result, results))
+            and (form != "one" or len(results) == 1)
+        ):
             return form, results
     raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
 
@@ -310,8 +341,12 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             delattr(module, name)
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SPENT):
+        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE):
             _set_size(module, name, value)
+    if SEPARATE in entry:
+        heads, size, *parts = entry[SEPARATE]
+        if set(parts) != {size} or isinstance(module, SeparateLinear):
+            separate_(module, heads, parts)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
         if cls is None:
@@ -320,6 +355,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
+    adapt_tokens_(module, entry, next(module.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 
@@ -338,7 +374,9 @@ def _set_size(module: nn.Module, name: str, value: Any) -> None:
     items = list(old) if position else [old]
     index = int(position or 0)
     number = type(items[index])
-    if number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
+    if number is bool and value == 1:
+        value = True  # a switch of the host
+    elif number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
         raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
     items[index] = value
     setattr(module, attribute, tuple(items) if position else value)

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from slimming.core.formulas import Dim
+from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import Couplings, Group
 from slimming.models.traced.matching import Matcher
 
-FEWEST, MOST = 3, 12
+FEWEST, MOST = 4, 12
 """Fewest and most cuts. There are more than the fewest only while two dimensions are proportional in all of them."""
 
 Cut = Mapping[str, tuple[int, ...]]
@@ -35,10 +35,13 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
     whole = {group.name: group.size for group in groups if group.size <= max(group.limits.minimum, 1)}
     same = {group.name: min(group.name, group.limits.same_as) for group in groups if group.limits.same_as is not None}
     dims = [_of_changing_groups(dim, whole, same) for dim in dims]
+    heads = {group.site: Dim(groups=((group.name, 1),)) for group in groups if group.role == "head"}
+    head_dims = [group for group in groups if group.role in ("qk", "v") and group.site in heads]
+    ratios = [Ratio(total=Dim(groups=((group.name, 1),)), parts=heads[group.site]) for group in head_dims]
     branches = _branch_cuts([group.name for group in groups if group.role == "branch"], dice)
     cuts: list[Cut] = []
     while True:
-        matcher = Matcher(dims, counts, [group.name for group in groups if group.role == "branch"])
+        matcher = Matcher(dims, counts, [group.name for group in groups if group.role == "branch"], ratios)
         enough = len(cuts) >= max(FEWEST, len(branches))
         if (enough and not matcher.ambiguous) or len(cuts) == MOST:
             return cuts, matcher
@@ -69,7 +72,8 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
         start = dice.random()
         for number, group in enumerate(dice.sample(same, len(same))):
             size = min(group.limits.parts, default=group.size)
-            least = min(size, max(group.limits.minimum, 1, size // 4))
+            # Products of vectors of one element do not count as products of matrices. Heads of two have no other cut.
+            least = min(size, max(group.limits.minimum, 2 if group.limits.parts and size > 2 else 1, size // 4))
             if set(shares) == {1}:  # it was whole in all cuts so far
                 size = max(least, size - 1)
             # Steps of the golden ratio fill an interval evenly, however many there are.

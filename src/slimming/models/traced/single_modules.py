@@ -16,7 +16,9 @@ PART = "part"
 
 
 class SingleModule(nn.Module):
-    """A module as a model of its own.
+    """A module as a model of its own, which returns the first of its outputs.
+
+    Others, such as weights that are averaged over the heads, may not be used; a proof on the whole model shows it.
 
     Args:
         part: the module.
@@ -27,7 +29,10 @@ class SingleModule(nn.Module):
         self.part = part
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
+        out = self.part(*args, **kwargs)
+        while isinstance(out, (tuple, list)):
+            out = out[0]
+        return out
 
 
 def first_calls(model: nn.Module, names: Collection[str], forward: Pass) -> dict[str, Pass]:

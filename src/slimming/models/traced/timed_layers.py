@@ -1,8 +1,8 @@
 """Divide a traced model into timed layers, and make a module to time for each of them.
 
-A timed layer is one call of a layer, or of an attention module whose heads can be removed. Everything between them
-(additions, windows, reshapes) is one more timed layer without a module. Its time is what the whole model takes beyond
-the sum of the others, and it is proportional to the number of elements of the layers' outputs.
+A timed layer is one call of a layer, or of an attention module whose heads or dimensions can be removed. Everything
+between them (additions, windows, reshapes) is one more timed layer without a module. Its time is what the whole model
+takes beyond the sum of the others, and it is proportional to the number of elements of the layers' outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from slimming.core.copies import copied
 from slimming.core.example_inputs import ExampleCall
-from slimming.core.formulas import Dim
+from slimming.core.formulas import Dim, Ratio
 from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import TimedModule
@@ -100,20 +100,23 @@ def timed_layers(
         layers: module -> its sizes as functions of the groups.
     """
     full = {group.name: group.size for group in groups}
-    heads = {group.site: group for group in groups if group.kind == "head"}
+    inside = {group.site: ("heads", group) for group in groups if group.kind == "head"}
+    # Where dimensions go, heads of fewer dimensions take the place of fewer heads.
+    inside |= {group.site: ("dims", group) for group in groups if group.role == "v"}
     result: list[TimedLayer] = []
     elements = Dim()
     channels: Dim | None = None
     for number, call in enumerate(recorded):
         module = model.get_submodule(call.name)
         shape = "x".join(map(str, call.x.shape))
-        if call.name in heads:
-            axes: dict[str, Dim] = {"heads": Dim(groups=((heads[call.name].name, 1),)), **_widths(call.name, groups)}
+        if call.name in inside:
+            axis, units = inside[call.name]
+            axes: dict[str, Dim] = {axis: Dim(groups=((units.name, 1),)), **_widths(call.name, groups)}
             like, channels = f"{type(module).__name__} {_digest(module)} on {shape}", None
         else:
             axes, channels = _axes(module, layers.get(call.name), channels, full, call.x.shape)
             like = f"{type(module).__name__}({module.extra_repr()}) on {shape}"
-        kind = "attention" if call.name in heads else "layer"
+        kind = "attention" if call.name in inside else "layer"
         result.append(TimedLayer(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
         dim = Dim(fixed=1) if channels is None else channels
         elements += _times(dim, call.elements // dim.value(full))
@@ -182,11 +185,12 @@ def timed_module(
         full: group -> its number of units.
     """
     axes = dict(layer.axes)
+    counts = _counts(call.name, axes, sizes, full)
     small = copied(model.get_submodule(call.name))
     for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
-            resize_module_(module, entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, full)))
+            resize_module_(module, entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, counts)))
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     tensor.data.fill_(0.02)  # uninitialised memory may hold denormal numbers, which are slow
@@ -250,12 +254,27 @@ def _recorded_calls(model: nn.Module, example: ExampleCall, attention: Collectio
     return result
 
 
-def _value(dim: Dim, axes: Mapping[str, Dim], sizes: Mapping[str, int], full: Mapping[str, int]) -> int:
-    """A dimension at ``sizes``: proportional to the axis of the same groups; full size if there is none."""
+def _counts(site: str, axes: Mapping[str, Dim], sizes: Mapping[str, int], full: Mapping[str, int]) -> dict[str, int]:
+    """The number of units of every group, with heads of one size that have ``sizes["dims"]`` V dimensions in all."""
+    counts = dict(full)
+    if "dims" in axes:
+        values, queries = axes["dims"].groups[0][0], f"{site}.qk"
+        heads = full.get(f"{site}.heads", 1)
+        each = max(1, round(sizes["dims"] / heads))
+        counts[values] = each * heads
+        if queries in full:
+            counts[queries] = max(1, round(each * full[queries] / full[values])) * heads
+    return counts
+
+
+def _value(
+    dim: Dim | Ratio, axes: Mapping[str, Dim], sizes: Mapping[str, int], counts: Mapping[str, int]
+) -> int | float:
+    """A dimension at ``sizes``: proportional to the axis of the same groups, or else that of ``counts`` units."""
     for name, axis in axes.items():
-        if _group_names(dim) == _group_names(axis):
+        if isinstance(dim, Dim) and name != "dims" and _group_names(dim) == _group_names(axis):
             return dim.fixed + dim.groups[0][1] * (sizes[name] - axis.fixed) // axis.groups[0][1]
-    return dim.value(full)
+    return dim.value(counts)
 
 
 def _input_channels(

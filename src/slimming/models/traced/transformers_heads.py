@@ -21,6 +21,12 @@ _LAYOUTS = (
     Heads(inputs=_PROJECTED, output="o_proj"),
     Heads(inputs=_PROJECTED, output="out_proj"),
     Heads(inputs={"query": 1, "key": 1, "value": 1}, output="proj"),
+    # Deformable attention divides its own d_model by the number of heads, so that d_model is a multiple of it.
+    Heads(
+        inputs={"sampling_offsets": 1, "attention_weights": 1, "value_proj": 1},
+        output="output_proj",
+        sizes=("d_model",),
+    ),
     *(
         Heads(inputs={f"{inner}.{path}": 1 for path in ("query", "key", "value")}, output="output.dense")
         for inner in ("attention", "self")
@@ -47,7 +53,7 @@ def _completed(module: nn.Module, layout: Heads) -> Heads:
         tied=tuple(f"{prefix}{path}" for path in _REDUCTIONS),
         per_head={f"{prefix}{path}": 1 for path in _BIASES},
         count=f"{prefix}{counts[0]}" if counts else rows // size if size else 1,
-        sizes=(f"{prefix}all_head_size",),
+        sizes=(*layout.sizes, f"{prefix}all_head_size"),
         free_heads=has_free_heads(module) or free_heads_class(type(module)) is not None,
     )
     key_heads = getattr(owner, "num_key_value_heads", None)

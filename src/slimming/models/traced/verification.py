@@ -7,7 +7,9 @@ copies must give the same output. A group that fails is left out and reported.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimming.core.example_inputs import ExampleCall, tensors_in
 from slimming.core.groups import Couplings, Group, Mask, Scale, Slices
 from slimming.core.modules import MODEL_ERRORS, in_mode
+from slimming.errors import UnsupportedModelError
 from slimming.models.family import zero_slices_
 from slimming.models.masked_norms import mask_norms
+from slimming.models.token_masks import kept_rows, last_sites, mask_removed, present_positions
 
 TOLERANCE = 1e-9
 """Largest difference of outputs in float64, relative to the largest output."""
@@ -110,6 +114,8 @@ class _KeepFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.float and not args[0].is_floating_point():
+            return args[0].to(torch.get_default_dtype())
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
@@ -122,6 +128,17 @@ def _as_float64(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors that the forward creates without a dtype, such as the weights of a loss, ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output in the mode that it is in.
 
@@ -129,8 +146,9 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         model: the model.
         example: an `ExampleCall`, or what `ExampleCall.of` takes.
     """
-    with _KeepFloat64():
-        result = ExampleCall.of(example).run(model)
+    call = ExampleCall.of(example)
+    with _KeepFloat64(), _default_dtype(call.main.dtype):
+        result = call.run(model)
     return [leaf for leaf in tensors_in(result) if leaf.is_floating_point()]
 
 
@@ -206,7 +224,11 @@ def _difference(
     if not any(tensor.numel() for result in results for tensor in result):
         return "the model returns nothing for the random image that cut and masked are compared on"
     for forward, result in zip(passes, results, strict=True):
-        reason = output_difference(masked_outputs(model, groups, kept, forward), result)
+        try:
+            masked = masked_outputs(model, groups, kept, forward)
+        except UnsupportedModelError as error:
+            return str(error)
+        reason = output_difference(masked, result, sequences_left(groups, kept))
         if reason is not None:
             return f"{reason} in training mode" if forward.training else reason
     return None
@@ -219,10 +241,10 @@ def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) 
     named in ``removed`` lose all units.
     """
     rng = random.Random(seed)
-    masks: dict[str, Mask] = {}
+    masks = _some_tokens(groups, rng)
     for group in groups:
-        if group.role == "qkv":
-            continue  # it follows from QK and V
+        if group.role == "qkv" or group.token is not None:
+            continue  # a coupled group follows from QK and V
         units: list[int] = []
         start = 0
         for size in group.limits.parts or (group.size,):
@@ -236,13 +258,29 @@ def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) 
     return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()}
 
 
+def _some_tokens(groups: Sequence[Group], rng: random.Random) -> dict[str, Mask]:
+    """Masks of the token groups: about half the tokens are left in the last block, and more in earlier ones."""
+    masks: dict[str, Mask] = {}
+    left: dict[str, set[int]] = {}
+    blocks = Counter(group.token.sequence for group in groups if group.token is not None)
+    for group in groups:
+        if group.token is None:
+            continue
+        positions, sequence = group.token.positions, group.token.sequence
+        present = left.get(sequence, set(positions)) & set(positions)
+        step = max(1, len(positions) // (2 * blocks[sequence]))
+        left[sequence] = present - set(rng.sample(sorted(present), min(step, max(0, len(present) - 1))))
+        masks[group.name] = np.isin(positions, sorted(left[sequence]))
+    return masks
+
+
 def masked_outputs(
     model: nn.Module, groups: Sequence[Group], kept: dict[str, tuple[int, ...]], forward: Pass
 ) -> list[Tensor]:
     """The outputs while the slices that consume removed units are 0; the model is restored afterwards."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    saved: dict[str, Tensor] = {}
-    undo: list[Callable[[], None]] = []
+    saved: dict[Tensor, Tensor] = {}  # a parameter may have several names
+    undo, masked = mask_removed(model, groups, kept)
     for group in groups:
         if group.role == "qkv" or (not kept[group.name] and group.role != "branch"):
             continue  # its units are those of QK and V, or all of them are in a removed branch
@@ -251,15 +289,18 @@ def masked_outputs(
         for part in _zeroed(group):
             if removed and part.tensor in tensors:
                 tensor = tensors[part.tensor]
-                saved.setdefault(part.tensor, tensor.detach().clone())
+                saved.setdefault(tensor, tensor.detach().clone())
                 zero_slices_(tensor.data, part, removed)
     try:
-        return forward.outputs(model)
+        results = forward.outputs(model)
+        if not all(any(was_masked() for was_masked in blocks) for blocks in masked.values()):
+            raise UnsupportedModelError("no block has a softmax over the tokens, by which removed ones could be masked")
+        return results
     finally:
         for restore in undo:
             restore()
-        for name, tensor in saved.items():
-            tensors[name].data.copy_(tensor)
+        for tensor, value in saved.items():
+            tensor.data.copy_(value)
 
 
 def _zeroed(group: Group) -> Sequence[Slices | Scale]:
@@ -269,11 +310,40 @@ def _zeroed(group: Group) -> Sequence[Slices | Scale]:
     return [part for part in group.slices if part.side in ("consumes", "query")]
 
 
-def output_difference(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str | None:
-    """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal."""
+def sequences_left(groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> dict[tuple[int, int], list[int]]:
+    """(tokens of a sequence, tokens left of it) -> the places of those left, for the sequences that lose tokens."""
+    present = present_positions(groups, kept)
+    result: dict[tuple[int, int], list[int]] = {}
+    for group in last_sites(groups).values():
+        places = kept_rows(group, present[group.name])
+        site = group.token
+        assert site is not None
+        result[site.prefix + len(site.positions) + site.suffix, len(places)] = places
+    return result
+
+
+def left_of(expected: Tensor, actual: Tensor, sequences: Mapping[tuple[int, int], list[int]]) -> Tensor:
+    """A returned sequence (B, N, D) without the tokens that are missing in ``actual``; other outputs as they are."""
+    if expected.dim() != 3 or actual.dim() != 3 or expected.shape == actual.shape:
+        return expected
+    places = sequences.get((expected.shape[1], actual.shape[1]))
+    return expected if places is None else expected[:, places]
+
+
+def output_difference(
+    masked: Sequence[Tensor], cut: Sequence[Tensor], sequences: Mapping[tuple[int, int], list[int]] | None = None
+) -> str | None:
+    """How the outputs of a masked and a cut model differ, relative to the largest value; None if they are equal.
+
+    Args:
+        masked: outputs of the masked model.
+        cut: outputs of the cut model.
+        sequences: see `sequences_left`.
+    """
     if len(masked) != len(cut):
         return "the cut model returns another number of tensors"
     for expected, actual in zip(masked, cut, strict=True):
+        expected = left_of(expected, actual, sequences or {})
         if expected.shape != actual.shape:
             return "they are outputs of the model"
         if not expected.numel():

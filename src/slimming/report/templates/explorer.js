@@ -183,9 +183,9 @@ function writeTable(side) {
 
 // The measured budgets next to the plan, below and above: what is known of its accuracy.
 function neighbours(side) {
-  const { macs } = stepOf(side), known = runOf(side).measured.filter((one) => one.top1 !== null).sort((a, b) => a.macs - b.macs);
+  const { macs } = stepOf(side), known = runOf(side).measured.filter((one) => one.quality !== null).sort((a, b) => a.macs - b.macs);
   const found = [known.filter((one) => one.macs <= macs).pop(), known.find((one) => one.macs > macs)].filter(Boolean);
-  return found.map((one) => `${one.label} ${percent(one.top1)}`).join(" · ") || "not measured yet";
+  return found.map((one) => `${one.label} ${one.quality}`).join(" · ") || "not measured yet";
 }
 
 function writeNumbers() {
@@ -199,7 +199,7 @@ function writeNumbers() {
   })));
   byId("numbers").replaceChildren(...costs,
     row("Score kept", sides.map((side) => node("td", {}, percent(stepOf(side).score, 2)))),
-    row("Measured beside it, top-1", sides.map((side) => node("td", { class: "near" }, neighbours(side)))));
+    row(`Measured beside it, ${runOf(sides[0]).metric}`, sides.map((side) => node("td", { class: "near" }, neighbours(side)))));
   const devices = [...new Set(sides.map((side) => runOf(side).latency).filter(Boolean))];
   byId("frontier-note").textContent = devices.length ? `Times are predicted by a latency table: ${devices.join("; ")}.` : "";
 }
