@@ -228,6 +228,7 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             mask = self[group.name]
             is_kept = torch.zeros(group.size, dtype=torch.bool, device=mask.device)
             is_kept[list(kept[group.name])] = True
+            self._widen_norms += mask_norms(self.model, group, kept[group.name])
             if group.name in self._norms:
                 self._silence_(group, [unit for unit in range(group.size) if not is_kept[unit]])
                 continue
@@ -235,8 +236,6 @@ class SoftMasks(Mapping[str, nn.Parameter]):
             if group.token is not None or not plan.fold:
                 mask[is_kept] = unmasked
             mask[~is_kept] = 0.0
-            if group.norms:
-                self._widen_norms += mask_norms(self.model, group, kept[group.name])
 
     def _silence_(self, group: Group, units: Sequence[int]) -> None:
         """Set the weights that read ``units`` to 0: a scale of 0 alone would leave the shift of the norm."""

@@ -143,15 +143,19 @@ def feeds_layers(group: Group) -> bool:
     This is False for features of the embedding, because norms lie between them and the layers that read them; for a
     whole attention or MLP; and for coupled dimensions, which also belong to the groups of QK and V.
     """
-    return not group.norms and group.role not in ("branch", "qkv")
+    return group.kind != "width" and group.role not in ("branch", "qkv")
 
 
 def layers_reading(model: nn.Module, group: Group) -> list[Slices]:
-    """The slices of ``group`` in weights of layers whose inputs have a covariance: Linears and convolutions."""
+    """The slices of ``group`` in weights of layers whose inputs have a covariance: Linears and convolutions.
+
+    Layers that standardise their weights are left out, because they compute with other weights than they hold.
+    """
     return [
         part
         for part in group.slices
         if part.side == "consumes" and part.dim == 1 and part.tensor.endswith(".weight")
+        and part.tensor.rpartition(".")[0] not in group.norms
         and reads_all(layer := model.get_submodule(part.tensor.rpartition(".")[0]))
         and layer.get_parameter("weight").shape[1] <= MAX_COVARIANCE_INPUTS
     ]  # fmt: skip

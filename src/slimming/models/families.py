@@ -42,10 +42,21 @@ def family_of(model: nn.Module) -> Family:
     """The family that reads ``model``: the first one that supports it; the last one supports every model.
 
     Raises:
-        UnsupportedModelError: ``model`` is a wrapper around a model.
+        UnsupportedModelError: ``model`` is a wrapper around a model, has a compiled part, or has adapters of peft.
     """
     if (inner := WRAPPERS.get(type(model).__name__)) in model._modules:
         raise UnsupportedModelError(f"This is a {type(model).__name__} around a model: give its attribute {inner}.")
+    compiled = next((name for name, part in model.named_modules() if type(part).__name__ == "OptimizedModule"), None)
+    if compiled is not None:
+        raise UnsupportedModelError(
+            f"{compiled} is compiled, which keeps the sizes of its layers: put its attribute _orig_mod in its place, "
+            "and compile the slim model."
+        )
+    if type(model).__module__.startswith("peft."):
+        raise UnsupportedModelError(
+            f"This is a {type(model).__name__}, whose adapters belong to the sizes of the dense model: merge them into "
+            "the model with merge_and_unload(), and give the model that this returns."
+        )
     return next(family for family in all_families().values() if family.reads(model))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ from slimming.models.activations import (
 )
 from slimming.models.decisions import SameDecisions
 from slimming.models.family import Kept, shared_parameters, zero_slices_
+from slimming.models.masked_norms import mask_norms
 from slimming.models.prunable import PrunableModel, read
 from slimming.pruning.resize import cut_
 from slimming.training.distributed import agreed
@@ -93,11 +95,30 @@ def compensate_(prunable: PrunableModel, kept: Kept, images: Sequence[Any]) -> N
         return
     dense = copied(model).eval()
     _silence_(model, anatomy, kept, removed_inputs)
-    with in_evaluation(model):
-        for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), TOGETHER):
+    normed = _normed_groups(model, anatomy, kept, removed_inputs)
+    # The statistics of a norm change what the layer after it reads, and this layer is refitted to it at once.
+    most = 1 if normed else TOGETHER
+    with in_evaluation(model), ExitStack() as masked:
+        for part in in_parts(removed_inputs, lambda name: _gigabytes(model.get_submodule(name)), most):
+            for group in (group for name in ("", *part) for group in normed.pop(name, ())):
+                for remove in mask_norms(model, group, kept[group.name]):
+                    masked.callback(remove)
             kept_inputs = {name: _kept_inputs(removed_inputs[name], model.get_submodule(name)) for name in part}
             for name, moments in _gather_moments(dense, model, kept_inputs, images).items():
                 refit_(model.get_submodule(name), moments, kept_inputs[name], removed_inputs[name])
+
+
+def _normed_groups(model: nn.Module, anatomy: Anatomy, kept: Kept, refitted: Collection[str]) -> dict[str, list[Group]]:
+    """The groups that lose units and over which norms take statistics, by the first layer that is refitted for them.
+
+    The key is empty if there is no such layer.
+    """
+    result: dict[str, list[Group]] = {}
+    for group, _ in _removed_units(anatomy, kept):
+        if group.norms:
+            names = (slices.tensor.rpartition(".")[0] for slices in layers_reading(model, group))
+            result.setdefault(next((name for name in names if name in refitted), ""), []).append(group)
+    return result
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:

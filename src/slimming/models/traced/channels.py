@@ -4,8 +4,9 @@ A unit is a channel with everything that produces it (rows of convolutions and L
 everything that consumes it (columns of convolutions and Linears). Setting the columns to 0 is equivalent to removal,
 regardless of the operations in between: activations, pooling, squeeze-and-excitation, depthwise convolutions.
 
-Channels that a LayerNorm or attention reads are features of a residual stream: the embedding width, which is one group
-per stage in hierarchical models. After a cut, the norms compute their statistics over the kept features.
+Channels that a norm over all channels or attention reads are features of a residual stream if several layers add to
+them: the embedding width, which is one group per stage in hierarchical models. After a cut, norms take their statistics
+over what stays, and so do layers that standardise their weights over their input channels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from slimming.core.groups import Group, Scale, Slices
 from slimming.errors import UnsupportedModelError
 from slimming.models.traced.dependency_graph import Coupled, Member, coupled_channels, with_batch_norms
+from slimming.models.traced.normalisers import Normaliser, NormLayers, further_rows
 from slimming.models.traced.verification import Pass
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -60,7 +62,9 @@ class ChannelSet:
         only_linear: whether there is no convolution among the layers.
         reason: why the channels cannot be cut, if so.
         grouped: names of the grouped convolutions.
-        norms: names of the LayerNorms.
+        norms: names of the norms over all channels.
+        standardised: names of the layers that standardise their weights over these channels.
+        makers: names of the layers that make the channels, without grouped convolutions.
         has_opaque: whether the channels are inputs or outputs of an opaque module.
     """
 
@@ -70,12 +74,18 @@ class ChannelSet:
     reason: str | None = None
     grouped: set[str] = field(default_factory=set)
     norms: set[str] = field(default_factory=set)
+    standardised: set[str] = field(default_factory=set)
+    makers: set[str] = field(default_factory=set)
     has_opaque: bool = False
 
     @property
     def is_width(self) -> bool:
-        """Whether the channels are features of a residual stream."""
-        return bool(self.norms) or self.has_opaque
+        """Whether the channels are features of a residual stream, to which layers of several modules add.
+
+        Channels that a norm reads, and that the layers of one module make, such as an MLP with a gate, are hidden.
+        """
+        parents = {name.rpartition(".")[0] for name in self.makers}
+        return self.has_opaque or (bool(self.norms) and len(self.makers) > 1 and (len(parents) > 1 or "" in parents))
 
     def add(self, tensor: str, dim: int, side: str, pairs: Iterable[tuple[int, int]]) -> None:
         """Add the ``pairs`` of root channel and index for one dimension of a tensor."""
@@ -89,6 +99,7 @@ def channel_groups(
     passes: Sequence[Pass],
     claimed: Mapping[str, str],
     opaque: Mapping[str, OpaqueSlices],
+    norm_layers: NormLayers,
     report: Callable[[str], None] = lambda layer: None,
 ) -> tuple[list[Group], list[str]]:
     """Read the coupled channels of ``model``.
@@ -98,6 +109,7 @@ def channel_groups(
         passes: the forward passes to trace.
         claimed: names of modules that are not traced inside -> why the channels that pass through them are not cut.
         opaque: those of them whose input and output channels are known.
+        norm_layers: the layers that take statistics over channels.
         report: called with the name of each layer whose channels are followed.
 
     Returns:
@@ -105,12 +117,12 @@ def channel_groups(
     """
     model = with_batch_norms(model)
     try:
-        coupled = coupled_channels(model, passes, claimed, report=report)
+        coupled = coupled_channels(model, passes, claimed, norm_layers.normalisers, report=report)
     except UnsupportedModelError as error:
         return [], [f"channels: {error}"]
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(parameter): name for name, parameter in model.named_parameters()}
-    sets = _with_grouped_joined([_channel_set(each, names, claimed, opaque, model) for each in coupled])
+    sets = _with_grouped_joined([_channel_set(each, names, claimed, opaque, norm_layers, model) for each in coupled])
     groups: dict[str, Group] = {}
     reasons: dict[str, int] = {}
     for channels in sets:
@@ -130,6 +142,7 @@ def _channel_set(
     names: Mapping[int, str],
     claimed: Mapping[str, str],
     opaque: Mapping[str, OpaqueSlices],
+    norm_layers: NormLayers,
     model: nn.Module,
 ) -> ChannelSet:
     channels = ChannelSet(names.get(id(coupled.members[0].module), "?"))
@@ -151,7 +164,7 @@ def _channel_set(
             if name in opaque:
                 _add_opaque(channels, opaque[name], member.is_output, pairs)
             else:
-                _add_layer(channels, name, member, pairs)
+                _add_layer(channels, name, member, pairs, norm_layers)
     return channels
 
 
@@ -166,10 +179,14 @@ def _add_opaque(channels: ChannelSet, slices: OpaqueSlices, is_output: bool, pai
     channels.norms.update(slices.norms)
 
 
-def _add_layer(channels: ChannelSet, name: str, member: Member, pairs: list[tuple[int, int]]) -> None:
+def _add_layer(
+    channels: ChannelSet, name: str, member: Member, pairs: list[tuple[int, int]], norm_layers: NormLayers
+) -> None:
     module = member.module
     if isinstance(module, nn.Parameter):
         channels.add(name, int(member.dim), "produces", pairs)
+    elif name in norm_layers.normalisers:
+        _add_normaliser(channels, name, norm_layers.normalisers[name], pairs)
     elif isinstance(module, CONV) and module.groups > 1:
         channels.only_linear = False
         _add_grouped(channels, name, module, member.is_output, pairs)
@@ -179,6 +196,10 @@ def _add_layer(channels: ChannelSet, name: str, member: Member, pairs: list[tupl
     elif isinstance(module, (nn.Linear, *CONV)):
         channels.only_linear &= isinstance(module, nn.Linear)
         _add_weighted(channels, name, module, member.is_output, pairs)
+        if member.is_output:
+            channels.makers.add(name)
+        elif name in norm_layers.standardised:
+            channels.standardised.add(name)
     elif isinstance(module, BATCH_NORM) or (isinstance(module, nn.LayerNorm) and module.weight is not None):
         if isinstance(module, nn.LayerNorm):
             channels.norms.add(name)
@@ -191,6 +212,15 @@ def _add_layer(channels: ChannelSet, name: str, member: Member, pairs: list[tupl
             channels.add(f"{name}.weight", 0, "produces", pairs)
     else:
         channels.reason = channels.reason or f"a {type(module).__name__} mixes them"
+
+
+def _add_normaliser(channels: ChannelSet, name: str, normaliser: Normaliser, pairs: list[tuple[int, int]]) -> None:
+    """Add a normaliser. Channels that share statistics with few others are removed together with them."""
+    if normaliser.over_all:
+        channels.norms.add(name)
+    together = [(root, each) for root, index in pairs for each in normaliser.removed_with(index)]
+    for tensor, dim in normaliser.tensors.items():
+        channels.add(f"{name}.{tensor}", dim, "produces", together)
 
 
 def _claim(name: str, claimed: Mapping[str, str]) -> str | None:
@@ -222,6 +252,8 @@ def _join(first: ChannelSet, second: ChannelSet) -> ChannelSet:
     first.reason = first.reason or second.reason
     first.grouped |= second.grouped
     first.norms |= second.norms
+    first.standardised |= second.standardised
+    first.makers |= second.makers
     first.has_opaque |= second.has_opaque
     return first
 
@@ -247,6 +279,8 @@ def _add_weighted(
     channels.add(f"{name}.weight", dims[0], "produces", pairs)
     if module.bias is not None:
         channels.add(f"{name}.bias", 0, "produces", pairs)
+    for tensor, _ in further_rows(module, len(module.weight)):
+        channels.add(f"{name}.{tensor}", 0, "produces", pairs)
 
 
 def _add_grouped(channels: ChannelSet, name: str, module: Any, is_output: bool, pairs: list[tuple[int, int]]) -> None:
@@ -259,6 +293,8 @@ def _add_grouped(channels: ChannelSet, name: str, module: Any, is_output: bool, 
     channels.add(f"{name}.weight", 0, "produces", row_pairs)
     if module.bias is not None:
         channels.add(f"{name}.bias", 0, "produces", row_pairs)
+    for tensor, _ in further_rows(module, len(module.weight)):
+        channels.add(f"{name}.{tensor}", 0, "produces", row_pairs)
 
 
 def _repeat_(channels: ChannelSet, model: nn.Module) -> None:
@@ -302,7 +338,7 @@ def group_from(channels: ChannelSet, model: nn.Module) -> Group | str:
         role=kind,
         slices=tuple(slices),
         scales=tuple(Scale(tensor=part.tensor, dim=part.dim, index=part.index) for part in consumed),
-        norms=tuple(sorted(channels.norms)),
+        norms=tuple(sorted(channels.norms | channels.standardised)),
     )
 
 

@@ -68,6 +68,7 @@ def coupled_channels(
     model: nn.Module,
     passes: Sequence[Pass],
     opaque_names: Iterable[str],
+    normaliser_names: Iterable[str] = (),
     *,
     report: Callable[[str], None] = lambda layer: None,
 ) -> list[Coupled]:
@@ -77,12 +78,13 @@ def coupled_channels(
         model: on the CPU, with parameters that require gradients; see `with_batch_norms`.
         passes: the forward passes to trace; the sets hold for all of them together.
         opaque_names: names of modules that are not traced inside.
+        normaliser_names: names of modules with the same channels at their input and output, not traced inside either.
         report: called with the name of each layer that is followed.
 
     Raises:
         UnsupportedModelError: torch-pruning cannot trace the model.
     """
-    trace = functools.partial(_trace, model, passes, opaque_names, report)
+    trace = functools.partial(_trace, model, passes, opaque_names, normaliser_names, report)
     try:
         try:
             return trace()
@@ -136,8 +138,19 @@ class _OpaquePruner:
     get_out_channel_groups = get_in_channel_groups
 
 
+class _NormaliserPruner(_OpaquePruner):
+    """torch-pruning's interface to an opaque module with the same channels at its input and output."""
+
+    # torch-pruning takes input and output for the same channels if they have one function.
+    prune_in_channels = _OpaquePruner.prune_out_channels
+
+
 def _trace(
-    model: nn.Module, passes: Sequence[Pass], opaque_names: Iterable[str], report: Callable[[str], None]
+    model: nn.Module,
+    passes: Sequence[Pass],
+    opaque_names: Iterable[str],
+    normaliser_names: Iterable[str],
+    report: Callable[[str], None],
 ) -> list[Coupled]:
     """The coupled sets of channels.
 
@@ -149,13 +162,20 @@ def _trace(
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with opaque(model, opaque_names) as opaque_classes, in_mode(model, False), _call_log(model) as calls:
+        with (
+            opaque(model, opaque_names) as opaque_classes,
+            opaque(model, normaliser_names) as normaliser_classes,
+            in_mode(model, False),
+            _call_log(model) as calls,
+        ):
+            pruners = {cls: _OpaquePruner() for cls in opaque_classes}
+            pruners |= {cls: _NormaliserPruner() for cls in normaliser_classes}
             graph = torch_pruning.DependencyGraph()
             graph.build_dependency(
                 model,
                 example_inputs=(),
                 forward_fn=lambda model, _: calls.with_unread(_differentiable_outputs(model, passes)),
-                customized_pruners={cls: _OpaquePruner() for cls in opaque_classes},  # pyright: ignore
+                customized_pruners=pruners,  # pyright: ignore
                 verbose=False,
             )
             index_mapping.update_index_mapping(graph)  # with the sizes of concatenations that the first pass found

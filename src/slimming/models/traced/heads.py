@@ -220,12 +220,13 @@ def columns(module: nn.Module, path: str) -> list[tuple[str, int]]:
 
     Args:
         module: the attention module.
-        path: path of a layer, of a block whose first layer reads the input, or of a tensor.
+        path: path of a layer, of a block whose first layer reads the input, or of a tensor; a range of its rows is
+            ignored.
     """
+    path, _ = _split_range(path)
     span = weight_span(module, path)
     if span is not None:
         return [(span.tensor, span.length)]
-    path, _ = _split_range(path)
     return [(path, tensor.shape[1]) for tensor in _tensors(module, path) if tensor.dim() > 1]
 
 

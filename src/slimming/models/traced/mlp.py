@@ -7,11 +7,13 @@ block of the first layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from slimming.core.formulas import Dim
 from slimming.core.groups import Group, Scale, Slices
 from slimming.models.traced.heads import Attributes, block_index, innermost, row_spans, unit_attributes, weight_span
 
@@ -25,13 +27,19 @@ class Hidden:
     Attributes:
         inputs: path of a layer or tensor -> number of equal blocks of its rows.
         output: path of the layer whose columns read the hidden units.
+        norms: paths of LayerNorms over the hidden units, which take their statistics over what stays.
         sizes: paths of attributes that are a multiple of the number of hidden units.
+        sums: paths of attributes that count the hidden units of several rows of one module.
+        name: last part of the group's name.
         why_not: why hidden units cannot be removed; None if they can.
     """
 
     inputs: Mapping[str, int]
     output: str = "fc2"
+    norms: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    name: str = "hidden"
     why_not: str | None = None
 
     @property
@@ -40,8 +48,8 @@ class Hidden:
         return innermost((*self.inputs, self.output))
 
 
-HiddenRow = Hidden | Callable[[nn.Module], Hidden]
-"""A row of a table, or a function that gives the row for a module."""
+HiddenRow = Hidden | Callable[[nn.Module], Hidden | tuple[Hidden, ...]]
+"""A row of a table, or a function that gives the rows for a module."""
 
 
 def hidden_group(name: str, module: nn.Module, row: Hidden) -> tuple[Group, Attributes] | str:
@@ -58,13 +66,39 @@ def hidden_group(name: str, module: nn.Module, row: Hidden) -> tuple[Group, Attr
                 return f"{path} has {span.length} rows for {size} hidden units"
             index = span.shifted(block_index(span.length, blocks, size))
             slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="produces"))
+    norms = [path for path in row.norms if isinstance(module.get_submodule(path), nn.LayerNorm)]
+    for path in norms:
+        for span in row_spans(module, path):
+            index = block_index(size, 1, size)
+            slices.append(Slices(tensor=f"{name}.{span.tensor}", dim=0, index=index, side="produces"))
     group = Group(
-        name=f"{name}.hidden",
+        name=f"{name}.{row.name}",
         kind="mlp",
         size=size,
         site=name,
         role="mlp",
         slices=tuple(slices),
         scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
+        norms=tuple(f"{name}.{path}" for path in norms),
     )
-    return group, unit_attributes(group, name, module, row.sizes)
+    attributes = unit_attributes(group, name, module, row.sizes)
+    for path, own in unit_attributes(group, name, module, row.sums).items():
+        for attribute in own:
+            attributes.setdefault(path, {})[attribute] = Dim(groups=((group.name, 1),))
+    return group, attributes
+
+
+def among(model: nn.Module, attributes: Attributes, groups: Iterable[Group]) -> Attributes:
+    """``attributes`` as functions of ``groups`` only; other groups keep all of their units."""
+    sizes = {group.name: group.size for group in groups}
+    result: Attributes = {}
+    for path, own in attributes.items():
+        for name, dim in own.items():
+            present = tuple((group, weight) for group, weight in dim.groups if group in sizes)
+            if present:
+                attribute, _, position = name.rstrip("]").partition("[")
+                value: Any = getattr(model.get_submodule(path), attribute)
+                whole = int(value[int(position)] if position else value)
+                fixed = whole - sum(weight * sizes[group] for group, weight in present)
+                result.setdefault(path, {})[name] = Dim(fixed=fixed, groups=present)
+    return result

@@ -27,10 +27,12 @@ from slimming.models.traced.detectors import enlarges_images, small_images
 from slimming.models.traced.fixed import check_resizable, computed_weights
 from slimming.models.traced.head_dims import read_head_dims
 from slimming.models.traced.inferred_heads import infer_heads
+from slimming.models.traced.mlp import among
+from slimming.models.traced.normalisers import norm_layers, normaliser_attributes
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
 from slimming.models.traced.residuals import Flow
-from slimming.models.traced.resize import cut_copy, layer_sizes
+from slimming.models.traced.resize import cut_copy, layer_sizes, tensor_dims
 from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
 from slimming.models.traced.tied import joined_groups
 from slimming.models.traced.timed_layers import calls, timed_layers
@@ -76,7 +78,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         progress.step("looking for attention")
         flow = Flow()
         inferred = infer_heads(model, passes[0], flow.watching(model))
-        computed, hidden = computed_weights(model), read_hidden(model)
+        computed, hidden, norms = computed_weights(model), read_hidden(model), norm_layers(model)
         heads = read_heads(model, inferred.rows, inferred.unread)
         dims = read_head_dims(model, heads.rows, passes[0])
         claimed = {**hidden.claimed, **heads.claimed, **computed}
@@ -85,6 +87,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
             distinct(passes, courses),
             claimed,
             opaque_slices(model),
+            norms,
             lambda layer: progress.step(f"following the channels of {layer}"),
         )
     channels = _apart_from(channels, [group for group in heads.groups if group.site in inferred.rows])
@@ -100,12 +103,15 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     groups, parametrized = _without_computed(groups, computed)
     groups, unrun_modules = withheld(model, groups, found)
     uncovered += [*tied, *parametrized, *unrun_modules]
-    attributes = [heads.attributes, hidden.attributes, {"": _width_attributes(model, groups)}, *dims.attributes]
+    attributes = [heads.attributes, {"": _width_attributes(model, groups)}, *dims.attributes]
+    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
     def sizes_of(groups: Sequence[Group]) -> dict[str, LayerSizes]:
         rewritten = heads.free_heads | dims.free_heads
         units = [group for group in groups if group.role != "branch"]
-        sizes = layer_sizes(model, units, attributes, rewritten, dims.head_scales, dims.separate)
+        counted = normaliser_attributes(norms.normalisers, tensor_dims(units, shapes))
+        of_units = [among(model, hidden.attributes, units), counted, *attributes]
+        sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 
     if not groups:

@@ -84,17 +84,17 @@ def read_hidden(model: nn.Module) -> TableReading:
     """The hidden units of every MLP that shares a layer with other units."""
     reading = TableReading()
     for name, module in model.named_modules():
-        row = hidden_of(module)
-        if row is None:
-            continue
-        reading.claimed[_join(name, row.inside)] = _BY_HIDDEN
-        found = hidden_group(name, module, row)
-        if isinstance(found, str):
-            reading.uncovered.append(f"{name} hidden units: {found}")
-        else:
+        for row in hidden_of(module):
+            reading.claimed[_join(name, row.inside)] = _BY_HIDDEN
+            found = hidden_group(name, module, row)
+            if isinstance(found, str):
+                reading.uncovered.append(f"{name} hidden units: {found}")
+                continue
             group, attributes = found
             reading.groups.append(group)
-            reading.attributes.update(attributes)
+            for path, own in attributes.items():
+                known = reading.attributes.setdefault(path, {})
+                known.update({key: known[key] + dim if key in known else dim for key, dim in own.items()})
     return reading
 
 
@@ -102,7 +102,7 @@ def opaque_slices(model: nn.Module) -> dict[str, OpaqueSlices]:
     """The tensors at the inputs and outputs of the modules in the tables, by the innermost module that holds them."""
     result: dict[str, OpaqueSlices] = {}
     for name, module in model.named_modules():
-        for row in (heads_of(module), hidden_of(module)):
+        for row in (heads_of(module), *hidden_of(module)[:1]):
             slices = None if row is None else _opaque_slices(name, module, row)
             if row is None or slices is None:
                 continue
@@ -120,7 +120,7 @@ def _opaque_slices(name: str, module: nn.Module, row: Heads | Hidden) -> OpaqueS
     """The tensors at the inputs and outputs of ``module``; None if its row does not give both."""
     apart, tied_paths = (row.other_inputs, row.tied) if isinstance(row, Heads) else ((), ())
     read = [column for path in row.inputs if path not in apart for column in columns(module, path)]
-    made = row_spans(module, row.output)
+    made = row_spans(module, row.output.partition("[")[0])  # a range is one of its columns
     if not read or not made:
         return None
     # A depthwise convolution has no dimension of its input channels.

@@ -28,8 +28,11 @@ def heads_of(module: nn.Module) -> Heads | None:
     return row if row is None or isinstance(row, Heads) else row(module)
 
 
-def hidden_of(module: nn.Module) -> Hidden | None:
-    """The row of the MLP ``module``; None if no table has one."""
+def hidden_of(module: nn.Module) -> tuple[Hidden, ...]:
+    """The rows of the MLP ``module``; empty if no table has one."""
     cls = type(module)
     row = TIMM_MLPS.get(f"{cls.__module__}.{cls.__qualname__}")
-    return row if row is None or isinstance(row, Hidden) else row(module)
+    if row is None:
+        return ()
+    rows = row if isinstance(row, Hidden) else row(module)
+    return (rows,) if isinstance(rows, Hidden) else rows

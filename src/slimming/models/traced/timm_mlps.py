@@ -9,16 +9,28 @@ from torch import nn
 from slimming.models.traced.mlp import Hidden, HiddenRow
 
 
-def _glu(module: Any) -> Hidden:
-    norm = None if isinstance(module.norm, nn.Identity) else "a norm over all hidden units mixes them"
-    return Hidden(inputs={"fc1": 2}, why_not=norm)
-
-
 def _gated(module: Any) -> Hidden:
-    gate = (
-        None if isinstance(module.gate, nn.Identity) else "its gate mixes them across tokens and normalises over them"
+    if isinstance(module.gate, nn.Identity):
+        return Hidden(inputs={"fc1": 1}, norms=("norm",))
+    # The gate mixes tokens, and multiplies one half of the units by the other.
+    return Hidden(inputs={"fc1": 2}, norms=("gate.norm", "norm"))
+
+
+def _gated_conv(module: Any) -> tuple[Hidden, Hidden]:
+    """MambaOut: each unit has a gate; the last ones pass a depthwise convolution, the first ones do not."""
+    hidden, plain, _ = module.split_indices
+    first = Hidden(
+        inputs={f"fc1[:{plain}]": 1, f"fc1[{hidden}:{hidden + plain}]": 1},
+        output=f"fc2[:{plain}]",
+        sums=("split_indices[0]", "split_indices[1]"),
     )
-    return Hidden(inputs={"fc1": 1}, why_not=gate)
+    second = Hidden(
+        inputs={f"fc1[{plain}:{hidden}]": 1, f"fc1[{hidden + plain}:]": 1, "conv": 1},
+        output=f"fc2[{plain}:]",
+        sums=("split_indices[0]", "split_indices[2]"),
+        name="channels",
+    )
+    return (first, second)
 
 
 def _parallel(module: Any) -> Hidden:
@@ -30,7 +42,8 @@ def _parallel(module: Any) -> Hidden:
 TIMM_MLPS: dict[str, HiddenRow] = {
     "timm.layers.attention_pool.AttentionPoolLatent": Hidden(inputs={"mlp.fc1": 1}, output="mlp.fc2"),
     "timm.layers.mlp.GatedMlp": _gated,
-    "timm.layers.mlp.GluMlp": _glu,
+    "timm.layers.mlp.GluMlp": Hidden(inputs={"fc1": 2}, norms=("norm",)),
+    "timm.models.mambaout.GatedConvBlock": _gated_conv,
     "timm.models.vision_transformer.DiffParallelScalingBlock": _parallel,
     "timm.models.vision_transformer.ParallelScalingBlock": _parallel,
 }

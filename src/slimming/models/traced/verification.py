@@ -41,12 +41,14 @@ Cut = Callable[[nn.Module, Sequence[Group], dict[str, tuple[int, ...]]], nn.Modu
 def randomise_(model: nn.Module, seed: int = 0) -> None:
     """Draw all parameters and statistics at random, none of them 0 or 1, so that no error is multiplied by zero."""
     generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or tensor.dim() == 0 or tensor.numel() == 0:
+        # A scalar parameter may be the gain of a branch, and 0 before training.
+        if not tensor.is_floating_point() or tensor.numel() == 0 or (tensor.dim() == 0 and name not in parameters):
             continue
         if name.endswith(("inv_freq", "attn_mask")):
             continue
-        if tensor.dim() == 1 and isinstance(tensor, nn.Parameter):
+        if tensor.dim() <= 1 and isinstance(tensor, nn.Parameter):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
         elif isinstance(tensor, nn.Parameter):
             fan_in = tensor[0].numel()
