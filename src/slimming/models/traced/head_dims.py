@@ -46,6 +46,8 @@ from slimming.models.traced.verification import (
 _UNDECIDED = (
     "the example has one token here, so that queries and keys have no effect; give a larger image as example_inputs"
 )
+FEWEST = 3
+"""Fewest dimensions of a head of which single ones can be removed."""
 _SMALLER = 0.3
 """Factor of random weights when gradients are computed, so that no softmax and no activation is saturated."""
 
@@ -243,6 +245,8 @@ def _dimensions(
         found = dimensions(part, run, slices, scores)
         if isinstance(found, str):
             reasons[role] = found
+        elif found.parts[0] < FEWEST:
+            reasons[role] = f"its heads have {found.parts[0]} dimensions"
         else:
             dims[role] = found
     return dims, reasons

@@ -72,8 +72,8 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
         start = dice.random()
         for number, group in enumerate(dice.sample(same, len(same))):
             size = min(group.limits.parts, default=group.size)
-            # Products of vectors of one element do not count as products of matrices. Heads of two have no other cut.
-            least = min(size, max(group.limits.minimum, 2 if group.limits.parts and size > 2 else 1, size // 4))
+            # Products of vectors of one element do not count as products of matrices.
+            least = min(size, max(group.limits.minimum, 2 if group.limits.parts else 1, size // 4))
             if set(shares) == {1}:  # it was whole in all cuts so far
                 size = max(least, size - 1)
             # Steps of the golden ratio fill an interval evenly, however many there are.
