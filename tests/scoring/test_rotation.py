@@ -87,7 +87,7 @@ def test_no_choice_of_dimensions_is_better_than_the_first_ones() -> None:
         assert ours < float((logits(model, drawn) - whole).square().mean())
 
 
-@pytest.mark.parametrize("name", ["Swin", "ViT of transformers"])
+@pytest.mark.parametrize("name", ["Swin", "ViT of transformers"], ids=str)
 def test_heads_of_traced_models_are_turned_too(name: str) -> None:
     model = next(variant for variant in TRACED if variant.id == name).make()
     x = torch.randn(4, *prunable(model).anatomy.input_shape, dtype=torch.float64)

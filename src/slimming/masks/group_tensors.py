@@ -27,9 +27,12 @@ def weight_norms(model: nn.Module, group: Group, device: torch.device) -> Tensor
 
 
 def batch_norms(model: nn.Module, group: Group) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the scales of the BatchNorms of a group, each with the indices of its units, shape (size, indices)."""
+    """Return the scales of the BatchNorms of a group, each with the indices of its units, shape (size, indices).
+
+    There are none for a whole branch, whose one factor is not that of its channels.
+    """
     scales = []
-    for slices in group.slices:
+    for slices in group.slices if group.role != "branch" else ():
         module_name, _, name = slices.tensor.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":

@@ -106,7 +106,7 @@ class Removed(nn.Module):
             return None
         if key not in kwargs and not (isinstance(key, int) and key < len(args)):
             raise UnsupportedModelError(
-                f"A {self.removed} was cut from this model, and its call does not give argument {key!r}: "
+                f"{self.removed} was cut from this model, and its call does not give argument {key!r}: "
                 "call the model as it was called when it was slimmed."
             )
         value = args[key] if isinstance(key, int) else kwargs[key]
@@ -119,7 +119,7 @@ class Removed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             removed = self.__dict__.get("removed", "module")
-            raise AttributeError(f"A {removed} was cut from this model, so that it has no {name!r}.") from None
+            raise AttributeError(f"{removed} was cut from this model, so that it has no {name!r}.") from None
 
     def extra_repr(self) -> str:
         return self.removed
@@ -275,7 +275,8 @@ class SomeHeadsAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         batch_dim = 0 if self.batch_first or not batched else 1
         q, k, v = (
-            self._heads(x if batched else x[None], part, batch_dim) for part, x in enumerate((query, key, value))
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self._projected(query, key, value, batch_dim if batched else None)
         )
         mask = _additive_mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
@@ -292,17 +293,24 @@ class SomeHeadsAttention(nn.MultiheadAttention):
             return out[0], weights if weights is None else weights[0]
         return out.transpose(0, batch_dim), weights
 
-    def _heads(self, x: Tensor, part: int, batch_dim: int) -> Tensor:
-        """Project to queries (part 0), keys (1) or values (2): (B, N, D) or (N, B, D) -> (B, heads, N, size)."""
-        values = self.out_proj.in_features
-        if self.in_proj_weight is not None:
-            sizes = [(len(self.in_proj_weight) - values) // 2] * 2 + [values]
-            weight = self.in_proj_weight.split(sizes)[part]
-        else:
-            sizes = [len(self.q_proj_weight), len(self.k_proj_weight), values]
-            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.split(sizes)[part]
-        return F.linear(x.transpose(0, batch_dim), weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int | None) -> Sequence[Tensor]:
+        """Project to queries, keys and values: (B, N, D), (N, B, D) or (N, D) -> (B, N, size of all heads)."""
+        weight, bias, values = self.in_proj_weight, self.in_proj_bias, self.out_proj.in_features
+        rows = len(weight) if weight is not None else 2 * len(self.q_proj_weight) + values
+        sizes = [(rows - values) // 2] * 2 + [values]
+        inputs = [x[None] if batch_dim is None else x.transpose(0, batch_dim) for x in (query, key, value)]
+        if weight is not None and query is key is value:
+            return F.linear(inputs[0], weight, bias).split(sizes, dim=-1)
+        if weight is not None and key is value:
+            of_query, of_others = weight.split([sizes[0], rows - sizes[0]])
+            bias_of_query, bias_of_others = (None, None) if bias is None else bias.split([sizes[0], rows - sizes[0]])
+            queries = F.linear(inputs[0], of_query, bias_of_query)
+            return [queries, *F.linear(inputs[1], of_others, bias_of_others).split(sizes[1:], dim=-1)]
+        weights = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.split(sizes)
+        )
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        return [F.linear(*each) for each in zip(inputs, weights, biases, strict=True)]
 
 
 def _additive_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:

@@ -227,7 +227,11 @@ def grid_points(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Tim
         axes = []
         for name, dim in layer.axes:
             most = dim.value(full)
-            if not any(group in groups for group, _ in dim.groups):
+            names = {group for group, _ in dim.groups}
+            if name == "dims":  # fewer heads have fewer dimensions
+                site = anatomy.group(dim.groups[0][0]).site
+                names |= {group.name for group in anatomy.groups if group.site == site and group.kind == "head"}
+            if not names.intersection(groups):
                 axes.append([most])
                 continue
             moving = most - dim.fixed

@@ -248,14 +248,24 @@ class Trial:
         return error
 
     def costs(self) -> str:
-        """Compare the costs of the plan by formula with the counted costs of the slim model."""
-        counted = count(copied(self.small).float(), self.calls[0].with_batch(1))
+        """Compare the costs of the plan by formula with the counted costs of the slim model.
+
+        What depends on the data, such as the number of objects that a detector finds, is not compared.
+        """
+        example = self.calls[0].with_batch(1)
+        small = copied(self.small).float()
+        counted = count(small, example)
         formula = cost(copied(self.model).float(), self.plan)
+        apart = ""
         for name in ("params", "macs", "memory_bytes"):
             by_formula, by_count = getattr(formula, name), getattr(counted, name)
             if abs(by_formula - by_count) > COSTS * by_count:
-                raise AssertionError(f"{name} is {by_formula} by formula and {by_count} counted")
-        return f"{counted.params:,} params, {counted.macs:,} MACs"
+                other = copied(small)
+                randomise_(other, self.seed + 1)
+                if getattr(count(other, example), name) == by_count:
+                    raise AssertionError(f"{name} is {by_formula} by formula and {by_count} counted")
+                apart += f"; {name} not compared, since they depend on the data"
+        return f"{counted.params:,} params, {counted.macs:,} MACs{apart}"
 
     def reload(self) -> str:
         """Save the slim model, load it, and compare the outputs."""

@@ -74,10 +74,10 @@ class DistillingTrainer(Trainer):
         self.weight, self.outputs = weight, outputs
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss, with the outputs of the model on request."""
-        loss, found = super().compute_loss(model, inputs, return_outputs=True, **options)
+        loss, found = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.weight and model.training:
             images = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
             with torch.no_grad():

@@ -171,10 +171,6 @@ MODELS = {
 }
 
 
-LEFT = {"post-norm": ("norm1", "norm2"), "parallel": ("norm1",)}
-"""Norms that are not part of a branch."""
-
-
 def branches(model: nn.Module) -> list[str]:
     return [group.name for group in slimming.describe(model) if group.kind == "block"]
 
@@ -195,14 +191,15 @@ def test_a_branch_set_to_0_equals_the_branch_removed(make: Any, names: list[str]
     assert all(step.held for step in found.steps[:2]), str(found)
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "parallel"], ids=str)
 def test_nothing_of_a_removed_branch_is_left(kind: str, tmp_path: Path) -> None:
     make, names = MODELS[kind]
     torch.manual_seed(0)
     model = make()
     small = without(model, *names)
     left = {name.rpartition(".")[0] for name in small.state_dict() if name.startswith(("blocks.", "2.", "3."))}
-    assert left == {f"blocks.{number}.{norm}" for number in (0, 1) for norm in LEFT.get(kind, ())}
+    norms = [f"blocks.{number}.norm{place}" for number in (0, 1) for place in (1, 2)]
+    assert left == set(norms if kind == "post-norm" else ())
     slimming.save(small, tmp_path / "slim")
     again = slimming.load(tmp_path / "slim", dense=make())
     image = torch.randn(2, 3, 16, 16)
@@ -212,6 +209,36 @@ def test_nothing_of_a_removed_branch_is_left(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(other(image), expected, rtol=0, atol=0)
         exported = torch.export.export(small, (image,)).module()(image)
     torch.testing.assert_close(exported, expected)
+
+
+def test_a_model_without_a_branch_is_cut_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = without(Tokens(Scaled).eval(), "blocks.0.attention.branch")
+    assert branches(small) == both("attention mlp")[1:]
+    smaller = without(small, "blocks.0.mlp.branch", "blocks.1.attention.branch")
+    assert branches(smaller) == ["blocks.1.mlp.branch"]
+    assert not [name for name in smaller.state_dict() if name.startswith("blocks.0.")]
+    slimming.save(smaller, tmp_path / "slim")
+    image = torch.randn(2, 3, 16, 16)
+    again = slimming.load(tmp_path / "slim", dense=Tokens(Scaled)).eval()
+    torch.testing.assert_close(again(image), smaller(image), rtol=0, atol=0)
+
+
+def test_what_a_removed_module_lacks_is_said() -> None:
+    small: Any = without(Tokens(PreNorm), "blocks.0.attention.branch")
+    attention = small.blocks[0].attention
+    assert attention.num_heads == HEADS  # settings stay for hosts that read them
+    with pytest.raises(AttributeError, match="Attention was cut from this model, so that it has no 'qkv'"):
+        attention.qkv  # noqa: B018
+
+
+def test_a_budget_removes_branches_on_request() -> None:
+    torch.manual_seed(0)
+    scored = slimming.score(Tokens(PreNorm).eval(), [torch.rand(4, 3, 16, 16)], kinds=["block", "mlp"])
+    plan = slimming.plan(scored, slimming.Budget(keep={"block": 0.5, "mlp": 0.5}))
+    assert sum(len(units) for name, units in plan.kept.items() if name.endswith(".branch")) == 2
+    small = slimming.cut(scored.model, plan)
+    assert slimming.cost(scored.model, plan).params == sum(each.numel() for each in small.parameters())
 
 
 def _pickled(model: nn.Module) -> nn.Module:

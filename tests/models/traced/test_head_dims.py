@@ -16,6 +16,7 @@ import slimming
 from models.traced.own_attention import Grouped, KeysAndValues, Packed, Rotary, Separate, TalkingHeads, Vit
 from slimming.core.groups import Group
 from slimming.core.layout import FREE
+from slimming.core.pruning_plan import Plan
 from slimming.errors import PlanError
 from slimming.masks.attachment import prunable
 from slimming.models.separate import SeparateLinear
@@ -67,7 +68,9 @@ def test_plans_that_the_module_cannot_hold_are_refused() -> None:
         ({qk.name: range(1, 24)}, "equally many in every head"),
         ({qk.name: (*range(6), *range(12, 18)), v.name: range(24)}, "equally many of both"),
     ):
-        plan = slimming.Plan(kept={name: tuple(units) for name, units in kept.items()}, sizes=sizes)
+        plan = Plan(
+            kept={name: tuple(units) for name, units in kept.items()}, sizes={name: sizes[name] for name in kept}
+        )
         with pytest.raises(PlanError, match=reason):
             slimming.cut(model, plan)
 

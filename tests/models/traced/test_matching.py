@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from slimming.core.formulas import Dim, Ratio, evaluate
@@ -34,64 +36,77 @@ def constant(number: int) -> tuple[int, ...]:
 
 
 def test_factors_are_dimensions_and_a_number() -> None:
-    product = matcher().product([values(units("a", 6)), constant(9), values(units("b"))])
-    assert product == (Dim(fixed=54), units("a"), units("b"))
+    product = matcher().products([values(units("a", 6)), constant(9), values(units("b"))])
+    assert product == ((Dim(fixed=54), units("a"), units("b")),)
 
 
 def test_a_square_has_one_dimension_twice() -> None:
     tokens = units("a", fixed=1)
     square = tuple(value**2 for value in values(tokens))
-    assert matcher(tokens, units("b")).product([square]) == (Dim(fixed=1), tokens, tokens)
+    assert matcher(tokens, units("b")).products([square]) == ((Dim(fixed=1), tokens, tokens),)
 
 
 def test_concatenated_groups_are_one_dimension() -> None:
     both = units("a", 2) + units("b", fixed=4)
-    product = matcher(both, units("a"), units("b")).product([values(both), values(units("b"))])
+    product = matcher(both, units("a"), units("b")).products([values(both), values(units("b"))])
     assert product is not None
-    assert [evaluate([product], kept) for kept in COUNTS] == [both.value(kept) * kept["b"] for kept in COUNTS]
-    assert matcher(units("a"), units("b")).product([values(both)]) is None
+    assert [evaluate(product, kept) for kept in COUNTS] == [both.value(kept) * kept["b"] for kept in COUNTS]
+    assert matcher(units("a"), units("b")).products([values(both)]) is None
 
 
 def test_the_size_of_a_head_is_a_dimension_only_with_the_number_of_heads() -> None:
     size = tuple(kept["v"] // kept["heads"] for kept in COUNTS)
-    assert matcher().product([size, values(units("heads", 4)), values(units("b"))]) == (
-        Dim(fixed=4), units("b"), units("v"),
-    )  # fmt: skip
-    assert matcher().product([size]) is None
+    assert matcher().products([size, values(units("heads", 4)), values(units("b"))]) == (
+        (Dim(fixed=4), units("b"), units("v")),
+    )
+    assert matcher().products([size]) is None
 
 
 def test_the_size_of_a_head_is_not_taken_for_a_dimension_of_equal_numbers() -> None:
     counts = [{"heads": 4, "v": 8, "a": 2}, {"heads": 1, "v": 1, "a": 1}, {"heads": 3, "v": 3, "a": 1}]
     dims = [units("heads"), units("v"), units("a")]
-    assert Matcher(dims, counts).product([(4, 1, 3), (2, 1, 1)]) == (Dim(fixed=1), units("heads"), units("a"))
+    assert Matcher(dims, counts).products([(4, 1, 3), (2, 1, 1)]) == ((Dim(fixed=1), units("heads"), units("a")),)
     known = Matcher(dims, counts, ratios=[Ratio(total=units("v"), parts=units("heads"))])
     assert known.ambiguous == [units("a")]
-    assert known.product([(4, 1, 3), (2, 1, 1)]) == (Dim(fixed=1), units("v"))
+    assert known.products([(4, 1, 3), (2, 1, 1)]) == ((Dim(fixed=1), units("v")),)
 
 
 def test_a_fixed_number_may_be_added_to_the_units_of_one_group() -> None:
-    assert matcher().product([values(units("a", 3, fixed=5))]) == (Dim(fixed=1), units("a", 3, fixed=5))
+    assert matcher().products([values(units("a", 3, fixed=5))]) == ((Dim(fixed=1), units("a", 3, fixed=5)),)
 
 
 def test_what_follows_no_dimension_has_no_product() -> None:
-    assert matcher().product([(12, 6, 4, 9)]) is None
-    assert matcher().product([tuple(kept["a"] // 2 for kept in COUNTS)]) is None
+    assert matcher().products([(12, 6, 4, 9)]) is None
+    assert matcher().products([tuple(kept["a"] // 2 for kept in COUNTS)]) is None
 
 
 def test_dimensions_that_are_proportional_in_all_copies_are_not_guessed() -> None:
     counts = [{"a": 4, "b": 8}, {"a": 2, "b": 4}, {"a": 3, "b": 6}]
     alike = Matcher([units("a"), units("b")], counts)
     assert set(alike.ambiguous) == {units("a"), units("b")}
-    assert alike.product([(4, 2, 3)]) is None
+    assert alike.products([(4, 2, 3)]) is None
     assert not matcher().ambiguous
     assert Matcher([units("a")], [{"a": 4}, {"a": 4}]).ambiguous
 
 
 def test_what_is_absent_without_a_branch_is_multiplied_by_it() -> None:
     present = [True, True, False, True]
-    product = matcher().product([(12, 7, 10)], present)
-    assert product == (Dim(fixed=1), units("a"), units("branch"))
-    assert matcher().product([(12, 7, 5)], [True, True, True, False]) is None
+    product = matcher().products([(12, 7, 10)], present, "module")
+    assert product == ((Dim(fixed=1), units("a"), units("branch")),)
+    assert matcher().products([(12, 7, 5)], [True, True, True, False], "module") is None
+    assert matcher().products([(12, 7, 5)], [True, True, True, False]) == ((Dim(fixed=1), units("a")),)
+
+
+def test_what_is_absent_without_several_branches_may_need_one_or_all_of_them() -> None:
+    names = [f"block.{number}.{part}.branch" for number in range(2) for part in ("attn", "mlp")]
+    choices = list(itertools.product([1, 0], repeat=4))
+    counts = [dict(zip(names, alive, strict=True)) for alive in choices]
+    found = Matcher([], counts, names)
+    for formula in (lambda kept: kept[names[2]] and kept[names[3]], lambda kept: kept[names[2]] or kept[names[3]]):
+        present = [bool(formula(kept)) for kept in counts]
+        products = found.products([(5,) * sum(present)], present, "block.1.norm")
+        assert products is not None
+        assert [evaluate(products, kept) for kept in counts] == [5 * there for there in present]
 
 
 def test_dimensions_are_compared_without_common_divisors() -> None:

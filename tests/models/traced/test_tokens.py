@@ -14,6 +14,7 @@ from tests.models.traced.token_hosts import OFFERED, REFUSED, OwnViT
 from torch import Tensor, nn
 
 import slimming
+from slimming.core.groups import Group
 from slimming.errors import UnsupportedModelError
 from slimming.masks.attachment import prunable
 from slimming.models.token_masks import MaskedTokens, TokenGate, plain_mask
@@ -22,7 +23,7 @@ from slimming.models.traced.verification import outputs
 from slimming.pruning.checks import Trial, distance
 
 
-def token_groups(model: nn.Module) -> list[slimming.Group]:
+def token_groups(model: nn.Module) -> list[Group]:
     return [group for group in slimming.describe(model) if group.kind == "token"]
 
 

@@ -205,6 +205,8 @@ def _add_layer(
             channels.norms.add(name)
         for tensor in _vectors(module):
             channels.add(f"{name}.{tensor}", 0, "produces", pairs)
+    elif isinstance(module, nn.Embedding):
+        channels.add(f"{name}.weight", 1, "produces", pairs)
     elif isinstance(module, nn.PReLU):
         if module.num_parameters > 1:
             channels.add(f"{name}.weight", 0, "produces", pairs)

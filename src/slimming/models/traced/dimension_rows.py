@@ -91,6 +91,8 @@ def value_dimensions(
     if read is None or read.grad_fn is None:
         return f"{consumed[0].tensor} does not read its heads directly"
     columns = consumed[0].index
+    if len(columns[0]) < 2:
+        return "its heads have one dimension"
     for size in _sizes(heads, len(columns[0])):
         numbers = torch.full((weight.shape[1],), UNUSED)
         for unit in columns:

@@ -38,8 +38,8 @@ class HeadSizes:
         scaled: side whose rows are multiplied to preserve the scale of the logits, which the forward computes from the
             size that the heads have, or takes from ``scales``; None if it does neither.
         free_heads: whether the forward is rewritten.
-        separate: path of the projection that makes values, the number of its equal parts, and which of them is V, if
-            the sizes of QK and V may differ although the host assumes one; None if not.
+        separate: path of the projection that makes values, the head sizes of its parts, and which of them is V, if the
+            sizes of QK and V may differ although the host assumes one; None if not.
         switch: path of an attribute that is set to True, so that the projection is called as a module; empty if none.
         any_basis: the roles whose dimensions can be replaced by linear combinations of them.
     """
@@ -51,7 +51,7 @@ class HeadSizes:
     scales: tuple[str, ...] = ()
     scaled: str | None = None
     free_heads: bool = False
-    separate: tuple[str, int, int] | None = None
+    separate: tuple[str, tuple[int, ...], int] | None = None
     switch: str = ""
     any_basis: tuple[str, ...] = ()
 
@@ -88,11 +88,12 @@ def separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimension
     layer = None if path is None else module.get_submodule(path)
     if path is None or type(layer) not in (nn.Linear, SeparateLinear):
         return
-    if isinstance(layer, SeparateLinear):
-        starts = [heads * sum(layer.head_sizes[:part]) for part in range(len(layer.head_sizes))]
-        separate = (path, len(starts), starts.index(rows[f"{path}.weight"]))
-    else:
-        separate = (path, len(layer.weight) // (size * heads), rows[f"{path}.weight"] // (size * heads))
+    equal = (size,) * (len(layer.weight) // (size * heads))
+    sizes = layer.head_sizes if isinstance(layer, SeparateLinear) else equal
+    starts = [heads * sum(sizes[:part]) for part in range(len(sizes))]
+    if rows[f"{path}.weight"] not in starts:
+        return
+    separate = (path, sizes, starts.index(rows[f"{path}.weight"]))
     _, totals = _numbers(module, row, dims, heads)
     listed = {path: total for path, total in totals.items() if path in row.sizes}
     switches = [name for name, value in vars(module).items() if value is False and "separate" in name]
@@ -178,13 +179,13 @@ def separate_of(name: str, choice: HeadSizes, heads: str | None) -> Separate:
     """The sizes of heads in the projection that makes values, see `_size`."""
     if choice.separate is None:
         return {}
-    path, count, place = choice.separate
-    found = choice.dims["v"]
-    dense = Dim(fixed=found.parts[0])
-    other = _size(name, choice, "qk", heads) if "qk" in choice.dims else dense
-    number = Dim(fixed=len(found.parts)) if heads is None else Dim(groups=((heads, 1),))
-    parts = [_size(name, choice, "v", heads) if part == place else other for part in range(count)]
-    return {f"{name}.{path}": (number, other, *parts)}
+    path, sizes, place = choice.separate
+    count = len(choice.dims["v"].parts)
+    number = Dim(fixed=count) if heads is None else Dim(groups=((heads, 1),))
+    parts: list[Dim | Ratio] = [Dim(fixed=size) for size in sizes]
+    host = parts[place]
+    parts[place] = _size(name, choice, "v", heads)
+    return {f"{name}.{path}": (number, host, *parts)}
 
 
 def groups_of(name: str, module: nn.Module, choice: HeadSizes) -> list[Group]:

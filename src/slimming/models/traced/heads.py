@@ -121,7 +121,9 @@ def head_group(name: str, module: nn.Module, row: Heads) -> tuple[Group, Attribu
         slices=slices,
         scales=tuple(Scale(tensor=s.tensor, dim=s.dim, index=s.index) for s in slices if s.side == "consumes"),
     )
-    counts = (row.count,) if isinstance(row.count, str) else ()
+    counts = [row.count] if isinstance(row.count, str) else []
+    layers = dict(module.named_modules())
+    counts += [f"{path}.heads" for path in row.inputs if isinstance(layers.get(path), SeparateLinear)]
     return group, unit_attributes(group, name, module, (*counts, *row.sizes))
 
 

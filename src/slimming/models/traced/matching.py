@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, takewhile
 
 from slimming.core.formulas import Dim, Product, Ratio
 
+MOST_BRANCHES = 3
+"""Most branches on which the presence of something may depend."""
 Vector = tuple[int, ...]
 """A number in each of the copies."""
 
@@ -54,18 +56,21 @@ class Matcher:
             for dim in same
         ]
 
-    def product(
-        self, factors: Sequence[Vector], present: Iterable[bool] | None = None, *, gated: bool = True
-    ) -> Product | None:
-        """The product of dimensions that equals the product of ``factors`` in every copy; None if there is none.
+    def products(
+        self, factors: Sequence[Vector], present: Iterable[bool] | None = None, name: str | None = None
+    ) -> tuple[Product, ...] | None:
+        """The sum of products of dimensions that equals the product of ``factors``; None if there is none.
+
+        It is one product, or several if there is something as long as one of several branches is there.
 
         Args:
             factors: numbers in each copy that has them, such as the dimensions of a tensor.
             present: whether each copy has them; by default all do.
-            gated: whether the product is 0 in the copies that do not have them; else they say nothing.
+            name: name of the module or parameter, whose number is 0 in the copies that do not have it; if there is
+                none, these copies say nothing.
         """
         present = tuple(present) if present is not None else (True,) * len(self.counts)
-        gates = self._gates(present) if gated else ()
+        gates = self.gates(present, name) if name is not None else ((1, ()),)
         if gates is None:
             return None
         constant = Fraction(1)
@@ -89,7 +94,7 @@ class Matcher:
             constant *= scale
         if constant.denominator != 1:
             return None
-        return (Dim(fixed=int(constant)), *(dim for *_, dim in known), *gates)
+        return tuple((Dim(fixed=sign * int(constant)), *(dim for *_, dim in known), *gate) for sign, gate in gates)
 
     def _resolved(
         self, unknown: Vector, known: Sequence[tuple[Vector, Fraction, Dim]], present: tuple[bool, ...]
@@ -147,21 +152,40 @@ class Matcher:
         ((group, weight, fixed),) = result
         return Dim(fixed=int(fixed), groups=((group, int(weight)),))
 
-    def _gates(self, present: tuple[bool, ...]) -> Product | None:
-        """Factors of 0 or 1, one for each branch without which something is absent; None if branches do not explain it.
+    def gates(
+        self, present: Sequence[bool], name: str, among: Sequence[bool] | None = None
+    ) -> tuple[tuple[int, Product], ...] | None:
+        """Factors of 0 or 1 with signs, whose sum is 1 where ``name`` is present; None if branches do not explain it.
+
+        It may need a branch, or all of several, or any of several, as a block that is removed with the last of its
+        branches. Branches in the same block are tried first.
 
         Args:
             present: whether it is there, in each copy.
+            name: name of the module or parameter.
+            among: the copies that are compared; by default all.
         """
-        if all(present):
-            return ()
-        needed = [
-            name
-            for name, alive in self._alive.items()
-            if not all(alive) and not any(there and not on for there, on in zip(present, alive, strict=True))
-        ]
-        on = [all(self._alive[name][copy] for name in needed) for copy in range(len(present))]
-        return tuple(Dim(groups=((name, 1),)) for name in needed) if on == list(present) else None
+        among = [True] * len(present) if among is None else among
+        wanted = [there for there, compared in zip(present, among, strict=True) if compared]
+        if all(wanted):
+            return ((1, ()),)
+        near = {
+            branch: _shared_steps(name, branch.rpartition(".")[0])
+            for branch, alive in self._alive.items()
+            if any(alive) and not all(alive)
+        }
+        for least in sorted(set(near.values()), reverse=True):
+            branches = [branch for branch, steps in near.items() if steps >= least]
+            for number in range(1, min(MOST_BRANCHES, len(branches)) + 1):
+                for chosen in combinations(branches, number):
+                    each_copy = zip(*(self._alive[branch] for branch in chosen), strict=True)
+                    together = [alive for alive, compared in zip(each_copy, among, strict=True) if compared]
+                    if [all(alive) for alive in together] == wanted:
+                        return ((1, _all_of(chosen)),)
+                    if [any(alive) for alive in together] == wanted:
+                        subsets = [each for size in range(1, number + 1) for each in combinations(chosen, size)]
+                        return tuple(((-1) ** (len(each) + 1), _all_of(each)) for each in subsets)
+        return None
 
     def _ratios_among(self, present: tuple[bool, ...]) -> set[Vector]:
         return {_direction(_chosen(values, present)) for values in self._ratios}
@@ -173,6 +197,16 @@ class Matcher:
                 result.setdefault(_direction(_chosen(values, present)), []).append(dim)
             self._directions[present] = result
         return self._directions[present]
+
+
+def _all_of(branches: Iterable[str]) -> Product:
+    return tuple(Dim(groups=((branch, 1),)) for branch in branches)
+
+
+def _shared_steps(name: str, other: str) -> int:
+    """The number of steps from the model to the innermost module around both."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def primitive(dim: Dim) -> Dim:

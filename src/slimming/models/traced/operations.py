@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from slimming.counting.operations import MacCounter, unfused
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import Kept
 from slimming.models.traced.matching import Matcher
+from slimming.models.traced.module_stack import module_stack
 from slimming.models.traced.resize import tensor_dims
 from slimming.models.traced.sample_cuts import sample_cuts
 from slimming.models.traced.verification import randomise_
@@ -48,9 +48,7 @@ def operations(
     Raises:
         UnsupportedModelError: the cost of an operation is no product of dimensions.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    dims = {dim for tensor in tensor_dims(groups, {n: tuple(t.shape) for n, t in named}).values() for dim in tensor}
-    cuts, matcher = sample_cuts(groups, [*dims, *_units(groups)])
+    cuts, matcher = sample_cuts(groups, _dims(model, groups))
     copies = [model, *(cut(kept) for kept in cuts)]
     macs = _macs([macs_by_weight(copy, call) for copy in copies], matcher, lambda: macs_of_other_weights(model, call))
     params = _params(copies, matcher)
@@ -58,11 +56,24 @@ def operations(
     return tuple(Operation(name=name or "model", macs=_summed(macs[name]), params=params[name]) for name in names)
 
 
+def _dims(model: nn.Module, groups: Sequence[Group]) -> list[Dim]:
+    """The dimensions that occur in the model."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in named})
+    return [*dict.fromkeys(dim for dims in tensors.values() for dim in dims), *_units(groups)]
+
+
 def _units(groups: Sequence[Group]) -> Iterator[Dim]:
-    """The dimensions that are in no parameter: units of groups, and tokens with those that are never removed."""
+    """The dimensions that are in no parameter: units of groups, and tokens with those that are never removed.
+
+    Keys and values together have other numbers of rows than a joint projection, see ``nn.MultiheadAttention``.
+    """
+    values = {group.site: group for group in groups if group.role == "v"}
     for group in groups:
         if group.role not in ("branch", "qkv"):
             yield Dim(groups=((group.name, 1),))
+        if group.role == "qk" and group.site in values:
+            yield Dim(groups=((group.name, 1), (values[group.site].name, 1)))
         if group.token is not None:
             yield Dim(fixed=group.token.prefix + group.token.suffix, groups=((group.name, 1),))
 
@@ -82,13 +93,13 @@ def _macs(
     again: MacsByWeight | None = None
     for key in dict.fromkeys(key for macs in counted for key in macs):
         calls = [macs.get(key, ()) for macs in counted]
-        products = _products(calls, matcher)
-        if None in products:
+        found = _products(calls, matcher, key[1] or f"{key[0]}.")
+        if None in found:
             again = of_other_weights() if again is None else again
             if again.get(key, ()) != calls[0]:
-                products = _products_at_the_positions_of_the_first(calls, matcher)
-        for product in products:
-            if product is None:
+                found = _products_at_the_positions_of_the_first(calls, matcher)
+        for products in found:
+            if products is None:
                 name, weight = key
                 what = f"with {weight}" if weight else "of two activations"
                 first, last = (", ".join(map(str, dict.fromkeys(each))) or "nothing" for each in (calls[0], calls[-1]))
@@ -97,25 +108,25 @@ def _macs(
                     f"of its products are {first} in the model and {last} in a cut copy. Slim the parts of the model "
                     "around it by themselves, such as its backbone."
                 )
-            result[key[0]].append(product)
+            result[key[0]] += products
     return result
 
 
-def _products(calls: Sequence[Sequence[Factors]], matcher: Matcher) -> list[Product | None]:
+def _products(calls: Sequence[Sequence[Factors]], matcher: Matcher, name: str) -> list[tuple[Product, ...] | None]:
     present = [bool(each) for each in calls]
-    return [matcher.product(factors, present) for factors in _aligned([each for each in calls if each])]
+    return [matcher.products(factors, present, name) for factors in _aligned([each for each in calls if each])]
 
 
 def _products_at_the_positions_of_the_first(
     calls: Sequence[Sequence[Factors]], matcher: Matcher
-) -> list[Product | None]:
+) -> list[tuple[Product, ...] | None]:
     """The products with a layer's weight, all in one, at as many positions as in the first copy."""
     shapes = [dict.fromkeys(each[:-1] for each in products) for products in calls]
     if not calls[0] or any(len(found) > 1 for found in shapes):
         return [None] * bool(calls[0])
     factors = list(zip(*(next(iter(found)) for found in shapes if found), strict=True))
     positions = sum(each[-1] for each in calls[0])
-    return [matcher.product([*factors, (positions,) * len(factors[0])], map(bool, shapes), gated=False)]
+    return [matcher.products([*factors, (positions,) * len(factors[0])], map(bool, shapes))]
 
 
 def _aligned(calls: Sequence[Sequence[Factors]]) -> list[list[tuple[int, ...]]]:
@@ -135,13 +146,15 @@ def _params(copies: Sequence[nn.Module], matcher: Matcher) -> dict[str, tuple[Pr
     for name in dict.fromkeys(name for parameters in named for name in parameters):
         shapes = [tuple(parameters[name].shape) for parameters in named if name in parameters]
         present = [name in parameters for parameters in named]
-        product = matcher.product(list(zip(*shapes, strict=True)), present) if len({*map(len, shapes)}) == 1 else None
-        if product is None:
+        found = (
+            matcher.products(list(zip(*shapes, strict=True)), present, name) if len({*map(len, shapes)}) == 1 else None
+        )
+        if found is None:
             raise UnsupportedModelError(
                 f"The size of {name} is no product of numbers of units: it is {shapes[0]} in "
                 f"the model and {shapes[-1]} in a cut copy."
             )
-        result[name.rpartition(".")[0]].append(product)
+        result[name.rpartition(".")[0]] += found
     return {name: _summed(result[name]) for name, _ in copies[0].named_modules()}
 
 
@@ -178,7 +191,7 @@ def macs_by_weight(model: nn.Module, call: ExampleCall) -> MacsByWeight:
         owner = name.rpartition(".")[0] if name else stack[-1]
         result[owner, name] += parts if sum(map(math.prod, parts)) == macs else [(macs,)]
 
-    with _module_stack(model, stack), unfused(), MacCounter(record):
+    with module_stack(model, stack), unfused(), MacCounter(record):
         call.run(model)
     return dict(result)
 
@@ -188,17 +201,3 @@ def macs_of_other_weights(model: nn.Module, call: ExampleCall) -> MacsByWeight:
     other = copied(model)
     randomise_(other, seed=1)
     return macs_by_weight(other, call)
-
-
-@contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that are running in ``stack``, innermost last."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -127,6 +127,8 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             result[name] = _grouped_attributes(module, weight[0])
         elif isinstance(module, BATCH_NORM):
             result[name] = {"num_features": weight[0]}
+        elif isinstance(module, nn.Embedding):
+            result[name] = {"embedding_dim": weight[1]}
         elif isinstance(module, nn.PReLU):
             result[name] = {"num_parameters": weight[0]}
         elif isinstance(module, nn.LayerNorm):
@@ -205,6 +207,9 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     sizes = {name: layer for name, layer in sizes.items() if not name.startswith(inside)}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
+    for name, entry in entries.items():
+        # A size of units that went with a branch does not matter any more.
+        entry.update({key: dense[name][key] for key, value in entry.items() if type(value) is int and value == 0})
     changed = {name for name, entry in entries.items() if entry != dense[name]}
     # A forward that infers the head size from the embedding width is rewritten if either of them changes.
     changed |= {n for n, layer in sizes.items() if layer.free_heads and any(c.startswith(f"{n}.") for c in changed)}

@@ -79,7 +79,7 @@ def adapt_tokens_(module: nn.Module, entry: Mapping[str, Any], like: Tensor | No
     device = like.device if like is not None and not like.is_meta else torch.device("cpu")
     if tokens is not None:
         _set_tokens_(module, tokens, device)
-    else:
+    elif table is not None:
         module.__dict__["token_table_size"] = int(table["of"])
         _set_index_(module, "token_table_index", table["index"], device)
     host, free = _host_of(module)

@@ -121,7 +121,7 @@ def token_groups(model: nn.Module, forward: Pass, course: Course) -> tuple[list[
 
 
 def _last(calls: Mapping[str, BlockCall]) -> str:
-    return next(reversed(calls))
+    return list(calls)[-1]
 
 
 def _last_run(calls: Sequence[BlockCall]) -> list[BlockCall]:
