@@ -260,14 +260,18 @@ def entry_of(layer: LayerSizes, value: Callable[[Dim | Ratio], int | float]) -> 
 
 
 def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a structure after a further cut; what was spent earlier stays so, and tokens stay removed."""
+    """The entries of a structure after a further cut; what it does not change stays as the earlier cuts left it."""
     result = {**earlier, **later}
     for name in earlier.keys() & later.keys():
-        carried = (TOKENS,) if REMOVED in later[name] else (TOKENS, TABLE)
-        result[name] = {**{key: earlier[name][key] for key in carried if key in earlier[name]}, **later[name]}
-        spent = sorted({*earlier[name].get(SPENT, ()), *later[name].get(SPENT, ())})
-        if spent and REMOVED not in later[name]:
-            result[name] = {**result[name], SPENT: spent}
+        before, after = earlier[name], later[name]
+        if REMOVED in after:
+            result[name] = {**{key: value for key, value in before.items() if key in (TOKENS, TABLE)}, **after}
+            continue
+        result[name] = {**before, **after}
+        spent = sorted({*before.get(SPENT, ()), *after.get(SPENT, ())})
+        shapes = {**before.get(TENSORS, {}), **after.get(TENSORS, {})}
+        result[name] |= {SPENT: spent} if spent else {}
+        result[name] |= {TENSORS: {key: shape for key, shape in shapes.items() if key not in spent}} if shapes else {}
     return without_removed(result)
 
 
@@ -345,13 +349,13 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             # It multiplies zeros now. One element, which is not in the state dict, keeps the host's forward as it is.
             delattr(module, name)
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
-    for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE):
-            _set_size(module, name, value)
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
         if set(parts) != {size} or isinstance(module, SeparateLinear):
             separate_(module, heads, parts)
+    for name, value in entry.items():
+        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE):
+            _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
         if cls is None:
