@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 import exported
+from slimming.core.example_inputs import image_call
 from slimming.exporting.metadata import description
 from slimming.training.images import ImageSpec, decode, make_transform
 
@@ -178,7 +179,7 @@ def test_the_page_says_what_pytorch_says(
 def test_images_are_scaled_as_the_model_was_trained(mode: str, size: tuple[int, int], opened: Any) -> None:
     spec = ImageSpec(input_size=(3, 32, 40), mean=(0.3, 0.4, 0.5), std=(0.25,) * 3, crop_pct=0.9, crop_mode=mode)
     pixels = picture(size)
-    how = description(spec, (), (1,))["preprocessing"]
+    how = description(spec, (), {"logits": (1,)}, image_call(spec.input_size))["preprocessing"]
     found = opened.evaluate(
         """async ([data, width, height, how]) => {
             const { preprocess } = await import("./preprocess.js");

@@ -241,7 +241,7 @@ def test_a_slim_model_whose_class_was_changed_is_pickled_and_copied() -> None:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
     beit = timm.create_model("beit_base_patch16_224", **sizes, num_classes=5)
     masks = slimming.attach(beit)
-    plan = slimming.plan(masks, Budget(keep={"head": 0.5}))
+    plan = slimming.plan(masks, Budget(keep={"head_dim": 0.5}))
     masks.detach_()
     small: Any = slimming.cut(beit, plan).eval()
     assert type(small.blocks[0].attn) is not type(beit.blocks[0].attn)

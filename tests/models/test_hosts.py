@@ -210,7 +210,22 @@ WIDE = {
     *("vision transformer", "swin", "swin v2", "maxvit"),
 }
 """Models whose embedding width is not their output, and can go."""
+FLAT = {
+    *("ViTForImageClassification", "ViTModel", "DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"),
+    *("Dinov2 SwiGLU", "Dinov2WithRegistersModel", "DINOv3ViTModel", "DINOv3 gated", "BeitForImageClassification"),
+    *("CLIPVisionModelWithProjection", "SiglipVisionModel", "PvtForImageClassification"),
+    *("vision transformer", "encoder"),
+}
+"""Models with blocks that pass one sequence of tokens on."""
+WITHOUT_ADDITIONS = {"squeezenet1_1"}
+"""Models without residual branches."""
 PARTLY_FOLLOWED = {"Dinov2 SwiGLU", "BeitForImageClassification"}
+
+
+def kinds_by_name(name: str) -> set[str]:
+    """The kinds beside those that the tables name."""
+    absent = {"width": name not in WIDE, "token": name not in FLAT, "block": name in WITHOUT_ADDITIONS}
+    return {kind for kind, is_absent in absent.items() if not is_absent}
 
 
 @needs_transformers
@@ -232,7 +247,7 @@ def test_models_of_transformers_keep_the_contract(hosted: Hosted) -> None:
     model = hosted.make()
     found = slimming.check(model)
     assert found.ok, str(found)
-    assert set(found.kinds) == hosted.kinds | ({"width"} if (hosted.id or hosted.cls) in WIDE else set())
+    assert set(found.kinds) == hosted.kinds | kinds_by_name(hosted.id or hosted.cls)
     assert prunable(model).anatomy.structure.base["host"] == "transformers"
 
 
@@ -244,7 +259,7 @@ def test_models_of_torch_keep_the_contract(name: str) -> None:
     model = make().eval()
     found = slimming.check(model)
     assert found.ok, str(found)
-    assert set(found.kinds) == kinds | ({"width"} if name in WIDE else set())
+    assert set(found.kinds) == kinds | kinds_by_name(name)
     assert prunable(model).anatomy.structure.base["host"] == host
 
 

@@ -256,7 +256,7 @@ def test_a_model_of_transformers_goes_the_same_way(tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     assert torch.equal(slimming.load(tmp_path / "dense")(image).logits, dense(image).logits)
     masks = slimming.attach(dense)
-    slim = slimming.cut(dense, slimming.plan(masks, slimming.Budget(keep={"mlp": 0.5, "head": 0.5})))
+    slim = slimming.cut(dense, slimming.plan(masks, slimming.Budget(keep={"mlp": 0.5, "head_dim": 0.5})))
     slimming.as_transformers(slim).save_pretrained(tmp_path / "slim")
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "slim")
     with torch.no_grad():

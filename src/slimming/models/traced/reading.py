@@ -70,6 +70,8 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         UnsupportedModelError: the model cannot be run, or nothing in it can be cut.
     """
     model_class = type(model)
+    # After a deep cut nothing may be left to cut, and the model must still have its costs.
+    is_slim = any(STRUCTURE in vars(module) for module in model.modules())
     model = _random_copy(model)
     progress = Progress(model_class.__name__)
     with small_images(model):
@@ -114,7 +116,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 
-    if not groups:
+    if not groups and not is_slim:
         raise UnsupportedModelError(
             f"Nothing in this {model_class.__module__}.{model_class.__name__} can be cut: "
             f"{'; '.join(uncovered) or 'it has no layers that slimming reads'}. "
@@ -141,7 +143,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
     uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     uncovered += without_tokens
-    if not groups:
+    if not groups and not is_slim:
         raise UnsupportedModelError(f"Nothing in this {model_class.__name__} can be cut: {'; '.join(uncovered)}.")
     groups.sort(key=_module_order(model))
     sizes = sizes_of(groups)
