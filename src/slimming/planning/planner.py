@@ -391,8 +391,8 @@ def independent_unit_cost(
     if group.token is not None:
         # Tokens that are removed here have been removed in all deeper blocks before.
         for other in anatomy.groups:
-            same = other.token is not None and other.token.sequence == group.token.sequence
-            if same and other.token.depth > group.token.depth:
+            site = other.token
+            if site is not None and site.sequence == group.token.sequence and site.depth > group.token.depth:
                 before[other.name] = max(1, before[other.name] - count)
     then = before[name] - count if before[name] > count else before[name] + count
     after = measure({**before, name: then})

@@ -74,7 +74,7 @@ def _classes(canvas: Tensor, numbers: Tensor) -> Tensor:
     return draw_segmentation_masks(canvas, torch.stack([numbers == each for each in every]), alpha=0.5, colors=colours)
 
 
-def _colour(number: int) -> tuple[int, int, int]:
+def _colour(number: int) -> str | tuple[int, int, int]:
     """The colour of a class, whichever others are in the image: hues that are far apart for consecutive numbers."""
     red, green, blue = colorsys.hsv_to_rgb(0.06 + number * 0.618 % 1, 0.9, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
