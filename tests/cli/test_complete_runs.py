@@ -7,25 +7,57 @@ from pathlib import Path
 
 import pytest
 
+from slimming.core.budget import Budget
+from slimming.errors import CheckpointError
+from slimming.runs.config import ModelConfig, RunConfig
+from slimming.runs.files import missing_files
+from slimming.training.config import DataConfig
+
 from .conftest import Call
 from .test_directories import tree, watch_writes, words
 
 slow = pytest.mark.slow
 BUDGET = "macs-0.70"
-QUICK = ("table.md", "report.html", f"{BUDGET}/slim/weights.safetensors", "search/masks.safetensors")
+QUICK = ("report.html", f"{BUDGET}/slim/weights.safetensors", "search/masks.safetensors")
+THOROUGH = (
+    "table.md",
+    "dense/metrics.json",
+    "search/search.json",
+    f"{BUDGET}/row.json",
+    f"{BUDGET}/cut/structure.json",
+)
 FILES = (
-    *QUICK, "inputs.json", "settings.json", "dense/metrics.json", "results.json", "search/weights.safetensors",
-    "search/scores.safetensors", "search/search.json", "search/seconds.json", "search/log.jsonl",
+    *QUICK, *("table.md", "inputs.json", "settings.json", "dense/metrics.json", "results.json"),
+    "search/weights.safetensors", "search/scores.safetensors", "search/search.json", "search/seconds.json",
+    "search/log.jsonl",
     *(f"{BUDGET}/{name}" for name in ("plan.json", "row.json", "log.jsonl")),
     *(f"{BUDGET}/{place}/{name}" for place in ("cut", "slim") for name in ("weights.safetensors", "structure.json",
                                                                            "provenance.json")),
 )  # fmt: skip
-CASES = [pytest.param(name, marks=() if name in QUICK else slow, id=name) for name in dict.fromkeys(FILES)]
+CASES = [*QUICK, *(pytest.param(name, marks=slow, id=name) for name in THOROUGH)]
+"""Files for which the command is run again; for the others it is tested that they are missed."""
 
 
 def test_the_list_above_is_that_of_a_run(finished: Path) -> None:
     states = {"config.yaml", "search/state.pt", f"{BUDGET}/state.pt"}
     assert {name for name, content in tree(finished).items() if content is not None} == {*FILES} | states
+
+
+@pytest.mark.parametrize("name", list(dict.fromkeys(FILES)), ids=str)
+def test_a_missing_or_damaged_file_is_noticed(copied: Path, name: str) -> None:
+    model, data = ModelConfig(name="vit_tiny_patch16_224"), DataConfig(source="images")
+    config = RunConfig(model=model, data=data, budgets=(Budget(macs=0.7),))
+    assert missing_files(copied, config) == []
+    content = bytearray((copied / name).read_bytes())
+    (copied / name).unlink()
+    assert missing_files(copied, config) == [name]
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    try:
+        found = missing_files(copied, config)
+    except CheckpointError as error:
+        found = [name] if str(copied / name) in str(error) else [str(error)]
+    assert found == [name]
 
 
 def accuracies(directory: Path) -> dict[str, tuple[float, float]]:
