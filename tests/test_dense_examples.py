@@ -41,8 +41,6 @@ SHORT = ["--scored", "4", "--steps", "2", "--batch", "2"]
     [
         pytest.param("DETR", 64, id="DETR", marks=pytest.mark.slow),
         pytest.param("YOLOS", 32, id="YOLOS", marks=pytest.mark.slow),
-        pytest.param("RT-DETR v2", 64, id="RT-DETR v2", marks=pytest.mark.slow),
-        pytest.param("D-FINE", 64, id="D-FINE", marks=pytest.mark.slow),
     ],
 )
 def test_detectors_in_the_trainer(name: str, size: int, scenes: Path, tmp_path: Path) -> None:

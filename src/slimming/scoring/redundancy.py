@@ -109,11 +109,16 @@ def _covariances(
             # The bias compensates for the mean, if there is one.
             centred = getattr(model.get_submodule(name), "bias", None) is not None
             covariance = xx / count - torch.outer(x, x) / count**2 if centred else xx / count
-            scale = covariance.diagonal().mean().clamp_min(1e-200)  # its inverse exists if all inputs are 0
+            # The inverse exists too where all inputs are constant, up to rounding, or 0.
+            scale = covariance.diagonal().mean().clamp_min(_CONSTANT * float(power.mean()) + 1e-200)
             added = ridge(len(x), count) * scale
             covariance.diagonal().add_(added)
             result[name] = covariance, power, added
     return result
+
+
+_CONSTANT = 1e-10
+"""Share of its second moment that the variance of an input has at least."""
 
 
 class ReadLayer:
