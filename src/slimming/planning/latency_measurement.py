@@ -228,9 +228,9 @@ def grid_points(anatomy: Anatomy, groups: Collection[str]) -> Iterator[tuple[Tim
         for name, dim in layer.axes:
             most = dim.value(full)
             names = {group for group, _ in dim.groups}
-            if name == "dims":  # fewer heads have fewer dimensions
-                site = anatomy.group(dim.groups[0][0]).site
-                names |= {group.name for group in anatomy.groups if group.site == site and group.kind == "head"}
+            # Fewer heads have fewer dimensions.
+            sites = {anatomy.group(group).site for group in names if anatomy.group(group).kind == "head_dim"}
+            names |= {group.name for group in anatomy.groups if group.site in sites and group.kind == "head"}
             if not names.intersection(groups):
                 axes.append([most])
                 continue
