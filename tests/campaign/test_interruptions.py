@@ -26,7 +26,9 @@ ACTS: dict[str, Case] = {
 JOBS = ("train", "search") if COUNTS is None else ("train", "search", "run")
 """A run draws a report, which hangs in a process that is forked from one that drew another. The whole campaign has a
 process for this file alone; in the test runs, runs are interrupted by tests/cli/test_directories.py."""
-STRIDES = {"train": (20, 1), "search": (48, 8), "run": (180, 60)}
+FILLED = ("train",) if COUNTS is None else ("train", "search")
+"""The jobs for which files are limited, and a second process starts."""
+STRIDES = {"train": (20, 1), "search": (96, 8), "run": (180, 60)}
 """Every how many changes a job is interrupted, in the slow tests and in the whole campaign."""
 LIMITS = (0, 1, 100, 1000, 4096, 10_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_200_000, 1_600_000, 2_400_000)
 
@@ -70,7 +72,7 @@ def test_interrupted_at_many_changes_a_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "search"], ids=str)
+@pytest.mark.parametrize("name", FILLED, ids=str)
 def test_a_quota_of_the_file_size_ends_in_a_sentence(
     name: str, attacked: Callable[[str], Interruptions], record: Record
 ) -> None:
@@ -87,7 +89,7 @@ def test_a_second_process_is_refused(attacked: Callable[[str], Interruptions], t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "search"], ids=str)
+@pytest.mark.parametrize("name", FILLED, ids=str)
 def test_a_second_process_is_refused_at_any_time(
     name: str,
     attacked: Callable[[str], Interruptions],
