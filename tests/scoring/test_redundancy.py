@@ -43,6 +43,16 @@ def test_what_is_constant_or_dead_costs_nothing() -> None:
     assert costs[:2].max() < 0.01 * costs[2:].min()
 
 
+def test_units_without_variance_cost_nothing() -> None:
+    model = vit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.zero_()
+        model.blocks[0].mlp.fc1.bias.fill_(900.1)
+    costs = hidden(model, torch.ones(192))
+    assert bool(costs.isfinite().all())
+    assert costs.max() < 0.01
+
+
 def test_costs_never_exceed_importance_and_keep_what_is_unread() -> None:
     model = vit()
     groups = [group for group in prunable(model).anatomy.groups if group.role in ("mlp", "v", "head", "qk", "token")]
