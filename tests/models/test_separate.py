@@ -35,6 +35,9 @@ def expected(linear: SeparateLinear, x: Tensor) -> list[Tensor]:
 DIVISIONS: dict[str, Callable[[Any], Any]] = {
     "unbind": lambda y: y.reshape(BATCH, TOKENS, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0),
     "unpacking": lambda y: [*y.view(BATCH, -1, 3, HEADS, QK).permute(2, 0, 3, 1, 4).contiguous()],
+    "transposed": lambda y: [
+        part.permute(1, 2, 0, 3) for part in y.reshape(BATCH, TOKENS, 3, HEADS, -1).transpose(0, 2).unbind(0)
+    ],
     "items": lambda y: [y.reshape((BATCH, TOKENS, 3, HEADS, QK)).permute((2, 0, 3, 1, 4))[part] for part in range(3)],
     "chunks": lambda y: [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in y.chunk(3, dim=-1)],
     "second reshape": lambda y: [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import slimming
 from slimming.errors import ConfigError
+from slimming.report.figures import around
 from slimming.report.pages import read_results
 from slimming.training.drawing import draw_prediction
 
@@ -42,11 +43,21 @@ def test_a_comparison_of_another_task(tmp_path: Path) -> None:
     page, table = (tmp_path / "report.html").read_text(), (tmp_path / "table.md").read_text()
     assert "abs rel against MACs" in page
     assert "Lower is better" in page
+    assert "Of abs rel, lower values are better" in page
     assert page.count("data:image/png;base64") >= 4
     assert "top-1" not in page.lower().replace("top-1 accuracy", "")
     assert "| 0.131 (+0.026) |" in table
     again = slimming.compare(models(), tmp_path, evaluate=lambda model: {"abs rel": 0.1}, metric=ERROR, bench=QUICK)
     assert again["rows"][0]["metric"] == 0.1
+
+
+def test_axes_leave_out_what_is_much_worse() -> None:
+    low, high = around([0.10, 0.12], [0.13, 0.9], ERROR)
+    assert 0.0 <= low < 0.10
+    assert 0.13 < high < 0.2
+    low, high = around([0.6, 0.7], [0.65, 0.01], slimming.Metric(name="PSNR"))
+    assert 0.3 < low < 0.6
+    assert 0.7 < high < 0.9
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,16 @@ def stages(
 
 
 def around(good: Sequence[float], others: Sequence[float], metric: Metric = TOP1) -> list[float]:
-    """Return the ends of an axis that fits the values ``good``; values in ``others`` may lie below it."""
+    """Return the ends of an axis that fits the values ``good``; much worse ones in ``others`` may lie outside."""
     percent_ = metric.unit == PERCENT
     least = 1.0 if percent_ else 0.01 * max(abs(value) for value in good) or 1.0
     span = max(max(good) - min(good), least)
-    worse = (lambda value: value >= min(good) - 1.5 * span) if metric.higher_is_better else (lambda value: True)
-    near = [*good, *filter(worse, others)]
+    fits = (
+        (lambda value: value >= min(good) - 1.5 * span)
+        if metric.higher_is_better
+        else (lambda value: value <= max(good) + 1.5 * span)
+    )
+    near = [*good, *filter(fits, others)]
     air = 0.14 * max(max(near) - min(near), least)
     low, high = min(near) - 1.5 * air, max(near) + air
     return [max(0.0, low) if min(near) >= 0 else low, min(100.0, high) if percent_ else high]
