@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dense_options import options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchmetrics.detection import MeanAveragePrecision
@@ -64,7 +65,8 @@ def collate(scenes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Score, cut, retrain, measure, save, load and export."""
-    settings = options().parse_args(words)
+    parser = options(__doc__, model="name on the hub, or directory", size=640, macs=0.7, output="slim-detector")
+    settings = parser.parse_args(words)
     torch.manual_seed(0)
     train, val = (Scenes(settings.data / split, settings.size) for split in ("train", "val"))
     dense: Any = AutoModelForObjectDetection.from_pretrained(settings.model)
@@ -171,21 +173,6 @@ def onnx_difference(model: nn.Module, images: Tensor, file: Path) -> float:
         wanted = plain(images)
     pairs = [(torch.from_numpy(a), b) for a, b in zip(found, wanted, strict=True)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-
-
-def options() -> argparse.ArgumentParser:
-    """The settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name on the hub, or directory")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=640, help="side of the images in pixels")
-    parser.add_argument("--macs", type=float, default=0.7, help="share of the multiply-adds to keep")
-    parser.add_argument("--scored", type=int, default=128, help="images on which units are scored")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--output", type=Path, default=Path("slim-detector"))
-    return parser
 
 
 if __name__ == "__main__":

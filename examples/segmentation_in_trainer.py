@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dense_options import options
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -49,7 +50,8 @@ class Scenes(Dataset):
 
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Score, cut, retrain, measure, save and load."""
-    settings = options().parse_args(words)
+    parser = options(__doc__, model="name on the hub, or directory", size=512, macs=0.5, output="slim-segmenter")
+    settings = parser.parse_args(words)
     torch.manual_seed(0)
     train, val = (Scenes(settings.data / split, settings.size) for split in ("train", "val"))
     dense: Any = AutoModelForSemanticSegmentation.from_pretrained(settings.model)
@@ -102,21 +104,6 @@ def mean_iou(model: Any, scenes: Scenes, batch: int = 16) -> float:
         confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     unions = confusion.sum(0) + confusion.sum(1) - confusion.diag()
     return float((confusion.diag()[unions > 0] / unions[unions > 0]).mean())
-
-
-def options() -> argparse.ArgumentParser:
-    """The settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name on the hub, or directory")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
-    parser.add_argument("--macs", type=float, default=0.5, help="share of the multiply-adds to keep")
-    parser.add_argument("--scored", type=int, default=128, help="images on which units are scored")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--output", type=Path, default=Path("slim-segmenter"))
-    return parser
 
 
 if __name__ == "__main__":

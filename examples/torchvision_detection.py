@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dense_options import options
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.datasets import CocoDetection
@@ -32,7 +33,11 @@ Scene = tuple[Tensor, dict[str, Tensor]]
 
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Score, cut, retrain, measure, save and load."""
-    settings = options().parse_args(words)
+    what = "a detector of torchvision, such as fcos_resnet50_fpn"
+    parser = options(__doc__, model=what, size=320, macs=0.7, output="slim-detector", scored=64)
+    parser.add_argument("--weights", type=Path, help="state dict of the dense detector")
+    parser.add_argument("--classes", type=int, default=5, help="number of classes, the background included")
+    settings = parser.parse_args(words)
     torch.manual_seed(0)
     train, val = (read(settings.data / split) for split in ("train", "val"))
     dense = make(settings)
@@ -56,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
 
 def make(settings: argparse.Namespace) -> nn.Module:
     """The dense detector."""
-    sizes = {} if settings.name.startswith("ssd") else {"min_size": settings.size, "max_size": settings.size}
-    model = detectors[settings.name](weights=None, weights_backbone=None, num_classes=settings.classes, **sizes)
+    sizes = {} if settings.model.startswith("ssd") else {"min_size": settings.size, "max_size": settings.size}
+    model = detectors[settings.model](weights=None, weights_backbone=None, num_classes=settings.classes, **sizes)
     if settings.weights:
         model.load_state_dict(torch.load(settings.weights, weights_only=True))
     return model.eval()
@@ -98,23 +103,6 @@ def mean_average_precision(model: nn.Module, scenes: Sequence[Scene]) -> float:
         images, targets = zip(*scenes[at : at + 8], strict=True)
         metric.update(model(list(images)), list(targets))
     return float(metric.compute()["map"])
-
-
-def options() -> argparse.ArgumentParser:
-    """The settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a detector of torchvision, such as fcos_resnet50_fpn")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, help="state dict of the dense detector")
-    parser.add_argument("--classes", type=int, default=5, help="number of classes, the background included")
-    parser.add_argument("--size", type=int, default=320, help="side to which images are resized")
-    parser.add_argument("--macs", type=float, default=0.7, help="share of the multiply-adds to keep")
-    parser.add_argument("--scored", type=int, default=64, help="images on which units are scored")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--output", type=Path, default=Path("slim-detector"))
-    return parser
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The cosine between dense and slim embeddings is measured, and the slim model is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dense_options import options
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CocoDetection
@@ -49,7 +49,10 @@ class Captioned(Dataset):
 
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Score, cut, retrain, measure, save and load."""
-    settings = options().parse_args(words)
+    what = "name on the hub, or directory"
+    parser = options(__doc__, model=what, size=224, macs=0.7, output="slim-towers", batch=16)
+    parser.add_argument("--words", type=int, default=64, help="number of tokens of a caption")
+    settings = parser.parse_args(words)
     torch.manual_seed(0)
     train, val = (Captioned(settings.data / split, settings.size) for split in ("train", "val"))
     dense: Any = AutoModel.from_pretrained(settings.model)
@@ -104,22 +107,6 @@ def cosine(dense: Any, small: Any, batches: Sequence[dict[str, Any]]) -> float:
         batch_embeddings = [embeddings(model(**batch)) for batch in batches]
         found.append([torch.cat(each) for each in zip(*batch_embeddings, strict=True)])
     return float(torch.cat([F.cosine_similarity(*pair) for pair in zip(*found, strict=True)]).mean())
-
-
-def options() -> argparse.ArgumentParser:
-    """The settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name on the hub, or directory")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--words", type=int, default=64, help="number of tokens of a caption")
-    parser.add_argument("--macs", type=float, default=0.7, help="share of the multiply-adds to keep")
-    parser.add_argument("--scored", type=int, default=128, help="pairs on which units are scored")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--output", type=Path, default=Path("slim-towers"))
-    return parser
 
 
 if __name__ == "__main__":
