@@ -128,6 +128,11 @@ def test_a_detector_is_evaluated_on_annotations_of_coco(tmp_path: Path) -> None:
     values = library.evaluate_dense(model, tmp_path, file)
     assert values["images"] == 1
     assert 0 <= values["mAP"] <= values["mAP50"] <= 1
+    for name, says in (("b.png", "1 of 1 images are not in"), ("../a.png", "is outside"), ("/etc/hosts", "is outside")):
+        elsewhere = [{**images[0], "file_name": name}]
+        file.write_text(json.dumps({"images": elsewhere, "annotations": boxes, "categories": categories}))
+        with pytest.raises(DataError, match=says):
+            library.evaluate_dense(model, tmp_path, file)
     file.write_text(json.dumps({"images": images}))
     with pytest.raises(DataError, match="names no images or no categories"):
         library.evaluate_dense(model, tmp_path, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,12 @@ def masked_images(folder: Path, masks: Path) -> list[Annotated]:
 
 
 def _check_files(files: list[Path], folder: Path) -> None:
+    inside = os.path.normpath(folder)  # links are followed, since data sets are often links
+    outside = [file for file in files if not Path(os.path.normpath(file)).is_relative_to(inside)]
+    if outside:
+        raise DataError(
+            f"The annotations name {outside[0]}, which is outside {folder}. Give the folder that all images are in."
+        )
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(
