@@ -10,7 +10,7 @@ of the rotary table belong to it in every head.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ UNUSED, SEVERAL = -1, -2
 
 Place = tuple[str, int]
 """Name of a tensor and one of its dimensions."""
+NORM_OVER_HEADS = "a norm over the head dimension mixes the dimensions of its queries and keys"
+HEAD_NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""Norms over the dimensions of a head that can be taken over those that stay."""
 _INPUT = "input"
 """Begins the name of a tensor that the module is given."""
 Numbers = dict[Place, Tensor]
@@ -40,6 +43,8 @@ class Dimensions:
         direct: whether each dimension is one row of Linear layers that are called as modules.
         inputs: the slices of each dimension in tensors that the module is given.
         alike: whether all heads must keep the same dimensions, because they share tensors with entries for each.
+        norms: names of the norms over the dimensions of a head of queries or keys.
+        normalised: whether a norm over the dimensions of a head needs that masks act on queries and on keys.
         width: 1, or the number of dimensions that are mixed and counted as one, such as 2 for rotary pairs.
     """
 
@@ -48,6 +53,8 @@ class Dimensions:
     direct: bool
     inputs: tuple[InputSlices, ...] = ()
     alike: bool = False
+    norms: tuple[str, ...] = ()
+    normalised: bool = False
     width: int = 1
 
     @property
@@ -66,7 +73,7 @@ class _Parts:
     @property
     def alike(self) -> bool:
         """Whether heads share entries."""
-        return bool(self.inputs) or any(part.side == "produces" and _is_shared(part.index) for part in self.slices)
+        return bool(self.inputs) or any(_is_shared(part.index) for part in self.slices)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def value_dimensions(
         for at, of_scores in ((at, rows) for each in scores for factor in each.factors for at, rows in factor.items()):
             if at in found:
                 found[at] = torch.where(of_scores == UNUSED, found[at], SEVERAL)
-        by_head = _by_head(found, heads, size, "produces")
+        by_head = _by_head(module, found, heads, size, "produces")
         if isinstance(by_head, str):
             return by_head
         if by_head.slices:
@@ -168,7 +175,7 @@ def query_key_dimensions(
     inputs: dict[tuple[int | str, ...], InputSlices] = {}
     direct, alike = True, False
     for side, numbers in sides.items():
-        by_head = _by_head(numbers, heads, size, side, run)
+        by_head = _by_head(module, numbers, heads, size, side, run)
         if isinstance(by_head, str):
             return by_head
         if not any(part.side == side for part in by_head.slices):
@@ -180,8 +187,19 @@ def query_key_dimensions(
         alike = alike or by_head.alike
     if width > 1 and not alike:
         return "positions rotate its queries and keys with a table that its forward computes for the size of a head"
+    _add_biases(module, slices)
     parts = (size,) * len(heads[0].index)
-    return Dimensions(parts, tuple(slices.values()), direct, tuple(inputs.values()), alike, width)
+    return Dimensions(parts, tuple(slices.values()), direct, tuple(inputs.values()), alike, width=width)
+
+
+def _add_biases(module: nn.Module, slices: dict[tuple[str, str], Slices]) -> None:
+    """Add the entries of biases that the forward does not use, as those of keys in some hosts."""
+    parameters = dict(module.named_parameters())
+    for (_, side), part in list(slices.items()):
+        owner, _, last = part.tensor.rpartition(".")
+        bias = f"{owner}.bias"
+        if last == "weight" and part.dim == 0 and bias in parameters and side != "produces":
+            slices.setdefault((f"{bias} 0", side), replace(part, tensor=bias))
 
 
 def _rows(numbers: Numbers, weights: Collection[str]) -> dict[str, Tensor]:
@@ -223,7 +241,7 @@ def _in_sets(module: nn.Module, run: Run, scores: Scores | None, weights: Collec
     firsts = together.int().argmax(1)
     sets, numbers = firsts.unique(return_inverse=True)
     if len(sets) == 1 or not bool((together == (firsts[:, None] == firsts)).all()):
-        return "a norm over the head dimension mixes the dimensions of its queries and keys"
+        return NORM_OVER_HEADS
     left, right = (numbered(module, run, tensor, dim, numbers) for tensor, dim in tensors)
     if not all(_alone(_rows(factor, weights)) for factor in (left, right)):
         return "a layer mixes the dimensions of its queries and keys"
@@ -340,10 +358,13 @@ def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
             if size > 1 and (size == columns or size <= least)]  # fmt: skip
 
 
-def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str, run: Run | None = None) -> _Parts | str:
+def _by_head(
+    module: nn.Module, numbers: Numbers, heads: Sequence[Slices], size: int, side: str, run: Run | None = None
+) -> _Parts | str:
     """The slices of each dimension of each head; none if no row of a head belongs to a single dimension.
 
     Args:
+        module: the attention module.
         numbers: what `numbered` gives.
         heads: the slices of the heads.
         size: number of dimensions of a head.
@@ -372,8 +393,10 @@ def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str, ru
         if at[0] in paths:
             inputs.append(InputSlices(path=paths[at[0]], dim=at[1], index=index))
         elif not at[0].startswith(_INPUT):
-            of_heads = at in rows
-            slices.append(Slices(tensor=at[0], dim=at[1], index=index, side=side if of_heads else "produces"))
+            # A factor of queries or keys must not multiply what is only multiplied with them.
+            is_norm = isinstance(module.get_submodule(at[0].rpartition(".")[0]), HEAD_NORMS)
+            own = side if at in rows or is_norm else "produces"
+            slices.append(Slices(tensor=at[0], dim=at[1], index=index, side=own))
     return _Parts(tuple(slices), tuple(inputs))
 
 

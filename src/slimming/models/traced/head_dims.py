@@ -21,7 +21,15 @@ from slimming.core.groups import Group, Slices
 from slimming.models.family import Kept
 from slimming.models.traced.attention_runs import record
 from slimming.models.traced.channels import BATCH_NORM
-from slimming.models.traced.dimension_rows import Dimensions, query_key_dimensions, scores_of, value_dimensions
+from slimming.models.traced.detached_norms import DetachedNorms
+from slimming.models.traced.dimension_rows import (
+    HEAD_NORMS,
+    NORM_OVER_HEADS,
+    Dimensions,
+    query_key_dimensions,
+    scores_of,
+    value_dimensions,
+)
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.head_sizes import (
     HeadSizes,
@@ -258,6 +266,8 @@ def _dimensions(
     scores = scores_of(part, run)
     for role, dimensions in (("qk", query_key_dimensions), ("v", value_dimensions)):
         found = dimensions(part, run, slices, scores)
+        if found == NORM_OVER_HEADS:
+            found = _through_norms(part, slices, call)
         if isinstance(found, str):
             reasons[role] = found
         elif found.parts[0] < FEWEST:
@@ -265,6 +275,18 @@ def _dimensions(
         else:
             dims[role] = found
     return dims, reasons
+
+
+def _through_norms(part: nn.Module, slices: Sequence[Slices], call: Pass) -> Dimensions | str:
+    """The dimensions of QK where norms over the dimensions of a head are in between, or why there are none."""
+    detached = DetachedNorms()
+    run = record(part, _mapped(call, _varied(call)), detached)
+    found = query_key_dimensions(part, run, slices, scores_of(part, run))
+    if isinstance(found, str):
+        return NORM_OVER_HEADS
+    owners = dict.fromkeys(each.tensor.rpartition(".")[0] for each in found.slices)
+    norms = tuple(name for name in owners if isinstance(part.get_submodule(name), HEAD_NORMS))
+    return replace(found, norms=norms, normalised=True, direct=False)
 
 
 def _proved(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> tuple[HeadSizes | None, str]:

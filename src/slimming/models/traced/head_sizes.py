@@ -19,7 +19,7 @@ from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.dimension_rows import Dimensions
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes, Heads, size_at
-from slimming.models.traced.resize import Separate
+from slimming.models.traced.resize import Separate, is_shared
 
 _PART_OF_NAME = ("dim", "size", "hidden", "key", "val", "width")
 """Words in the names of attributes that hold the size of a head."""
@@ -228,11 +228,14 @@ def groups_of(name: str, module: nn.Module, choice: HeadSizes) -> list[Group]:
     roles = {role: _named(name, found.slices) for role, found in choice.dims.items()}
     scales = {role: _scales(name, module, slices, role) for role, slices in roles.items()}
     parts = {role: found.parts for role, found in choice.dims.items()}
+    if "qk" in roles and choice.dims["qk"].normalised:
+        scales["qk"] = (*scales["qk"], *_scales(name, module, roles["qk"], "key"))
     alike = {role: found.alike for role, found in choice.dims.items()}
     if len(roles) == 2 and parts["qk"] == parts["v"]:
         both = roles["qk"] + roles["v"]
         roles["qkv"], parts["qkv"], alike["qkv"] = both, parts["qk"], any(alike.values())
-        scales["qkv"] = (*scales["qk"], *_scales(name, module, roles["qk"], "key"), *scales["v"])
+        of_keys = _scales(name, module, roles["qk"], "key")
+        scales["qkv"] = (*dict.fromkeys((*scales["qk"], *of_keys)), *scales["v"])
     other = {"qk": "v", "v": "qk"}
     return [
         Group(
@@ -249,6 +252,9 @@ def groups_of(name: str, module: nn.Module, choice: HeadSizes) -> list[Group]:
             ),
             slices=slices,
             scales=scales[role],
+            norms=tuple(f"{name}.{norm}" for norm in choice.dims["qk"].norms)
+            if role != "v" and "qk" in choice.dims
+            else (),
             inputs=choice.dims[role].inputs if role in choice.dims else (),
             any_basis=role in choice.any_basis,
         )
@@ -264,7 +270,11 @@ def _scales(name: str, module: nn.Module, slices: Sequence[Slices], role: str) -
     """The tensors that a mask scales: the columns that read values, or what makes queries or keys last."""
     side = {"v": "consumes", "qk": "query", "key": "key"}[role]
     parameters = dict(module.named_parameters())
-    chosen = [part for part in slices if part.side == side and part.tensor.removeprefix(f"{name}.") in parameters]
+    chosen = [
+        part
+        for part in slices
+        if part.side == side and part.tensor.removeprefix(f"{name}.") in parameters and not is_shared(part)
+    ]
     norms = [
         part
         for part in chosen

@@ -76,7 +76,9 @@ def scaled_rows(
         head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
         dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
         for part in group.slices if left < dense else ():
-            if part.side == side and part.tensor in state:
+            # A norm undoes factors of what it reads.
+            scaled = not group.norms or part.tensor.rpartition(".")[0] in group.norms
+            if part.side == side and scaled and part.tensor in state:
                 tensor = result.setdefault(part.tensor, state[part.tensor].clone())
                 rows = torch.tensor([index for unit in part.index for index in unit], device=tensor.device)
                 factor = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
@@ -155,7 +157,7 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim | Ratio, ...
             result[name] = {"embedding_dim": weight[1]}
         elif isinstance(module, nn.PReLU):
             result[name] = {"num_parameters": weight[0]}
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             result[name] = {"normalized_shape[0]": weight[0]}
     return result
 

@@ -307,8 +307,8 @@ def masked_outputs(
 
 
 def _zeroed(group: Group) -> Sequence[Slices | Scale]:
-    """The slices that are 0 if a unit is: those that read it, for QK those of the queries, for a branch its mask's."""
-    if group.role == "branch":
+    """The slices that are 0 if a unit is: those that read it, for QK and branches those that its mask scales."""
+    if group.role in ("branch", "qk"):
         return group.scales
     return [part for part in group.slices if part.side in ("consumes", "query")]
 
