@@ -385,6 +385,8 @@ def _by_head(
             if at[0].startswith(_INPUT):
                 continue
             return f"{at[0]} has entries for single head dimensions, and others for several"
+        elif not at[0].startswith(_INPUT) and _is_outside_state(module, at[0]):
+            return f"all heads share {at[0]}, a buffer outside the state dict (persistent=False)"
         else:
             units = (range(len(values)),) * len(heads[0].index)
         index = tuple(tuple(row for row in unit if values[row] == number) for unit in units for number in range(size))
@@ -398,6 +400,11 @@ def _by_head(
             own = side if at in rows or is_norm else "produces"
             slices.append(Slices(tensor=at[0], dim=at[1], index=index, side=own))
     return _Parts(tuple(slices), tuple(inputs))
+
+
+def _is_outside_state(module: nn.Module, tensor: str) -> bool:
+    owner, _, name = tensor.rpartition(".")
+    return name in module.get_submodule(owner)._non_persistent_buffers_set
 
 
 def _is_shared(index: Sequence[Sequence[int]]) -> bool:
