@@ -14,7 +14,7 @@ from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.separate import SeparateLinear, separate_
+from slimming.models.separate import SeparateLinear, join_, separate_
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -25,6 +25,8 @@ TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separa
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
 sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
 module that was removed, and which parameters only a removed branch used."""
+HEADS = "heads"
+"""Attribute of a `SeparateLinear`, which the entry `SEPARATE` sets too."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -300,6 +302,10 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         result[name] = {**before, **after}
         spent = sorted({*before.get(SPENT, ()), *after.get(SPENT, ())})
         shapes = {**before.get(TENSORS, {}), **after.get(TENSORS, {})}
+        if SEPARATE in after:
+            result[name].pop(HEADS, None)
+        elif SEPARATE in before and HEADS in after:
+            result[name][SEPARATE] = [result[name].pop(HEADS), *before[SEPARATE][1:]]
         result[name] |= {SPENT: spent} if spent else {}
         result[name] |= {TENSORS: {key: shape for key, shape in shapes.items() if key not in spent}} if shapes else {}
     return without_removed(result)
@@ -353,10 +359,14 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
-        if set(parts) != {size} or isinstance(module, SeparateLinear):
+        if set(parts) != {size}:
             separate_(module, heads, parts)
+        elif isinstance(module, SeparateLinear):
+            join_(module)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+        if name in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+            continue
+        if name != HEADS or SEPARATE not in entry:
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
