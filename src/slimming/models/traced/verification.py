@@ -200,8 +200,8 @@ def cut_difference(
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
 
-    Branches have one unit. Every second one is removed, then the others, then all: each branch without its neighbours, as
-    the two of a block, and whole blocks.
+    Branches have one unit. Every second one is removed, then the others, then all: each without its neighbours, such
+    as the other branch of a block, and whole blocks.
     """
     branches = [group.name for group in groups if group.role == "branch"]
     turns = [turn for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [()]
