@@ -44,6 +44,12 @@ def separate_(linear: nn.Linear, heads: int, head_sizes: Sequence[int]) -> None:
     linear.heads, linear.head_sizes = heads, tuple(head_sizes)  # pyright: ignore
 
 
+def join_(linear: SeparateLinear) -> None:
+    """Make ``linear`` a plain Linear again, because all its parts have the head size that the host assumes."""
+    del linear.heads, linear.head_sizes
+    linear.__class__ = nn.Linear  # pyright: ignore
+
+
 class Parts:
     """The parts of a projection's output, until the host takes them apart.
 

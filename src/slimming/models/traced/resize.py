@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.separate import SeparateLinear, separate_
+from slimming.models.separate import SeparateLinear, join_, separate_
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -26,6 +25,8 @@ TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separa
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
 sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
 module that was removed, and which parameters only a removed branch used."""
+HEADS = "heads"
+"""Attribute of a `SeparateLinear`, which the entry `SEPARATE` sets too."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -301,6 +302,10 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         result[name] = {**before, **after}
         spent = sorted({*before.get(SPENT, ()), *after.get(SPENT, ())})
         shapes = {**before.get(TENSORS, {}), **after.get(TENSORS, {})}
+        if SEPARATE in after:
+            result[name].pop(HEADS, None)
+        elif SEPARATE in before and HEADS in after:
+            result[name][SEPARATE] = [result[name].pop(HEADS), *before[SEPARATE][1:]]
         result[name] |= {SPENT: spent} if spent else {}
         result[name] |= {TENSORS: {key: shape for key, shape in shapes.items() if key not in spent}} if shapes else {}
     return without_removed(result)
@@ -314,55 +319,27 @@ def is_removed(tensor: str, entries: Mapping[str, Any]) -> bool:
 
 
 def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
-    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`.
-
-    Raises:
-        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
-    """
+    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`."""
     module = model.get_submodule(name)
     if REMOVED not in entry:
         resize_module_(module, entry)
         return
     if not isinstance(module, Removed):
         parent, _, last = name.rpartition(".")
-        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        module = Removed(module, *entry[REMOVED])
         model.get_submodule(parent)._modules[last] = module
     # A removed block still selects the tokens for those after it.
     adapt_(module, entry, next(model.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
 
 
-def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
-    """Check what a structure says about the results of a removed module.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
-        form, results = returns
-        if (
-            isinstance(results, list)
-            and results
-            and all(map(_is_result, results))
-            and (form != "one" or len(results) == 1)
-        ):
-            return form, results
-    raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
-
-
-def _is_result(result: Any) -> bool:
-    if not isinstance(result, list) or not result or result[0] not in ("zeros", "input", "none"):
-        return False
-    rest = result[1:]
-    keys = all(type(key) is int or (isinstance(key, str) and key.isidentifier()) for key in rest[:1])
-    return len(rest) <= 2 and keys and (result[0] == "none" or bool(rest)) and all(type(dim) is int for dim in rest[1:])
-
-
 def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
     """Resize one module to its entry of a structure; the contents of resized tensors are undefined.
 
+    Entries that were read from a file are checked by `slimming.models.traced.entries.check_entry` first.
+
     Raises:
-        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
+        CheckpointError: the forward cannot be rewritten with this version of the host.
     """
     for name, shape in entry.get(TENSORS, {}).items():
         old: Any = getattr(module, name)
@@ -382,10 +359,14 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
-        if set(parts) != {size} or isinstance(module, SeparateLinear):
+        if set(parts) != {size}:
             separate_(module, heads, parts)
+        elif isinstance(module, SeparateLinear):
+            join_(module)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+        if name in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+            continue
+        if name != HEADS or SEPARATE not in entry:
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -413,10 +394,5 @@ def _set_size(module: nn.Module, name: str, value: Any) -> None:
     old = getattr(module, attribute)
     items = list(old) if position else [old]
     index = int(position or 0)
-    number = type(items[index])
-    if number is bool and value == 1:
-        value = True  # a switch of the host
-    elif number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
-        raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
-    items[index] = value
-    setattr(module, attribute, tuple(items) if position else value)
+    items[index] = bool(value) if type(items[index]) is bool else value  # a switch of the host
+    setattr(module, attribute, tuple(items) if position else items[0])
