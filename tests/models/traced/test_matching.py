@@ -133,7 +133,8 @@ def test_small_groups_in_branches_are_told_apart(seed: int) -> None:
     groups: list[Group] = []
     for number in range(12):
         inside, whole = (
-            Slices(tensor=f"weight {number}", dim=0, index=index, side="produces") for index in (((0,), (1,)), ((0, 1),))
+            Slices(tensor=f"weight {number}", dim=0, index=index, side="produces")
+            for index in (((0,), (1,)), ((0, 1),))
         )
         groups.append(group(f"layer {number}", 2, slices=(inside,)))
         groups.append(group(f"branch {number}", 1, kind="block", role="branch", slices=(whole,)))
