@@ -21,6 +21,7 @@ from slimming.models.traced.branches import (
     read_branches,
     with_removals,
 )
+from slimming.models.traced.channel_parts import part_attributes
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
@@ -113,7 +114,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         rewritten = heads.free_heads | dims.free_heads
         units = [group for group in groups if group.role != "branch"]
         counted = normaliser_attributes(norms.normalisers, tensor_dims(units, shapes))
-        of_units = [among(model, hidden.attributes, units), counted, *attributes]
+        of_units = [part_attributes(model, units), among(model, hidden.attributes, units), counted, *attributes]
         sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 

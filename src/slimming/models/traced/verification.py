@@ -249,7 +249,8 @@ def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) 
         start = 0
         places: list[int] = []
         for size in group.limits.parts or (group.size,):
-            count = max(1, size // 2)
+            # Not half of many: hosts have other layers of half a width, which would fit by chance.
+            count = max(1, (size if size < 8 else size - 1) // 2)
             if group.role == "qk" and group.limits.same_as is None:
                 count = max(1, min(count + (-1) ** seed, size))
             if not (group.limits.alike and places):
