@@ -200,16 +200,21 @@ def cut_difference(
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
 
-    Branches have one unit. They are removed in two turns, so that each of them, and the units in it, is removed once.
+    Branches have one unit and are removed in turns, see `turns`.
     """
-    branches = [group.name for group in groups if group.role == "branch"]
-    # Of three blocks of two branches, one loses both, one the first and one the second.
-    first = {name for number, name in enumerate(branches) if number % 6 in (0, 1, 2, 5)}
-    for removed in (first, set(branches) - first) if branches else ((),):
+    for removed in turns(groups):
         reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
         if reason is not None:
             return reason
     return None
+
+
+def turns(groups: Sequence[Group]) -> list[set[str]]:
+    """The branches to remove in each comparison, so that each of them, and the units in it, is removed once."""
+    branches = [group.name for group in groups if group.role == "branch"]
+    # Of three blocks of two branches, one loses both, one the first and one the second.
+    first = {name for number, name in enumerate(branches) if number % 6 in (0, 1, 2, 5)}
+    return [first, set(branches) - first] if branches else [set()]
 
 
 def _difference(
