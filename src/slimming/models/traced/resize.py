@@ -259,8 +259,11 @@ def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
-    """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
-    small = copied(model)
+    """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`.
+
+    It shares with ``model`` the parameters that are not cut.
+    """
+    small = copied(model, {id(parameter): parameter for parameter in model.parameters()})
     shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
     for name, entry in entries.items():
         resize_(small, name, entry)

@@ -200,16 +200,22 @@ def cut_difference(
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
 
-    Branches have one unit. Every second one is removed, then the others, then all: each without its neighbours, such
-    as the other branch of a block, and whole blocks.
+    Branches have one unit and are removed in turns, see `turns`.
     """
-    branches = [group.name for group in groups if group.role == "branch"]
-    turns = [turn for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [()]
-    for removed in turns:
+    for removed in turns(groups):
         reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
         if reason is not None:
             return reason
     return None
+
+
+def turns(groups: Sequence[Group]) -> list[set[str]]:
+    """The branches to remove in each comparison: every second one, then the others, then all.
+
+    Each branch is removed without its neighbours, such as the other branch of a block, and whole blocks are removed.
+    """
+    branches = [group.name for group in groups if group.role == "branch"]
+    return [set(turn) for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [set()]
 
 
 def _difference(
