@@ -38,6 +38,18 @@ class Packed(nn.Module):
         return self.to_out(joined(torch.matmul(weights, v)))
 
 
+class HeadsLast(Packed):
+    """Two heads that are put together dimension by dimension, as in NesT."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=2, dim_head=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
+        weights = self.attend(torch.matmul(q, k.transpose(-1, -2)) * self.scale)
+        return self.to_out(torch.matmul(weights, v).permute(0, 2, 3, 1).flatten(2))
+
+
 class KeysAndValues(nn.Module):
     """One layer for queries and one for keys and values; products by einsum."""
 

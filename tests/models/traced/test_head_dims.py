@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 import slimming
-from models.traced.own_attention import Grouped, KeysAndValues, Packed, Rotary, Separate, TalkingHeads, Vit
+from models.traced.own_attention import Grouped, HeadsLast, KeysAndValues, Packed, Rotary, Separate, TalkingHeads, Vit
 from slimming.core.groups import Group
 from slimming.core.layout import FREE
 from slimming.core.pruning_plan import Plan
@@ -62,6 +62,14 @@ def _swin(name: str = "swin_tiny_patch4_window7_224") -> nn.Module:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4), "img_size": 32, "window_size": 4}
     return timm.create_model(name, **sizes, num_classes=2).eval()
+
+
+def test_heads_that_are_put_together_by_dimension_keep_the_same_values() -> None:
+    model = Vit(HeadsLast)
+    alike = {group.role: group.limits.alike for group in slimming.describe(model) if group.kind == "head_dim"}
+    assert alike == {"qk": False, "v": True}
+    proof = next(step for step in slimming.check(model).steps if step.name.startswith("masked equals cut"))
+    assert proof.held
 
 
 def test_plans_that_the_module_cannot_hold_are_refused() -> None:

@@ -42,7 +42,8 @@ class Dimensions:
         slices: the slices of each dimension.
         direct: whether each dimension is one row of Linear layers that are called as modules.
         inputs: the slices of each dimension in tensors that the module is given.
-        alike: whether all heads must keep the same dimensions, because they share tensors with entries for each.
+        alike: whether all heads must keep the same dimensions, because they share tensors with entries for each, or
+            because their entries of a tensor lie between one another's.
         norms: names of the norms over the dimensions of a head of queries or keys.
         normalised: whether a norm over the dimensions of a head needs that masks act on queries and on keys.
         width: 1, or the number of dimensions that are mixed and counted as one, such as 2 for rotary pairs.
@@ -146,9 +147,9 @@ def value_dimensions(
             )
             readers = [Slices(tensor=part.tensor, dim=1, index=index, side="consumes") for part in consumed]
             direct = reader is not None and _are_direct(module, run, by_head) and len(readers) == len(index[0]) == 1
-            return Dimensions(
-                (size,) * len(columns), (*by_head.slices, *readers), direct, by_head.inputs, by_head.alike
-            )
+            slices = (*by_head.slices, *readers)
+            alike = by_head.alike or any(_interleave(part.index, size) for part in slices)
+            return Dimensions((size,) * len(columns), slices, direct, by_head.inputs, alike)
     return "no row of its layers belongs to a single dimension of its values: a norm or a layer mixes them"
 
 
@@ -184,7 +185,7 @@ def query_key_dimensions(
         slices |= {(f"{part.tensor} {part.dim}", part.side): part for part in by_head.slices}
         inputs |= {part.path: part for part in by_head.inputs}
         direct = direct and _are_direct(module, run, by_head)
-        alike = alike or by_head.alike
+        alike = alike or by_head.alike or any(_interleave(part.index, size) for part in by_head.slices)
     if width > 1 and not alike:
         return "positions rotate its queries and keys with a table that its forward computes for the size of a head"
     _add_biases(module, slices)
@@ -410,6 +411,20 @@ def _is_outside_state(module: nn.Module, tensor: str) -> bool:
 def _is_shared(index: Sequence[Sequence[int]]) -> bool:
     entries = [entry for unit in index for entry in unit]
     return len(set(entries)) < len(entries)
+
+
+def _interleave(index: Sequence[Sequence[int]], size: int) -> bool:
+    """Whether entries of heads of ``size`` units lie between one another's, as where heads are the last dimension.
+
+    A tensor from which heads lose different units is then no longer laid out as the host assumes.
+    """
+    heads = [[entry for unit in index[at : at + size] for entry in unit] for at in range(0, len(index), size)]
+    return any(
+        min(one) < max(other) and min(other) < max(one)
+        for number, one in enumerate(heads)
+        for other in heads[:number]
+        if one and other
+    )
 
 
 def _are_direct(module: nn.Module, run: Run, parts: _Parts) -> bool:
