@@ -68,7 +68,6 @@ def test_heads_that_are_put_together_by_dimension_keep_the_same_values() -> None
     model = Vit(HeadsLast)
     alike = {group.role: group.limits.alike for group in slimming.describe(model) if group.kind == "head_dim"}
     assert alike == {"qk": False, "v": True}
-    assert alike == {"qk": False, "v": True}
     proof = next(step for step in slimming.check(model).steps if step.name.startswith("masked equals cut"))
     assert proof.held
 
