@@ -16,6 +16,7 @@ import slimming
 from clocks import CountingClock
 from slimming.core.budget import Budget
 from slimming.core.completion import complete
+from slimming.core.copies import copied
 from slimming.core.files import seal
 from slimming.core.kinds import KINDS
 from slimming.core.layout import FREE, Layout
@@ -270,6 +271,47 @@ def test_the_timed_layers_of_a_traced_model_sum_to_the_slim_model(
     assert 0.5 < predicted(built, model, plan) / whole <= 0.6
     gone = {group.kind for group in masks.groups if len(plan.kept[group.name]) < group.size}
     assert ("width" in gone) == (kinds is not None)
+    assert "token" in gone or "eva" not in name
+
+
+def hf_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8))
+
+
+def beit() -> nn.Module:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    return timm.create_model("beit_base_patch16_224", num_classes=10, **sizes)
+
+
+WITH_TOKENS = {"transformers": hf_vit, "relative positions": beit}
+
+
+@pytest.mark.parametrize("make", WITH_TOKENS.values(), ids=WITH_TOKENS)
+def test_tokens_of_traced_models_are_priced(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_measurement, "Clock", CountingClock)
+    torch.manual_seed(0)
+    model = make().eval().requires_grad_(False)
+    anatomy = prunable(model).anatomy
+    built = build_latency_table(model, kinds=("token", "mlp"))
+    masks = slimming.attach(copied(model), select_kinds(anatomy.groups, ("token", "mlp")))
+    with torch.no_grad():
+        for mask in masks.values():
+            mask.copy_(torch.rand(mask.shape))
+    plan = slimming.plan(masks, Budget(latency=0.6), score="mask", latency=built)
+    small = slimming.cut(model, plan)
+    counted = CountingClock().times(TimedModule(small, anatomy.input_shape), 0, 1)["ms"]
+    whole = built.predict(anatomy, {group.name: group.size for group in anatomy.groups})
+    assert predicted(built, model, plan) == pytest.approx(counted, rel=0.01)
+    assert 0.5 < predicted(built, model, plan) / whole <= 0.6
+    tokens = [len(plan.kept[group.name]) for group in anatomy.groups if group.kind == "token"]
+    assert tokens
+    assert max(tokens) < 16
+    # The layers of the slim model are given the tokens that are left: nothing is counted beyond them.
+    again = build_latency_table(small, kinds=())
+    assert all(point["ms"] < 1e-3 * counted for point in again.points if point["kind"] == "rest")
 
 
 def test_the_calls_of_a_traced_model_are_recorded_once_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

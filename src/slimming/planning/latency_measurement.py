@@ -123,7 +123,7 @@ def _largest(anatomy: Anatomy) -> tuple[TimedLayer, dict[str, int]]:
 def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: float, block: float) -> dict[int, float]:
     """Times of the largest layer at odd multiples of 1 … 32 near half its size, relative to multiples of 64."""
     layer, sizes = _largest(anatomy)
-    moving = {name: dim for name, dim in layer.axes if dim.groups}
+    moving = {name: dim for name, dim in layer.axes if dim.groups and name != "tokens"}
     axis = max(moving, key=lambda name: sizes[name], default=None)
     if axis is None or sizes[axis] < 4 * WHOLE or any(weight > 1 for _, weight in moving[axis].groups):
         return {}
@@ -140,17 +140,22 @@ def _multiples(clock: Clock, timed: TimedModules, anatomy: Anatomy, seconds: flo
 def calibrated(table: LatencyTable, anatomy: Anatomy, whole: float) -> LatencyTable:
     """``table`` scaled so that the prediction for the dense model is ``whole`` milliseconds.
 
-    The difference is added to the timed layer `REST` if the model has one; otherwise all times are scaled by a factor.
+    The difference is divided among the timed layers `REST` by their elements if the model has any; otherwise all times
+    are scaled by a factor.
     """
     full = {name: len(units) for name, units in keep_all(anatomy.groups).items()}
     points = [point for point in table.points if point["kind"] != REST]
-    for rest in (layer for layer in anatomy.timed_layers if layer.kind == REST):
-        ((axis, elements),) = rest.axes
+    rests = [layer for layer in anatomy.timed_layers if layer.kind == REST]
+    if rests:
         others = replace(anatomy, timed_layers=tuple(layer for layer in anatomy.timed_layers if layer.kind != REST))
-        most = elements.value(full)
         beyond = max(whole - replace(table, calibration=None).predict(others, full), 1e-6)
-        for size in (max(1, most // 2), most):  # two points define a line
-            points.append({**_point(rest, {axis: size}), "ms": beyond * size / most})
+        most = [{name: dim.value(full) for name, dim in rest.axes} for rest in rests]
+        per_element = beyond / sum(math.prod(sizes.values()) for sizes in most)
+        for rest, sizes in zip(rests, most, strict=True):
+            # Two points along each axis define a product of lines.
+            for size in itertools.product(*({max(1, size // 2), size} for size in sizes.values())):
+                point = _point(rest, dict(zip(sizes, size, strict=True)))
+                points.append({**point, "ms": per_element * math.prod(size)})
     table = replace(table, points=tuple(points), calibration=None)
     return replace(table, calibration=whole / table.predict(anatomy, full))
 

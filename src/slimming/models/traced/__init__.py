@@ -83,10 +83,10 @@ class Traced(Family):
         calls_ = given_calls(model) or (image_call(anatomy.input_shape),)
         example = calls_[0].with_batch(1).to(like.dtype, like.device)
         recorded = calls(model, example, attention_sites(anatomy.groups))
-        full = {group.name: group.size for group in anatomy.groups}
+        groups = {group.name: group for group in anatomy.groups}
 
         def module(layer: TimedLayer, sizes: Mapping[str, int]) -> TimedModule:
-            return timed_module(model, recorded[call_number(layer)], layer, sizes, anatomy.sizes, full)
+            return timed_module(model, recorded[call_number(layer)], layer, sizes, anatomy.sizes, groups)
 
         return module
 

@@ -349,7 +349,8 @@ def group_from(channels: ChannelSet, model: nn.Module) -> Group | str:
 
 def _by_place(channels: ChannelSet, model: nn.Module) -> dict[tuple[TensorDim, str], dict[int, set[int]]] | None:
     """The channels by their places in equal parts, see `slimming.models.traced.channel_parts`."""
-    if any(model.get_submodule(name).weight.shape[1] > 1 for name in channels.grouped):
+    convolutions: list[Any] = [model.get_submodule(name) for name in channels.grouped]
+    if any(convolution.weight.shape[1] > 1 for convolution in convolutions):
         return None  # whole groups of these convolutions are removed, which are no parts
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     return by_place(channels.indices, [tensors[tensor].shape[dim] for (tensor, dim), _ in channels.indices])

@@ -34,6 +34,8 @@ WIDTHS = ("C", "D", "c", "dim", "embed_dim", "num_channels")
 """Names of the embedding width in the hosts' forwards."""
 MARK = "slimming_free_heads"
 """Attribute of the classes that `free_heads_class` makes."""
+ADAPTED = "slimming_adapted_free_heads"
+"""Attribute of classes with another forward around the host's: makes the same around the rewritten one, or None."""
 
 
 @cache
@@ -41,6 +43,8 @@ def free_heads_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """A subclass of ``cls`` whose forward accepts any number of heads; None if its source cannot be rewritten."""
     if cls is nn.MultiheadAttention:
         return SomeHeadsAttention
+    if ADAPTED in vars(cls):
+        return vars(cls)[ADAPTED]()
     methods: dict[str, Any] = {}
     for name, method in inspect.getmembers(cls, inspect.isfunction):
         if not name.startswith("__") and not method.__module__.startswith("torch.") and not method.__closure__:

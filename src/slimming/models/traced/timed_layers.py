@@ -1,8 +1,9 @@
 """Divide a traced model into timed layers, and make a module to time for each of them.
 
 A timed layer is one call of a layer, or of an attention module whose heads or dimensions can be removed. Everything
-between them (additions, windows, reshapes) is one more timed layer without a module. Its time is what the whole model
-takes beyond the sum of the others, and it is proportional to the number of elements of the layers' outputs.
+between them (additions, windows, reshapes) is one more timed layer without a module, and one for each block that can
+lose tokens. Their time is what the whole model takes beyond the sum of the others, and it is proportional to the number
+of elements of the layers' outputs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.input_columns import columns_entry, first_units
 from slimming.models.traced.resize import entry_of, resize_module_
+from slimming.models.traced.timed_tokens import TOKENS, select_tables_, token_dim, token_groups_of, with_tokens
 from slimming.models.traced.verification import outputs
 
 COPIES, MEGABYTES = 8, 32
@@ -92,7 +94,7 @@ def calls(model: nn.Module, example: ExampleCall, attention: Collection[str]) ->
 def timed_layers(
     model: nn.Module, recorded: Sequence[Call], groups: Sequence[Group], layers: Mapping[str, LayerSizes]
 ) -> tuple[TimedLayer, ...]:
-    """The timed layers of ``model``, with the one for everything between them last.
+    """The timed layers of ``model``, with those for everything between them last.
 
     Args:
         model: the model.
@@ -105,9 +107,11 @@ def timed_layers(
     # Where dimensions go, heads of fewer dimensions take the place of fewer heads.
     inside |= {group.site: ("dims", group) for group in groups if group.role == "v"}
     result: list[TimedLayer] = []
-    elements = Dim()
+    elements: dict[str, Dim] = {}
+    lengths: dict[str, Dim] = {}
     channels: Dim | None = None
-    for number, call in enumerate(recorded):
+    sequences = token_groups_of([(call.name, call.x.shape) for call in recorded], groups)
+    for number, (call, sequence) in enumerate(zip(recorded, sequences, strict=True)):
         module = model.get_submodule(call.name)
         shape = "x".join(map(str, call.x.shape))
         if call.name in inside:
@@ -118,11 +122,20 @@ def timed_layers(
             axes, channels = _axes(module, layers.get(call.name), channels, full, call.x.shape)
             like = f"{type(module).__name__}({module.extra_repr()}) on {shape}"
         kind = "attention" if call.name in inside else "layer"
+        tokens = Dim(fixed=1) if sequence is None else token_dim(sequence)
+        if sequence is not None:
+            axes = {TOKENS: tokens, **axes}
+            like += f", {tokens.fixed} tokens stay"
         result.append(TimedLayer(name=f"{call.name}#{number}", kind=kind, like=like, axes=tuple(axes.items())))
+        place = "" if sequence is None else sequence.name
         dim = Dim(fixed=1) if channels is None else channels
-        elements += _times(dim, call.elements // dim.value(full))
-    if result:
-        result.append(TimedLayer(name=REST, kind=REST, like=_digest(model), axes=(("elements", _summed(elements)),)))
+        lengths[place] = tokens
+        each = _times(dim, call.elements // (dim.value(full) * tokens.value(full)))
+        elements[place] = elements.get(place, Dim()) + each
+    for place, dim in elements.items():
+        axes = {"elements": _summed(dim), **({TOKENS: lengths[place]} if place else {})}
+        like = f"{_digest(model)} {place}".strip()
+        result.append(TimedLayer(name=f"{REST} {place}".strip(), kind=REST, like=like, axes=tuple(axes.items())))
     return tuple(result)
 
 
@@ -173,19 +186,21 @@ def timed_module(
     layer: TimedLayer,
     sizes: Mapping[str, int],
     layers: Mapping[str, LayerSizes],
-    full: Mapping[str, int],
+    groups: Mapping[str, Group],
 ) -> TimedModule:
     """A module that computes what ``layer`` does at ``sizes``.
 
     Args:
         model: in evaluation mode, on the device that is timed.
         call: the call of the layer in this model.
-        layer: one of `timed_layers`, except the last.
+        layer: one of `timed_layers` that has a module.
         sizes: axis -> size.
         layers: module -> its sizes as functions of the groups.
-        full: group -> its number of units.
+        groups: the groups of the model by name.
     """
+    full = {name: group.size for name, group in groups.items()}
     axes = dict(layer.axes)
+    tokens = axes.pop(TOKENS, None)
     counts = _counts(call.name, axes, sizes, full)
     small = copied(model.get_submodule(call.name))
     for path, layer_sizes in layers.items():
@@ -202,6 +217,11 @@ def timed_module(
     if (layer.kind == "layer" and axes) or "width" in axes:
         dim, size = _input_channels(small, shape, {name: dim.value(full) for name, dim in axes.items()}, sizes)
         shape[dim] = size
+    if tokens is not None:
+        group = groups[tokens.groups[0][0]]
+        shape[1] = sizes[TOKENS]
+        select_tables_(small, call.name, sizes[TOKENS], group)
+        call = replace(call, leaves=with_tokens(call.leaves, call.batched, sizes[TOKENS], group))
     layer_bytes = sum(tensor.nbytes for tensor in small.parameters())
     limit = min(sum(tensor.nbytes for tensor in model.parameters()), MEGABYTES * 2**20)
     count = min(COPIES, max(1, limit // layer_bytes)) if layer_bytes else 1

@@ -18,7 +18,7 @@ from slimming.core.groups import Group, TokenInput
 from slimming.errors import UnsupportedModelError
 from slimming.models.layers import UnavailableMethod
 from slimming.models.token_masks import last_sites, present_positions
-from slimming.models.traced.free_heads import MARK, free_heads_class
+from slimming.models.traced.free_heads import ADAPTED, MARK, free_heads_class
 from slimming.models.traced.input_columns import COLUMNS, replaced_at, select_columns, set_columns_, set_index_
 
 TOKENS, TABLE = "tokens", "token_table"
@@ -189,6 +189,7 @@ def _adapted(host: type[nn.Module], free: bool, table: bool) -> type[nn.Module]:
         "__doc__": host.__doc__,
         "__reduce_ex__": lambda module, protocol: reduced(module),
         _HOST: base,
+        ADAPTED: lambda: None if free_heads_class(host) is None else _adapted(host, True, table),
     }
     return type(host.__name__, (base,), {**methods, **extra})
 
