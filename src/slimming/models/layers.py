@@ -79,7 +79,7 @@ class Removed(nn.Module):
         module: the module that is removed.
         form: ``"one"`` result, or a ``"tuple"`` or ``"list"`` of them.
         results: for each result ``("zeros", key)`` with the position or keyword of the argument that has its shape,
-            ``("zeros", key, dim, ...)`` if it has size 1 along some dimensions, ``("input", key)`` for the argument
+            ``("zeros", key, dim)`` if it has size 1 along a dimension, ``("input", key)`` for the argument
             itself, or ``("none",)``.
     """
 
@@ -101,7 +101,7 @@ class Removed(nn.Module):
         found = [self._result(*result, args=args, kwargs=kwargs) for result in self.results]
         return found[0] if self.form == "one" else tuple(found) if self.form == "tuple" else found
 
-    def _result(self, what: str, key: int | str = 0, *single: int, args: Any, kwargs: Any) -> Any:
+    def _result(self, what: str, key: int | str = 0, single: int | None = None, *, args: Any, kwargs: Any) -> Any:
         if what == "none":
             return None
         if key not in kwargs and not (isinstance(key, int) and key < len(args)):
@@ -112,7 +112,7 @@ class Removed(nn.Module):
         value = args[key] if isinstance(key, int) else kwargs[key]
         if what == "input":
             return value
-        return torch.zeros_like(value) if not single else torch.zeros_like(value.narrow(single[0], 0, 1))
+        return torch.zeros_like(value if single is None else value.narrow(single, 0, 1))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -33,6 +33,7 @@ from slimming.models.family import (
 from slimming.models.replaced_layers import Blueprint
 from slimming.models.traced import rebuild
 from slimming.models.traced.cache import ArchitectureCache, architecture_digest
+from slimming.models.traced.entries import check_entry
 from slimming.models.traced.reading import Reading, attention_sites, read_model
 from slimming.models.traced.resize import disable_nested_tensors_, is_removed, layers_after, merged, resize_, select
 from slimming.models.traced.timed_layers import call_number, calls, timed_module
@@ -137,6 +138,7 @@ class Traced(Family):
                 structure = Structure.from_dict(entry[SUBMODULE])
                 self._families[structure.family].resize_(model.get_submodule(name), structure)
             else:
+                check_entry(model, name, entry)
                 resize_(model, name, entry)
         tie_(model, shared)
         bar_grid_methods_(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -283,55 +282,27 @@ def is_removed(tensor: str, entries: Mapping[str, Any]) -> bool:
 
 
 def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
-    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`.
-
-    Raises:
-        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
-    """
+    """Resize, or remove, the module ``name`` of ``model``, see `resize_module_`."""
     module = model.get_submodule(name)
     if REMOVED not in entry:
         resize_module_(module, entry)
         return
     if not isinstance(module, Removed):
         parent, _, last = name.rpartition(".")
-        module = Removed(module, *_checked_returns(name, entry[REMOVED]))
+        module = Removed(module, *entry[REMOVED])
         model.get_submodule(parent)._modules[last] = module
     # A removed block still selects the tokens for those after it.
     adapt_tokens_(module, entry, next(model.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
 
 
-def _checked_returns(name: str, returns: Any) -> tuple[str, list[list[Any]]]:
-    """Check what a structure says about the results of a removed module.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if isinstance(returns, list) and len(returns) == 2 and returns[0] in ("one", "tuple", "list"):
-        form, results = returns
-        if (
-            isinstance(results, list)
-            and results
-            and all(map(_is_result, results))
-            and (form != "one" or len(results) == 1)
-        ):
-            return form, results
-    raise CheckpointError(f"The structure of {name} is damaged: {returns!r}. Take an intact copy.")
-
-
-def _is_result(result: Any) -> bool:
-    if not isinstance(result, list) or not result or result[0] not in ("zeros", "input", "none"):
-        return False
-    rest = result[1:]
-    keys = all(type(key) is int or (isinstance(key, str) and key.isidentifier()) for key in rest[:1])
-    return len(rest) <= 2 and keys and (result[0] == "none" or bool(rest)) and all(type(dim) is int for dim in rest[1:])
-
-
 def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
     """Resize one module to its entry of a structure; the contents of resized tensors are undefined.
 
+    Entries that were read from a file are checked by `slimming.models.traced.entries.check_entry` first.
+
     Raises:
-        CheckpointError: the entry is damaged, or the forward cannot be rewritten with this version of the host.
+        CheckpointError: the forward cannot be rewritten with this version of the host.
     """
     for name, shape in entry.get(TENSORS, {}).items():
         old: Any = getattr(module, name)
@@ -382,10 +353,5 @@ def _set_size(module: nn.Module, name: str, value: Any) -> None:
     old = getattr(module, attribute)
     items = list(old) if position else [old]
     index = int(position or 0)
-    number = type(items[index])
-    if number is bool and value == 1:
-        value = True  # a switch of the host
-    elif number not in (int, float) or type(value) is not number or not 0 < value < math.inf:
-        raise CheckpointError(f"The structure sets {name!r} to {value!r}; it is damaged. Take an intact copy.")
-    items[index] = value
-    setattr(module, attribute, tuple(items) if position else value)
+    items[index] = bool(value) if type(items[index]) is bool else value  # a switch of the host
+    setattr(module, attribute, tuple(items) if position else items[0])
