@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $(STAMP)
 
 # Every process takes whole files, which share what they made; each needs about 2 GB.
-# PYTEST_ARGS adds arguments: .ci/run measures the coverage of both targets together.
+# PYTEST_ARGS adds arguments: `make coverage` measures both targets together.
 PYTEST_ARGS ?=
 PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 

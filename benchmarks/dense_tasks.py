@@ -1,13 +1,14 @@
 """A detector and a segmenter: dense, cut in one shot, and retrained, at 70 % and 50 % of the multiply-adds.
 
     python examples/scenes.py --output DIR
-    .venv/bin/python benchmarks/dense_tasks.py --data DIR --work DIR [--steps 600]
+    .venv/bin/python benchmarks/dense_tasks.py --data DIR --work DIR [--steps 600] [--seeds 0 1 2]
 
 The detector is torchvision's RetinaNet with a small ResNet of timm, the segmenter transformers' SegFormer, both trained
 from random weights on scenes composed of EuroSAT tiles. Each is cut by this library with compensation, and by
-Torch-Pruning (magnitude of whole groups) to the same multiply-adds where it can. mAP is that of COCO, by torchmetrics
-and pycocotools; mIoU is over all classes and the background. Trained weights stay in ``--work``, where an interrupted
-run continues.
+Torch-Pruning (magnitude of whole groups) to the same multiply-adds where it can. The dense model is trained on for as
+long as the slim ones are, as a control. mAP is that of COCO, by torchmetrics and pycocotools; mIoU is over all classes
+and the background. Each seed draws the weights and the batches anew. Trained weights stay in ``--work``, where an
+interrupted run continues.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import copy
 import functools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -283,6 +285,11 @@ def macs(task: Any, model: nn.Module) -> int:
     return count(model, ExampleCall.of(task.example())).macs
 
 
+def unpruned(task: Any, dense: nn.Module, budget: float) -> nn.Module:
+    """The dense model, which is then trained for as long as the slim ones are."""
+    return copy.deepcopy(dense)
+
+
 METHODS: dict[str, Callable[[Any, nn.Module, float], nn.Module]] = {"slimming": ours, "Torch-Pruning": theirs}
 
 
@@ -292,45 +299,47 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="what examples/scenes.py wrote")
     options.add_argument("--work", type=Path, required=True, help="directory of trained models and of rows")
     options.add_argument("--steps", type=int, default=600, help="of the dense training; half of it for each retraining")
+    options.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     settings = options.parse_args()
     torch.set_num_threads(settings.threads)
-    settings.work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for task_class in (Detection, Segmentation):
-        task: Any = task_class(settings.data)
-        torch.manual_seed(settings.seed)
-        dense = task.make()
-        _kept(
-            settings.work / f"{task.name}.pt",
-            dense,
-            functools.partial(train, task, dense, settings.steps, settings.seed),
-        )
-        whole = {"macs": macs(task, dense), "params": sum(p.numel() for p in dense.parameters())}
-        row = {"task": task.name, "metric": task.metric, "method": "dense", **whole, "retrained": task.measure(dense)}
-        rows.append(row)
-        for budget in BUDGETS:
-            for method, cut in METHODS.items():
-                rows.append({**_row(task, dense, method, cut, budget, settings), "dense_macs": whole["macs"]})
+        task = task_class(settings.data)
+        for seed in settings.seeds:
+            rows += of_seed(task, seed, settings.steps, settings.work / f"seed-{seed}")
     store("dense_tasks", settings, markdown(rows), rows=rows)
     print(markdown(rows))
 
 
-def _row(task: Any, dense: nn.Module, method: str, cut: Any, budget: float, settings: Any) -> dict[str, Any]:
-    place = settings.work / f"{task.name} {method} {budget}.json"
+def of_seed(task: Any, seed: int, steps: int, work: Path) -> list[dict[str, Any]]:
+    """The rows of one task with one seed."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    dense = task.make()
+    _kept(work / f"{task.name}.pt", dense, functools.partial(train, task, dense, steps, seed))
+    common = {"task": task.name, "metric": task.metric, "seed": seed, "dense_macs": macs(task, dense)}
+    runs = [("dense", unpruned, 1.0), *((name, cut, budget) for budget in BUDGETS for name, cut in METHODS.items())]
+    return [{**common, **_row(task, dense, name, cut, budget, steps, seed, work)} for name, cut, budget in runs]
+
+
+def _row(
+    task: Any, dense: nn.Module, method: str, cut: Any, budget: float, steps: int, seed: int, work: Path
+) -> dict[str, Any]:
+    place = work / f"{task.name} {method} {budget}.json"
     if place.exists():
         return json.loads(place.read_text())
-    row: dict[str, Any] = {"task": task.name, "metric": task.metric, "method": method, "budget": budget}
+    row: dict[str, Any] = {"method": method, "budget": budget}
     began = time.perf_counter()
     try:
         small = cut(task, dense, budget)
     except Exception as error:  # what the other library raises is the result
-        if method == "slimming":
+        if method != "Torch-Pruning":
             raise
         return {**row, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"}
     row |= {"seconds": time.perf_counter() - began, "macs": macs(task, small)}
     row |= {"params": sum(p.numel() for p in small.parameters()), "cut": task.measure(small)}
     small.requires_grad_(True)
-    train(task, small, settings.steps // 2, settings.seed + 1)
+    train(task, small, steps // 2, seed + 1000)
     row["retrained"] = task.measure(small)
     place.write_text(json.dumps(row))
     return row
@@ -347,19 +356,23 @@ def _kept(file: Path, model: nn.Module, work: Callable[[], None]) -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table."""
+    """The table: means over the seeds, with the smallest and the largest value."""
     lines = []
-    for row in rows:
-        name = f"{row['task']}, {row['metric']}"
-        if "error" in row:
-            lines.append([name, row["method"], f"{row['budget']:.0%} asked", "", "", row["error"]])
+    for task, method, budget in dict.fromkeys((row["task"], row["method"], row["budget"]) for row in rows):
+        same = [row for row in rows if (row["task"], row["method"], row["budget"]) == (task, method, budget)]
+        name = f"{task}, {same[0]['metric']}"
+        if failed := [row["error"] for row in same if "error" in row]:
+            lines.append([name, method, f"{budget:.0%} asked", "", "", failed[0]])
             continue
-        share = row["macs"] / row.get("dense_macs", row["macs"])
-        cut = f"{row['cut']:.3f}" if "cut" in row else ""
-        lines.append(
-            [name, row["method"], f"{share:.1%}", f"{row['params'] / 1e6:.2f} M", cut, f"{row['retrained']:.3f}"]
-        )
-    return table(["model", "cut by", "MACs", "params", "straight after the cut", "after training"], lines)
+        share = statistics.mean(row["macs"] / row["dense_macs"] for row in same)
+        params = statistics.mean(row["params"] for row in same) / 1e6
+        spread = [_spread([row[key] for row in same]) for key in ("cut", "retrained")]
+        lines.append([name, method, f"{share:.1%}", f"{params:.2f} M", *spread])
+    return table(["model", "cut by", "MACs", "params", "straight after the cut", "after training on"], lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ def _check_sizes(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
                 f"The plan leaves {', '.join(map(str, sizes))} units in the heads of {group.name!r}, but the attention "
                 "of this model has one head size: keep equally many in every head that stays."
             )
+        if group.limits.alike and len(set(_places_in_heads(group, kept)) - {()}) > 1:
+            raise PlanError(
+                f"The plan leaves different units in the heads of {group.name!r}, but they share a table, such as that "
+                "of rotary positions: keep the same units in every head that stays."
+            )
         other = None if group.limits.same_as is None else anatomy.group(group.limits.same_as)
         if other is not None and set(_sizes_of_heads(other, kept)) != set(sizes):
             raise PlanError(
@@ -66,6 +71,14 @@ def _check_sizes(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
 def _sizes_of_heads(group: Group, kept: dict[str, tuple[int, ...]]) -> list[int]:
     counts = Counter(group.part_of_unit[unit] for unit in kept[group.name])
     return [counts[head] for head in range(len(group.limits.parts))]
+
+
+def _places_in_heads(group: Group, kept: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each head, which of its units are kept."""
+    starts = [sum(group.limits.parts[:head]) for head in range(len(group.limits.parts))]
+    ranges = [range(start, start + size) for start, size in zip(starts, group.limits.parts, strict=True)]
+    left = set(kept[group.name])
+    return [tuple(place for place, unit in enumerate(units) if unit in left) for units in ranges]
 
 
 def resolve_plan(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -50,7 +50,7 @@ class Ratio:
         return max(size, 1) ** -0.5 if self.inverse_root else size
 
 
-Product = tuple[Dim, ...]
+Product = tuple[Dim | Ratio, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Operation:
 
 def evaluate(products: Iterable[Product], kept: Mapping[str, int]) -> int:
     """Return the sum of products of dimensions when group ``name`` keeps ``kept[name]`` units."""
-    return sum(math.prod(dim.value(kept) for dim in product) for product in products)
+    return sum(math.prod(int(dim.value(kept)) for dim in product) for product in products)
 
 
 class Formulas:
@@ -100,12 +100,16 @@ class Formulas:
         self._always = len(always)
         self._once_group = np.array([compiler.place[group] for _, group, _, _ in once], dtype=int)
         self._once_units = np.array([units for _, _, units, _ in once], dtype=float)
+        self._quotients = compiler.quotients()
         self._fixed, self._weights = compiler.matrices()
 
     def evaluate(self, kept: Mapping[str, int]) -> tuple[int, int, int]:
         """Return parameters, multiply-adds and peak elements in memory, given the kept units per group."""
         counts = np.array([kept[name] for name in self._names], dtype=float)
         values = self._fixed + self._weights @ counts
+        if len(self._quotients):
+            at, total, parts = self._quotients.T
+            values[at] = values[total] // np.maximum(values[parts], 1)
         alive = values[self._live].prod(1)
         alive[self._always :] *= counts[self._once_group] < self._once_units
         most = np.bincount(self._owner, alive).max(initial=0.0)
@@ -117,7 +121,7 @@ class _Compiler:
 
     def __init__(self, place: Mapping[str, int]) -> None:
         self.place = place
-        self.dims: dict[Dim, int] = {Dim(fixed=1): 0}
+        self.dims: dict[Dim | Ratio, int] = {Dim(fixed=1): 0}
 
     def products(self, products: Iterable[Product]) -> npt.NDArray[np.int_]:
         """Indices of the dimensions of each product, shape (products, most dimensions), padded with the dimension 1."""
@@ -125,10 +129,20 @@ class _Compiler:
         longest = max((len(row) for row in rows), default=1)
         return np.array([row + [0] * (longest - len(row)) for row in rows], dtype=int).reshape(len(rows), longest)
 
+    def quotients(self) -> npt.NDArray[np.int_]:
+        """Indices of each quotient, of its numerator and of its denominator, shape (quotients, 3)."""
+        ratios = [dim for dim in self.dims if isinstance(dim, Ratio)]
+        parts = [(ratio, ratio.total, ratio.parts) for ratio in ratios]
+        rows = [[self.dims.setdefault(dim, len(self.dims)) for dim in each] for each in parts]
+        return np.array(rows, dtype=int).reshape(len(rows), 3)
+
     def matrices(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the fixed parts, shape (dimensions,), and the weights, shape (dimensions, groups)."""
         weights = np.zeros((len(self.dims), len(self.place)))
-        for dim, row in self.dims.items():
+        dims = {dim: row for dim, row in self.dims.items() if isinstance(dim, Dim)}
+        for dim, row in dims.items():
             for name, weight in dim.groups:
                 weights[row, self.place[name]] += weight
-        return np.array([dim.fixed for dim in self.dims], dtype=float), weights
+        fixed = np.zeros(len(self.dims))
+        fixed[list(dims.values())] = [dim.fixed for dim in dims]
+        return fixed, weights

@@ -50,6 +50,21 @@ class Slices:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputSlices:
+    """The slices of a group's units in a tensor that the module of the group is given, such as a rotary table.
+
+    Attributes:
+        path: where the tensor is in the arguments: position or keyword, then places in tuples, lists and mappings.
+        dim: dimension of the tensor, counted from the end.
+        index: indices of each unit along ``dim``; the same for units of different heads.
+    """
+
+    path: tuple[int | str, ...]
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """A tensor scaled by a group's soft mask: ``index[u]`` along ``dim`` is multiplied by the mask of unit u."""
 
@@ -69,12 +84,14 @@ class Limits:
             head size.
         same_as: name of the group that must keep equally many units in each head, because the model's attention module
             has one size for QK and V.
+        alike: whether the heads that stay must keep the same units, because they share a table with entries for each.
     """
 
     minimum: int = 1
     parts: tuple[int, ...] = ()
     equal: bool = False
     same_as: str | None = None
+    alike: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +170,7 @@ class Group:
         scales: the tensors that the soft mask scales; empty for tokens.
         token: where tokens are masked and removed; None for other kinds.
         norms: names of the norms that normalise over the units; after pruning, over the kept units.
+        inputs: the slices of each unit in tensors that the module `site` is given.
         any_basis: for head dimensions, whether the units of a head can be replaced by linear combinations of them: each
             is one row of its projections, and nothing between these acts on single dimensions.
     """
@@ -167,6 +185,7 @@ class Group:
     scales: tuple[Scale, ...] = ()
     token: TokenSite | None = None
     norms: tuple[str, ...] = ()
+    inputs: tuple[InputSlices, ...] = ()
     any_basis: bool = False
 
     def __repr__(self) -> str:
@@ -177,6 +196,11 @@ class Group:
     def on_request(self) -> bool:
         """Whether units of the group are pruned only if their kind is named: the result would be of another kind."""
         return KINDS[self.kind].on_request or (self.token is not None and self.token.returned)
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of queries and keys that are one unit, such as 2 for rotary pairs; else 1."""
+        return min((len(part.index[0]) for part in self.slices if part.side in ("query", "key")), default=1)
 
     @cached_property
     def part_of_unit(self) -> tuple[int, ...]:
@@ -215,15 +239,17 @@ class LayerSizes:
         spent: name of a parameter -> it is not needed any more if this is 0, although the module stays.
         separate: for a projection, the number of its heads, the size that the host takes them to have, and their size
             in each part of the projection; empty if these are always equal.
+        columns: the group whose units have slices in tensors that the module is given, see `Group.inputs`.
     """
 
-    tensors: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[Dim | Ratio, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Dim | Ratio] = field(default_factory=dict)
     free_heads: bool = False
     head_scale: tuple[str, str] | None = None
     removals: tuple[Removal, ...] = ()
     spent: Mapping[str, Dim] = field(default_factory=dict)
     separate: tuple[Dim | Ratio, ...] = ()
+    columns: Group | None = None
 
 
 REST = "rest"
@@ -354,8 +380,9 @@ class Couplings:
         for group in groups:
             for slices in group.slices:
                 at = (slices.tensor, slices.dim)
-                if users[at] > 1:  # a dimension of one group alone couples nothing
-                    places = np.fromiter(chain.from_iterable(slices.index), dtype=int)
+                places = np.fromiter(chain.from_iterable(slices.index), dtype=int)
+                # A dimension of one group alone couples nothing, nor do entries that are shared by the heads.
+                if users[at] > 1 and len(np.unique(places)) == len(places):
                     units = np.repeat(np.arange(group.size), [len(indices) for indices in slices.index])
                     self._slices[group.name].append((at, places, units))
                     self._extent[at] = max(self._extent.get(at, 0), int(places.max(initial=-1)) + 1)

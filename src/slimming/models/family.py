@@ -228,6 +228,8 @@ def _describe(module: nn.Module) -> str:
 
 
 def zero_slices_(tensor: Tensor, slices: Slices | Scale, units: Iterable[int]) -> None:
-    """Set the slices of ``units`` in ``tensor`` to 0."""
-    indices = [index for unit in units for index in slices.index[unit]]
-    tensor.index_fill_(slices.dim, torch.tensor(indices, dtype=torch.int64, device=tensor.device), 0.0)
+    """Set the slices of ``units`` in ``tensor`` to 0, except for entries that they share with other units."""
+    removed = set(units)
+    others = {index for unit, of_unit in enumerate(slices.index) if unit not in removed for index in of_unit}
+    indices = {index for unit in removed for index in slices.index[unit]} - others
+    tensor.index_fill_(slices.dim, torch.tensor(sorted(indices), dtype=torch.int64, device=tensor.device), 0.0)

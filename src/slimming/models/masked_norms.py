@@ -153,7 +153,9 @@ def _mask(module: nn.Module, group: str, parts: Sequence[Slices], removed: Seque
             part.tensor.rpartition(".")[2],
             part.dim,
             part.side,
-            frozenset(index for unit in removed for index in part.index[unit]),
+            # What heads share is removed with the last unit that has it.
+            frozenset(index for unit in removed for index in part.index[unit])
+            - {index for unit in set(range(len(part.index))).difference(removed) for index in part.index[unit]},
         )
         for part in parts
     ]

@@ -242,7 +242,7 @@ def _attention_candidates(roles: Mapping[str, Group], scores: Mapping[str, Tenso
     held = members[0].limits.equal
     apart = held and not (layout.equal_heads or layout.equal_qkv or members[0].limits.same_as)
     if layout.equal_heads or held:
-        sizes = {size for group in members for size in group.limits.parts}
+        sizes = {size * group.width for group in members for size in group.limits.parts}
         if len(sizes) == 1 and not apart:
             return _equal_candidates(members[0].site, members, scores, values, layout)
         if held:
@@ -262,16 +262,19 @@ def _equal_candidates(
     layout: Layout,
 ) -> list[Candidate]:
     """Candidates that remove equally many units from every head of ``members``, which have one size."""
-    per_head = members[0].limits.parts[0]
-    multiple = _multiple(per_head, layout)
-    heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple)]
+    per_head, width = members[0].limits.parts[0] * members[0].width, max(group.width for group in members)
+    multiple = max(width, _multiple(per_head, layout))
+    heads = [bundles for g in members for bundles in _head_bundles(g, scores[g.name], multiple // g.width)]
     steps = [[pair for bundles in heads for pair in bundles[step]] for step in range(per_head // multiple - 1)]
     return chain_of(name, 0, steps, values)
 
 
 def _head_bundles(group: Group, score: Tensor, multiple: int) -> list[list[list[tuple[str, int]]]]:
-    """For each head, its units in bundles, in ascending order of score."""
+    """For each head, its units in bundles, in ascending order of score; of the score of all heads if they are alike."""
     owner = group.part_of_unit
+    if group.limits.alike:
+        by_head = score.view(len(group.limits.parts), -1)
+        score = by_head.sum(0).expand_as(by_head).flatten()
     heads = []
     for head in range(len(group.limits.parts)):
         order = _ascending(score, [unit for unit in range(group.size) if owner[unit] == head])

@@ -122,11 +122,11 @@ def _normed_groups(model: nn.Module, anatomy: Anatomy, kept: Kept, refitted: Col
 
 
 def _silence_(model: nn.Module, anatomy: Anatomy, kept: Kept, spared: Collection[str]) -> None:
-    """Set the weights that read removed units to 0, except in the layers ``spared``; for QK, those of the keys."""
+    """Set the weights that read removed units to 0, except in the layers ``spared``; for QK, those that make them."""
     tensors = dict(model.named_parameters())
     for group, units in _removed_units(anatomy, kept):
-        readers_or_keys = [slices for slices in group.slices if slices.side in ("consumes", "key")]
-        for slices in readers_or_keys or group.slices:
+        readers = [slices for slices in group.slices if slices.side in ("consumes", "query", "key")]
+        for slices in readers or group.slices:
             if slices.tensor in tensors and slices.tensor.rpartition(".")[0] not in spared:
                 zero_slices_(tensors[slices.tensor], slices, units)
 

@@ -56,7 +56,7 @@ from slimming.runs.files import (
 )
 from slimming.runs.inputs import check_named_inputs
 from slimming.runs.results import dense_entry, entry_of, measure_all, results_of
-from slimming.runs.setup import open_data, open_start
+from slimming.runs.setup import open_start
 from slimming.runs.stages import Evaluate, Log, RunContext, prune_and_retrain_all, value_of
 from slimming.runs.time_budget import TimeAllocation, allocate, measure_pace
 from slimming.scoring.one_shot import score
@@ -168,7 +168,7 @@ def _stages(
         evaluate_top1, images=data.val, batch_size=images_per_pass, workers=config.retrain.workers
     )
     value = _dense_metric(dense, evaluate_model, metric, directory, log)
-    one_shot = _one_shot(dense, config, directory, evaluate_model, metric, log)
+    one_shot = _one_shot(dense, data, config, directory, evaluate_model, metric, log)
     result, seconds = _search(dense, data, config, directory / SEARCH_PLACE, evaluate_model, log)
     inputs = recorded_inputs(directory) if world.is_main_process else {}
     context = RunContext(
@@ -343,7 +343,7 @@ def _dense_metric(dense: nn.Module, evaluate_model: Evaluate, metric: Metric, di
 
 
 def _one_shot(
-    dense: nn.Module, config: RunConfig, directory: Path, evaluate_model: Evaluate, metric: Metric, log: Log
+    dense: nn.Module, data: Data, config: RunConfig, directory: Path, evaluate_model: Evaluate, metric: Metric, log: Log
 ) -> dict[str, dict[str, float]]:
     """Cut every budget in one shot and evaluate it; return budget -> entries of its table row."""
     if not config.one_shot:
@@ -353,8 +353,7 @@ def _one_shot(
         log("one shot: already done")
         return ONE_SHOT.read_values(target)
     began, seed = time.monotonic(), config.search.train.seed
-    still = open_data(dataclasses.replace(config.data, augment="none"), dense, seed)
-    images = calibration_images(still, config.one_shot, seed=seed)
+    images = calibration_images(data, config.one_shot, seed=seed)
     kinds = config.search.kinds
     scored = score(dense, images, kinds=kinds, layout=config.search.layout, seed=seed)
     log(f"one shot: {config.one_shot} images without labels scored in {time.monotonic() - began:.0f} s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from types import FrameType
 from typing import Any, NamedTuple
@@ -105,14 +105,16 @@ def first_batches(data: Data, images: int, batch_size: int, seed: int, workers: 
 def calibration_images(data: Data, images: int = 256, *, batch_size: int = 64, seed: int = 0) -> list[Tensor]:
     """Return training images as batches of shape (B, C, H, W), the same for the same seed.
 
-    They serve as calibration images for `slimming.cut`, which needs no labels. A custom loader that can be iterated
-    only once yields its next images.
+    They serve as calibration images for `slimming.cut`, which needs no labels. They are resized and cropped as in
+    evaluation, whatever the augmentation of the data, since the statistics of augmented images differ from those of the
+    images that the model will see. A custom loader yields what it yields; one that can be iterated only once, its next
+    images.
 
     Args:
         data: its training images are used.
         images: number of images; all images if there are fewer.
         batch_size: maximum number of images per batch.
-        seed: seed of the order and of the augmentation.
+        seed: seed of the order.
 
     Raises:
         ConfigError: ``images`` is below 1.
@@ -137,6 +139,8 @@ def calibration_batches(data: Data, images: int, *, batch_size: int = 64, seed: 
     """
     if images < 1:
         raise ConfigError(f"The number of calibration images is {images}; it must be at least 1.")
+    if isinstance(data.train, ImageDataset | StreamDataset):
+        data = replace(data, train=data.train.without_augmentation())
     if isinstance(data.train, ImageDataset):
         images = min(images, len(data.train))
         batch_size = -(-images // -(-images // batch_size))  # equal batches, so that no image is repeated

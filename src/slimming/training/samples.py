@@ -56,11 +56,16 @@ class SampleReader:
     def __init__(
         self, spec: ImageSpec, augment: str | None, seed: int = 0, value_range: tuple[float, ...] | None = None
     ) -> None:
+        self.spec = spec
         self.channels = spec.input_size[0]
         self.largest = 4 * max(spec.input_size[1:])
         self.transform: Callable[[Image.Image], Tensor] = make_transform(spec, augment)
         self.seed = seed
         self.value_range = value_range
+
+    def without_augmentation(self) -> SampleReader:
+        """Return a reader that resizes and crops images as in evaluation."""
+        return SampleReader(self.spec, None, self.seed, self.value_range)
 
     def __call__(self, record: Record, epoch: int, index: int) -> Sample:
         """Decode and augment a record.
@@ -101,6 +106,11 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def without_augmentation(self) -> ImageDataset:
+        """Return the same images, read as in evaluation."""
+        reader = self.reader.without_augmentation()
+        return ImageDataset(self.source, self.indices, reader, self.max_unreadable, self.classes)
 
     @property
     def labels(self) -> np.ndarray:
@@ -147,6 +157,11 @@ class StreamDataset:
         self.length = length
         self.max_unreadable = max_unreadable
         self.classes = classes
+
+    def without_augmentation(self) -> StreamDataset:
+        """Return the same images, read as in evaluation."""
+        reader = self.reader.without_augmentation()
+        return StreamDataset(self.epochs, reader, self.length, self.max_unreadable, self.classes)
 
 
 Loader = Iterable[Any]

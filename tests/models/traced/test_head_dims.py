@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
+import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 import slimming
@@ -26,8 +31,8 @@ FOUND: dict[str, tuple[type[nn.Module], set[str], str]] = {
     "packed": (Packed, {"qk", "v"}, ""),
     "einsum": (KeysAndValues, {"qk", "v"}, ""),
     "grouped queries": (Grouped, {"qk", "v"}, ""),
-    "norms of heads": (Separate, {"v"}, "a norm over the head dimension"),
-    "rotary": (Rotary, set(), "positions rotate pairs of dimensions"),
+    "norms of heads": (Separate, {"qk", "v"}, ""),
+    "rotary, table inside": (Rotary, set(), "with a table that its forward computes"),
     "talking heads": (TalkingHeads, set(), ""),
 }
 
@@ -60,9 +65,10 @@ def _swin(name: str = "swin_tiny_patch4_window7_224") -> nn.Module:
 
 
 def test_plans_that_the_module_cannot_hold_are_refused() -> None:
-    model = _swin()
-    groups = {group.name: group for group in slimming.describe(model)}
-    qk, v = (groups[f"layers.0.blocks.0.attn.{role}"] for role in ("qk", "v"))
+    # torchvision's function for Swin takes the weights, so that queries, keys and values have one size.
+    model = torchvision.models.SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=2)
+    groups = {group.role: group for group in slimming.describe(model, example_inputs=torch.zeros(1, 3, 32, 32))}
+    qk, v = groups["qk"], groups["v"]  # of the last block
     sizes = {qk.name: qk.size, v.name: v.size}
     for kept, reason in (
         ({qk.name: range(1, 24)}, "equally many in every head"),
@@ -75,21 +81,77 @@ def test_plans_that_the_module_cannot_hold_are_refused() -> None:
             slimming.cut(model, plan)
 
 
-def test_v_keeps_another_size_where_a_norm_holds_qk_and_the_slim_model_is_slimmed_again(tmp_path: Path) -> None:
-    model = _swin("swinv2_tiny_window8_256")
-    assert set(roles(model)) == {"v"}
-    x = torch.randn(2, 3, 32, 32)
+def _eva(**settings: Any) -> nn.Module:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return timm.create_model("vit_small_patch16_dinov3", **{**sizes, **settings}, num_classes=2).eval()
+
+
+def _sam() -> nn.Module:
+    settings = {"image_size": 64, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    windows = {"window_size": 3, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 48}
+    return transformers.SamVisionModel(transformers.SamVisionConfig(**settings, **windows)).eval()
+
+
+UNEVEN: dict[str, tuple[Callable[[], nn.Module], bool, int]] = {
+    "cosine": (lambda: _swin("swinv2_tiny_window8_256"), False, 1),
+    "rotary pairs": (_eva, True, 2),
+    "rotary pairs and norms": (lambda: _eva(qk_norm=True), True, 2),
+    "relative positions of all heads": (_sam, True, 1),
+}
+
+
+@pytest.mark.parametrize(("made", "alike", "width"), UNEVEN.values(), ids=UNEVEN)
+def test_qk_and_v_keep_different_sizes_and_the_slim_model_is_slimmed_again(
+    made: Callable[[], nn.Module], alike: bool, width: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = made()
+    assert slimming.check(model).ok
+    size = 64 if isinstance(model, transformers.PreTrainedModel) else 32
+    x = torch.randn(2, 3, size, size)
     for number in range(2):
+        found = roles(model)
+        assert set(found) >= {"qk", "v"}
+        assert (found["qk"].limits.alike, found["qk"].width) == (alike, width)
         masks = slimming.attach(model)
-        plan = slimming.plan(masks, slimming.Budget(keep={"head_dim": 0.6, "mlp": 0.7}), layout=FREE)
+        with torch.no_grad():
+            for group in masks.groups:
+                masks[group.name].fill_(0.5 if group.role == "v" else 0.9)
+        plan = slimming.plan(masks, slimming.Budget(keep={"head_dim": 0.8}), layout=FREE)
         masks.detach_()
         model = slimming.cut(model, plan)
-        attention: Any = model.get_submodule("layers.0.blocks.0.attn")
-        assert isinstance(attention.qkv, SeparateLinear)
-        assert attention.qkv.head_sizes[0] == 12 > attention.qkv.head_sizes[2]
+        uneven: list[Any] = [module for module in model.modules() if isinstance(module, SeparateLinear)]
+        assert any(layer.head_sizes[0] != layer.head_sizes[-1] for layer in uneven)
         slimming.save(model, tmp_path / str(number))
         with torch.no_grad():
-            assert torch.equal(slimming.load(tmp_path / str(number)).eval()(x), model(x))
+            first, again = model(x), slimming.load(tmp_path / str(number)).eval()(x)
+        assert all(map(torch.equal, tree_leaves(first), tree_leaves(again)))
+
+
+def test_rotary_pairs_go_in_all_heads_alike_and_with_as_many_of_v(tmp_path: Path) -> None:
+    model = _eva(embed_dim=64)
+    group = roles(model)["qk"]
+    assert group.limits.parts == (8,) * 4
+    rows = next(part for part in group.slices if part.side == "query").index
+    assert rows[1] == (1, 9)  # a half each
+    assert group.inputs[0].path == ("rope",)
+    assert group.inputs[0].index[1] == group.inputs[0].index[9] == (1, 9, 17, 25)
+    kept = tuple(unit for unit in range(32) if unit not in (0, 9, 18, 27))
+    with pytest.raises(PlanError, match="the same units in every head"):
+        slimming.cut(model, Plan(kept={group.name: kept}, sizes={group.name: 32}))
+    masks = slimming.attach(model)
+    small = slimming.cut(model, slimming.plan(masks, slimming.Budget(keep={"head_dim": 0.6})))
+    attention: Any = small.get_submodule("blocks.1.attn")
+    assert type(attention.qkv) is nn.Linear
+    assert attention.qkv.out_features == 3 * attention.proj.in_features < 3 * 64
+    table = torch.randn(16, 32)
+    x = torch.randn(1, 21, 64)
+    with torch.no_grad():
+        again = copy.deepcopy(attention)(x, rope=table)
+        assert torch.equal(attention(x, rope=table), again)
+        image = torch.randn(1, 3, 32, 32)
+        program: Any = torch.export.export(small, (image,)).module()
+        assert torch.allclose(program(image), small(image), atol=1e-6)
 
 
 def test_the_preset_of_the_paper_runs_on_swin(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten_with_path
 
 from slimming.models.traced.channels import CONV
 from slimming.models.traced.verification import Pass
@@ -30,6 +31,10 @@ ROUNDING = 1e-11
 """Gradients below this share of the largest are rounding errors, such as those of a constant added to all logits."""
 MIXED = "a layer reads no two heads apart (it has one head, or talking heads or a norm over all heads mix them)"
 UNSEPARATED = "no layer makes its queries, keys or values by head"
+
+
+Path = tuple[int | str, ...]
+"""Where a tensor is in arguments: position or keyword, then places in tuples, lists and mappings."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Run(TorchFunctionMode):
         products: operation -> the product that it computed; None if it sums over more or less than one dimension.
         layers: every call of a layer.
         linears: the identity of a weight -> what a linear function with it read.
+        inputs: tensors that the model was given and that require gradients, with their paths in the arguments.
     """
 
     running: list[str] = field(default_factory=lambda: [""])
@@ -105,6 +111,7 @@ class Run(TorchFunctionMode):
     products: dict[Any, ProductCall | None] = field(default_factory=dict)
     layers: list[LayerCall] = field(default_factory=list)
     linears: dict[int, Tensor] = field(default_factory=dict)
+    inputs: list[tuple[Path, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -180,10 +187,20 @@ class HeadRows:
 
 def record(model: nn.Module, forward: Pass, also: AbstractContextManager[None] | None = None) -> Run:
     """Run ``model``, whose parameters must require gradients, once; inside the context ``also``."""
-    run = Run()
+    run = Run(inputs=_given(forward))
     with _hooks(model, run), torch.enable_grad(), also or nullcontext(), run:
         forward.outputs(model)
     return run
+
+
+def _given(forward: Pass) -> list[tuple[Path, Tensor]]:
+    """The tensors in the arguments of ``forward`` that require gradients, with their paths."""
+    found: list[tuple[Path, Tensor]] = []
+    for first in (forward.call.args, forward.call.kwargs):
+        for path, leaf in tree_flatten_with_path(first)[0]:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                found.append((tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), leaf))
+    return [(path, leaf) for path, leaf in found if all(type(key) in (int, str) for key in path)]
 
 
 @contextmanager

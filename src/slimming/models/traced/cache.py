@@ -57,7 +57,9 @@ def architecture_digest(model: nn.Module, inputs: Sequence[Any]) -> str:
             continue
         names[module] = name
         settings = {key: value for key, value in vars(module).items() if _is_setting(value) and key != "training"}
-        digest.update(f"{name} {_code(module)} {sorted(settings.items())}".encode())
+        # Buffers outside the state dict are cut in another way.
+        apart = sorted(module._non_persistent_buffers_set)
+        digest.update(f"{name} {_code(module)} {sorted(settings.items())} {apart}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
     return digest.hexdigest()

@@ -2,19 +2,20 @@
 
 The columns of the layer that reads the heads give the dimensions of V; the two factors of each product that sums over
 the head dimensions give those of QK. Gradients say which rows of the layers before them, and which entries of other
-parameters, belong to one dimension alone. Rows on which several dimensions depend, as with a norm over the head
-dimension or with positions that rotate pairs of dimensions, belong to none.
+parameters, belong to one dimension alone. Rows on which several dimensions depend belong to none, as with a norm over
+the head dimension. Where positions rotate pairs of dimensions, a pair takes the place of a dimension, and the columns
+of the rotary table belong to it in every head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from slimming.core.groups import Slices
+from slimming.core.groups import InputSlices, Slices
 from slimming.models.traced.attention_runs import ROUNDING, LayerCall, ProductCall, Run, before
 from slimming.models.traced.channels import BATCH_NORM
 
@@ -23,6 +24,11 @@ UNUSED, SEVERAL = -1, -2
 
 Place = tuple[str, int]
 """Name of a tensor and one of its dimensions."""
+NORM_OVER_HEADS = "a norm over the head dimension mixes the dimensions of its queries and keys"
+HEAD_NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""Norms over the dimensions of a head that can be taken over those that stay."""
+_INPUT = "input"
+"""Begins the name of a tensor that the module is given."""
 Numbers = dict[Place, Tensor]
 """For each entry along a dimension of a tensor, the number of the head dimension that alone depends on it."""
 
@@ -35,11 +41,39 @@ class Dimensions:
         parts: the number of dimensions of each head.
         slices: the slices of each dimension.
         direct: whether each dimension is one row of Linear layers that are called as modules.
+        inputs: the slices of each dimension in tensors that the module is given.
+        alike: whether all heads must keep the same dimensions, because they share tensors with entries for each.
+        norms: names of the norms over the dimensions of a head of queries or keys.
+        normalised: whether a norm over the dimensions of a head needs that masks act on queries and on keys.
+        width: 1, or the number of dimensions that are mixed and counted as one, such as 2 for rotary pairs.
     """
 
     parts: tuple[int, ...]
     slices: tuple[Slices, ...]
     direct: bool
+    inputs: tuple[InputSlices, ...] = ()
+    alike: bool = False
+    norms: tuple[str, ...] = ()
+    normalised: bool = False
+    width: int = 1
+
+    @property
+    def size(self) -> int:
+        """The size of a head for the host."""
+        return self.parts[0] * self.width
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The slices of each dimension of each head on one side; for the attributes see `Dimensions`."""
+
+    slices: tuple[Slices, ...]
+    inputs: tuple[InputSlices, ...] = ()
+
+    @property
+    def alike(self) -> bool:
+        """Whether heads share entries."""
+        return bool(self.inputs) or any(_is_shared(part.index) for part in self.slices)
 
 
 @dataclass(frozen=True)
@@ -101,10 +135,10 @@ def value_dimensions(
         for at, of_scores in ((at, rows) for each in scores for factor in each.factors for at, rows in factor.items()):
             if at in found:
                 found[at] = torch.where(of_scores == UNUSED, found[at], SEVERAL)
-        by_head = _by_head(found, heads, size, "produces")
+        by_head = _by_head(module, found, heads, size, "produces")
         if isinstance(by_head, str):
             return by_head
-        if by_head:
+        if by_head.slices:
             index = tuple(
                 tuple(column for place, column in enumerate(unit) if place % size == number)
                 for unit in columns
@@ -112,7 +146,9 @@ def value_dimensions(
             )
             readers = [Slices(tensor=part.tensor, dim=1, index=index, side="consumes") for part in consumed]
             direct = reader is not None and _are_direct(module, run, by_head) and len(readers) == len(index[0]) == 1
-            return Dimensions((size,) * len(columns), (*by_head, *readers), direct)
+            return Dimensions(
+                (size,) * len(columns), (*by_head.slices, *readers), direct, by_head.inputs, by_head.alike
+            )
     return "no row of its layers belongs to a single dimension of its values: a norm or a layer mixes them"
 
 
@@ -124,24 +160,46 @@ def query_key_dimensions(
     by_row = [[_rows(factor, weights) for factor in each.factors] for each in scores]
     alone = [[_alone(rows) for rows in factors] for factors in by_row]
     found = next((each for each, names in zip(scores, alone, strict=True) if all(names)), None)
+    width = 1
     if found is None:
         mixed = next((each for each, rows in zip(scores, by_row, strict=True) if all(rows)), None)
-        return _why_mixed(module, run, mixed, weights)
+        in_sets = _in_sets(module, run, mixed, weights)
+        if isinstance(in_sets, str) or mixed is None:
+            return in_sets
+        found, width = in_sets, mixed.size // in_sets.size
     size, sides = found.size, dict(zip(("query", "key"), found.factors, strict=True))
     for each, names in zip(scores, alone, strict=True):
         if each.size == size and not all(names):
             _add_table(sides, each.factors, names)
-    slices: list[Slices] = []
-    direct = True
+    slices: dict[tuple[str, str], Slices] = {}
+    inputs: dict[tuple[int | str, ...], InputSlices] = {}
+    direct, alike = True, False
     for side, numbers in sides.items():
-        by_head = _by_head(numbers, heads, size, side)
+        by_head = _by_head(module, numbers, heads, size, side, run)
         if isinstance(by_head, str):
             return by_head
-        if not by_head:
+        if not any(part.side == side for part in by_head.slices):
             return "its heads do not have the same number of rows of queries and keys"
-        slices += by_head
+        # Queries and keys may share a table.
+        slices |= {(f"{part.tensor} {part.dim}", part.side): part for part in by_head.slices}
+        inputs |= {part.path: part for part in by_head.inputs}
         direct = direct and _are_direct(module, run, by_head)
-    return Dimensions((size,) * len(heads[0].index), tuple(slices), direct)
+        alike = alike or by_head.alike
+    if width > 1 and not alike:
+        return "positions rotate its queries and keys with a table that its forward computes for the size of a head"
+    _add_biases(module, slices)
+    parts = (size,) * len(heads[0].index)
+    return Dimensions(parts, tuple(slices.values()), direct, tuple(inputs.values()), alike, width=width)
+
+
+def _add_biases(module: nn.Module, slices: dict[tuple[str, str], Slices]) -> None:
+    """Add the entries of biases that the forward does not use, as those of keys in some hosts."""
+    parameters = dict(module.named_parameters())
+    for (_, side), part in list(slices.items()):
+        owner, _, last = part.tensor.rpartition(".")
+        bias = f"{owner}.bias"
+        if last == "weight" and part.dim == 0 and bias in parameters and side != "produces":
+            slices.setdefault((f"{bias} 0", side), replace(part, tensor=bias))
 
 
 def _rows(numbers: Numbers, weights: Collection[str]) -> dict[str, Tensor]:
@@ -164,21 +222,30 @@ def _add_table(sides: dict[str, Numbers], factors: tuple[Numbers, Numbers], alon
                 return
 
 
-def _why_mixed(module: nn.Module, run: Run, scores: Scores | None, weights: Collection[str]) -> str:
-    """Why no row belongs to a single dimension of queries and keys."""
+def _in_sets(module: nn.Module, run: Run, scores: Scores | None, weights: Collection[str]) -> Scores | str:
+    """``scores`` by sets of dimensions that are mixed among themselves only, such as rotary pairs; or why not."""
     if scores is None:
         return "its queries and keys are not multiplied by head dimension"
-    tensor, dim = scores.product.left, scores.product.left_dim
-    readers: dict[Place, Tensor] = {}
-    for number in range(scores.size):
-        numbers = torch.full((scores.size,), UNUSED)
-        numbers[number] = 0
-        for at, found in numbered(module, run, tensor, dim, numbers).items():
-            if at[0] in weights and at[1] == 0:
-                readers[at] = readers.get(at, torch.zeros_like(found)) + (found == 0)
-    if max(int(count.max()) for count in readers.values()) == 2:
-        return "positions rotate pairs of dimensions of its queries and keys with one table for all heads"
-    return "a norm over the head dimension mixes the dimensions of its queries and keys"
+    product = scores.product
+    together = torch.eye(scores.size, dtype=torch.bool)
+    tensors = ((product.left, product.left_dim), (product.right, product.right_dim))
+    for tensor, dim in tensors:
+        used: list[Tensor] = []
+        for number in range(scores.size):
+            numbers = torch.full((scores.size,), UNUSED)
+            numbers[number] = 0
+            rows = _rows(numbered(module, run, tensor, dim, numbers), weights)
+            used.append(torch.cat([rows[name] == 0 for name in sorted(rows)]))
+        of_row = torch.stack(used).long()
+        together |= of_row @ of_row.T > 0
+    firsts = together.int().argmax(1)
+    sets, numbers = firsts.unique(return_inverse=True)
+    if len(sets) == 1 or not bool((together == (firsts[:, None] == firsts)).all()):
+        return NORM_OVER_HEADS
+    left, right = (numbered(module, run, tensor, dim, numbers) for tensor, dim in tensors)
+    if not all(_alone(_rows(factor, weights)) for factor in (left, right)):
+        return "a layer mixes the dimensions of its queries and keys"
+    return Scores(len(sets), (left, right), product)
 
 
 def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Tensor) -> Numbers:
@@ -197,7 +264,9 @@ def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Ten
     reached = before(tensor.grad_fn, run.made_by)
     calls = [run.made_by[node] for node in reached if node in run.made_by]
     leaves = {id(node.variable) for node in reached if type(node).__name__ == "AccumulateGrad"}
-    named = [(name, leaf) for name, leaf in [*module.named_parameters(), *module.named_buffers()] if id(leaf) in leaves]
+    given = [(_input_name(path), leaf) for path, leaf in run.inputs]
+    named = [*module.named_parameters(), *module.named_buffers(), *given]
+    named = [(name, leaf) for name, leaf in named if id(leaf) in leaves]
     wanted = [*(call.made for call in calls), *(leaf for _, leaf in named)]
     if not wanted:
         return {}
@@ -219,8 +288,13 @@ def numbered(module: nn.Module, run: Run, tensor: Tensor, dim: int, numbers: Ten
                 for name, _ in module.get_submodule(call.name).named_parameters(recurse=False):
                     _merge(result, (f"{call.name}.{name}", 0), found)
         else:
-            _merge(result, (named[position - len(calls)][0], along), found)
+            name, leaf = named[position - len(calls)]
+            _merge(result, (name, along - leaf.dim() if name.startswith(_INPUT) else along), found)
     return _with_statistics(module, result)
+
+
+def _input_name(path: Sequence[int | str]) -> str:
+    return "/".join((_INPUT, *map(str, path)))
 
 
 def _features(call: LayerCall) -> int:
@@ -284,38 +358,68 @@ def _sizes(heads: Sequence[Slices], columns: int) -> list[int]:
             if size > 1 and (size == columns or size <= least)]  # fmt: skip
 
 
-def _by_head(numbers: Numbers, heads: Sequence[Slices], size: int, side: str) -> list[Slices] | str:
-    """The slices of each dimension of each head; empty if no row of a head belongs to a single dimension.
+def _by_head(
+    module: nn.Module, numbers: Numbers, heads: Sequence[Slices], size: int, side: str, run: Run | None = None
+) -> _Parts | str:
+    """The slices of each dimension of each head; none if no row of a head belongs to a single dimension.
 
     Args:
+        module: the attention module.
         numbers: what `numbered` gives.
         heads: the slices of the heads.
         size: number of dimensions of a head.
         side: the side of the slices.
+        run: the run, if tensors that the module is given may have entries for single dimensions.
     """
     rows = {(part.tensor, part.dim): part.index for part in heads if part.side == "produces"}
-    result: list[Slices] = []
+    paths = {} if run is None else {_input_name(path): path for path, _ in run.inputs}
+    slices: list[Slices] = []
+    inputs: list[InputSlices] = []
     for at, found in numbers.items():
         if not bool((found >= 0).any()):
             continue
-        if at not in rows:
-            return f"{at[0]} has entries for single head dimensions that all heads share"
         values = found.tolist()
-        index = tuple(
-            tuple(row for row in unit if values[row] == number) for unit in rows[at] for number in range(size)
-        )
+        if at in rows:
+            units = rows[at]
+        elif bool((found == SEVERAL).any()):
+            if at[0].startswith(_INPUT):
+                continue
+            return f"{at[0]} has entries for single head dimensions, and others for several"
+        elif not at[0].startswith(_INPUT) and _is_outside_state(module, at[0]):
+            return f"all heads share {at[0]}, a buffer outside the state dict (persistent=False)"
+        else:
+            units = (range(len(values)),) * len(heads[0].index)
+        index = tuple(tuple(row for row in unit if values[row] == number) for unit in units for number in range(size))
         if len({len(each) for each in index}) != 1 or not index[0]:
             return f"the rows of {at[0]} are not divided evenly among the head dimensions"
-        result.append(Slices(tensor=at[0], dim=at[1], index=index, side=side))
-    return result
+        if at[0] in paths:
+            inputs.append(InputSlices(path=paths[at[0]], dim=at[1], index=index))
+        elif not at[0].startswith(_INPUT):
+            # A factor of queries or keys must not multiply what is only multiplied with them.
+            is_norm = isinstance(module.get_submodule(at[0].rpartition(".")[0]), HEAD_NORMS)
+            own = side if at in rows or is_norm else "produces"
+            slices.append(Slices(tensor=at[0], dim=at[1], index=index, side=own))
+    return _Parts(tuple(slices), tuple(inputs))
 
 
-def _are_direct(module: nn.Module, run: Run, slices: Sequence[Slices]) -> bool:
+def _is_outside_state(module: nn.Module, tensor: str) -> bool:
+    owner, _, name = tensor.rpartition(".")
+    return name in module.get_submodule(owner)._non_persistent_buffers_set
+
+
+def _is_shared(index: Sequence[Sequence[int]]) -> bool:
+    entries = [entry for unit in index for entry in unit]
+    return len(set(entries)) < len(entries)
+
+
+def _are_direct(module: nn.Module, run: Run, parts: _Parts) -> bool:
     """Whether each dimension is one row of one Linear that was called as a module."""
+    slices = parts.slices
     called = {call.name for call in run.layers}
     owners = {part.tensor.rpartition(".")[0] for part in slices}
     return (
         len(owners) == 1
+        and not parts.alike
         and owners <= called
         and all(isinstance(module.get_submodule(name), nn.Linear) for name in owners)
         and all(len(part.index[0]) == 1 for part in slices)

@@ -21,7 +21,15 @@ from slimming.core.groups import Group, Slices
 from slimming.models.family import Kept
 from slimming.models.traced.attention_runs import record
 from slimming.models.traced.channels import BATCH_NORM
-from slimming.models.traced.dimension_rows import Dimensions, query_key_dimensions, scores_of, value_dimensions
+from slimming.models.traced.detached_norms import DetachedNorms
+from slimming.models.traced.dimension_rows import (
+    HEAD_NORMS,
+    NORM_OVER_HEADS,
+    Dimensions,
+    query_key_dimensions,
+    scores_of,
+    value_dimensions,
+)
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.head_sizes import (
     HeadSizes,
@@ -160,6 +168,19 @@ def _small(leaf: Any) -> Any:
     return leaf / max(1.0, float(leaf.square().mean().sqrt()))
 
 
+def _varied(call: Pass) -> Callable[[Any], Any]:
+    """`_small`, with gradients for what the module is given beside the sequence, such as a rotary table."""
+    main = call.call.main
+
+    def varied(leaf: Any) -> Any:
+        small = _small(leaf)
+        if leaf is main or not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return small
+        return small.detach().clone().requires_grad_(True)
+
+    return varied
+
+
 def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
     """The choice for ``module`` that passes its proof, and why a part of its heads cannot be cut."""
     slices = head_slices(PART, module, row)
@@ -174,6 +195,8 @@ def _found(module: nn.Module, row: Heads, call: Pass) -> _Found:
     if len(dims) == 2:
         tries += [(dims, False)]
         tries += [(dims, True)] if dims["qk"].parts == dims["v"].parts else []
+    if len(dims) == 2 and dims["qk"].width > 1:
+        tries = tries[:1]
     tries += [({role: dims[role]}, False) for role in ("v", "qk") if role in dims]
     heads = len(slices[0].index)
     for roles, tied in tries:
@@ -233,7 +256,7 @@ def _dimensions(
             if buffer.is_floating_point():
                 buffer.requires_grad_(True)
     try:
-        run = record(part, _mapped(call, _small))
+        run = record(part, _mapped(call, _varied(call)))
     except RuntimeError as error:
         # Such as an operation in place on a view of a parameter, which is allowed without gradients only.
         reason = f"its module does not run with gradients ({str(error).splitlines()[0]})"
@@ -243,6 +266,8 @@ def _dimensions(
     scores = scores_of(part, run)
     for role, dimensions in (("qk", query_key_dimensions), ("v", value_dimensions)):
         found = dimensions(part, run, slices, scores)
+        if found == NORM_OVER_HEADS:
+            found = _through_norms(part, slices, call)
         if isinstance(found, str):
             reasons[role] = found
         elif found.parts[0] < FEWEST:
@@ -250,6 +275,18 @@ def _dimensions(
         else:
             dims[role] = found
     return dims, reasons
+
+
+def _through_norms(part: nn.Module, slices: Sequence[Slices], call: Pass) -> Dimensions | str:
+    """The dimensions of QK where norms over the dimensions of a head are in between, or why there are none."""
+    detached = DetachedNorms()
+    run = record(part, _mapped(call, _varied(call)), detached)
+    found = query_key_dimensions(part, run, slices, scores_of(part, run))
+    if isinstance(found, str):
+        return NORM_OVER_HEADS
+    owners = dict.fromkeys(each.tensor.rpartition(".")[0] for each in found.slices)
+    norms = tuple(name for name in owners if isinstance(part.get_submodule(name), HEAD_NORMS))
+    return replace(found, norms=norms, normalised=True, direct=False)
 
 
 def _proved(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> tuple[HeadSizes | None, str]:
@@ -267,12 +304,20 @@ def _proved(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> tup
 
 
 def _failure(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> str | None:
-    """Why ``module`` cannot be cut by ``choice``; None if it can."""
+    """Why ``module`` cannot be cut by ``choice``, with whole heads or without; None if it can."""
+    reason = _difference(module, choice, call, head_group(PART, module, row))
+    if reason is not None and choice.dims_alike:
+        # What is shared by the dimensions of all heads may have entries for each head that are not cut.
+        reason = _difference(module, choice, call, "")
+    return reason
+
+
+def _difference(module: nn.Module, choice: HeadSizes, call: Pass, found: tuple[Group, Attributes] | str) -> str | None:
+    """How ``module`` cut by ``choice`` differs from the masked one; ``found`` is what `head_group` gives."""
     holder = SingleModule(module)
     groups = groups_of(PART, module, choice)
     attributes: list[Attributes] = [attributes_of(PART, choice, None)]
     separate = [separate_of(PART, choice, None)]
-    found = head_group(PART, module, row)
     if not isinstance(found, str):
         group, of_heads = found
         groups = [group, *groups]
@@ -285,5 +330,9 @@ def _failure(module: nn.Module, row: Heads, choice: HeadSizes, call: Pass) -> st
         return cut_copy(model, groups, kept, sizes)
 
     # Two plans: sizes that a forward infers can fit one by chance.
-    first = cut_difference(holder, groups, [call], cut)
-    return cut_difference(holder, groups, [call], cut, seed=1) if first is None else first
+    reason = cut_difference(holder, groups, [call], cut) or cut_difference(holder, groups, [call], cut, seed=1)
+    if reason is None and choice.separate is not None and "qk" in choice.dims:
+        # With equal sizes of QK and V, the projection is that of the host.
+        equal = [replace(g, limits=replace(g.limits, same_as=f"{PART}.v")) if g.role == "qk" else g for g in groups]
+        reason = cut_difference(holder, equal, [call], cut)
+    return reason

@@ -19,7 +19,7 @@ from slimming.models.traced.channels import BATCH_NORM, CONV
 from slimming.models.traced.dimension_rows import Dimensions
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes, Heads, size_at
-from slimming.models.traced.resize import Separate
+from slimming.models.traced.resize import Separate, is_shared
 
 _PART_OF_NAME = ("dim", "size", "hidden", "key", "val", "width")
 """Words in the names of attributes that hold the size of a head."""
@@ -38,8 +38,8 @@ class HeadSizes:
         scaled: side whose rows are multiplied to preserve the scale of the logits, which the forward computes from the
             size that the heads have, or takes from ``scales``; None if it does neither.
         free_heads: whether the forward is rewritten.
-        separate: path of the projection that makes values, the head sizes of its parts, and which of them is V, if the
-            sizes of QK and V may differ although the host assumes one; None if not.
+        separate: path of the projection that makes values, the head sizes of its parts, and the role of each, empty if
+            its size stays, if the sizes of QK and V may differ although the host assumes one; None if not.
         switch: path of an attribute that is set to True, so that the projection is called as a module; empty if none.
         any_basis: the roles whose dimensions can be replaced by linear combinations of them.
     """
@@ -51,9 +51,14 @@ class HeadSizes:
     scales: tuple[str, ...] = ()
     scaled: str | None = None
     free_heads: bool = False
-    separate: tuple[str, tuple[int, ...], int] | None = None
+    separate: tuple[str, tuple[int, ...], tuple[str, ...]] | None = None
     switch: str = ""
     any_basis: tuple[str, ...] = ()
+
+    @property
+    def dims_alike(self) -> bool:
+        """Whether all heads must keep the same dimensions."""
+        return any(found.alike for found in self.dims.values())
 
 
 def choices(
@@ -61,7 +66,7 @@ def choices(
 ) -> Iterator[HeadSizes]:
     """Choices of attributes that may depend on the head size, the most likely first."""
     per_head, totals = _numbers(module, row, dims, heads)
-    scales = _scales_of_logits(module, dims["qk"].parts[0]) if "qk" in dims else ()
+    scales = _scales_of_logits(module, dims["qk"].size) if "qk" in dims else ()
     named = {path: role for path, role in per_head.items() if any(word in path.lower() for word in _PART_OF_NAME)}
     listed = {path: total for path, total in totals.items() if path in row.sizes}
     choices = [(named, listed), (named, totals), (per_head, totals), ({}, listed), ({}, {})]
@@ -80,28 +85,57 @@ def choices(
 
 def separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimensions], heads: int) -> Iterator[HeadSizes]:
     """Choices with another size for V than for QK, where the host assumes one."""
-    if set(dims) != {"v"}:
+    if "v" not in dims:
         return
-    size = dims["v"].parts[0]
-    rows = {part.tensor: part.index[0][0] for part in dims["v"].slices if part.side == "produces" and part.dim == 0}
-    path = next((name for name, _ in module.named_modules() if f"{name}.weight" in rows), None)
-    layer = None if path is None else module.get_submodule(path)
-    if path is None or type(layer) not in (nn.Linear, SeparateLinear):
+    places = _parts_of_projection(module, dims, heads)
+    if places is None:
         return
-    equal = (size,) * (len(layer.weight) // (size * heads))
-    sizes = layer.head_sizes if isinstance(layer, SeparateLinear) else equal
-    starts = [heads * sum(sizes[:part]) for part in range(len(sizes))]
-    if rows[f"{path}.weight"] not in starts:
-        return
-    separate = (path, sizes, starts.index(rows[f"{path}.weight"]))
-    _, totals = _numbers(module, row, dims, heads)
-    listed = {path: total for path, total in totals.items() if path in row.sizes}
+    path, sizes, roles = places
+    of_qk = _numbers(module, row, {"qk": dims["qk"]}, heads)[0] if "qk" in dims else {}
+    named = {name: role for name, role in of_qk.items() if any(word in name.lower() for word in _PART_OF_NAME)}
+    of_v = _numbers(module, row, {"v": dims["v"]}, heads)[1]
+    listed = {name: total for name, total in of_v.items() if name in row.sizes}
+    scales = _scales_of_logits(module, dims["qk"].size) if "qk" in dims else ()
     switches = [name for name, value in vars(module).items() if value is False and "separate" in name]
     can_rewrite = has_free_heads(module) or free_heads_class(type(module)) is not None
     for free_heads in (True,) if row.free_heads and can_rewrite else (False,):
         for switch in ("", *switches):
-            for multiples in (listed, totals, {}):
-                yield HeadSizes(dims=dims, totals=multiples, free_heads=free_heads, separate=separate, switch=switch)
+            for attributes in (named, {}) if named else ({},):
+                for multiples in (listed, of_v, {}):
+                    yield HeadSizes(
+                        dims=dims,
+                        per_head=attributes,
+                        totals=multiples,
+                        scales=scales,
+                        free_heads=free_heads,
+                        separate=(path, sizes, roles),
+                        switch=switch,
+                    )
+
+
+def _parts_of_projection(
+    module: nn.Module, dims: Mapping[str, Dimensions], heads: int
+) -> tuple[str, tuple[int, ...], tuple[str, ...]] | None:
+    """The projection that makes values, the size of a head in each part of it, and the role of each part."""
+    first = {
+        (part.tensor, part.side): part.index[0][0]
+        for found in dims.values()
+        for part in found.slices
+        if part.side != "consumes" and part.dim == 0
+    }
+    path = next((name for name, _ in module.named_modules() if (f"{name}.weight", "produces") in first), None)
+    layer = None if path is None else module.get_submodule(path)
+    if path is None or type(layer) not in (nn.Linear, SeparateLinear):
+        return None
+    size = dims["v"].size
+    equal = (size,) * (len(layer.weight) // (size * heads))
+    sizes = layer.head_sizes if isinstance(layer, SeparateLinear) else equal
+    starts = [heads * sum(sizes[:part]) for part in range(len(sizes))]
+    sides = {"produces": "v", "query": "qk", "key": "qk"}
+    of_start = {row: sides[side] for (tensor, side), row in first.items() if tensor == f"{path}.weight"}
+    if not of_start.keys() <= set(starts):
+        return None
+    return path, sizes, tuple(of_start.get(start, "") for start in starts)
 
 
 def _numbers(
@@ -122,7 +156,7 @@ def _numbers(
         if value is None or path == row.count or last.startswith(("num_", "n_")) or last in ("heads", "groups"):
             continue
         for role in _roles(last, dims):
-            size = dims[role].parts[0]
+            size = dims[role].size
             if value == size:
                 per_head.setdefault(path, role)
             elif value % (size * heads) == 0 and (path in row.sizes or value // (size * heads) in (1, 2, 3)):
@@ -157,7 +191,7 @@ def attributes_of(name: str, choice: HeadSizes, heads: str | None) -> Attributes
     for path, role in choice.per_head.items():
         put(path, _size(name, choice, role, heads))
     for path, (role, multiple) in choice.totals.items():
-        put(path, Dim(groups=((f"{name}.{role}", multiple),)))
+        put(path, Dim(groups=((f"{name}.{role}", multiple * choice.dims[role].width),)))
     if choice.switch:
         put(choice.switch, Dim(fixed=1))
     if choice.scaled is not None:
@@ -170,7 +204,7 @@ def _size(name: str, choice: HeadSizes, role: str, heads: str | None) -> Ratio:
     """The number of dimensions of a head; ``heads`` is the group of the heads, if they can be cut."""
     count = len(choice.dims[role].parts)
     return Ratio(
-        total=Dim(groups=((f"{name}.{role}", 1),)),
+        total=Dim(groups=((f"{name}.{role}", choice.dims[role].width),)),
         parts=Dim(fixed=count) if heads is None else Dim(groups=((heads, 1),)),
     )
 
@@ -179,12 +213,13 @@ def separate_of(name: str, choice: HeadSizes, heads: str | None) -> Separate:
     """The sizes of heads in the projection that makes values, see `_size`."""
     if choice.separate is None:
         return {}
-    path, sizes, place = choice.separate
-    count = len(choice.dims["v"].parts)
-    number = Dim(fixed=count) if heads is None else Dim(groups=((heads, 1),))
-    parts: list[Dim | Ratio] = [Dim(fixed=size) for size in sizes]
-    host = parts[place]
-    parts[place] = _size(name, choice, "v", heads)
+    path, sizes, roles = choice.separate
+    number = Dim(fixed=len(choice.dims["v"].parts)) if heads is None else Dim(groups=((heads, 1),))
+    parts = [
+        _size(name, choice, role, heads) if role else Dim(fixed=size) for size, role in zip(sizes, roles, strict=True)
+    ]
+    # The host takes all heads to have the size of queries.
+    host = _size(name, choice, "qk", heads) if "qk" in choice.dims else Dim(fixed=choice.dims["v"].size)
     return {f"{name}.{path}": (number, host, *parts)}
 
 
@@ -193,10 +228,14 @@ def groups_of(name: str, module: nn.Module, choice: HeadSizes) -> list[Group]:
     roles = {role: _named(name, found.slices) for role, found in choice.dims.items()}
     scales = {role: _scales(name, module, slices, role) for role, slices in roles.items()}
     parts = {role: found.parts for role, found in choice.dims.items()}
+    if "qk" in roles and choice.dims["qk"].normalised:
+        scales["qk"] = (*scales["qk"], *_scales(name, module, roles["qk"], "key"))
+    alike = {role: found.alike for role, found in choice.dims.items()}
     if len(roles) == 2 and parts["qk"] == parts["v"]:
         both = roles["qk"] + roles["v"]
-        roles["qkv"], parts["qkv"] = both, parts["qk"]
-        scales["qkv"] = (*scales["qk"], *_scales(name, module, roles["qk"], "key"), *scales["v"])
+        roles["qkv"], parts["qkv"], alike["qkv"] = both, parts["qk"], any(alike.values())
+        of_keys = _scales(name, module, roles["qk"], "key")
+        scales["qkv"] = (*dict.fromkeys((*scales["qk"], *of_keys)), *scales["v"])
     other = {"qk": "v", "v": "qk"}
     return [
         Group(
@@ -209,9 +248,14 @@ def groups_of(name: str, module: nn.Module, choice: HeadSizes) -> list[Group]:
                 parts=parts[role],
                 equal=True,
                 same_as=f"{name}.{other[role]}" if choice.tied and role in other else None,
+                alike=alike[role],
             ),
             slices=slices,
             scales=scales[role],
+            norms=tuple(f"{name}.{norm}" for norm in choice.dims["qk"].norms)
+            if role != "v" and "qk" in choice.dims
+            else (),
+            inputs=choice.dims[role].inputs if role in choice.dims else (),
             any_basis=role in choice.any_basis,
         )
         for role, slices in roles.items()
@@ -226,7 +270,11 @@ def _scales(name: str, module: nn.Module, slices: Sequence[Slices], role: str) -
     """The tensors that a mask scales: the columns that read values, or what makes queries or keys last."""
     side = {"v": "consumes", "qk": "query", "key": "key"}[role]
     parameters = dict(module.named_parameters())
-    chosen = [part for part in slices if part.side == side and part.tensor.removeprefix(f"{name}.") in parameters]
+    chosen = [
+        part
+        for part in slices
+        if part.side == side and part.tensor.removeprefix(f"{name}.") in parameters and not is_shared(part)
+    ]
     norms = [
         part
         for part in chosen

@@ -18,6 +18,8 @@ MOST_BRANCHES = 3
 """Most branches on which the presence of something may depend."""
 Vector = tuple[int, ...]
 """A number in each of the copies."""
+Known = tuple[Vector, Fraction, Dim | Ratio]
+"""Numbers in the copies that have them, and the dimension that they are a multiple of, with the factor."""
 
 
 class Matcher:
@@ -38,7 +40,7 @@ class Matcher:
         ratios: Iterable[Ratio] = (),
     ) -> None:
         self.counts = counts
-        self._ratios = [tuple(int(ratio.value(kept)) for kept in counts) for ratio in ratios]
+        self._ratios = {ratio: tuple(int(ratio.value(kept)) for kept in counts) for ratio in ratios}
         self._dims = list(dict.fromkeys(primitive(dim) for dim in dims if dim.groups))
         self._values = {dim: tuple(dim.value(kept) for kept in counts) for dim in self._dims}
         self._alive = {name: tuple(kept[name] > 0 for kept in counts) for name in branches}
@@ -74,7 +76,7 @@ class Matcher:
         if gates is None:
             return None
         constant = Fraction(1)
-        known: list[tuple[Vector, Fraction, Dim]] = []
+        known: list[Known] = []
         unknown = [1] * sum(present)
         for factor in factors:
             if len(set(factor)) == 1:
@@ -90,15 +92,15 @@ class Matcher:
             if known_after is None:
                 return None
             known = known_after
-        for _, scale, _ in known:
-            constant *= scale
-        if constant.denominator != 1:
+        share = math.prod((scale for _, scale, _ in known), start=constant)
+        if share.denominator != 1:
+            known = [_divided(*each) for each in known]
+            share = math.prod((scale for _, scale, _ in known), start=constant)
+        if share.denominator != 1:
             return None
-        return tuple((Dim(fixed=sign * int(constant)), *(dim for *_, dim in known), *gate) for sign, gate in gates)
+        return tuple((Dim(fixed=sign * int(share)), *(dim for *_, dim in known), *gate) for sign, gate in gates)
 
-    def _resolved(
-        self, unknown: Vector, known: Sequence[tuple[Vector, Fraction, Dim]], present: tuple[bool, ...]
-    ) -> list[tuple[Vector, Fraction, Dim]] | None:
+    def _resolved(self, unknown: Vector, known: Sequence[Known], present: tuple[bool, ...]) -> list[Known] | None:
         """``known`` and ``unknown`` as dimensions: alone, together with some of ``known``, or as two dimensions.
 
         The size of a head is no multiple of one dimension, for instance, but together with the number of heads it is.
@@ -116,6 +118,9 @@ class Matcher:
         affine = self._affine(unknown, present)
         if affine is not None:
             return [*known, (unknown, Fraction(1), affine)]
+        ratio = self._ratio(unknown, present)
+        if ratio is not None:
+            return [*known, (unknown, *ratio)]
         pairs = []
         for dim in self._dims:
             values = _chosen(self._values[dim], present)
@@ -136,6 +141,12 @@ class Matcher:
         if len(found) != 1 or direction in self._ratios_among(present):
             return None
         return Fraction(numbers[0], _chosen(self._values[found[0]], present)[0]), found[0]
+
+    def _ratio(self, numbers: Vector, present: tuple[bool, ...]) -> tuple[Fraction, Ratio] | None:
+        """The only quotient that is proportional to ``numbers``, with the factor between them."""
+        chosen = {ratio: _chosen(values, present) for ratio, values in self._ratios.items()}
+        found = [ratio for ratio, values in chosen.items() if _direction(values) == _direction(numbers)]
+        return (Fraction(numbers[0], chosen[found[0]][0]), found[0]) if len(found) == 1 else None
 
     def _affine(self, numbers: Vector, present: tuple[bool, ...]) -> Dim | None:
         """A fixed number plus a multiple of the units of a group that equals ``numbers``, if only one group does."""
@@ -188,7 +199,7 @@ class Matcher:
         return None
 
     def _ratios_among(self, present: tuple[bool, ...]) -> set[Vector]:
-        return {_direction(_chosen(values, present)) for values in self._ratios}
+        return {_direction(_chosen(values, present)) for values in self._ratios.values()}
 
     def _by_direction(self, present: tuple[bool, ...]) -> dict[Vector, list[Dim]]:
         if present not in self._directions:
@@ -197,6 +208,13 @@ class Matcher:
                 result.setdefault(_direction(_chosen(values, present)), []).append(dim)
             self._directions[present] = result
         return self._directions[present]
+
+
+def _divided(numbers: Vector, scale: Fraction, dim: Dim | Ratio) -> Known:
+    """The same numbers as a multiple of a quotient, such as what all heads share is of the units of all heads."""
+    if scale.denominator == 1 or isinstance(dim, Ratio):
+        return numbers, scale, dim
+    return numbers, Fraction(scale.numerator), Ratio(total=dim, parts=Dim(fixed=scale.denominator))
 
 
 def _all_of(branches: Iterable[str]) -> Product:

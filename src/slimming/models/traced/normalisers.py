@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.core.formulas import Dim
+from slimming.core.formulas import Dim, Ratio
 from slimming.core.modules import MODEL_ERRORS
 from slimming.models.masked_norms import Indices, run_on, runs_over
 from slimming.models.traced.heads import Attributes
@@ -166,7 +166,7 @@ def _is_symmetric(module: nn.Module, x: Tensor, dim: int, dims: Mapping[str, int
     return bool((found - wanted).abs().max() <= _CHANGED * wanted.abs().max())
 
 
-def normaliser_attributes(found: Mapping[str, Normaliser], dims: Mapping[str, tuple[Dim, ...]]) -> Attributes:
+def normaliser_attributes(found: Mapping[str, Normaliser], dims: Mapping[str, tuple[Dim | Ratio, ...]]) -> Attributes:
     """The attributes of normalisers that count channels, as functions of the kept units.
 
     Args:
@@ -177,7 +177,7 @@ def normaliser_attributes(found: Mapping[str, Normaliser], dims: Mapping[str, tu
     for name, normaliser in found.items():
         tensor, dim = next(iter(normaliser.tensors.items()))
         channels = dims[f"{name}.{tensor}"][dim]
-        if channels.groups:
+        if isinstance(channels, Dim) and channels.groups:
             counted = Dim(
                 fixed=channels.fixed // normaliser.block,
                 groups=tuple((group, weight // normaliser.block) for group, weight in channels.groups),

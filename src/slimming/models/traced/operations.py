@@ -60,7 +60,7 @@ def _dims(model: nn.Module, groups: Sequence[Group]) -> list[Dim]:
     """The dimensions that occur in the model."""
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = tensor_dims(groups, {name: tuple(tensor.shape) for name, tensor in named})
-    return [*dict.fromkeys(dim for dims in tensors.values() for dim in dims), *_units(groups)]
+    return [*dict.fromkeys(dim for dims in tensors.values() for dim in dims if isinstance(dim, Dim)), *_units(groups)]
 
 
 def _units(groups: Sequence[Group]) -> Iterator[Dim]:

@@ -18,7 +18,8 @@ from slimming.models.separate import SeparateLinear, separate_
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
-from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_tokens_, token_entries
+from slimming.models.traced.input_columns import COLUMNS, columns_entry
+from slimming.models.traced.token_blocks import TABLE, TOKENS, adapt_, token_entries
 
 TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separate", "removed", "spent"
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
@@ -32,11 +33,14 @@ def removed_indices(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, 
     """Tensor -> dimension -> indices that are removed."""
     result: dict[str, dict[int, set[int]]] = {}
     for group in groups:
-        removed = set(range(group.size)) - set(kept.get(group.name, range(group.size)))
+        left = set(kept.get(group.name, range(group.size)))
+        removed = set(range(group.size)) - left
         if removed and group.role != "qkv":  # its units are those of QK and V
             for part in group.slices:
                 indices = result.setdefault(part.tensor, {}).setdefault(part.dim, set())
-                indices.update(index for unit in removed for index in part.index[unit])
+                gone = {index for unit in removed for index in part.index[unit]}
+                # What heads share stays while one of them has it.
+                indices |= gone - {index for unit in left for index in part.index[unit]}
     return result
 
 
@@ -71,7 +75,9 @@ def scaled_rows(
         head = next((part for unit, part in enumerate(group.part_of_unit) if unit in set(units)), 0)
         dense, left = group.limits.parts[head], sum(group.part_of_unit[unit] == head for unit in units)
         for part in group.slices if left < dense else ():
-            if part.side == side and part.tensor in state:
+            # A norm undoes factors of what it reads.
+            scaled = not group.norms or part.tensor.rpartition(".")[0] in group.norms
+            if part.side == side and scaled and part.tensor in state:
                 tensor = result.setdefault(part.tensor, state[part.tensor].clone())
                 rows = torch.tensor([index for unit in part.index for index in unit], device=tensor.device)
                 factor = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
@@ -80,7 +86,19 @@ def scaled_rows(
     return result
 
 
-def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Dim, ...]]:
+def is_shared(part: Slices) -> bool:
+    """Whether several units, of different heads, have the same entries of a tensor."""
+    indices = [index for unit in part.index for index in unit]
+    return len(set(indices)) < len(indices)
+
+
+def per_head(group: Group, heads: Group | None, weight: int) -> Ratio:
+    """The number of entries that all heads share: ``weight`` for each unit of ``group`` in one head."""
+    parts = Dim(fixed=len(group.limits.parts)) if heads is None else Dim(groups=((heads.name, 1),))
+    return Ratio(total=Dim(groups=((group.name, weight),)), parts=parts)
+
+
+def tensor_dims(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Dim | Ratio, ...]]:
     """The dimensions of every tensor as functions of the kept units.
 
     Slices of groups may overlap: the rows of a head are those of its dimensions. Such rows are counted by the smallest
@@ -91,17 +109,25 @@ def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) ->
         for part in group.slices if group.role != "qkv" else ():
             parts.setdefault((part.tensor, part.dim), []).append((group, part))
     users: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    shared: dict[tuple[str, int], tuple[Group, int]] = {}
+    heads = {group.site: group for group in groups if group.role == "head"}
     for at, users_of in parts.items():
         counted: set[int] = set()
         for group, part in sorted(users_of, key=lambda each: len(each[1].index[0])):
             weight = len(set(part.index[0]) - counted)
-            if weight:
+            if is_shared(part):
+                shared[at] = (group, weight)
+            elif weight:
                 users.setdefault(at, []).append((group.name, weight, group.size))
                 counted.update(index for unit in part.index for index in unit)
     result = {}
     for name, shape in shapes.items():
-        dims = []
+        dims: list[Dim | Ratio] = []
         for dim, length in enumerate(shape):
+            if (name, dim) in shared:
+                group, weight = shared[name, dim]
+                dims.append(per_head(group, heads.get(group.site), weight))
+                continue
             weights = users.get((name, dim), [])
             fixed = length - sum(weight * size for _, weight, size in weights)
             dims.append(Dim(fixed=fixed, groups=tuple((group, weight) for group, weight, _ in weights)))
@@ -109,7 +135,7 @@ def tensor_dims(groups: Iterable[Group], shapes: Mapping[str, Sequence[int]]) ->
     return result
 
 
-def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> Attributes:
+def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim | Ratio, ...]]) -> Attributes:
     """The size attributes of every layer whose weight depends on a group: Linear, convolution, norm and PReLU."""
     result: Attributes = {}
     for name, module in model.named_modules():
@@ -130,7 +156,7 @@ def layer_attributes(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> A
             result[name] = {"embedding_dim": weight[1]}
         elif isinstance(module, nn.PReLU):
             result[name] = {"num_parameters": weight[0]}
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             result[name] = {"normalized_shape[0]": weight[0]}
     return result
 
@@ -170,7 +196,7 @@ def layer_sizes(
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dims = tensor_dims(groups, shapes)
     result: dict[str, LayerSizes] = {}
-    tensors: dict[str, dict[str, tuple[Dim, ...]]] = {}
+    tensors: dict[str, dict[str, tuple[Dim | Ratio, ...]]] = {}
     for tensor, sizes in dims.items():
         if any(dim.groups for dim in sizes):
             module, _, name = tensor.rpartition(".")
@@ -186,13 +212,15 @@ def layer_sizes(
     for name, sizes in (each for all_of in separate for each in all_of.items()):
         if {group for size in sizes for group, _ in size.groups} <= present:
             parts[name] = sizes
-    for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales}:
+    columns = {group.site: group for group in groups if group.inputs}
+    for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales, **columns}:
         result[module] = LayerSizes(
             tensors=tensors.get(module, {}),
             attributes=attributes.get(module, {}),
             free_heads=module in free_heads,
             head_scale=scales.get(module),
             separate=parts.get(module, ()),
+            columns=columns.get(module),
         )
     return result
 
@@ -205,6 +233,9 @@ def layers_after(sizes: Mapping[str, LayerSizes], groups: Iterable[Group], kept:
     inside = tuple(f"{name}." for name in gone)
     sizes = {name: layer for name, layer in sizes.items() if not name.startswith(inside)}
     entries = {name: entry_of(layer, lambda dim: dim.value(counts)) for name, layer in sizes.items()}
+    for name, layer in sizes.items():
+        if layer.columns is not None and layer.columns.name in kept and REMOVED not in entries[name]:
+            entries[name] |= columns_entry(layer.columns, kept[layer.columns.name])
     dense = {name: entry_of(layer, lambda dim: dim.value(full)) for name, layer in sizes.items()}
     for name, entry in entries.items():
         # A size of units that went with a branch does not matter any more.
@@ -292,7 +323,7 @@ def resize_(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
         module = Removed(module, *entry[REMOVED])
         model.get_submodule(parent)._modules[last] = module
     # A removed block still selects the tokens for those after it.
-    adapt_tokens_(module, entry, next(model.parameters(), None))
+    adapt_(module, entry, next(model.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
 
 
@@ -325,7 +356,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         if set(parts) != {size} or isinstance(module, SeparateLinear):
             separate_(module, heads, parts)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE):
+        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))
@@ -335,7 +366,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
                 "of its library. Install the version named in provenance.json."
             )
         module.__class__ = cls
-    adapt_tokens_(module, entry, next(module.parameters(), None))
+    adapt_(module, entry, next(module.parameters(), None))
     module.__dict__[ENTRY] = dict(entry)
     clear_caches_(module)
 

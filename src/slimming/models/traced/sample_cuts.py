@@ -37,7 +37,9 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
     dims = [_of_changing_groups(dim, whole, same) for dim in dims]
     heads = {group.site: Dim(groups=((group.name, 1),)) for group in groups if group.role == "head"}
     head_dims = [group for group in groups if group.role in ("qk", "v") and group.site in heads]
-    ratios = [Ratio(total=Dim(groups=((group.name, 1),)), parts=heads[group.site]) for group in head_dims]
+    # Groups of equal counts have one name here, too.
+    totals = {group.name: Dim(groups=((same.get(group.name, group.name), 1),)) for group in head_dims}
+    ratios = [Ratio(total=totals[group.name], parts=heads[group.site]) for group in head_dims]
     branches = _branch_cuts([group.name for group in groups if group.role == "branch"], dice)
     cuts: list[Cut] = []
     while True:

@@ -24,6 +24,7 @@ from slimming.core.groups import REST, Group, LayerSizes, TimedLayer
 from slimming.core.modules import MODEL_ERRORS
 from slimming.models.family import TimedModule
 from slimming.models.traced.channels import BATCH_NORM, CONV
+from slimming.models.traced.input_columns import columns_entry, first_units
 from slimming.models.traced.resize import entry_of, resize_module_
 from slimming.models.traced.verification import outputs
 
@@ -190,7 +191,10 @@ def timed_module(
     for path, layer_sizes in layers.items():
         if f"{path}.".startswith(f"{call.name}."):
             module = small.get_submodule(path[len(call.name) + 1 :])
-            resize_module_(module, entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, counts)))
+            entry = entry_of(layer_sizes, lambda dim: _value(dim, axes, sizes, counts))
+            if layer_sizes.columns is not None:
+                entry |= columns_entry(layer_sizes.columns, first_units(layer_sizes.columns, counts))
+            resize_module_(module, entry)
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     tensor.data.fill_(0.02)  # uninitialised memory may hold denormal numbers, which are slow

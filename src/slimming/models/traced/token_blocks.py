@@ -19,6 +19,7 @@ from slimming.errors import UnsupportedModelError
 from slimming.models.layers import UnavailableMethod
 from slimming.models.token_masks import last_sites, present_positions
 from slimming.models.traced.free_heads import MARK, free_heads_class
+from slimming.models.traced.input_columns import COLUMNS, replaced_at, select_columns, set_columns_, set_index_
 
 TOKENS, TABLE = "tokens", "token_table"
 """Keys of a structure's entry: the tokens that a block keeps, and the part of a table over tokens that is used."""
@@ -71,19 +72,27 @@ def _plain(each: TokenInput) -> dict[str, Any]:
     return {"path": list(each.path), "dims": list(each.dims), "fixed": each.fixed}
 
 
-def adapt_tokens_(module: nn.Module, entry: Mapping[str, Any], like: Tensor | None) -> None:
-    """Make ``module`` select the tokens of its ``entry`` of a structure; ``like`` is a tensor on its device."""
-    tokens, table = entry.get(TOKENS), entry.get(TABLE)
-    if tokens is None and table is None:
+def adapt_(module: nn.Module, entry: Mapping[str, Any], like: Tensor | None) -> None:
+    """Make ``module`` select the tokens and columns of its ``entry`` of a structure.
+
+    Args:
+        module: a module of the host, or one that has been adapted before.
+        entry: its entry.
+        like: a tensor on its device.
+    """
+    tokens, table, columns = (entry.get(key) for key in (TOKENS, TABLE, COLUMNS))
+    if tokens is None and table is None and columns is None:
         return
     device = like.device if like is not None and not like.is_meta else torch.device("cpu")
     if tokens is not None:
         _set_tokens_(module, tokens, device)
     elif table is not None:
         module.__dict__["token_table_size"] = int(table["of"])
-        _set_index_(module, "token_table_index", table["index"], device)
+        set_index_(module, "token_table_index", table["index"], device)
+    if columns is not None:
+        set_columns_(module, columns, device)
     host, free = _host_of(module)
-    module.__class__ = _adapted(host, free, tokens is not None)
+    module.__class__ = _adapted(host, free, "token_table_size" in vars(module))
 
 
 def _set_tokens_(module: nn.Module, tokens: Mapping[str, Any], device: torch.device) -> None:
@@ -101,31 +110,33 @@ def _set_tokens_(module: nn.Module, tokens: Mapping[str, Any], device: torch.dev
         "token_inputs": tuple((tuple(e["path"]), tuple(e["dims"]), bool(e["fixed"])) for e in tokens["inputs"]),
     }
     module.__dict__.update(settings)
-    _set_index_(module, "token_index", selected if len(positions) < len(incoming) else [], device)
-    _set_index_(module, "token_grid_index", positions, device)
-    _set_index_(module, "token_full_index", [*range(prefix), *(prefix + p for p in positions), *ends], device)
+    set_index_(module, "token_index", selected if len(positions) < len(incoming) else [], device)
+    set_index_(module, "token_grid_index", positions, device)
+    set_index_(module, "token_full_index", [*range(prefix), *(prefix + p for p in positions), *ends], device)
 
 
-def _set_index_(module: nn.Module, name: str, index: Sequence[int], device: torch.device) -> None:
-    # Not in the state dict, because the structure holds the positions.
-    module._buffers.pop(name, None)
-    module.register_buffer(name, torch.tensor(list(index), dtype=torch.int64, device=device), persistent=False)
-
-
-def select_tokens(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The arguments of a block with the tokens that it keeps.
+def selected_inputs(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments of a module with the tokens that it keeps, and with the columns of tables that it uses.
 
     Raises:
         UnsupportedModelError: the sequence has another length than when tokens were removed.
     """
-    values: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    values: Mapping[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    if "token_positions" in vars(module):
+        values = _select_tokens(module, values)
+    if "columns_places" in vars(module):
+        values = select_columns(module, values)
+    return tuple(values[place] for place in range(len(args))), {name: values[name] for name in kwargs}
+
+
+def _select_tokens(module: Any, values: Mapping[int | str, Any]) -> Mapping[int | str, Any]:
     if module.token_path:
-        values = _replaced(values, module.token_path, lambda x: _selected(module, x))
+        values = replaced_at(values, module.token_path, lambda x: _selected(module, x))
     grid, full = module.token_sizes
     for path, dims, fixed in module.token_inputs:
         size, index = (full, module.token_full_index) if fixed else (grid, module.token_grid_index)
-        values = _replaced(values, path, lambda x, s=size, i=index, d=dims: _along(x, d, s, i))
-    return tuple(values[place] for place in range(len(args))), {name: values[name] for name in kwargs}
+        values = replaced_at(values, path, lambda x, s=size, i=index, d=dims: _along(x, d, s, i))
+    return values
 
 
 def _selected(module: Any, x: Tensor) -> Tensor:
@@ -148,20 +159,6 @@ def _along(x: Tensor, dims: Sequence[int], size: int, index: Tensor) -> Tensor:
     return x
 
 
-def _replaced(value: Any, path: Sequence[int | str], change: Any) -> Any:
-    """``value``, a nested tuple, list or mapping, with what is at ``path`` changed; absent or None is left."""
-    if not path:
-        return change(value) if isinstance(value, Tensor) else value
-    key, *rest = path
-    if isinstance(value, Mapping):
-        return {**value, key: _replaced(value[key], rest, change)} if key in value else value
-    if not isinstance(value, (tuple, list)) or not isinstance(key, int) or key >= len(value):
-        return value
-    items = list(value)
-    items[key] = _replaced(items[key], rest, change)
-    return tuple(items) if isinstance(value, tuple) else items
-
-
 def _host_of(module: nn.Module) -> tuple[type[nn.Module], bool]:
     """The host's class of ``module``, and whether its forward is rewritten for free heads."""
     cls, free = type(module), False
@@ -175,16 +172,18 @@ def _host_of(module: nn.Module) -> tuple[type[nn.Module], bool]:
 
 
 @functools.cache
-def _adapted(host: type[nn.Module], free: bool, tokens: bool) -> type[nn.Module]:
-    """A subclass of ``host`` that selects its tokens (``tokens``) or the part of the table that it computes."""
+def _adapted(host: type[nn.Module], free: bool, table: bool) -> type[nn.Module]:
+    """A subclass of ``host`` that selects its inputs, and with ``table`` the part of the table that it computes."""
     base = free_heads_class(host) if free else host
     if base is None:
         raise UnsupportedModelError(
             f"The forward of {host.__name__} cannot be rewritten for fewer heads in the installed version of its "
             "library. Install the version with which the model was cut."
         )
-    methods = {"forward": _with_tokens(base)} if tokens else _with_part_of_table(base)
-    reduced = functools.partial(_reduced, host, free, tokens)
+    methods = _with_part_of_table(base) if table else {}
+    if "forward" not in methods:
+        methods["forward"] = _with_selected_inputs(base)
+    reduced = functools.partial(_reduced, host, free, table)
     extra = {
         "__module__": host.__module__,
         "__doc__": host.__doc__,
@@ -194,10 +193,10 @@ def _adapted(host: type[nn.Module], free: bool, tokens: bool) -> type[nn.Module]
     return type(host.__name__, (base,), {**methods, **extra})
 
 
-def _with_tokens(base: Any) -> Any:
+def _with_selected_inputs(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = select_tokens(self, args, kwargs)
+        args, kwargs = selected_inputs(self, args, kwargs)
         return base.forward(self, *args, **kwargs)
 
     return forward
@@ -228,14 +227,14 @@ def computes_part_of_table(module: nn.Module) -> bool:
     return getattr(type(module), _HOST, None) is not None and "token_table_size" in vars(module)
 
 
-def _reduced(host: type[nn.Module], free: bool, tokens: bool, module: nn.Module) -> tuple[Any, ...]:
+def _reduced(host: type[nn.Module], free: bool, table: bool, module: nn.Module) -> tuple[Any, ...]:
     """How ``pickle``, `torch.save` and ``copy`` describe a module whose class has no name: by the host's class."""
-    return new_adapted, (host, free, tokens), module.__dict__
+    return new_adapted, (host, free, table), module.__dict__
 
 
-def new_adapted(host: type[nn.Module], free: bool, tokens: bool) -> nn.Module:
+def new_adapted(host: type[nn.Module], free: bool, table: bool) -> nn.Module:
     """An empty module of the adapted class, which `pickle` fills."""
-    cls = _adapted(host, free, tokens)
+    cls = _adapted(host, free, table)
     return cls.__new__(cls)
 
 

@@ -247,11 +247,14 @@ def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) 
             continue  # a coupled group follows from QK and V
         units: list[int] = []
         start = 0
+        places: list[int] = []
         for size in group.limits.parts or (group.size,):
             count = max(1, size // 2)
             if group.role == "qk" and group.limits.same_as is None:
                 count = max(1, min(count + (-1) ** seed, size))
-            units += rng.sample(range(start, start + size), count)
+            if not (group.limits.alike and places):
+                places = rng.sample(range(size), count)
+            units += [start + place for place in places]
             start += size
         masks[group.name] = np.isin(np.arange(group.size), () if group.name in removed else units)
     left = Couplings(groups).left(masks)
@@ -304,8 +307,8 @@ def masked_outputs(
 
 
 def _zeroed(group: Group) -> Sequence[Slices | Scale]:
-    """The slices that are 0 if a unit is: those that read it, for QK those of the queries, for a branch its mask's."""
-    if group.role == "branch":
+    """The slices that are 0 if a unit is: those that read it, for QK and branches those that its mask scales."""
+    if group.role in ("branch", "qk"):
         return group.scales
     return [part for part in group.slices if part.side in ("consumes", "query")]
 
