@@ -19,6 +19,7 @@ from slimming.core.limits import MOST_IN_RANGE
 from slimming.core.records import converted, shown
 from slimming.errors import CheckpointError, nearest
 from slimming.models.separate import SeparateLinear
+from slimming.models.traced.input_columns import COLUMNS
 from slimming.models.traced.resize import FREE_HEADS, REMOVED, SEPARATE, SPENT, TENSORS
 from slimming.models.traced.token_blocks import TABLE, TOKENS
 
@@ -55,6 +56,13 @@ class _Table:
     of: _Size
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    path: list[_Key]
+    dim: _Dim
+    index: list[_Count]
+
+
 _SCHEMAS: Mapping[str, Any] = {
     TENSORS: dict[str, list[_Size]],
     FREE_HEADS: Literal[True],
@@ -63,6 +71,7 @@ _SCHEMAS: Mapping[str, Any] = {
     SPENT: list[str],
     TOKENS: _Tokens,
     TABLE: _Table,
+    COLUMNS: list[_Columns],
 }
 
 
@@ -83,17 +92,19 @@ def check_entry(model: nn.Module, name: str, entry: Any) -> None:
     for key, value in content.items():
         if key in _SCHEMAS:
             content[key] = converted({key: value}, dict[str, _SCHEMAS[key]], f"The structure of {checked.name}")[key]
-        else:
+        elif not (key == "heads" and SEPARATE in content):  # of the layer that `SEPARATE` makes
             checked.size(key, value)
     checked.tensors(content.get(TENSORS, {}), content.get(SPENT, []))
     if SEPARATE in content:
-        checked.separate(content[SEPARATE], content.get(TENSORS, {}))
+        checked.separate(content[SEPARATE], content.get("heads"), content.get(TENSORS, {}))
     if REMOVED in content:
         checked.removed(*content[REMOVED])
     if TOKENS in content:
         checked.tokens(content[TOKENS])
     if TABLE in content:
         checked.ascending(content[TABLE].index, range(content[TABLE].of))
+    for columns in content.get(COLUMNS, []):
+        checked.ascending(columns.index, range(MOST_IN_RANGE))
 
 
 class _Entry:
@@ -133,11 +144,14 @@ class _Entry:
             if len(shape) != len(dense) or any(size > most for size, most in zip(shape, dense, strict=False)):
                 raise self.damaged(f"{name} has shape {shown(list(shape))}, in the dense model {list(dense)}")
 
-    def separate(self, sizes: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check the sizes of heads in the parts of a projection."""
-        if type(self.module) not in (nn.Linear, SeparateLinear):
+    def separate(self, sizes: Sequence[int], left: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check the sizes of heads in the parts of a projection, of which a later cut may have ``left`` fewer heads."""
+        if not isinstance(self.module, nn.Linear) or type(self.module) not in (nn.Linear, SeparateLinear):
             raise self.damaged(f"a {type(self.module).__name__} has no heads of different sizes")
         heads, _, *parts = sizes
+        if left is not None and (type(left) is not int or not 0 < left <= heads):
+            raise self.damaged(f"heads is {shown(left)} of {heads}")
+        heads = left or heads
         rows = shapes.get("weight", self.module.weight.shape)[0]
         if heads * sum(parts) != rows:
             raise self.damaged(f"{heads} heads of {sum(parts)} rows are not the {rows} rows of its weight")

@@ -14,7 +14,7 @@ from slimming.core.groups import Group, LayerSizes, Slices
 from slimming.errors import CheckpointError
 from slimming.models.family import ENTRY, Kept, assign_state_, select_indices, shared_parameters, tie_
 from slimming.models.layers import Removed
-from slimming.models.separate import SeparateLinear, separate_
+from slimming.models.separate import SeparateLinear, join_, separate_
 from slimming.models.traced.channels import BATCH_NORM, CONV, TRANSPOSED
 from slimming.models.traced.free_heads import free_heads_class, has_free_heads
 from slimming.models.traced.heads import Attributes
@@ -212,6 +212,7 @@ def layer_sizes(
     for name, sizes in (each for all_of in separate for each in all_of.items()):
         if {group for size in sizes for group, _ in size.groups} <= present:
             parts[name] = sizes
+            attributes.get(name, {}).pop("heads", None)  # the first of the sizes
     columns = {group.site: group for group in groups if group.inputs}
     for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales, **columns}:
         result[module] = LayerSizes(
@@ -353,8 +354,10 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
             module.register_buffer(name, spent.new_zeros((1,) * spent.dim()).detach(), persistent=False)
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
-        if set(parts) != {size} or isinstance(module, SeparateLinear):
-            separate_(module, heads, parts)
+        if set(parts) != {size}:
+            separate_(module, heads, size, parts)
+        elif isinstance(module, SeparateLinear):
+            join_(module)
     for name, value in entry.items():
         if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
             _set_size(module, name, value)
