@@ -15,7 +15,7 @@ from slimming.training.sources import Record
 from .tiny import CLASSES, SPEC, encoded, open_tiny, picture, write_data
 
 
-@pytest.mark.parametrize("augment", ["light", "overhead", "deit"], ids=str)
+@pytest.mark.parametrize("augment", ["light", "overhead", "deit"], ids=["light", "overhead", "deit"])
 def test_calibration_images_are_not_augmented(augment: str, tmp_path: Path) -> None:
     folder = write_data(tmp_path)
     data, plain = open_tiny(folder, augment=augment), open_tiny(folder, augment="none")

@@ -47,9 +47,9 @@ def separate_(linear: nn.Linear, heads: int, assumed_size: int, head_sizes: Sequ
 
 
 def join_(linear: SeparateLinear) -> None:
-    """Undo `separate_`, once the heads of all parts have the size that the host assumes."""
-    linear.__class__ = nn.Linear
+    """Make ``linear`` a plain Linear again, because all its parts have the head size that the host assumes."""
     del linear.heads, linear.assumed_size, linear.head_sizes
+    linear.__class__ = nn.Linear  # pyright: ignore
 
 
 class Parts:

@@ -27,6 +27,7 @@ from slimming.counting.model_cost import total
 from slimming.errors import SlimmingError
 from slimming.masks.attachment import attach, prunable, select_kinds
 from slimming.models.prunable import PrunableModel
+from slimming.models.traced.random_statistics import fit_statistics_, with_enough_values
 from slimming.models.traced.verification import Pass, left_of, outputs, randomise_, sequences_left
 from slimming.planning.budgeting import plan
 from slimming.pruning.costs import cost
@@ -200,6 +201,8 @@ class Trial:
         This is done in evaluation and in training mode.
         """
         randomise_(self.model, self.seed)
+        passes = [Pass(call) for call in self.calls]
+        fit_statistics_(self.model, passes)
         every = [group for group in self.anatomy.groups if group.role != "qkv"]
         groups: list[Group] = select_kinds(every) + [group for group in every if group.on_request]
         masked = copied(self.model)
@@ -211,9 +214,8 @@ class Trial:
         self.plan = plan(masks, budget, layout=FREE, score="mask")
         masks.apply_(self.plan)
         self.masked, self.small = masked, cut(masked, self.plan)
-        passes = [Pass(call) for call in self.calls]
         training, refused = [], ""
-        for forward in [Pass(call, training=True) for call in self.calls]:
+        for forward in [Pass(with_enough_values(self.model, call), training=True) for call in self.calls]:
             try:
                 forward.outputs(copied(self.model))
                 training.append(forward)

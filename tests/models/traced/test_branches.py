@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
@@ -246,3 +247,10 @@ def _pickled(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_attentions_side_by_side_are_no_branches_of_their_own() -> None:
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_small_patch16_18x2_224", num_classes=3, **small)
+    assert [group.name for group in slimming.describe(model) if group.kind == "block"] == []
+    assert slimming.check(model).ok

@@ -82,6 +82,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], Any]] = {
     "tokens outside": ("beit", ("beit.layers.0", "tokens", "incoming", 15), 16),
     "a table outside": ("beit", ("beit.layers.0.relative_position_bias", "token_table", "of"), 3),
     "a table of anything": ("beit", ("beit.layers.0.relative_position_bias", "token_table", "index", 0), "0"),
+    "no columns": ("eva", ("blocks.0.attn", "input_columns", 0, "index"), []),
     "columns from the end": ("eva", ("blocks.0.attn", "input_columns", 0, "index", 0), -1),
     "columns of an attribute": ("eva", ("blocks.0.attn", "input_columns", 0, "path"), ["__dict__", "a.b"]),
 }

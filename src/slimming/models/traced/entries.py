@@ -60,7 +60,7 @@ class _Table:
 class _Columns:
     path: list[_Key]
     dim: _Dim
-    index: list[_Count]
+    index: Annotated[list[_Count], msgspec.Meta(min_length=1)]
 
 
 _SCHEMAS: Mapping[str, Any] = {
@@ -92,18 +92,18 @@ def check_entry(model: nn.Module, name: str, entry: Any) -> None:
     for key, value in content.items():
         if key in _SCHEMAS:
             content[key] = converted({key: value}, dict[str, _SCHEMAS[key]], f"The structure of {checked.name}")[key]
-        elif not (key == "heads" and SEPARATE in content):  # of the layer that `SEPARATE` makes
+        else:
             checked.size(key, value)
     checked.tensors(content.get(TENSORS, {}), content.get(SPENT, []))
     if SEPARATE in content:
-        checked.separate(content[SEPARATE], content.get("heads"), content.get(TENSORS, {}))
+        checked.separate(content[SEPARATE], content.get(TENSORS, {}))
     if REMOVED in content:
         checked.removed(*content[REMOVED])
     if TOKENS in content:
         checked.tokens(content[TOKENS])
     if TABLE in content:
         checked.ascending(content[TABLE].index, range(content[TABLE].of))
-    for columns in content.get(COLUMNS, []):
+    for columns in content.get(COLUMNS, ()):
         checked.ascending(columns.index, range(MOST_IN_RANGE))
 
 
@@ -144,14 +144,11 @@ class _Entry:
             if len(shape) != len(dense) or any(size > most for size, most in zip(shape, dense, strict=False)):
                 raise self.damaged(f"{name} has shape {shown(list(shape))}, in the dense model {list(dense)}")
 
-    def separate(self, sizes: Sequence[int], left: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check the sizes of heads in the parts of a projection, of which a later cut may have ``left`` fewer heads."""
+    def separate(self, sizes: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check the sizes of heads in the parts of a projection."""
         if not isinstance(self.module, nn.Linear) or type(self.module) not in (nn.Linear, SeparateLinear):
             raise self.damaged(f"a {type(self.module).__name__} has no heads of different sizes")
         heads, _, *parts = sizes
-        if left is not None and (type(left) is not int or not 0 < left <= heads):
-            raise self.damaged(f"heads is {shown(left)} of {heads}")
-        heads = left or heads
         rows = shapes.get("weight", self.module.weight.shape)[0]
         if heads * sum(parts) != rows:
             raise self.damaged(f"{heads} heads of {sum(parts)} rows are not the {rows} rows of its weight")
@@ -174,4 +171,4 @@ class _Entry:
         """Check that positions ascend and are among others."""
         for before, here in pairwise((-1, *positions)):
             if here <= before or here not in among:
-                raise self.damaged(f"position {here} is repeated, out of order, or not among the tokens before it")
+                raise self.damaged(f"position {here} is repeated, out of order, or not among those before the cut")

@@ -31,6 +31,7 @@ from slimming.models.traced.mlp import among
 from slimming.models.traced.normalisers import norm_layers, normaliser_attributes
 from slimming.models.traced.operations import operations
 from slimming.models.traced.progress import Progress
+from slimming.models.traced.random_statistics import fit_statistics_, with_enough_values
 from slimming.models.traced.residuals import Flow
 from slimming.models.traced.resize import cut_copy, layer_sizes, tensor_dims
 from slimming.models.traced.table_reading import opaque_slices, read_heads, read_hidden
@@ -219,8 +220,7 @@ def _passes(
     trained: set[str] = set()
     untrained: set[str] = set()
     for call, evaluated in zip([forward.call for forward in passes], list(courses), strict=True):
-        # The statistics of a BatchNorm need two values.
-        training = Pass(call.with_batch(max(2, call.size)) if has_batch_norm else call, training=True)
+        training = Pass(with_enough_values(model, call) if has_batch_norm else call, training=True)
         try:
             course = course_of(model, training)
         except MODEL_ERRORS as error:
@@ -250,6 +250,7 @@ def _evaluation_passes(
     for calls_ in candidates:
         passes = [Pass(call.to(torch.float64)) for call in calls_]
         try:
+            fit_statistics_(model, passes)
             return passes, [course_of(model, forward) for forward in passes]
         except MODEL_ERRORS as error:
             first = first or error

@@ -25,6 +25,8 @@ TENSORS, FREE_HEADS, SEPARATE, REMOVED, SPENT = "tensors", "free_heads", "separa
 """Further keys of a structure's entry, next to the attributes: tensor shapes, whether the forward is rewritten, the
 sizes of heads in the parts of a projection (see `slimming.core.groups.LayerSizes`), what is returned in place of a
 module that was removed, and which parameters only a removed branch used."""
+HEADS = "heads"
+"""Attribute of a `SeparateLinear`, which the entry `SEPARATE` sets too."""
 Separate = dict[str, tuple[Dim | Ratio, ...]]
 """Name of a projection -> its `slimming.core.groups.LayerSizes.separate`."""
 
@@ -212,7 +214,6 @@ def layer_sizes(
     for name, sizes in (each for all_of in separate for each in all_of.items()):
         if {group for size in sizes for group, _ in size.groups} <= present:
             parts[name] = sizes
-            attributes.get(name, {}).pop("heads", None)  # the first of the sizes
     columns = {group.site: group for group in groups if group.inputs}
     for module in {**tensors, **attributes, **dict.fromkeys(rewritten), **scales, **columns}:
         result[module] = LayerSizes(
@@ -258,8 +259,11 @@ def without_removed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Kept, sizes: Mapping[str, LayerSizes]) -> nn.Module:
-    """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`."""
-    small = copied(model)
+    """A copy of ``model`` that has been cut to ``kept``, with ``sizes`` from `layer_sizes`.
+
+    It shares with ``model`` the parameters that are not cut.
+    """
+    small = copied(model, {id(parameter): parameter for parameter in model.parameters()})
     shared, entries = shared_parameters(small), layers_after(sizes, groups, kept)
     for name, entry in entries.items():
         resize_(small, name, entry)
@@ -301,6 +305,10 @@ def merged(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         result[name] = {**before, **after}
         spent = sorted({*before.get(SPENT, ()), *after.get(SPENT, ())})
         shapes = {**before.get(TENSORS, {}), **after.get(TENSORS, {})}
+        if SEPARATE in after:
+            result[name].pop(HEADS, None)
+        elif SEPARATE in before and HEADS in after:
+            result[name][SEPARATE] = [result[name].pop(HEADS), *before[SEPARATE][1:]]
         result[name] |= {SPENT: spent} if spent else {}
         result[name] |= {TENSORS: {key: shape for key, shape in shapes.items() if key not in spent}} if shapes else {}
     return without_removed(result)
@@ -359,7 +367,9 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         elif isinstance(module, SeparateLinear):
             join_(module)
     for name, value in entry.items():
-        if name not in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+        if name in (TENSORS, FREE_HEADS, SEPARATE, SPENT, TOKENS, TABLE, COLUMNS):
+            continue
+        if name != HEADS or SEPARATE not in entry:
             _set_size(module, name, value)
     if entry.get(FREE_HEADS) and not has_free_heads(module):
         cls = free_heads_class(type(module))

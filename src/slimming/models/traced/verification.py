@@ -200,12 +200,12 @@ def cut_difference(
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
 
-    Branches have one unit. They are removed in two turns, so that each of them, and the units in it, is removed once.
+    Branches have one unit. Every second one is removed, then the others, then all: each without its neighbours, such
+    as the other branch of a block, and whole blocks.
     """
     branches = [group.name for group in groups if group.role == "branch"]
-    # Of three blocks of two branches, one loses both, one the first and one the second.
-    first = {name for number, name in enumerate(branches) if number % 6 in (0, 1, 2, 5)}
-    for removed in (first, set(branches) - first) if branches else ((),):
+    turns = [turn for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [()]
+    for removed in turns:
         reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
         if reason is not None:
             return reason
