@@ -307,7 +307,6 @@ def test_the_signed_mask_decides_in_the_papers_ranking() -> None:
 
 
 def test_the_counter_counts_transposed_convolutions_and_vectors() -> None:
-    image = torch.randn(2, 8, 5, 5)
     for groups in (1, 2):
         layer = nn.ConvTranspose2d(8, 6, 3, stride=2, groups=groups)
         assert count(layer, (8, 5, 5)).macs == 8 * 5 * 5 * 6 // groups * 9
@@ -321,5 +320,24 @@ def test_the_counter_counts_transposed_convolutions_and_vectors() -> None:
             return self.layer(x).flatten(1).lgamma() @ torch.ones(200)
 
     assert count(Vector(), (8, 5, 5)).macs == 200 + 8 * 200
-    with pytest.raises(ConfigError, match="The multiply-adds of the operation"):
-        count(nn.Sequential(nn.Flatten(2), nn.LSTM(25, 7, batch_first=True)), tuple(image.shape[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_counter_counts_both_directions_of_an_lstm(dtype: torch.dtype) -> None:
+    layers = nn.LSTM(25, 7, num_layers=2, batch_first=True, bidirectional=True)
+    model = nn.Sequential(nn.Flatten(2), layers).to(dtype)
+    assert count(model, (8, 5, 5)).macs == 8 * 2 * 4 * 7 * ((25 + 7) + (14 + 7))
+
+
+def test_a_product_without_a_formula_is_an_error() -> None:
+    class Integers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x).flatten(1).to(torch.int8)
+            return torch._int_mm(x, torch.ones(200, 8, dtype=torch.int8))
+
+    with pytest.raises(ConfigError, match="The multiply-adds of the operation _int_mm are not known"):
+        count(Integers(), (8, 5, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -31,6 +32,11 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         memo: objects by `id` that are not copied but replaced, as in ``copy.deepcopy``.
     """
     memo = {} if memo is None else memo
+    # Most of what a module holds are empty tables of hooks, which copy.deepcopy would rebuild slowly.
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                memo.setdefault(id(value), OrderedDict())
     with WithoutGraph():
         made = copy.deepcopy(model, memo)
         modules = dict(model.named_modules())

@@ -33,6 +33,11 @@ def _add_matrix_vector(added: Sequence[int], matrix: Sequence[int], *_: Any, **_
     return 2 * torch.Size(matrix).numel()
 
 
+def _lstm(inputs: Sequence[int], rows: Sequence[int], recurrent: Sequence[int], *_: Any, **__: Any) -> int:
+    """One layer in one direction, as it runs in float32 on CPUs; in other dtypes it is made of other operations."""
+    return 2 * torch.Size(inputs[:-1]).numel() * (torch.Size(rows).numel() + torch.Size(recurrent).numel())
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     # In inference mode, in which operations are not taken apart.
     torch.ops.aten.linear: _linear,
@@ -40,6 +45,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.dot: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
+    torch.ops.aten.mkldnn_rnn_layer: _lstm,
     # Before PyTorch 2.15 the first has no formula, and those of the others need equal numbers of query and key heads.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _scaled_dot_product,
     torch.ops.aten._scaled_dot_product_flash_attention: _scaled_dot_product,

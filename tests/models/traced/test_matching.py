@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from slimming.core.formulas import Dim, Ratio, evaluate
-from slimming.core.groups import Group
+from slimming.core.groups import Group, Slices
 from slimming.models.traced.matching import Matcher, primitive
 from slimming.models.traced.sample_cuts import FEWEST, sample_cuts
 
@@ -126,6 +126,20 @@ def test_there_are_as_many_cuts_as_tell_all_groups_apart(size: int) -> None:
     assert not found.ambiguous
     assert len(cuts) <= {2: 9, 3: 7, 64: FEWEST}[size]
     assert all(1 <= len(cut[each.name]) <= size for cut in cuts for each in groups)
+
+
+@pytest.mark.parametrize("seed", range(8), ids=str)
+def test_small_groups_in_branches_are_told_apart(seed: int) -> None:
+    groups: list[Group] = []
+    for number in range(12):
+        inside, whole = (
+            Slices(tensor=f"weight {number}", dim=0, index=index, side="produces")
+            for index in (((0,), (1,)), ((0, 1),))
+        )
+        groups.append(group(f"layer {number}", 2, slices=(inside,)))
+        groups.append(group(f"branch {number}", 1, kind="block", role="branch", slices=(whole,)))
+    _, found = sample_cuts(groups, [units(each.name) for each in groups if each.size == 2], seed)
+    assert not found.ambiguous
 
 
 def test_groups_of_one_unit_need_no_cuts() -> None:

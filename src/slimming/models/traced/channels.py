@@ -19,6 +19,7 @@ from torch import nn
 
 from slimming.core.groups import Group, Scale, Slices
 from slimming.errors import UnsupportedModelError
+from slimming.models.traced.channel_parts import by_place
 from slimming.models.traced.dependency_graph import Coupled, Member, coupled_channels, with_batch_norms
 from slimming.models.traced.normalisers import Normaliser, NormLayers, further_rows
 from slimming.models.traced.verification import Pass
@@ -27,6 +28,7 @@ CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NOT_FOLLOWED = "torch-pruning does not follow what the model does with them"
+DIFFERENT = "their units differ in size"
 
 BEYOND = (
     "following them from {first} through {place} takes too many steps. Register a row for the attention class around "
@@ -318,6 +320,9 @@ def group_from(channels: ChannelSet, model: nn.Module) -> Group | str:
     if channels.is_width:
         _repeat_(channels, model)
     slices = _slices(channels, model)
+    if slices == DIFFERENT and (parts := _by_place(channels, model)) is not None:
+        channels.indices = parts
+        slices = _slices(channels, model)
     if isinstance(slices, str):
         return slices
     if not any(part.side == "consumes" for part in slices):
@@ -342,6 +347,14 @@ def group_from(channels: ChannelSet, model: nn.Module) -> Group | str:
     )
 
 
+def _by_place(channels: ChannelSet, model: nn.Module) -> dict[tuple[TensorDim, str], dict[int, set[int]]] | None:
+    """The channels by their places in equal parts, see `slimming.models.traced.channel_parts`."""
+    if any(model.get_submodule(name).weight.shape[1] > 1 for name in channels.grouped):
+        return None  # whole groups of these convolutions are removed, which are no parts
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
+    return by_place(channels.indices, [tensors[tensor].shape[dim] for (tensor, dim), _ in channels.indices])
+
+
 def _slices(channels: ChannelSet, model: nn.Module) -> list[Slices] | str:
     """The slices of every unit, or the reason why the channels do not form units."""
     roots = sorted({root for by_root in channels.indices.values() for root in by_root})
@@ -358,7 +371,7 @@ def _slices(channels: ChannelSet, model: nn.Module) -> list[Slices] | str:
         for root, indices in by_root.items():
             index[number[unit_of_root[root]]] |= indices
         if len({len(indices) for indices in index}) != 1:
-            return "their units differ in size"
+            return DIFFERENT
         if max(max(indices) for indices in index) >= shapes[tensor][dim]:
             return NOT_FOLLOWED
         result.append(Slices(tensor=tensor, dim=dim, index=tuple(tuple(sorted(each)) for each in index), side=side))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,15 @@ class Course:
         modules: names of the modules that ran, in order.
         outputs: shapes of the floating-point outputs without the batch dimension.
         sequences: names of the modules that returned a sequence (B, N, D), in the order in which they ended.
+        digest: of all operations with their arguments, and of the values of the outputs. Passes with the same digest
+            compute the same, as those of the two modes do in a model without BatchNorm and dropout.
     """
 
     storages: frozenset[int]
     modules: tuple[str, ...]
     outputs: tuple[tuple[int, ...], ...]
     sequences: tuple[str, ...] = ()
+    digest: str = ""
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def course_of(model: nn.Module, forward: Pass) -> Course:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: modules.append(name)))
         handles.append(module.register_forward_hook(lambda _, args, output, name=name: returned(name, output)))
-    reads = _Reads()
+    reads = _Reads({storage(tensor) for tensor in [*model.parameters(), *model.buffers()]})
     try:
         with unfused(), reads:
             results = forward.outputs(model)
@@ -55,19 +59,32 @@ def course_of(model: nn.Module, forward: Pass) -> Course:
         for handle in handles:
             handle.remove()
     shapes = tuple(tuple(result.shape[1:]) for result in results)
-    return Course(frozenset(reads.storages), tuple(modules), shapes, tuple(sequences))
+    for result in results:
+        reads.digest.update(result.contiguous().numpy().tobytes())
+    return Course(frozenset(reads.storages), tuple(modules), shapes, tuple(sequences), reads.digest.hexdigest())
 
 
 class _Reads(TorchDispatchMode):
-    """Records the storages of the tensors that operations are given."""
+    """Records the operations and the storages of the tensors that they are given.
 
-    def __init__(self) -> None:
+    Args:
+        owned: the storages of the model's own tensors.
+    """
+
+    def __init__(self, owned: Set[int]) -> None:
         super().__init__()
         self.storages: set[int] = set()
+        self.digest = hashlib.sha256()
+        self._owned = owned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = (leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor))
-        self.storages.update(storage(tensor) for tensor in tensors)
+        self.digest.update(f"{func}".encode())
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, Tensor):
+                place = storage(leaf)
+                self.storages.add(place)
+                leaf = (*leaf.shape, *leaf.stride(), place if place in self._owned else "computed")
+            self.digest.update(f" {leaf}".encode())
         return func(*args, **(kwargs or {}))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations, takewhile
+from itertools import combinations, compress, takewhile
 
 from slimming.core.formulas import Dim, Product, Ratio
 
@@ -45,6 +45,7 @@ class Matcher:
         self._values = {dim: tuple(dim.value(kept) for kept in counts) for dim in self._dims}
         self._alive = {name: tuple(kept[name] > 0 for kept in counts) for name in branches}
         self._directions: dict[tuple[bool, ...], dict[Vector, list[Dim]]] = {}
+        self._ratio_directions: dict[tuple[bool, ...], set[Vector]] = {}
 
     @property
     def ambiguous(self) -> list[Dim]:
@@ -199,7 +200,10 @@ class Matcher:
         return None
 
     def _ratios_among(self, present: tuple[bool, ...]) -> set[Vector]:
-        return {_direction(_chosen(values, present)) for values in self._ratios.values()}
+        if present not in self._ratio_directions:
+            chosen = {_direction(_chosen(values, present)) for values in self._ratios.values()}
+            self._ratio_directions[present] = chosen
+        return self._ratio_directions[present]
 
     def _by_direction(self, present: tuple[bool, ...]) -> dict[Vector, list[Dim]]:
         if present not in self._directions:
@@ -239,8 +243,8 @@ def primitive(dim: Dim) -> Dim:
 
 def _direction(numbers: Vector) -> Vector:
     divisor = math.gcd(*numbers) or 1
-    return tuple(number // divisor for number in numbers)
+    return tuple([number // divisor for number in numbers])
 
 
 def _chosen(values: Sequence[int], present: Sequence[bool]) -> Vector:
-    return tuple(value for value, there in zip(values, present, strict=True) if there)
+    return tuple(compress(values, present))

@@ -17,7 +17,7 @@ from slimming.core.example_inputs import ExampleCall
 from slimming.models.traced.verification import Pass
 
 VALUES = 4
-"""Number of values that batch statistics are taken over at least. Two always become -1 and 1, with no gradient."""
+"""Fewest values that batch statistics are taken over. Two values always become -1 and 1, with no gradient."""
 
 
 @torch.no_grad()

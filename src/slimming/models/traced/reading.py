@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,11 +16,11 @@ from slimming.core.modules import MODEL_ERRORS
 from slimming.errors import UnsupportedModelError
 from slimming.models.family import STRUCTURE, Kept
 from slimming.models.traced.branches import (
-    branch_groups,
     layers_of_branches,
     read_branches,
     with_removals,
 )
+from slimming.models.traced.channel_parts import part_attributes
 from slimming.models.traced.channels import BATCH_NORM, channel_groups
 from slimming.models.traced.courses import Course, course_of, distinct
 from slimming.models.traced.detectors import enlarges_images, small_images
@@ -39,8 +39,8 @@ from slimming.models.traced.tied import joined_groups
 from slimming.models.traced.timed_layers import calls, timed_layers
 from slimming.models.traced.tokens import read_tokens
 from slimming.models.traced.unrun import unrun, withheld
-from slimming.models.traced.verification import Pass, randomise_, verified
-from slimming.models.traced.whole_blocks import removable_blocks
+from slimming.models.traced.verification import Pass, randomise_
+from slimming.models.traced.whole_blocks import verified_with_branches
 
 WIDTHS = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which models keep their embedding width, or that of their last stage."""
@@ -113,7 +113,7 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         rewritten = heads.free_heads | dims.free_heads
         units = [group for group in groups if group.role != "branch"]
         counted = normaliser_attributes(norms.normalisers, tensor_dims(units, shapes))
-        of_units = [among(model, hidden.attributes, units), counted, *attributes]
+        of_units = [part_attributes(model, units), among(model, hidden.attributes, units), counted, *attributes]
         sizes = layer_sizes(model, units, of_units, rewritten, dims.head_scales, dims.separate)
         return with_removals(sizes, branches, {group.name for group in groups})
 
@@ -135,12 +135,9 @@ def read_model(model: nn.Module, candidates: Sequence[Sequence[ExampleCall]]) ->
         return cut_copy(model, groups, kept, sizes_of(groups))
 
     with small_images(model):
-        units, failed = verified(model, groups, passes, cut)
-        groups, failed_branches = verified(model, branch_groups(model, branches.branches, units), passes, cut, units)
-        branches = replace(branches, blocks=removable_blocks(model, branches.blocks, groups, passes, cut))
+        groups, branches, failed = verified_with_branches(model, groups, branches, passes, cut)
         tokens, without_tokens = read_tokens(model, groups, passes, courses[0], cut)
     groups += tokens
-    failed += failed_branches
     uncovered += branches.uncovered
     uncovered += [f"{group.name}: {reason}" for group, reason in failed]
     uncovered += without_tokens
@@ -230,9 +227,10 @@ def _passes(
                 "verified in evaluation mode only; give a call that works in both modes as example_inputs"
             )
             continue
-        passes.append(training)
-        courses.append(course)
         trained.update(course.modules)
+        if course.digest != evaluated.digest:
+            passes.append(training)
+            courses.append(course)
     if not any(course.outputs for course in courses):
         raise UnsupportedModelError(
             f"The output of this {type(model).__name__} has no floating-point tensor, such as logits: it may end in an "

@@ -64,10 +64,15 @@ def _of_changing_groups(dim: Dim, whole: Mapping[str, int], same: Mapping[str, s
 
 
 def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: random.Random) -> dict[str, int]:
-    """Units to keep of each group, per part; groups that were proportional in all cuts so far get different numbers."""
+    """Units to keep of each group, per part; groups that were proportional in all cuts so far get different numbers.
+
+    Only cuts with all branches tell groups apart wherever a branch is there.
+    """
+    branches = [group.name for group in groups if group.role == "branch"]
+    with_all = [kept for kept in counts if all(kept[name] for name in branches)]
     alike: dict[tuple[float, ...], list[Group]] = {}
     for group in groups:
-        shares = tuple(kept[group.name] / group.size for kept in counts)
+        shares = tuple(kept[group.name] / group.size for kept in with_all)
         alike.setdefault(shares, []).append(group)
     result: dict[str, int] = {}
     for shares, same in alike.items():
@@ -76,7 +81,7 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
             size = min(group.limits.parts, default=group.size)
             # Products of vectors of one element do not count as products of matrices.
             least = min(size, max(group.limits.minimum, 2 if group.limits.parts else 1, size // 4))
-            if set(shares) == {1}:  # it was whole in all cuts so far
+            if set(shares) == {1}:  # it was whole in all of these cuts
                 size = max(least, size - 1)
             # Steps of the golden ratio fill an interval evenly, however many there are.
             share = (start + number * 0.618034) % 1

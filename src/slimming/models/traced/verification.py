@@ -200,16 +200,22 @@ def cut_difference(
 ) -> str | None:
     """How the masked model differs from the cut one when every group keeps about half its units; None if equal.
 
-    Branches have one unit. Every second one is removed, then the others, then all: each without its neighbours, such
-    as the other branch of a block, and whole blocks.
+    Branches have one unit and are removed in turns, see `turns`.
     """
-    branches = [group.name for group in groups if group.role == "branch"]
-    turns = [turn for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [()]
-    for removed in turns:
+    for removed in turns(groups):
         reason = _difference(model, groups, half(groups, seed, removed), passes, cut)
         if reason is not None:
             return reason
     return None
+
+
+def turns(groups: Sequence[Group]) -> list[set[str]]:
+    """The branches to remove in each comparison: every second one, then the others, then all.
+
+    Each branch is removed without its neighbours, such as the other branch of a block, and whole blocks are removed.
+    """
+    branches = [group.name for group in groups if group.role == "branch"]
+    return [set(turn) for turn in (branches[::2], branches[1::2], branches[1:] and branches) if turn] or [set()]
 
 
 def _difference(
@@ -249,7 +255,8 @@ def half(groups: Sequence[Group], seed: int = 0, removed: Collection[str] = ()) 
         start = 0
         places: list[int] = []
         for size in group.limits.parts or (group.size,):
-            count = max(1, size // 2)
+            # Not half of many: hosts have other layers of half a width, which would fit by chance.
+            count = max(1, (size if size < 8 else size - 1) // 2)
             if group.role == "qk" and group.limits.same_as is None:
                 count = max(1, min(count + (-1) ** seed, size))
             if not (group.limits.alike and places):
