@@ -21,7 +21,7 @@ BATCH, TOKENS, HEADS, QK, V = 3, 3, 3, 4, 2
 def projection(*head_sizes: int) -> SeparateLinear:
     torch.manual_seed(0)
     linear: Any = nn.Linear(5, HEADS * sum(head_sizes))
-    separate_(linear, HEADS, head_sizes)
+    separate_(linear, HEADS, QK, head_sizes)
     return linear
 
 

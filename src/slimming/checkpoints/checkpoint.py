@@ -25,6 +25,7 @@ from slimming.core.structure import STRUCTURE as STRUCTURE_FILE
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.masks.soft_masks import attached
+from slimming.models.bounds import bounded_building
 from slimming.models.directories import CONFIG, open_directory, read_config, structure_in, unprefixed
 from slimming.models.families import build as build
 from slimming.models.families import resize_and_replace_
@@ -181,11 +182,12 @@ def _refit(dense: nn.Module, structure: Structure, path: Path) -> nn.Module:
         raise CheckpointError(f"{path} was cut from a {wanted}, but the model given as dense is a {cls}.")
     model = copied(dense)
     try:
-        resize_and_replace_(model, structure)
+        with bounded_building():
+            resize_and_replace_(model, structure)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, CheckpointError) as error:
         raise CheckpointError(
-            f"The {cls} given as dense cannot be resized to {path} ({error}). Give the dense model from which it was "
-            "cut."
+            f"The {cls} given as dense cannot be resized to {path} ({str(error)[:300].rstrip('.')}). Give the dense "
+            "model from which it was cut."
         ) from error
     return model
 

@@ -296,7 +296,8 @@ class _Place:
         return names[bisect.bisect_left(range(1, len(names)), True, key=wrong)]
 
     def __str__(self) -> str:
-        text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.keys).removeprefix(".")
+        steps = [f"[{key}]" if isinstance(key, int) else f".{key[:60]}" for key in self.keys]
+        text = "".join(steps).removeprefix(".")
         return f"{'the name of ' if self.of_key else ''}{text}: " if text else ""
 
 

@@ -199,7 +199,8 @@ def attach_token_gates(
 
 def _gate_attention(model: nn.Module, site: TokenSite, sources: list[Source]) -> list[Callable[[], None]]:
     if site.attention is None:
-        return mask_block(model, site, TokenGate(sources, site.prefix, site.suffix), as_key_bias)[0]
+        gate = TokenGate(sources, site.prefix, site.suffix)
+        return mask_block(model, site, gate, as_key_bias, required=True)[0]
     hook = KeyBias(sources, site.prefix)
     return [model.get_submodule(site.attention).register_forward_pre_hook(hook, with_kwargs=True).remove]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimming.core.records import shown
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError, UnsupportedModelError
 from slimming.models.bounds import BUILD_ERRORS, bounded_building
@@ -94,7 +95,8 @@ def build(structure: Structure, *, dense: bool = False) -> nn.Module:
     except BUILD_ERRORS as error:
         # Families do not check sizes that they wrote themselves, so a damaged file may raise any of these.
         raise CheckpointError(
-            f"The structure is damaged: no {family.name} model can be made from it ({error!r}). Take an intact copy."
+            f"The structure is damaged: no {family.name} model can be made from it ({shown(error, 200)}). "
+            "Take an intact copy."
         ) from error
     return model
 

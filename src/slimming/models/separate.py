@@ -24,9 +24,11 @@ class SeparateLinear(nn.Linear):
     Attributes:
         heads: number of heads.
         head_sizes: size of a head in each part.
+        assumed_size: the size that the host assumes for all of them.
     """
 
     heads: int
+    assumed_size: int
     head_sizes: tuple[int, ...]
 
     def forward(self, input: Tensor) -> Any:
@@ -38,15 +40,15 @@ class SeparateLinear(nn.Linear):
         return f"{super().extra_repr()}, heads={self.heads}, head_sizes={self.head_sizes}"
 
 
-def separate_(linear: nn.Linear, heads: int, head_sizes: Sequence[int]) -> None:
-    """Make ``linear`` a `SeparateLinear`; its parameters stay as they are."""
+def separate_(linear: nn.Linear, heads: int, assumed_size: int, head_sizes: Sequence[int]) -> None:
+    """Make ``linear`` a `SeparateLinear`, see its attributes; its parameters stay as they are."""
     linear.__class__ = SeparateLinear
-    linear.heads, linear.head_sizes = heads, tuple(head_sizes)  # pyright: ignore
+    vars(linear).update(heads=heads, assumed_size=assumed_size, head_sizes=tuple(head_sizes))
 
 
 def join_(linear: SeparateLinear) -> None:
     """Make ``linear`` a plain Linear again, because all its parts have the head size that the host assumes."""
-    del linear.heads, linear.head_sizes
+    del linear.heads, linear.assumed_size, linear.head_sizes
     linear.__class__ = nn.Linear  # pyright: ignore
 
 

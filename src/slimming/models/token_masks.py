@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimming.core.groups import Group, TokenSite
+from slimming.errors import UnsupportedModelError
 
 Source = tuple[Tensor, Tensor | None]
 """A mask, and the indices of the required positions in it (None: all positions, in order)."""
@@ -171,8 +172,8 @@ def plain_mask(bias: Tensor) -> Tensor:
 class _Within:
     """Hooks of a module in which `MaskedTokens` is active."""
 
-    def __init__(self, gate: TokenGate, as_mask: Callable[[Tensor], Tensor]) -> None:
-        self.gate, self.as_mask = gate, as_mask
+    def __init__(self, gate: TokenGate, as_mask: Callable[[Tensor], Tensor], *, required: bool) -> None:
+        self.gate, self.as_mask, self.required = gate, as_mask, required
         self.active: list[MaskedTokens] = []
         self.used = False
 
@@ -186,6 +187,12 @@ class _Within:
             mode = self.active.pop()
             mode.__exit__(None, None, None)
             self.used = self.used or mode.used
+            if self.required and output is not None and not mode.used:  # None: the block has failed
+                raise UnsupportedModelError(
+                    f"The tokens of this {type(module).__name__} are masked for sequences of {len(mode.bias)}, and it "
+                    "attends over none of that length: give images of the size that the model was read with, or leave "
+                    "tokens out."
+                )
 
 
 class _After:
@@ -212,10 +219,20 @@ class _After:
 
 
 def mask_block(
-    model: nn.Module, site: TokenSite, gate: TokenGate, as_mask: Callable[[Tensor], Tensor] = plain_mask
+    model: nn.Module,
+    site: TokenSite,
+    gate: TokenGate,
+    as_mask: Callable[[Tensor], Tensor] = plain_mask,
+    *,
+    required: bool = False,
 ) -> tuple[list[Callable[[], None]], Callable[[], bool]]:
-    """Mask the tokens in the block of ``site``; returns functions that undo it, and whether a softmax was masked."""
-    block, hooks = model.get_submodule(site.block), _Within(gate, as_mask)
+    """Mask the tokens in the block of ``site``.
+
+    Returns:
+        Functions that undo it, and whether a softmax was masked. With ``required``, a call of the block in which none
+        is masked is an error.
+    """
+    block, hooks = model.get_submodule(site.block), _Within(gate, as_mask, required=required)
     undo = [
         block.register_forward_pre_hook(hooks.enter).remove,
         block.register_forward_hook(hooks.leave, always_call=True).remove,

@@ -1,129 +1,123 @@
-"""What a file says about a slim model is checked before anything is resized."""
+"""Entries of structures that say what no cut leaves are refused, before anything is changed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import cache
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import nn
 
 import slimming
+from campaign.mutations import mutated_value
+from slimming.checkpoints.checkpoint import build
 from slimming.core.pruning_plan import Plan
 from slimming.core.structure import Structure
 from slimming.errors import CheckpointError
-from slimming.models.families import build
-from slimming.models.family import STRUCTURE
+from slimming.masks.attachment import prunable
 
-from .token_hosts import of_timm
+from .token_hosts import hf, of_timm
 
-BLOCK, ATTENTION, QKV, FC1 = "blocks.0", "blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.mlp.fc1"
+BIG = 2**40
 
 
-@cache
-def structure() -> dict[str, Any]:
-    """A small EVA-02 without some tokens, rotary pairs, hidden units and its last MLP."""
-    model = of_timm("eva02_tiny_patch14_224")()
+def _cut(model: nn.Module) -> dict[str, Any]:
+    """The structure of ``model`` with head dimensions, hidden units, tokens and, in EVA-02, a branch less."""
+    groups = slimming.describe(model)
     kept: dict[str, tuple[int, ...]] = {}
-    groups = [group for group in slimming.describe(model) if group.role not in ("head", "qkv")]
     for group in groups:
-        if group.token is not None:
-            kept[group.name] = tuple(range(2, group.size))
-        elif group.role == "branch" and group.name.startswith("blocks.1.mlp"):
-            kept[group.name] = ()
-        elif group.kind == "head_dim":
-            size = group.size // len(group.limits.parts)
-            kept[group.name] = tuple(unit for unit in range(group.size) if unit % size < size - 1)
+        if group.kind == "head_dim" and group.role != "qkv":
+            size = group.limits.parts[0]
+            kept[group.name] = tuple(unit for unit in range(group.size) if unit % size < size * 3 // 4)
         elif group.kind == "mlp":
             kept[group.name] = tuple(range(group.size // 2))
+        elif group.kind == "token":
+            kept[group.name] = tuple(range(10))
+    kept |= {group.name: () for group in groups if group.name == "blocks.1.mlp.branch"}
     sizes = {group.name: group.size for group in groups if group.name in kept}
-    return vars(slimming.cut(model, Plan(kept=kept, sizes=sizes)))[STRUCTURE].to_dict()
+    return prunable(slimming.cut(model, Plan(kept=kept, sizes=sizes))).anatomy.structure.to_dict()
 
 
-def huge(layers: Any) -> None:
-    layers[FC1]["tensors"]["weight"][0] = 10**9
+@pytest.fixture(scope="module")
+def beit() -> dict[str, Any]:
+    """BEiT: a table over tokens, and values of another size than queries and keys."""
+    return _cut(hf("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True)())
 
 
-def other_rank(layers: Any) -> None:
-    layers[FC1]["tensors"]["weight"].append(1)
+@pytest.fixture(scope="module")
+def eva() -> dict[str, Any]:
+    """EVA-02: rotary tables, and a switch of the host."""
+    return _cut(of_timm("eva02_tiny_patch14_224")())
 
 
-def no_module(layers: Any) -> None:
-    layers["blocks.9.mlp"] = {"out_features": 2}
+WRONG: dict[str, tuple[str, tuple[Any, ...], Any]] = {
+    "another module": ("eva", ("blocks.9",), {"num_heads": 1}),
+    "no mapping": ("eva", ("blocks.0.attn",), 3),
+    "the model removed": ("eva", ("",), {"removed": ["one", [["input", 0]]]}),
+    "another result": ("eva", ("blocks.1.mlp", "removed"), ["one", [["call", 0]]]),
+    "two results as one": ("eva", ("blocks.1.mlp", "removed", 1), [["none"], ["none"]]),
+    "a negative argument": ("eva", ("blocks.1.mlp", "removed", 1, 0, 1), -1),
+    "a larger size": ("eva", ("blocks.0.attn", "num_heads"), BIG),
+    "a size of zero": ("eva", ("blocks.0.attn", "num_heads"), 0),
+    "a size that is true": ("eva", ("blocks.0.attn", "num_heads"), True),
+    "an infinite scale": ("eva", ("blocks.0.attn", "scale"), float("inf")),
+    "a switch turned off": ("eva", ("blocks.0.attn", "qkv_bias_separate"), 0),
+    "a method": ("eva", ("blocks.0.attn", "forward"), 1),
+    "a private attribute": ("eva", ("blocks.0.attn", "_version"), 1),
+    "a class": ("eva", ("blocks.0.attn", "__class__"), 1),
+    "no parameter": ("eva", ("blocks.0.attn", "tensors", "num_heads"), [1]),
+    "a larger tensor": ("eva", ("blocks.0.mlp.fc2", "tensors", "weight", 0), BIG),
+    "another rank": ("eva", ("blocks.0.mlp.fc2", "tensors", "weight"), [1]),
+    "a negative length": ("eva", ("blocks.0.mlp.fc2", "tensors", "weight", 0), -32),
+    "another spent parameter": ("eva", ("blocks.0.attn", "spent"), ["forward"]),
+    "free heads": ("eva", ("blocks.0.attn", "free_heads"), 1),
+    "heads of no layer": ("beit", ("beit.layers.0", "separate"), [4, 8, 6]),
+    "more heads": ("beit", ("beit.layers.0.attention.v_proj", "separate", 0), 5),
+    "a huge grid": ("beit", ("beit.layers.0", "tokens", "grid"), BIG),
+    "a huge prefix": ("beit", ("beit.layers.0", "tokens", "prefix"), BIG),
+    "repeated tokens": ("beit", ("beit.layers.0", "tokens", "positions", 1), 0),
+    "other tokens": ("beit", ("beit.layers.1", "tokens", "positions", 9), 15),
+    "tokens outside": ("beit", ("beit.layers.0", "tokens", "incoming", 15), 16),
+    "a table outside": ("beit", ("beit.layers.0.relative_position_bias", "token_table", "of"), 3),
+    "a table of anything": ("beit", ("beit.layers.0.relative_position_bias", "token_table", "index", 0), "0"),
+    "no columns": ("eva", ("blocks.0.attn", "input_columns", 0, "index"), []),
+    "columns from the end": ("eva", ("blocks.0.attn", "input_columns", 0, "index", 0), -1),
+    "columns of an attribute": ("eva", ("blocks.0.attn", "input_columns", 0, "path"), ["__dict__", "a.b"]),
+}
 
 
-def no_size(layers: Any) -> None:
-    layers[FC1]["__class__"] = 1
+@pytest.mark.parametrize(("host", "place", "value"), WRONG.values(), ids=WRONG)
+def test_what_no_cut_leaves_is_refused(
+    host: str, place: tuple[Any, ...], value: Any, request: pytest.FixtureRequest
+) -> None:
+    structure = copy.deepcopy(request.getfixturevalue(host))
+    holder = structure["layers"]
+    for key in place[:-1]:
+        holder = holder.setdefault(key, {}) if isinstance(holder, dict) else holder[key]
+    holder[place[-1]] = value
+    with pytest.raises(CheckpointError, match=r"^The structure (of .* is damaged: |resizes ).*Take an intact copy\.$"):
+        build(Structure.from_dict(structure))
 
 
-def larger(layers: Any) -> None:
-    layers[FC1]["out_features"] = 10**6
+def _mutated(structure: dict[str, Any], dice: random.Random) -> Iterator[Any]:
+    while True:
+        layers = mutated_value({"layers": structure["layers"]}, dice).get("layers")
+        if isinstance(layers, dict):
+            yield {**structure, "layers": layers}
 
 
-def a_text(layers: Any) -> None:
-    layers[FC1]["out_features"] = "8"
-
-
-def no_number(layers: Any) -> None:
-    layers[ATTENTION]["scale"] = float("nan")
-
-
-def no_tensor(layers: Any) -> None:
-    layers[FC1]["tensors"]["forward"] = [2, 2]
-
-
-def repeated_token(layers: Any) -> None:
-    layers[BLOCK]["tokens"]["positions"][1] = layers[BLOCK]["tokens"]["positions"][0]
-
-
-def token_outside(layers: Any) -> None:
-    layers[BLOCK]["tokens"]["positions"][-1] = 10**6
-
-
-def many_tokens(layers: Any) -> None:
-    layers[BLOCK]["tokens"]["prefix"] = 10**12
-
-
-def repeated_column(layers: Any) -> None:
-    layers[ATTENTION]["input_columns"][0]["index"][1] = layers[ATTENTION]["input_columns"][0]["index"][0]
-
-
-def no_column(layers: Any) -> None:
-    layers[ATTENTION]["input_columns"][0]["index"] = []
-
-
-def no_result(layers: Any) -> None:
-    layers["blocks.1.mlp"]["removed"] = ["one", [["call", "__reduce__"]]]
-
-
-def many_results(layers: Any) -> None:
-    layers["blocks.1.mlp"]["removed"][1] *= 2
-
-
-def no_entry(layers: Any) -> None:
-    layers[FC1] = [1]
-
-
-def parts_of_other_rows(layers: Any) -> None:
-    layers[QKV]["separate"] = [2, 8, 8, 8, 3]
-
-
-CHANGES: list[Callable[[Any], None]] = [
-    huge, other_rank, no_module, no_size, larger, a_text, no_number, no_tensor, repeated_token, token_outside,
-    many_tokens, repeated_column, no_column, no_result, many_results, no_entry, parts_of_other_rows,
-]  # fmt: skip
-
-
-def test_the_structure_has_all_that_is_changed_below() -> None:
-    layers = structure()["layers"]
-    assert {"tokens", "input_columns", "removed", "tensors"} <= {key for entry in layers.values() for key in entry}
-    build(Structure.from_dict(structure()))
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__.replace("_", " ") for change in CHANGES])
-def test_a_damaged_entry_is_refused(change: Callable[[Any], None]) -> None:
-    content = copy.deepcopy(structure())
-    change(content["layers"])
-    with pytest.raises(CheckpointError, match="intact copy"):
-        build(Structure.from_dict(content))
+@pytest.mark.parametrize("host", ["beit", "eva"], ids=str)
+def test_changed_entries_are_read_or_refused_in_a_sentence(host: str, request: pytest.FixtureRequest) -> None:
+    structure = request.getfixturevalue(host)
+    assert build(Structure.from_dict(structure))
+    mutated = _mutated(structure, random.Random(0))
+    refusals = []
+    for _ in range(60):
+        try:
+            build(Structure.from_dict(next(mutated)))
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 40
+    assert max(map(len, refusals)) < 600

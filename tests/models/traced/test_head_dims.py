@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimming
 from models.traced.own_attention import Grouped, HeadsLast, KeysAndValues, Packed, Rotary, Separate, TalkingHeads, Vit
+from models.traced.token_hosts import hf
 from slimming.core.groups import Group
 from slimming.core.layout import FREE
 from slimming.core.pruning_plan import Plan
@@ -134,6 +135,29 @@ def test_qk_and_v_keep_different_sizes_and_the_slim_model_is_slimmed_again(
         with torch.no_grad():
             first, again = model(x), slimming.load(tmp_path / str(number)).eval()(x)
         assert all(map(torch.equal, tree_leaves(first), tree_leaves(again)))
+
+
+def test_a_slim_model_whose_sizes_become_equal_again_is_loaded(tmp_path: Path) -> None:
+    model = _eva()
+    for role in ("v", "qk"):
+        group = roles(model)[role]
+        units = tuple(unit for unit in range(group.size) if unit % group.limits.parts[0] < 6 / group.width)
+        model = slimming.cut(model, Plan(kept={group.name: units}, sizes={group.name: group.size}))
+    slimming.save(model, tmp_path / "slim")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(slimming.load(tmp_path / "slim")(x), model(x))
+
+
+def test_a_slim_model_keeps_other_sizes_of_v_when_it_loses_heads(tmp_path: Path) -> None:
+    model = hf("BeitForImageClassification", "BeitConfig")()
+    for role, left in (("v", 6), ("head", 3)):
+        group = next(group for group in slimming.describe(model) if group.role == role)
+        size = group.limits.parts[0] if group.limits.parts else group.size
+        units = tuple(unit for unit in range(group.size) if unit % size < left)
+        model = slimming.cut(model, Plan(kept={group.name: units}, sizes={group.name: group.size}))
+    slimming.save(model, tmp_path / "slim")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(slimming.load(tmp_path / "slim")(x).logits, model(x).logits)
 
 
 def test_rotary_pairs_go_in_all_heads_alike_and_with_as_many_of_v(tmp_path: Path) -> None:

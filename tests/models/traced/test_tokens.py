@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models.traced.token_hosts import OFFERED, REFUSED, OwnViT
 from torch import Tensor, nn
 
 import slimming
@@ -21,6 +20,8 @@ from slimming.models.token_masks import MaskedTokens, TokenGate, plain_mask
 from slimming.models.traced.tokens import fixed_ends
 from slimming.models.traced.verification import outputs
 from slimming.pruning.checks import Trial, distance
+
+from .token_hosts import OFFERED, REFUSED, OwnViT
 
 
 def token_groups(model: nn.Module) -> list[Group]:
@@ -98,6 +99,14 @@ def test_another_image_size_and_methods_over_the_grid_say_why() -> None:
     small = slimming.cut(model, removed(model, 2, 4))
     with pytest.raises(UnsupportedModelError, match="sequences of 17 tokens here, but this image has 65"):
         small(torch.zeros(1, 3, 64, 64), interpolate_pos_encoding=True)
+
+
+def test_masks_do_not_pass_over_images_of_another_size() -> None:
+    model: Any = OFFERED["transformers BEiT, relative bias per block"][0]()  # takes images of any size
+    images = [torch.zeros(1, 3, 64, 64)]
+    with pytest.raises(UnsupportedModelError, match="masked for sequences of 17"):
+        slimming.score(model, images)
+    assert slimming.score(model, images, kinds=["head_dim"])
 
 
 def test_tokens_that_the_model_returns_are_removed_on_request_only() -> None:

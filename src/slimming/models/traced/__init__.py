@@ -134,7 +134,7 @@ class Traced(Family):
         """Resize the modules of a dense model to the sizes in a structure's ``layers``."""
         shared = shared_parameters(model)
         for name, entry in layers.items():
-            if SUBMODULE in entry:
+            if isinstance(entry, Mapping) and SUBMODULE in entry:
                 structure = Structure.from_dict(entry[SUBMODULE])
                 self._families[structure.family].resize_(model.get_submodule(name), structure)
             else:

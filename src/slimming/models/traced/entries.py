@@ -146,10 +146,10 @@ class _Entry:
 
     def separate(self, sizes: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> None:
         """Check the sizes of heads in the parts of a projection."""
-        if type(self.module) not in (nn.Linear, SeparateLinear):
+        if not isinstance(self.module, nn.Linear) or type(self.module) not in (nn.Linear, SeparateLinear):
             raise self.damaged(f"a {type(self.module).__name__} has no heads of different sizes")
         heads, _, *parts = sizes
-        rows = shapes.get("weight", self.module.weight.shape)[0]
+        rows = shapes.get("weight", self.module.get_parameter("weight").shape)[0]
         if heads * sum(parts) != rows:
             raise self.damaged(f"{heads} heads of {sum(parts)} rows are not the {rows} rows of its weight")
 

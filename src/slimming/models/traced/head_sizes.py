@@ -38,8 +38,9 @@ class HeadSizes:
         scaled: side whose rows are multiplied to preserve the scale of the logits, which the forward computes from the
             size that the heads have, or takes from ``scales``; None if it does neither.
         free_heads: whether the forward is rewritten.
-        separate: path of the projection that makes values, the head sizes of its parts, and the role of each, empty if
-            its size stays, if the sizes of QK and V may differ although the host assumes one; None if not.
+        separate: path of the projection that makes values, the size of heads that the host assumes, the sizes in its
+            parts, and the role of each, empty if its size stays, if the sizes of QK and V may differ although the host
+            assumes one; None if not.
         switch: path of an attribute that is set to True, so that the projection is called as a module; empty if none.
         any_basis: the roles whose dimensions can be replaced by linear combinations of them.
     """
@@ -51,7 +52,7 @@ class HeadSizes:
     scales: tuple[str, ...] = ()
     scaled: str | None = None
     free_heads: bool = False
-    separate: tuple[str, tuple[int, ...], tuple[str, ...]] | None = None
+    separate: tuple[str, int, tuple[int, ...], tuple[str, ...]] | None = None
     switch: str = ""
     any_basis: tuple[str, ...] = ()
 
@@ -90,7 +91,7 @@ def separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimension
     places = _parts_of_projection(module, dims, heads)
     if places is None:
         return
-    path, sizes, roles = places
+    path, assumed, sizes, roles = places
     of_qk = _numbers(module, row, {"qk": dims["qk"]}, heads)[0] if "qk" in dims else {}
     named = {name: role for name, role in of_qk.items() if any(word in name.lower() for word in _PART_OF_NAME)}
     of_v = _numbers(module, row, {"v": dims["v"]}, heads)[1]
@@ -108,15 +109,15 @@ def separate_choices(module: nn.Module, row: Heads, dims: Mapping[str, Dimension
                         totals=multiples,
                         scales=scales,
                         free_heads=free_heads,
-                        separate=(path, sizes, roles),
+                        separate=(path, assumed, sizes, roles),
                         switch=switch,
                     )
 
 
 def _parts_of_projection(
     module: nn.Module, dims: Mapping[str, Dimensions], heads: int
-) -> tuple[str, tuple[int, ...], tuple[str, ...]] | None:
-    """The projection that makes values, the size of a head in each part of it, and the role of each part."""
+) -> tuple[str, int, tuple[int, ...], tuple[str, ...]] | None:
+    """The projection that makes values, and what `HeadSizes.separate` says about it."""
     first = {
         (part.tensor, part.side): part.index[0][0]
         for found in dims.values()
@@ -135,7 +136,8 @@ def _parts_of_projection(
     of_start = {row: sides[side] for (tensor, side), row in first.items() if tensor == f"{path}.weight"}
     if not of_start.keys() <= set(starts):
         return None
-    return path, sizes, tuple(of_start.get(start, "") for start in starts)
+    assumed = layer.assumed_size if isinstance(layer, SeparateLinear) else size
+    return path, assumed, sizes, tuple(of_start.get(start, "") for start in starts)
 
 
 def _numbers(
@@ -213,13 +215,13 @@ def separate_of(name: str, choice: HeadSizes, heads: str | None) -> Separate:
     """The sizes of heads in the projection that makes values, see `_size`."""
     if choice.separate is None:
         return {}
-    path, sizes, roles = choice.separate
+    path, assumed, sizes, roles = choice.separate
     number = Dim(fixed=len(choice.dims["v"].parts)) if heads is None else Dim(groups=((heads, 1),))
     parts = [
         _size(name, choice, role, heads) if role else Dim(fixed=size) for size, role in zip(sizes, roles, strict=True)
     ]
-    # The host takes all heads to have the size of queries.
-    host = _size(name, choice, "qk", heads) if "qk" in choice.dims else Dim(fixed=choice.dims["v"].size)
+    # The host assumes the size of queries for all.
+    host = _size(name, choice, "qk", heads) if "qk" in choice.dims else Dim(fixed=assumed)
     return {f"{name}.{path}": (number, host, *parts)}
 
 

@@ -363,7 +363,7 @@ def resize_module_(module: nn.Module, entry: Mapping[str, Any]) -> None:
     if SEPARATE in entry:
         heads, size, *parts = entry[SEPARATE]
         if set(parts) != {size}:
-            separate_(module, heads, parts)
+            separate_(module, heads, size, parts)
         elif isinstance(module, SeparateLinear):
             join_(module)
     for name, value in entry.items():
