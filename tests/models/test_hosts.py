@@ -172,7 +172,7 @@ TORCH: dict[str, tuple[Callable[[], nn.Module], set[str], str]] = {
     "swin": (_swin, {"head_dim", "head", "mlp"}, "own"),
     "swin v2": (
         lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
-        {"head", "mlp"},
+        {"head_dim", "head", "mlp"},
         "own",
     ),
     "maxvit": (_maxvit, {"head_dim", "head", "mlp", "channel"}, "own"),
