@@ -33,14 +33,13 @@ from typing import Any
 
 import torch
 from benchmarks.common import RESULTS, store, table
-from benchmarks.coverage_models import FEWER, is_transformer, parameters, targets
+from benchmarks.coverage_models import FEWER, image_shape, is_transformer, parameters, targets
 from torch import nn
 
 import slimming
 from slimming.benchmarking.programs import INPUT, open_onnx, to_program, write_onnx
 from slimming.counting.measured import count
 from slimming.models.family import ORIGIN
-from slimming.models.traced.rebuild import input_shape
 from slimming.models.traced.verification import outputs
 from slimming.pruning.checks import check_with_trial
 
@@ -142,7 +141,7 @@ def judge(model: nn.Module, path: Path, onnx: bool) -> dict[str, Any]:
         "covered_macs": found.covered_macs,
         "steps": {step.name: step.detail for step in found.steps},
         "uncovered": list(found.uncovered),
-        "input": list(input_shape(model)),
+        "input": list(image_shape(model)),
         "params": parameters(model),
         "made_with": {k: v for k, v in model.__dict__.get(ORIGIN, {}).get("arguments", {}).items() if k in FEWER},
     }
@@ -206,7 +205,7 @@ def torch_pruning(model: nn.Module) -> dict[str, Any]:
     """Cut to half with torch-pruning by magnitude, then a forward pass."""
     tp: Any = importlib.import_module("torch_pruning")
 
-    shape = input_shape(model)
+    shape = image_shape(model)
     image = torch.randn(1, *shape)
     before = count(model, shape).macs
     joint: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("num_heads"), int)]

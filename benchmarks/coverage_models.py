@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimming.models.family import ORIGIN
-from slimming.models.traced.rebuild import input_shape
+from slimming.models.traced.rebuild import example_candidates
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, None)
 """Image sizes to try, the smallest that a model takes is used; None is its own."""
@@ -117,14 +117,26 @@ def small_timm(name: str) -> nn.Module:
         for sized in options:
             try:
                 model, fewer = shallow(name, {**sized, **overlay})
-                with torch.no_grad():
-                    model(torch.randn(1, *input_shape(model)))
+                image_shape(model)
                 # So that the slim model is made the same way when it is loaded.
                 model.__dict__[ORIGIN] = {"name": name, "arguments": {**sized, **overlay, **fewer}}
                 return model
             except Exception as raised:  # hosts raise anything where a size does not fit
                 error = raised
     raise RuntimeError(f"{name} takes no image: {error}")
+
+
+@torch.no_grad()
+def image_shape(model: nn.Module) -> tuple[int, ...]:
+    """The shape of the image that ``model`` takes, which its first convolution may read in another arrangement."""
+    error: Exception | None = None
+    for (call,) in example_candidates(model):
+        try:
+            call.to(torch.float32).run(model)
+            return call.shape
+        except Exception as raised:  # hosts raise anything where a size does not fit
+            error = error or raised
+    raise RuntimeError(f"it takes no image: {error}")
 
 
 def shallow(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -190,8 +202,7 @@ def small_torchvision(name: str) -> nn.Module:
         if size:
             model.image_size = size
         try:
-            with torch.no_grad():
-                model(torch.randn(1, *input_shape(model)))
+            image_shape(model)
         except Exception:  # it does not take images as small
             continue
         return model
