@@ -57,7 +57,7 @@ def _check_sizes(anatomy: Anatomy, kept: dict[str, tuple[int, ...]]) -> None:
         if group.limits.alike and len(set(_places_in_heads(group, kept)) - {()}) > 1:
             raise PlanError(
                 f"The plan leaves different units in the heads of {group.name!r}, but they share a table, such as that "
-                "of rotary positions: keep the same units in every head that stays."
+                "of rotary positions, or are put together unit by unit: keep the same units in every head that stays."
             )
         other = None if group.limits.same_as is None else anatomy.group(group.limits.same_as)
         if other is not None and set(_sizes_of_heads(other, kept)) != set(sizes):

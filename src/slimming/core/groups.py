@@ -84,7 +84,8 @@ class Limits:
             head size.
         same_as: name of the group that must keep equally many units in each head, because the model's attention module
             has one size for QK and V.
-        alike: whether the heads that stay must keep the same units, because they share a table with entries for each.
+        alike: whether the heads that stay must keep the same units, because they share a table with entries for each,
+            or because the host puts heads together unit by unit.
     """
 
     minimum: int = 1
