@@ -99,6 +99,20 @@ def test_the_time_beyond_the_layers_falls_with_what_it_depends_on(size: int) -> 
     assert found.predict(anatomy, sizes(group)) == pytest.approx(10.0)
 
 
+def test_the_time_beyond_the_layers_of_a_block_falls_with_its_tokens() -> None:
+    axes = (("elements", Dim(fixed=6)), ("tokens", Dim(groups=(("m", 1),))))
+    layers = (
+        TimedLayer(name="first", kind="conv", like="1", axes=(("out", Dim(fixed=4)),)),
+        TimedLayer(name="rest block", kind=REST, like="block", axes=axes),
+        TimedLayer(name="rest", kind=REST, like="", axes=(("elements", Dim(fixed=12)),)),
+    )
+    anatomy = anatomy_of(mlp("m", 8), layers=layers)
+    table = LatencyTable(setting={}, points=({"kind": "conv", "like": "1", "out": 4, "ms": 4.0},), reference_ms=1.0)
+    found = latency_measurement.calibrated(table, anatomy, 10.0)
+    for kept in (2, 4, 8):  # 6 elements of each token, and 12 more
+        assert found.predict(anatomy, {"m": kept}) == pytest.approx(4.0 + 6.0 * (6 * kept + 12) / 60)
+
+
 @pytest.mark.parametrize(
     ("size", "timed"), [(4, (1, 2, 3, 4)), (6, (1, 2, 3, 5, 6)), (8, (2, 4, 6, 8))], ids=("4", "6", "8")
 )

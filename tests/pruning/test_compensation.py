@@ -16,6 +16,7 @@ from slimming.core.pruning_plan import Plan
 from slimming.errors import NonFiniteLossError, PlanError
 from slimming.masks.attachment import prunable
 from slimming.models import activations
+from slimming.models.traced.verification import randomise_
 from slimming.pruning import compensation
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -204,6 +205,20 @@ def test_few_images_dead_units_and_little_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compensation, "TOGETHER", 4)
     monkeypatch.setattr(activations, "GIGABYTES", 1e-9)
     assert torch.equal(slimming.cut(model, plan, images=images())(x), one_by_one(x))
+
+
+def test_queries_and_keys_in_cosine_attention_are_removed_on_both_sides() -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)}
+    model = timm.create_model("swinv2_tiny_window8_256", num_classes=3, **sizes).eval().double()
+    randomise_(model)
+    groups = slimming.describe(model)
+    kept = {group.name: tuple(u for u in range(group.size) if u % 12 < 8) for group in groups if group.role == "qk"}
+    kept |= {group.name: tuple(range(group.size // 2)) for group in groups if group.kind == "mlp"}
+    plan, whole = plan_of(model, **kept), prunable(model).copy()
+    compensation.compensate_(whole, complete(whole.anatomy, plan), images(1))
+    x = images(1, batch=2)[0].double()
+    with torch.no_grad():
+        assert (whole.model(x) - slimming.cut(whole.model, plan)(x)).abs().max() < 1e-12
 
 
 def test_what_is_read_with_weight_0_is_cut_exactly() -> None:

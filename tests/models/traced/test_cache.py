@@ -32,6 +32,10 @@ def add_buffer(model: Any) -> None:
     model[0].register_buffer("table", torch.zeros(2))
 
 
+def add_buffer_outside_the_state(model: Any) -> None:
+    model[0].register_buffer("table", torch.zeros(2), persistent=False)
+
+
 def test_weights_device_mode_and_names_of_classes_do_not_matter() -> None:
     first, second = net(), net().train()
     second.pretrained_cfg = {"label_names": ["cat"]}  # pyright: ignore
@@ -46,6 +50,13 @@ def test_an_architecture_that_differs_has_another_digest(change: Callable[[Any],
     changed = net()
     change(changed)
     assert architecture_digest(net(), (3, 8, 8)) != architecture_digest(changed, (3, 8, 8))
+
+
+def test_a_buffer_in_the_state_dict_is_another_than_one_outside() -> None:
+    inside, outside = net(), net()
+    add_buffer(inside)
+    add_buffer_outside_the_state(outside)
+    assert architecture_digest(inside, (3, 8, 8)) != architecture_digest(outside, (3, 8, 8))
 
 
 def test_sizes_strides_and_input_shapes_have_digests_of_their_own() -> None:

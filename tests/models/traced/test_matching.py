@@ -71,6 +71,13 @@ def test_the_size_of_a_head_is_not_taken_for_a_dimension_of_equal_numbers() -> N
     assert known.products([(4, 1, 3), (2, 1, 1)]) == ((Dim(fixed=1), units("v")),)
 
 
+def test_what_heads_share_is_a_quotient_where_all_heads_stay() -> None:
+    counts = [{"v": 24, "a": 7}, {"v": 12, "a": 3}, {"v": 18, "a": 5}]
+    (product,) = Matcher([units("v"), units("a")], counts).products([tuple(kept["v"] // 6 for kept in counts)]) or ()
+    assert product == (Dim(fixed=1), Ratio(total=units("v"), parts=Dim(fixed=6)))
+    assert evaluate([product], {"v": 30}) == 5
+
+
 def test_a_fixed_number_may_be_added_to_the_units_of_one_group() -> None:
     assert matcher().products([values(units("a", 3, fixed=5))]) == ((Dim(fixed=1), units("a", 3, fixed=5)),)
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from slimming.core.copies import copied
 from slimming.core.modules import MODEL_ERRORS, in_mode
 from slimming.errors import UnsupportedModelError
+from slimming.models.separate import SeparateLinear
 from slimming.models.traced import coupling
 from slimming.models.traced.coupling import TooManyStepsError, Visit
 from slimming.models.traced.opaque import OpaqueTokenConcat, opaque, opaque_channels
@@ -175,6 +176,8 @@ def _trace(
                 model,
                 example_inputs=(),
                 forward_fn=lambda model, _: calls.with_unread(_differentiable_outputs(model, passes)),
+                # Their results are no tensors; where their heads cannot be told apart, they stay whole.
+                ignored_layers=[module for module in model.modules() if isinstance(module, SeparateLinear)],
                 customized_pruners=pruners,  # pyright: ignore
                 verbose=False,
             )

@@ -84,8 +84,10 @@ class Pass:
         with torch.random.fork_rng(devices=[]), in_mode(model, True), _NoDropout():
             torch.manual_seed(0)
             try:
-                # Copies: a buffer among the outputs is restored, too.
-                return [tensor.clone() for tensor in outputs(model, self.call)]
+                results = outputs(model, self.call)
+                # A buffer among the outputs is restored, too.
+                restored = {buffer.untyped_storage()._cdata for buffer, _ in buffers}
+                return [r.clone() if r.untyped_storage()._cdata in restored else r for r in results]
             finally:
                 for buffer, value in buffers:
                     buffer.data.copy_(value)  # autograd may hold the buffer
