@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
 from slimming.core.formulas import Dim, Ratio, evaluate
-from slimming.core.groups import Group, Slices
+from slimming.core.groups import Group, Slices, TokenSite
 from slimming.models.traced.matching import Matcher, primitive
 from slimming.models.traced.sample_cuts import FEWEST, sample_cuts
 
@@ -146,6 +147,27 @@ def test_small_groups_in_branches_are_told_apart(seed: int) -> None:
         groups.append(group(f"layer {number}", 2, slices=(inside,)))
         groups.append(group(f"branch {number}", 1, kind="block", role="branch", slices=(whole,)))
     _, found = sample_cuts(groups, [units(each.name) for each in groups if each.size == 2], seed)
+    assert not found.ambiguous
+
+
+SLIM = (14, 14, 12, 11, 9, 7, 6, 6, 5, 4, 4, 4)
+"""Tokens that are left in the blocks of a slim model."""
+
+
+@pytest.mark.parametrize("sizes", [(16,) * 12, SLIM], ids=["dense", "slim"])
+@pytest.mark.parametrize("seed", range(4), ids=str)
+def test_tokens_of_blocks_are_told_apart(sizes: tuple[int, ...], seed: int) -> None:
+    groups: list[Group] = []
+    dice, positions = random.Random(seed), tuple(range(16))
+    for depth, size in enumerate(sizes):
+        positions = tuple(sorted(dice.sample(positions, size)))
+        site = TokenSite(depth=depth, block=str(depth), attention=None, norms=(), prefix=1, positions=positions)
+        groups.append(group(f"tokens {depth}", size, kind="token", token=site))
+        for part in ("attention", "mlp"):
+            inside = Slices(tensor=f"{part} {depth}", dim=0, index=((0, 1),), side="produces")
+            groups.append(group(f"{part} {depth}", 1, kind="block", role="branch", slices=(inside,)))
+    dims = [units(f"tokens {depth}", fixed=fixed) for depth in range(len(sizes)) for fixed in (0, 1)]
+    _, found = sample_cuts(groups, dims, seed)
     assert not found.ambiguous
 
 

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from slimming.core.formulas import Dim, Ratio
-from slimming.core.groups import Couplings, Group
+from slimming.core.groups import Couplings, Group, TokenSite
 from slimming.models.traced.matching import Matcher
 
-FEWEST, MOST = 4, 12
+FEWEST, MOST = 4, 24
 """Fewest and most cuts. There are more than the fewest only while two dimensions are proportional in all of them."""
 
 Cut = Mapping[str, tuple[int, ...]]
@@ -50,6 +50,7 @@ def sample_cuts(groups: Sequence[Group], dims: Collection[Dim], seed: int = 0) -
         removed = branches[len(cuts)] if len(cuts) < len(branches) else ()
         sizes = {**_sizes(groups, counts, dice), **dict.fromkeys(removed, 0)}
         masks = {group.name: _mask(group, sizes[group.name]) for group in groups if group.role != "qkv"}
+        masks |= _token_masks(groups, dice)
         left = couplings.left(masks)
         cuts.append({name: tuple(np.flatnonzero(mask).tolist()) for name, mask in left.items()})
         counts.append({name: int(mask.sum()) for name, mask in left.items()})
@@ -87,16 +88,33 @@ def _sizes(groups: Sequence[Group], counts: Sequence[Mapping[str, int]], dice: r
             share = (start + number * 0.618034) % 1
             result[group.name] = least + int(share * (size + 1 - least))
     result |= {g.name: result[min(g.name, g.limits.same_as)] for g in groups if g.limits.same_as is not None}
-    tokens = sorted((group for group in groups if group.token is not None), key=_depth)
-    left = max((group.size for group in tokens), default=0)
-    for group in tokens:  # a token that was removed is missing in all deeper blocks
-        left = max(1, min(left, group.size) - dice.randrange(max(2, group.size // (2 * len(tokens)))))
-        result[group.name] = left
     return result
 
 
-def _depth(group: Group) -> int:
-    return group.token.depth if group.token is not None else 0
+def _token_masks(groups: Sequence[Group], dice: random.Random) -> dict[str, np.ndarray]:
+    """Masks of the token groups: each block loses some tokens of its own, beside those of the blocks before it.
+
+    They are in any place, and tokens that the next block lacks anyway if there are any: were they always the last ones,
+    all blocks would lose the same, and their numbers would move together.
+    """
+    sequences: dict[str, list[tuple[str, TokenSite]]] = {}
+    for group in groups:
+        if group.token is not None:
+            sequences.setdefault(group.token.sequence, []).append((group.name, group.token))
+    masks: dict[str, np.ndarray] = {}
+    for sites in sequences.values():
+        sites.sort(key=lambda each: each[1].depth)
+        stays = dice.choice(sites[-1][1].positions)
+        left = set(sites[0][1].positions)
+        following = [set(site.positions) for _, site in sites[1:]]
+        for (name, site), after in zip(sites, [*following, set[int]()], strict=True):
+            left &= set(site.positions)
+            own = sorted(left - {stays})
+            choices = [position for position in own if position not in after] or own
+            number = dice.randrange(max(2, len(site.positions) // (2 * len(sites))))
+            left -= set(dice.sample(choices, min(number, len(choices))))
+            masks[name] = np.isin(site.positions, sorted(left))
+    return masks
 
 
 def _mask(group: Group, size: int) -> np.ndarray:
